@@ -1,0 +1,34 @@
+"""Atom-JAX: Llama-family models in JAX with 4-bit weights, activations and KV cache."""
+
+from atom_jax.checkpoint import Model, load
+from atom_jax.config import ModelConfig, QuantConfig, RopeConfig, preset
+from atom_jax.errors import AtomError
+from atom_jax.fidelity import Fidelity, compare
+from atom_jax.generation import GenerateOutput, generate, stream
+from atom_jax.kv_cache import init_cache
+from atom_jax.llama import forward, make_params
+from atom_jax.perplexity import PerplexityResult, perplexity
+from atom_jax.sampling import SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AtomError",
+    "Fidelity",
+    "GenerateOutput",
+    "Model",
+    "ModelConfig",
+    "PerplexityResult",
+    "QuantConfig",
+    "RopeConfig",
+    "SamplingParams",
+    "compare",
+    "forward",
+    "generate",
+    "init_cache",
+    "load",
+    "make_params",
+    "perplexity",
+    "preset",
+    "stream",
+]

@@ -1,0 +1,300 @@
+"""The checkpoint on disk: what each part is called, how it is written, how it is read back and checked.
+
+A checkpoint is a folder::
+
+    config.json          ModelConfig and the format's version
+    quantization.json    the accuracy card (written by the converter)
+    tokenizer/           as transformers reads it
+    params/shared        Orbax: embedding, norm, lm_head
+    params/layers/0000   Orbax, one for each layer: a conversion holds and commits one layer at a time
+
+Packed weights stay packed, their scales are bfloat16 (exactly representable by construction), matrices
+that are not quantized are bfloat16 and vectors float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from atom_jax.config import ModelConfig
+from atom_jax.errors import AtomError
+from atom_jax.llama import index_shapes, linear_shapes, make_params, vector_shapes
+from atom_jax.weights import FORMATS
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+CARD_FILE = "quantization.json"
+TOKENIZER_FOLDER = "tokenizer"
+
+_SIZES = frozenset(
+    ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+)
+
+# name -> array, or name -> the arrays of a quantized linear by name (see ``atom_jax.weights``).
+Tree = dict[str, Any]
+Specs = dict[str, Any]
+
+_spec = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded checkpoint: everything ``generate`` and ``forward`` take."""
+
+    path: Path
+    config: ModelConfig
+    params: nnx.State
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer, with the chat template if the model has one."""
+        return load_tokenizer(self.path)
+
+
+def linear_spec(shape: tuple[int, int], config: ModelConfig) -> Specs | jax.ShapeDtypeStruct:
+    """How a linear [N, K] is stored under this configuration; AtomError if its K does not suit the groups."""
+    quantization = config.quantization
+    if not quantization.quantizes_linears:
+        return _spec(shape, jnp.bfloat16)
+    return FORMATS[quantization.scheme].stored(shape, quantization)
+
+
+def layer_specs(config: ModelConfig) -> Specs:
+    """Shape and dtype of everything stored for one layer."""
+    specs: Specs = {name: linear_spec(shape, config) for name, shape in linear_shapes(config).items()}
+    specs |= {name: _spec(shape, jnp.float32) for name, shape in vector_shapes(config).items()}
+    return specs | {name: _spec(shape, jnp.int32) for name, shape in index_shapes(config).items()}
+
+
+def shared_specs(config: ModelConfig) -> Specs:
+    """Shape and dtype of everything stored outside the layers."""
+    table = _spec((config.vocab_size, config.hidden_size), jnp.bfloat16)
+    specs: Specs = {"embedding": table, "norm": _spec((config.hidden_size,), jnp.float32)}
+    return specs if config.tie_word_embeddings else specs | {"lm_head": table}
+
+
+def layer_path(checkpoint: Path, layer: int) -> Path:
+    """Where a layer is stored."""
+    return checkpoint / "params" / "layers" / f"{layer:04d}"
+
+
+def shared_path(checkpoint: Path) -> Path:
+    """Where everything outside the layers is stored."""
+    return checkpoint / "params" / "shared"
+
+
+def stored_form(tree: Mapping[str, Any], specs: Specs) -> Tree:
+    """``tree``'s arrays and quantized weights as NumPy arrays of the stored types."""
+
+    def store(value: Any, spec: Any) -> Any:
+        if isinstance(spec, Mapping):
+            return {name: store(getattr(value, name), spec[name]) for name in spec}
+        return np.asarray(value).astype(spec.dtype)
+
+    return {name: store(tree[name], spec) for name, spec in specs.items()}
+
+
+def write_tree(path: Path, tree: Tree) -> None:
+    """Writes one Orbax item; ``path`` exists afterwards complete or not at all.
+
+    Raises:
+      AtomError: it cannot be written, e.g. because the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _silent_orbax(), ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute(), tree, force=True)
+    except Exception as error:  # Orbax and TensorStore raise many types where a write fails
+        raise AtomError(f"{path}: cannot be written: {_one_line(error)}") from error
+
+
+def read_tree(path: Path, specs: Specs) -> Tree:
+    """Reads one Orbax item as NumPy arrays and checks it against ``specs``.
+
+    Raises:
+      AtomError: missing or unreadable, or a tensor of another shape or type than the configuration says.
+    """
+    if not path.is_dir():
+        raise AtomError(f"{path}: missing from the checkpoint")
+    try:
+        with _silent_orbax(), ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(path.absolute())
+    except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
+        raise AtomError(f"{path}: not readable: {_one_line(error)}") from error
+    _check_tree(path, "", tree, specs)
+    return tree
+
+
+@contextlib.contextmanager
+def _silent_orbax() -> Iterator[None]:
+    """Without the log of Orbax, whose threads print a traceback of any error that is about to be raised.
+
+    After an error TensorStore's threads, while they end, print that the event loop they report to is
+    closed: for good, these messages are not printed.
+    """
+    logger = logging.getLogger("absl")
+    level, hook = logger.level, sys.unraisablehook
+
+    def print_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = print_others
+    try:
+        yield
+        sys.unraisablehook = hook
+    finally:
+        logger.setLevel(level)
+
+
+def _one_line(error: Exception) -> str:
+    """The start of a library's message, which may be long, many lines, or empty.
+
+    Of TensorStore's, which end in what the operating system said, only that.
+    """
+    if said := re.search(r"([^:\[]+) \[os_error_code=", str(error)):
+        return said[1].strip()
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _check_tree(path: Path, prefix: str, tree: Any, specs: Specs) -> None:
+    found = set(tree) if isinstance(tree, Mapping) else set()
+    if found != set(specs):
+        under = prefix.removesuffix(".") or "the root"
+        raise AtomError(f"{path}: expected {sorted(specs)} under {under}, found {sorted(map(str, found))}")
+    for name, spec in specs.items():
+        value, label = tree[name], f"{prefix}{name}"
+        if isinstance(spec, dict):
+            _check_tree(path, f"{label}.", value, spec)
+        elif not hasattr(value, "shape") or value.shape != spec.shape or value.dtype != spec.dtype:
+            dtype, shape = getattr(value, "dtype", type(value).__name__), list(getattr(value, "shape", ()))
+            raise AtomError(
+                f"{path}: tensor {label}: expected {spec.dtype}{list(spec.shape)}, found {dtype}{shape}"
+            )
+
+
+def write_config(checkpoint: Path, config: ModelConfig) -> None:
+    """Writes the configuration, which is what makes a folder a checkpoint."""
+    data = {"format_version": FORMAT_VERSION, **config.to_json()}
+    (checkpoint / CONFIG_FILE).write_text(json.dumps(data, indent=2) + "\n")
+
+
+def read_config(checkpoint: Path) -> ModelConfig:
+    """The configuration of a checkpoint folder; AtomError if it is not one, or of another version."""
+    file = checkpoint / CONFIG_FILE
+    data = read_json(file)
+    version = data.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise AtomError(
+            f"{file}: not an Atom-JAX checkpoint of format {FORMAT_VERSION} (found {version!r}); "
+            "convert the original model with 'atom-jax convert'"
+        )
+    for name in _SIZES & data.keys():
+        if type(data[name]) is not int or data[name] < 1:
+            raise AtomError(f"{file}: {name} must be a positive integer, found {data[name]!r}")
+    try:
+        config = ModelConfig.from_json(data)
+        layer_specs(config)
+    except AtomError as error:
+        raise AtomError(f"{file}: {error}") from error
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; AtomError naming the file otherwise."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AtomError(f"{path}: no such file; is {path.parent} a converted checkpoint?") from None
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: bad UTF-8, bad JSON, an endless integer
+        raise AtomError(f"{path}: not readable as JSON: {_one_line(error)}") from error
+    if not isinstance(data, dict):
+        raise AtomError(f"{path}: a JSON object expected, found {type(data).__name__}")
+    return data
+
+
+def load_tokenizer(checkpoint: Path) -> Any:
+    """The transformers tokenizer of a checkpoint; AtomError if it has none, or a damaged one."""
+    from transformers import AutoTokenizer  # seconds to import, and inspect or eval on ids need none
+
+    folder = checkpoint / TOKENIZER_FOLDER
+    if not folder.is_dir():
+        raise AtomError(f"{folder}: the checkpoint has no tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers and tokenizers raise many types for a damaged file
+        raise AtomError(f"{folder}: not readable: {_one_line(error)}") from error
+
+
+def layer_params(tree: Tree, config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:
+    """A stored layer, or a stack of them, as the parameters of ``llama.Layer`` on the default device."""
+    quantization, shapes = config.quantization, linear_shapes(config)
+
+    def revive(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return FORMATS[quantization.scheme].revive(value, shapes[name], quantization)
+        return jnp.asarray(value, dtype if value.dtype == jnp.bfloat16 else value.dtype)
+
+    return {name: revive(name, value) for name, value in tree.items()}
+
+
+def default_dtype() -> jnp.dtype:
+    """Activations are float32 on a CPU, which has no bfloat16 arithmetic, and bfloat16 elsewhere."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def load(path: str | Path, *, dtype: jnp.dtype | None = None) -> Model:
+    """Loads a converted checkpoint onto the default device. Needs neither torch nor the original.
+
+    Args:
+      path: folder written by ``atom-jax convert``.
+      dtype: of activations and of matrices that are not quantized; None for ``default_dtype()``.
+
+    Raises:
+      AtomError: not a checkpoint, or a part of it is missing, damaged or does not fit its configuration.
+    """
+    path = Path(path)
+    config = read_config(path)
+    dtype = default_dtype() if dtype is None else dtype
+    specs = layer_specs(config)
+    stacked = jax.tree.map(lambda spec: np.empty((config.num_layers, *spec.shape), spec.dtype), specs)
+    for layer in range(config.num_layers):
+        tree = read_tree(layer_path(path, layer), specs)
+        jax.tree.map(lambda stack, value, layer=layer: stack.__setitem__(layer, value), stacked, tree)
+    tree = layer_params(read_tree(shared_path(path), shared_specs(config)), config, dtype)
+    # Popped one by one, so that host and device copies of only one parameter coexist.
+    layers = {name: layer_params({name: stacked.pop(name)}, config, dtype)[name] for name in list(stacked)}
+    return Model(path, config, make_params(config, {**tree, "layers": layers}))
+
+
+def abstract_params(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Any:
+    """The params that ``load`` would return for ``config``, as shapes: no file is read, no memory used."""
+
+    def build(shared: Tree, layers: Tree) -> nnx.State:
+        tree = layer_params(shared, config, dtype)
+        return make_params(config, {**tree, "layers": layer_params(layers, config, dtype)})
+
+    layers = jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct((config.num_layers, *spec.shape), spec.dtype), layer_specs(config)
+    )
+    return jax.eval_shape(build, shared_specs(config), layers)

@@ -1,0 +1,53 @@
+"""The command line, ``atom-jax``.
+
+Commands import JAX, transformers and ``convert`` when they run, not before: ``--help`` and a mistyped
+option answer at once. This package is the one place of ``atom_jax`` that imports ``convert``, which
+depends on ``atom_jax``; the imports stay inside the commands, so there is no cycle when a module loads.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from atom_jax.cli import compare, convert, demo, evaluate, explain, generate, inspect
+from atom_jax.cli.console import ReportingCommand
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("convert", cls=ReportingCommand)(convert.convert)
+app.command("generate", cls=ReportingCommand)(generate.generate)
+app.command("eval", cls=ReportingCommand)(evaluate.evaluate)
+app.command("compare", cls=ReportingCommand)(compare.compare)
+app.command("inspect", cls=ReportingCommand)(inspect.inspect)
+app.command("explain", cls=ReportingCommand)(explain.explain)
+app.command("demo", cls=ReportingCommand)(demo.demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from atom_jax import __version__
+
+        typer.echo(f"atom-jax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Llama-family models in JAX with 4-bit weights, activations and KV cache."""
+
+
+def main() -> None:
+    """The console script ``atom-jax`` and ``python -m atom_jax``."""
+    # The tokenizer needs no torch; without this transformers says so on every start.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    app(prog_name="atom-jax")

@@ -1,0 +1,118 @@
+"""What every command shares: results on stdout, everything for humans on stderr, errors as one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from typer.core import TyperCommand
+
+from atom_jax.errors import AtomError
+
+EXIT_ERROR = 2
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+# (stage, done, total); stages come one after the other.
+Report = Callable[[str, int, int], None]
+
+stderr = Console(stderr=True)
+stdout = Console()
+
+
+class ReportingCommand(TyperCommand):
+    """Turns what a user can cause into one line ``error: ...`` and status 2; a bug keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # the reader of our output is gone (`| head`): typer ends quietly
+        except AtomError as error:
+            message = str(error)
+        except OSError as error:
+            message = _os_error(error)
+        except MemoryError:
+            message = "out of memory"
+        except Exception as error:
+            # By name and text: an error must not cost the seconds that importing JAX takes.
+            if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            message = f"out of memory: {str(error).splitlines()[0]}"
+        fail(message)
+
+
+def fail(message: str) -> NoReturn:
+    """Prints ``error: message`` as one line on stderr and ends the command with status 2."""
+    line = f"error: {' '.join(message.split())}"
+    stderr.print(line, markup=False, highlight=False, soft_wrap=True, style="red")
+    raise typer.Exit(EXIT_ERROR)
+
+
+def _os_error(error: OSError) -> str:
+    reason = error.strerror or str(error) or type(error).__name__
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return f"{' -> '.join(names)}: {reason}" if names else reason
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """The result of a command for machines: one object, on stdout."""
+    json.dump(data, sys.stdout, indent=2, ensure_ascii=False)
+    sys.stdout.write("\n")
+
+
+def note(message: str) -> None:
+    """A line for humans, on stderr."""
+    stderr.print(message, markup=False, highlight=False, soft_wrap=True, style="dim")
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Report]:
+    """Draws one bar a stage on stderr while the block runs; in a log, a line when a stage is done."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    live = stderr.is_terminal
+    progress = Progress(*columns, console=stderr)
+    tasks: dict[str, TaskID] = {}
+    last_report = progress.get_time()
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal last_report
+        if stage not in tasks:
+            if live:
+                progress.start()  # not earlier: bars that never come would leave an empty line
+            for earlier in tasks.values():
+                progress.stop_task(earlier)
+            tasks[stage] = progress.add_task(stage)
+            # The first report of a stage comes when some of it, and its compilation, is done already.
+            progress.tasks[-1].start_time = last_report
+        progress.update(tasks[stage], completed=done, total=total)
+        if done == total and not live:
+            note(f"{stage}: {progress.tasks[-1].elapsed or 0:.1f} s")
+        last_report = progress.get_time()
+
+    try:
+        yield report
+    finally:
+        if live and tasks:
+            progress.stop()
+
+
+def format_bytes(count: int) -> str:
+    """``count`` with a decimal unit: 93.2 MB."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

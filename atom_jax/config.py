@@ -1,0 +1,178 @@
+"""Configuration of a model: its architecture and its quantization, frozen and hashable (static under jit)."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any, Literal
+
+from atom_jax.errors import AtomError
+
+RopeScaling = Literal["none", "linear", "llama3"]
+Scheme = Literal["bf16", "w8a8", "w4a16", "w4a8kv4", "w4a4kv4"]
+Reorder = Literal["folded", "per_layer", "none"]
+KvRope = Literal["pre", "post"]
+
+SCHEMES: tuple[str, ...] = typing.get_args(Scheme)
+GROUP_SIZES = (32, 64, 128)
+
+# Settings that a scheme has no use for, and the one value they have in it; any other is an error.
+_NO_OUTLIERS: dict[str, Any] = {"num_outliers": 0, "clip_w": 1.0, "clip_a": 1.0, "reorder": "none"}
+FIXED: dict[str, dict[str, Any]] = {
+    "bf16": {
+        "group_size": 128,
+        "num_outliers": 0,
+        "clip_w": 0.85,
+        "clip_a": 0.9,
+        "gptq": False,
+        "reorder": "folded",
+    },
+    "w8a8": {**_NO_OUTLIERS, "group_size": None, "gptq": False},
+    "w4a16": _NO_OUTLIERS,
+    "w4a8kv4": _NO_OUTLIERS,
+    "w4a4kv4": {},
+}
+# Defaults of a scheme that are not QuantConfig's.
+_DEFAULTS: dict[str, dict[str, Any]] = {name: {"kv_bits": 16} for name in ("bf16", "w8a8", "w4a16")}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: base frequency and the context-extension rule applied to it.
+
+    ``linear`` divides every frequency by ``factor``; ``llama3`` interpolates only the low ones
+    (Llama 3.1 model card), between wavelengths set by ``low_freq_factor``, ``high_freq_factor``
+    and ``original_max_position_embeddings``.
+    """
+
+    theta: float = 10000.0
+    scaling: RopeScaling = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """How a checkpoint is quantized (docs/quantization.md); ``preset`` makes one.
+
+    ``scheme`` says what a linear stores and multiplies: ``bf16`` floats; ``w8a8`` INT8 weights and
+    activations (SmoothQuant); ``w4a16`` INT4 weights, float activations; ``w4a8kv4`` INT4 weights of two
+    levels, INT8 activations (QServe); ``w4a4kv4`` INT4 weights and activations with INT8 outliers (Atom).
+    Settings that a scheme does not use have one value in it (``FIXED``).
+
+    ``smooth_keys`` is how far key channels are evened out before INT4 rounds them: 0 not at all, 1 fully.
+
+    ``kv_groups`` is how many scales an INT4 head of the cache has: 1 (the paper) or 2, one a half.
+
+    ``group_size=None`` is one group over the whole row and ``num_outliers=0`` keeps no outliers: together
+    they are the naive per-token, per-channel W4A4 that the method is compared with.
+    """
+
+    scheme: Scheme = "w4a4kv4"
+    group_size: int | None = 128
+    num_outliers: int = 128
+    clip_w: float = 0.85
+    clip_a: float = 0.9
+    gptq: bool = True
+    reorder: Reorder = "folded"
+    smooth_keys: float = 0.5
+    kv_bits: Literal[4, 16] = 4
+    kv_groups: Literal[1, 2] = 2
+    kv_rope: KvRope = "post"
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise AtomError(
+                f"scheme {self.scheme!r} is not supported; supported schemes: {', '.join(SCHEMES)}"
+            )
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            raise AtomError(f"group size {self.group_size} is not supported; use one of {GROUP_SIZES}")
+        if self.num_outliers < 0:
+            raise AtomError(f"number of outliers must not be negative, found {self.num_outliers}")
+        for name, value in FIXED[self.scheme].items():
+            if getattr(self, name) != value:
+                raise AtomError(f"{self.scheme} has no setting {name}; leave it out")
+        for name in ("clip_w", "clip_a"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise AtomError(f"{name} must be in (0, 1], found {getattr(self, name)}")
+        if not 0.0 <= self.smooth_keys <= 1.0:
+            raise AtomError(f"smooth_keys must be in [0, 1], found {self.smooth_keys}")
+        for name, values in (
+            ("reorder", Reorder),
+            ("kv_rope", KvRope),
+            ("kv_bits", Literal[4, 16]),
+            ("kv_groups", Literal[1, 2]),
+        ):
+            if getattr(self, name) not in typing.get_args(values):
+                raise AtomError(f"{name} {getattr(self, name)!r} is not one of {typing.get_args(values)}")
+
+    @property
+    def quantizes_linears(self) -> bool:
+        return self.scheme != "bf16"
+
+
+def preset(scheme: str, **changes: Any) -> QuantConfig:
+    """The named scheme with ``changes`` applied.
+
+    Raises:
+      AtomError: the scheme, or a changed value, is not supported.
+    """
+    settings = {**_DEFAULTS.get(scheme, {}), **FIXED.get(scheme, {}), **changes}
+    return QuantConfig(scheme=typing.cast(Scheme, scheme), **settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only Llama-family model.
+
+    ``qkv_bias``/``o_bias``/``mlp_bias`` say which projections carry a bias (Qwen2: only the first;
+    Llama with attention_bias: the first two); ``qk_norm`` is Qwen3's RMSNorm over head_dim.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope: RopeConfig = RopeConfig()
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    quantization: QuantConfig = QuantConfig(scheme="bf16", kv_bits=16, num_outliers=0, gptq=False)
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ModelConfig:
+        """Inverse of ``to_json``; unknown or missing keys raise ``AtomError``."""
+        try:
+            data = dict(data)
+            data["rope"] = RopeConfig(**data["rope"])
+            data["quantization"] = QuantConfig(**data["quantization"])
+            data["eos_token_ids"] = tuple(data["eos_token_ids"])
+            return cls(**data)
+        except (KeyError, TypeError) as error:
+            raise AtomError(f"model configuration is not readable: {error}") from error

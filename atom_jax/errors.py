@@ -1,0 +1,9 @@
+"""The one exception a user of the library or the command line has to know."""
+
+
+class AtomError(ValueError):
+    """Input that cannot be used: a file, a tensor, an option, a prompt.
+
+    The message is one line that names the culprit (file, tensor, shape expected and found) and,
+    where there is one, the remedy. The command line prints it and exits with status 2.
+    """

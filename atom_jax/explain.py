@@ -1,0 +1,84 @@
+"""What would run a model on this device: the implementation, tiles and roofline time of every op."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from atom_jax.checkpoint import abstract_params, default_dtype
+from atom_jax.config import ModelConfig
+from atom_jax.errors import AtomError
+from atom_jax.kv_cache import init_cache
+from atom_jax.llama import forward
+from pallas_kernels import calls
+from pallas_kernels.dispatch import AUTO, REFERENCE, record_choices, use_implementation
+from pallas_kernels.roofline import H200, seconds
+
+
+class Line(NamedTuple):
+    """One op of a layer at one shape.
+
+    Attributes:
+      count: calls a layer.
+      implementation, reason: what runs, and why not what is preferred.
+      configuration: tiles and the like; empty for the reference.
+      bytes, roofline_seconds: of one call, the time on one H200 at its data-sheet rates.
+    """
+
+    op: str
+    shape: str
+    count: int
+    implementation: str
+    reason: str
+    configuration: str
+    bytes: int
+    roofline_seconds: float
+
+
+def explain(
+    config: ModelConfig, *, batch: int, seq: int, context: int, implementation: str = AUTO
+) -> list[Line]:
+    """The ops of one layer when ``batch`` sequences of ``context`` tokens each run ``seq`` of them.
+
+    Nothing is computed and no weight is needed: the step is traced with shapes, and every op says what it
+    chose. With seq 1 this is a decode step.
+
+    Args:
+      implementation: see ``pallas_kernels.use_implementation``; "mosaic_sm90" shows, on any device, what a
+        Hopper GPU would run.
+
+    Raises:
+      AtomError: an op does not have that implementation, or it does not serve these shapes.
+    """
+    dtype = default_dtype() if implementation in (AUTO, REFERENCE) else jnp.bfloat16
+    params = abstract_params(config, dtype)
+    cache = jax.eval_shape(lambda: init_cache(config, batch, context, dtype=dtype))
+    tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
+
+    def step(*arguments: Any) -> Any:
+        # Not the jitted function: what jit has traced before would record nothing.
+        return inspect.unwrap(forward)(*arguments, config=config)
+
+    try:
+        with use_implementation(implementation), record_choices() as choices:
+            jax.eval_shape(step, params, tokens, tokens, cache)
+    except NotImplementedError as error:
+        raise AtomError(str(error)) from error
+    lines: dict[Line, int] = {}
+    for choice in choices:
+        cost = calls.cost(choice)
+        line = Line(
+            op=choice.op,
+            shape=calls.describe(choice),
+            count=1,
+            implementation=choice.implementation,
+            reason=choice.reason,
+            configuration="" if choice.configuration is None else str(choice.configuration),
+            bytes=cost.bytes,
+            roofline_seconds=seconds(cost, H200),
+        )
+        lines[line] = lines.get(line, 0) + 1
+    return [line._replace(count=count) for line, count in lines.items()]

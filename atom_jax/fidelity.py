@@ -1,0 +1,256 @@
+"""How far one model is from another on the same text: KL divergence, agreement, noise after each layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32, Shaped
+
+from atom_jax.config import ModelConfig
+from atom_jax.errors import AtomError
+from atom_jax.llama import merge
+from atom_jax.perplexity import by_rows, make_windows, start_windows, targets
+
+# Windows shorter than this run several at a time; more would only cost memory on a CPU.
+_BATCH_TOKENS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Fidelity:
+    """What ``compare`` measures of B against A, over ``tokens`` scored tokens.
+
+    Attributes:
+      perplexity_a: as ``perplexity`` gives it.
+      perplexity_b: likewise.
+      kl_divergence: mean of KL(A || B) over the predicted distributions, in nats.
+      top1_agreement: share of the tokens where both find the same one most likely.
+      layer_snr_db: after each layer, energy of A's residual stream over that of B's difference from it, over
+        the same tokens, in decibels; infinite where there is no difference, None where ``no_snr`` says why.
+      no_snr: why the residual streams of the two models cannot be compared; None where they can.
+      tokens: all but the first of each window.
+      seconds: of the measurement, compilation included.
+    """
+
+    perplexity_a: float
+    perplexity_b: float
+    kl_divergence: float
+    top1_agreement: float
+    layer_snr_db: tuple[float, ...] | None
+    no_snr: str | None
+    tokens: int
+    seconds: float
+
+
+class _Sums(NamedTuple):
+    """Of each row, or summed over the scored tokens of some windows."""
+
+    nll_a: Float32[Array, "*rows"]
+    nll_b: Float32[Array, "*rows"]
+    kl: Float32[Array, "*rows"]
+    agreed: Shaped[Array, "*rows"]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "residuals"))
+def window_states(
+    params: nnx.State,
+    tokens: Int32[Array, "batch seq"],
+    lengths: Int32[Array, " batch"],
+    *,
+    config: ModelConfig,
+    residuals: bool,
+) -> tuple[Float[Array, "batch seq hidden"], Float[Array, "layers batch*seq hidden"] | None]:
+    """What the head reads, and the residual stream after each layer if ``residuals``."""
+    model = merge(params, config)
+    positions, cache = start_windows(model, tokens, lengths)
+    hidden, _, seen = model.observed(tokens, positions, cache, lambda x: x if residuals else None)
+    return hidden, seen
+
+
+@functools.partial(jax.jit, static_argnames=("config_a", "config_b"))
+def window_sums(
+    params_a: nnx.State,
+    params_b: nnx.State,
+    hidden_a: Float[Array, "batch seq hidden_a"],
+    hidden_b: Float[Array, "batch seq hidden_b"],
+    tokens: Int32[Array, "batch seq"],
+    lengths: Int32[Array, " batch"],
+    *,
+    config_a: ModelConfig,
+    config_b: ModelConfig,
+) -> _Sums:
+    """Compares the two heads' distributions of tokens 1..length-1 of each row, a piece of rows at a time."""
+    model_a, model_b = merge(params_a, config_a), merge(params_b, config_b)
+
+    following, scored = targets(tokens, lengths)
+
+    def scores(hidden_a: Array, hidden_b: Array, targets: Array) -> _Sums:
+        log_a = jax.nn.log_softmax(model_a.logits(hidden_a), axis=-1)
+        log_b = jax.nn.log_softmax(model_b.logits(hidden_b), axis=-1)
+        nll_a, nll_b = (-jnp.take_along_axis(log, targets[:, None], axis=-1)[:, 0] for log in (log_a, log_b))
+        kl = jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
+        return _Sums(nll_a, nll_b, kl, jnp.argmax(log_a, axis=-1) == jnp.argmax(log_b, axis=-1))
+
+    rows = tokens.size
+    each = by_rows(scores, hidden_a.reshape(rows, -1), hidden_b.reshape(rows, -1), following)
+    return jax.tree.map(lambda x: jnp.sum(jnp.where(scored, x.astype(jnp.float32), 0.0)), each)
+
+
+@jax.jit
+def layer_energies(
+    residuals_a: Float[Array, "layers rows hidden"],
+    residuals_b: Float[Array, "layers rows hidden"],
+    order: Int32[Array, " hidden"],
+    lengths: Int32[Array, " batch"],
+) -> Float32[Array, "layers 2"]:
+    """After each layer: energy of A's residual stream, and of B's minus A's, over tokens 1..length-1."""
+    seq = residuals_a.shape[1] // lengths.shape[0]
+    columns = jnp.arange(seq)
+    # The first token is left out as in perplexity: it attends to itself alone, and in trained models grows so
+    # large (98% of all energy in the middle layers of SmolLM2) that it would hide the noise of all others.
+    counted = ((columns > 0) & (columns < lengths[:, None])).reshape(-1, 1)
+
+    def energies(pair: tuple[Array, Array]) -> Float32[Array, "2"]:
+        a, b = (x.astype(jnp.float32) for x in pair)
+        noise = b[:, order] - a
+        return jnp.stack([jnp.sum(jnp.where(counted, jnp.square(x), 0.0)) for x in (a, noise)])
+
+    return jax.lax.map(energies, (residuals_a, residuals_b))
+
+
+def residual_order(
+    embedding_a: Shaped[Array | np.ndarray, "vocab hidden"],
+    embedding_b: Shaped[Array | np.ndarray, "vocab_b hidden_b"],
+) -> Int32[np.ndarray, " hidden"]:
+    """For each channel of A's residual stream, the channel of B's that holds the same.
+
+    Reordering (``reorder="folded"``) permutes the columns of the embedding and changes nothing else in it, so
+    a column of A is found in B by its values, compared as bfloat16, which is how checkpoints store them.
+
+    Raises:
+      AtomError: the columns of one are not those of the other, or two are equal, so that nothing tells them
+        apart.
+    """
+    if embedding_a.shape != embedding_b.shape:
+        raise AtomError(
+            f"the embeddings are of shapes {list(embedding_a.shape)} and {list(embedding_b.shape)}"
+        )
+    columns_a, columns_b = (
+        np.ascontiguousarray(np.asarray(jnp.asarray(x, jnp.bfloat16)).view(np.uint16).T)
+        for x in (embedding_a, embedding_b)
+    )
+    if np.array_equal(columns_a, columns_b):
+        return np.arange(len(columns_a), dtype=np.int32)
+    keys_a, keys_b = ([column.tobytes() for column in columns] for columns in (columns_a, columns_b))
+    if foreign := (Counter(keys_a) - Counter(keys_b)).total():
+        raise AtomError(
+            f"{foreign} of {len(keys_a)} columns of one embedding are not in the other: the models are not "
+            "reorderings of one model"
+        )
+    places = {key: place for place, key in enumerate(keys_b)}
+    if equal := len(keys_b) - len(places):
+        raise AtomError(
+            f"{equal} columns of the embedding equal an earlier one, so the order of the residual stream "
+            "cannot be recovered"
+        )
+    return np.asarray([places[key] for key in keys_a], np.int32)
+
+
+def _order_or_reason(
+    params_a: nnx.State, params_b: nnx.State, config_a: ModelConfig, config_b: ModelConfig
+) -> tuple[Int32[np.ndarray, " hidden"] | None, str | None]:
+    """``residual_order``, or None and why the streams cannot be compared."""
+    if config_a.num_layers != config_b.num_layers:
+        return None, f"the models have {config_a.num_layers} and {config_b.num_layers} layers"
+    try:
+        models = merge(params_a, config_a), merge(params_b, config_b)
+        return residual_order(*(model.embedding.get_value() for model in models)), None
+    except AtomError as error:
+        return None, str(error)
+
+
+def compare(
+    params_a: nnx.State,
+    params_b: nnx.State,
+    tokens: Sequence[int] | np.ndarray,
+    *,
+    config_a: ModelConfig,
+    config_b: ModelConfig,
+    seq_len: int = 512,
+    max_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Fidelity:
+    """Compares model B with model A (usually the float original) on the windows ``perplexity`` uses.
+
+    Args:
+      params_a: from ``load`` or ``make_params``, like ``params_b``; both are in memory.
+      tokens: ids of the whole text.
+      config_a: of model A; the layers are compared where B has the same number and the same embedding up to
+        the order of its channels.
+      seq_len: tokens of a window.
+      max_tokens: only that many from the start.
+      progress: called with (tokens done, tokens in all).
+
+    Raises:
+      AtomError: different vocabularies, fewer than two tokens, ids out of range, a window length that a
+        model does not have, or a model whose output is not finite.
+    """
+    if config_a.vocab_size != config_b.vocab_size:
+        raise AtomError(
+            f"the models have different vocabularies: {config_a.vocab_size} and {config_b.vocab_size} tokens"
+        )
+    shorter = min(config_a, config_b, key=lambda config: config.max_position_embeddings)
+    windows, lengths = make_windows(tokens, config=shorter, seq_len=seq_len, max_tokens=max_tokens)
+    started = time.perf_counter()
+    order, no_snr = _order_or_reason(params_a, params_b, config_a, config_b)
+    batch = min(max(1, _BATCH_TOKENS // seq_len), len(windows))
+    sums = np.zeros(len(_Sums._fields))
+    energies = np.zeros((config_a.num_layers, 2))
+    for start in range(0, len(windows), batch):
+        missing = max(0, start + batch - len(windows))  # windows of length 0 fill up the last batch
+        some = jnp.asarray(np.pad(windows[start : start + batch], ((0, missing), (0, 0))))
+        counts = jnp.asarray(np.pad(lengths[start : start + batch], (0, missing)))
+        states = functools.partial(window_states, residuals=order is not None)
+        hidden_a, residuals_a = states(params_a, some, counts, config=config_a)
+        hidden_b, residuals_b = states(params_b, some, counts, config=config_b)
+        sums += np.asarray(
+            window_sums(
+                params_a, params_b, hidden_a, hidden_b, some, counts, config_a=config_a, config_b=config_b
+            ),
+            np.float64,
+        )
+        if order is not None:
+            assert residuals_a is not None and residuals_b is not None
+            energies += np.asarray(layer_energies(residuals_a, residuals_b, order, counts), np.float64)
+        if progress is not None:
+            progress(int(lengths[: start + batch].sum()), int(lengths.sum()))
+    scored = int((lengths - 1).sum())
+    for name, nll in zip("AB", sums, strict=False):
+        if not math.isfinite(nll):
+            raise AtomError(f"the output of model {name} is not finite")
+    nll_a, nll_b, kl, agreed = sums / scored
+    return Fidelity(
+        perplexity_a=math.exp(nll_a),
+        perplexity_b=math.exp(nll_b),
+        kl_divergence=float(kl),
+        top1_agreement=float(agreed),
+        layer_snr_db=None if order is None else tuple(_decibels(*pair) for pair in energies),
+        no_snr=no_snr,
+        tokens=scored,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise == 0.0:
+        return math.inf
+    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf

@@ -1,0 +1,92 @@
+"""Linears and what stands before them. The type of the weight says how its input is prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from atom_jax.config import ModelConfig
+from pallas_kernels import (
+    ActivationFormat,
+    QuantizedActivation,
+    QuantizedWeight,
+    TwoLevelWeight,
+    WeightOnlyInt4,
+    grouped_matmul,
+    norm_quantize,
+    quantize,
+    silu_quantize,
+    two_level_matmul,
+    weight_only_matmul,
+)
+from pallas_kernels.norm_quantize.reference import rms_norm
+from pallas_kernels.silu_quantize.reference import silu_mul
+
+Weight = Float[Array, "*lead n k"] | QuantizedWeight | TwoLevelWeight | WeightOnlyInt4
+Activation = Float[Array, "m k"] | QuantizedActivation
+
+# How to multiply with a quantized weight; a float one is multiplied by XLA.
+_MATMULS: dict[type, Callable[..., Array]] = {
+    QuantizedWeight: grouped_matmul,
+    TwoLevelWeight: two_level_matmul,
+    WeightOnlyInt4: weight_only_matmul,
+}
+
+
+def _format(weight: Weight, config: ModelConfig) -> ActivationFormat | None:
+    """How the input of ``weight`` is quantized; None if it stays in floating point."""
+    if isinstance(weight, QuantizedWeight | TwoLevelWeight):
+        return weight.activation_format(config.quantization.clip_a)
+    return None
+
+
+def norm_input(
+    x: Float[Array, "m k"],
+    norm: Float[Array, " k"],
+    weight: Weight,
+    indices: Int32[Array, " k"] | None,
+    config: ModelConfig,
+) -> Activation:
+    """RMSNorm of the residual stream, in the format ``weight`` multiplies."""
+    if fmt := _format(weight, config):
+        return norm_quantize(x, norm, eps=config.rms_norm_eps, fmt=fmt, indices=indices)[0]
+    return rms_norm(x, norm, config.rms_norm_eps)
+
+
+def attention_input(
+    x: Float[Array, "m k"], weight: Weight, indices: Int32[Array, " k"] | None, config: ModelConfig
+) -> Activation:
+    """The attention output, in the format ``weight`` (o_proj) multiplies."""
+    if fmt := _format(weight, config):
+        return quantize(x, fmt, indices)
+    return x
+
+
+def mlp_input(gate_up: Float[Array, "m two_k"], weight: Weight, config: ModelConfig) -> Activation:
+    """``silu(gate) * up``, in the format ``weight`` (down_proj) multiplies."""
+    if fmt := _format(weight, config):
+        return silu_quantize(gate_up, fmt)
+    return silu_mul(gate_up).astype(gate_up.dtype)
+
+
+def linear(
+    x: Activation,
+    weight: Weight,
+    bias: Float[Array, " n"] | None,
+    dtype: jnp.dtype,
+    residual: Float[Array, "m n"] | None = None,
+) -> Float[Array, "m n"]:
+    """``x @ weight.T (+ bias) (+ residual)``, accumulated in float32, returned in ``dtype``."""
+    if matmul := _MATMULS.get(type(weight)):
+        return matmul(x, weight, bias=bias, residual=residual, out_dtype=dtype)
+    assert isinstance(weight, jax.Array) and not isinstance(x, QuantizedActivation)
+    # The weight on the left: XLA's CPU matmul is fastest that way for few rows, and a GPU's does not care.
+    y = jnp.matmul(weight, x.T, preferred_element_type=jnp.float32).T
+    if bias is not None:
+        y = y + bias
+    if residual is not None:
+        y = y + residual
+    return y.astype(dtype)

@@ -1,0 +1,233 @@
+"""The Llama family as Flax NNX modules used functionally: params and cache in, logits and cache out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from atom_jax.config import ModelConfig
+from atom_jax.layers import attention_input, linear, mlp_input, norm_input
+from atom_jax.rope import rope_table
+from pallas_kernels import PagedKVCache, kv_append, paged_attention
+from pallas_kernels.norm_quantize.reference import rms_norm
+
+Capture = dict[str, Array]
+
+
+class Step(NamedTuple):
+    """What every layer of one forward pass shares: where its tokens stand."""
+
+    positions: Int32[Array, "batch seq"]
+    slots: Int32[Array, "batch*seq"]
+    cos: Float32[Array, "batch*seq half"]
+    sin: Float32[Array, "batch*seq half"]
+    key_rope: tuple[Float32[Array, "keys half"], Float32[Array, "keys half"]] | None
+
+
+def make_step(positions: Int32[Array, "batch seq"], cache: PagedKVCache, config: ModelConfig) -> Step:
+    """The step for tokens at ``positions``."""
+    cos, sin = rope_table(positions.reshape(-1), config.rope, config.head_dim)
+    key_rope = None
+    if cache.kv_rope == "pre":
+        key_rope = rope_table(jnp.arange(cache.max_length), config.rope, config.head_dim)
+    return Step(positions, cache.slots(positions), cos, sin, key_rope)
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """[N, K] of each linear of a layer; q/k/v and gate/up are one weight each."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    return {
+        "qkv_proj": (config.q_size + 2 * config.kv_size, hidden),
+        "o_proj": (hidden, config.q_size),
+        "gate_up_proj": (2 * mlp, hidden),
+        "down_proj": (hidden, mlp),
+    }
+
+
+def vector_shapes(config: ModelConfig) -> dict[str, tuple[int]]:
+    """Shape of each float vector of a layer: norms, and the biases this family has."""
+    hidden = config.hidden_size
+    shapes = {"input_norm": (hidden,), "post_attention_norm": (hidden,)}
+    if config.qk_norm:
+        shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
+    for name, present in (
+        ("qkv", config.qkv_bias),
+        ("o", config.o_bias),
+        ("gate_up", config.mlp_bias),
+        ("down", config.mlp_bias),
+    ):
+        if present:
+            shapes[f"{name}_bias"] = (linear_shapes(config)[f"{name}_proj"][0],)
+    return shapes
+
+
+def index_shapes(config: ModelConfig) -> dict[str, tuple[int]]:
+    """Shape of each input order of a layer; empty unless the checkpoint is reordered per layer."""
+    if config.quantization.reorder != "per_layer" or not config.quantization.quantizes_linears:
+        return {}
+    hidden = config.hidden_size
+    return {"qkv_indices": (hidden,), "o_indices": (config.q_size,), "gate_up_indices": (hidden,)}
+
+
+class Layer(nnx.Module):
+    """One decoder layer. A stack of layers is this module with a leading axis on every parameter."""
+
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any]) -> None:
+        self.config = config
+        for name in (*linear_shapes(config), *vector_shapes(config), *index_shapes(config)):
+            setattr(self, name, nnx.Param(params[name]))
+
+    def param(self, name: str) -> Any:
+        """The value of a parameter, None where this family has none."""
+        variable = getattr(self, name, None)
+        return None if variable is None else variable.get_value()
+
+    def __call__(
+        self,
+        x: Float[Array, "m hidden"],
+        cache: PagedKVCache,
+        layer: Int32[Array, ""],
+        step: Step,
+        capture: Capture | None = None,
+    ) -> tuple[Float[Array, "m hidden"], PagedKVCache]:
+        """The residual stream after the layer, and the cache with this layer's keys and values.
+
+        Args:
+          capture: filled with the input of each linear (calibration; float weights only).
+        """
+        config, param = self.config, self.param
+
+        def project(name: str, inputs: Any, residual: Array | None = None) -> Array:
+            if capture is not None:
+                capture[name] = inputs
+            return linear(inputs, param(f"{name}_proj"), param(f"{name}_bias"), x.dtype, residual)
+
+        normed = norm_input(x, param("input_norm"), param("qkv_proj"), param("qkv_indices"), config)
+        q, cache = kv_append(
+            project("qkv", normed),
+            cache,
+            layer=layer,
+            slots=step.slots,
+            cos=step.cos,
+            sin=step.sin,
+            num_heads=config.num_heads,
+            q_norm=param("q_norm"),
+            k_norm=param("k_norm"),
+            eps=config.rms_norm_eps,
+        )
+        q = q.reshape(*step.positions.shape, config.num_heads, config.head_dim)
+        attended = paged_attention(q, cache, layer=layer, positions=step.positions, key_rope=step.key_rope)
+        attended = attended.reshape(x.shape[0], config.q_size)
+        x = project("o", attention_input(attended, param("o_proj"), param("o_indices"), config), residual=x)
+
+        normed = norm_input(
+            x, param("post_attention_norm"), param("gate_up_proj"), param("gate_up_indices"), config
+        )
+        inner = mlp_input(project("gate_up", normed), param("down_proj"), config)
+        return project("down", inner, residual=x), cache
+
+
+class Llama(nnx.Module):
+    """Embedding, a stack of layers run by ``lax.scan``, final norm and head (tied or not)."""
+
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any]) -> None:
+        self.config = config
+        self.embedding = nnx.Param(params["embedding"])
+        self.layers = Layer(config, params["layers"])
+        self.norm = nnx.Param(params["norm"])
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Param(params["lm_head"])
+
+    def hidden(
+        self, tokens: Int32[Array, "batch seq"], positions: Int32[Array, "batch seq"], cache: PagedKVCache
+    ) -> tuple[Float[Array, "batch seq hidden"], PagedKVCache]:
+        """The normalized output of the last layer."""
+        return self.observed(tokens, positions, cache, lambda x: None)[:2]
+
+    def observed(
+        self,
+        tokens: Int32[Array, "batch seq"],
+        positions: Int32[Array, "batch seq"],
+        cache: PagedKVCache,
+        observe: Callable[[Float[Array, "m hidden"]], Any],
+    ) -> tuple[Float[Array, "batch seq hidden"], PagedKVCache, Any]:
+        """``hidden``, and what ``observe`` makes of the residual stream after each layer, stacked."""
+        step = make_step(positions, cache, self.config)
+        x = jnp.take(self.embedding.get_value(), tokens.reshape(-1), axis=0, mode="clip")
+        structure, stacked = nnx.split(self.layers)
+
+        def body(carry, layer_params):
+            # The index is counted, not scanned over: slicing it from an array would be a launch a layer.
+            x, cache, layer = carry
+            x, cache = nnx.merge(structure, layer_params)(x, cache, layer, step)
+            return (x, cache, layer + 1), observe(x)
+
+        (x, cache, _), seen = lax.scan(body, (x, cache, jnp.int32(0)), stacked)
+        x = rms_norm(x, self.norm.get_value(), self.config.rms_norm_eps)
+        return x.reshape(*tokens.shape, -1), cache, seen
+
+    def logits(self, hidden: Float[Array, "*lead hidden"]) -> Float32[Array, "*lead vocab"]:
+        head = self.embedding if self.config.tie_word_embeddings else self.lm_head
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return linear(rows, head.get_value(), None, jnp.float32).reshape(*hidden.shape[:-1], -1)
+
+
+def make_params(config: ModelConfig, tree: Mapping[str, Any]) -> nnx.State:
+    """The params ``forward`` takes, from a nested dict of arrays and quantized weights.
+
+    Args:
+      tree: "embedding" [vocab, hidden], "norm" [hidden], "lm_head" [vocab, hidden] unless tied, and
+        "layers": the names of ``linear_shapes``, ``vector_shapes`` and ``index_shapes``, each with a
+        leading layer axis.
+    """
+    return nnx.split(Llama(config, tree))[1]
+
+
+@functools.cache
+def graphdef(config: ModelConfig) -> nnx.GraphDef:
+    """The structure that belongs to ``make_params``; the same for float and quantized weights."""
+    names = (*linear_shapes(config), *vector_shapes(config), *index_shapes(config))
+    tree = dict.fromkeys(("embedding", "norm", "lm_head"), 0) | {"layers": dict.fromkeys(names, 0)}
+    return nnx.split(Llama(config, tree))[0]
+
+
+def merge(params: nnx.State, config: ModelConfig) -> Llama:
+    """The model holding ``params``."""
+    return nnx.merge(graphdef(config), params)
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+def forward(
+    params: nnx.State,
+    tokens: Int32[Array, "batch seq"],
+    positions: Int32[Array, "batch seq"],
+    cache: PagedKVCache,
+    *,
+    config: ModelConfig,
+    select: Int32[Array, "batch n"] | None = None,
+) -> tuple[Float32[Array, "batch seq vocab"], PagedKVCache]:
+    """Runs ``tokens`` at ``positions`` on top of what the cache holds. Pure; the cache is donated.
+
+    Args:
+      params: from ``make_params`` or ``load``.
+      tokens: a prompt, a chunk of one, or one token a sequence.
+      positions: in the sequence; negative marks padding, which is neither cached nor meaningful.
+      cache: from ``init_cache``; holds all earlier positions of each sequence.
+      config: static.
+      select: columns whose logits are wanted (e.g. the last token); None for all.
+
+    Returns:
+      float32 logits of the selected columns, and the cache that also holds these tokens.
+    """
+    model = merge(params, config)
+    hidden, cache = model.hidden(tokens, positions, cache)
+    if select is not None:
+        hidden = jnp.take_along_axis(hidden, select[..., None], axis=1)
+    return model.logits(hidden), cache

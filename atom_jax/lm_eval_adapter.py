@@ -1,0 +1,311 @@
+"""Our models as a language model of lm-eval (EleutherAI's lm-evaluation-harness), the extra ``eval``.
+
+Importing this module imports ``lm_eval``, and raises AtomError where that is not installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.metadata
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from atom_jax.checkpoint import Model
+from atom_jax.errors import AtomError
+from atom_jax.generation import stream
+from atom_jax.sampling import SamplingParams
+from atom_jax.scoring import score
+
+Report = Callable[[str, int, int], None]
+
+# lm-eval's own default for tasks that do not say how much to generate.
+_MAX_NEW_TOKENS = 256
+
+
+def _lm_eval(module: str) -> Any:
+    """A module of lm-eval, an extra that is absent where types are checked."""
+    try:
+        importlib.import_module("lm_eval")
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise  # it is there, but broken
+        raise AtomError("tasks need lm-eval: pip install 'atom-jax[eval]'") from None
+    return importlib.import_module(f"lm_eval.{module}")
+
+
+_TemplateLM: Any = _lm_eval("api.model").TemplateLM
+
+
+@dataclasses.dataclass(frozen=True)
+class _Generation:
+    """What a task asks of ``generate_until``; requests that ask for the same run together."""
+
+    until: tuple[str, ...]
+    max_new_tokens: int
+    sampling: SamplingParams
+
+
+class AtomLM(_TemplateLM):
+    """A loaded checkpoint as lm-eval sees it: it scores continuations and writes until a stop string.
+
+    Contexts and continuations become tokens as in lm-eval's own model for transformers, so that results
+    compare: a continuation's tokens are what it adds to its context's, an empty context is the BOS token (EOS
+    where there is none), too long a context loses its start.
+
+    Args:
+      model: from ``atom_jax.load``, with a tokenizer.
+      batch_size: sequences that run at a time.
+      seed: of tasks that sample.
+      report: called with (stage, done, total).
+    """
+
+    def __init__(
+        self, model: Model, *, batch_size: int = 8, seed: int = 0, report: Report | None = None
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise AtomError(f"batch size must be at least 1, found {batch_size}")
+        self.model, self.batch_size, self.seed = model, batch_size, seed
+        self.tokenizer = model.tokenizer
+        self._report = report or (lambda stage, done, total: None)
+
+    @property
+    def max_length(self) -> int:
+        return self.model.config.max_position_embeddings
+
+    @property
+    def eot_token_id(self) -> int:
+        if self.tokenizer.eos_token_id is None:
+            raise AtomError(f"the tokenizer of {self.model.path} has no end-of-sequence token")
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids, with the special tokens the tokenizer adds unless ``string`` begins with BOS already."""
+        if add_special_tokens is None:
+            prefix = self.tokenizer.decode([self.prefix_token_id])
+            add_special_tokens = not string.startswith(prefix)
+        # Longer than the model's context is no mistake here: it is cut.
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation, and whether greedy decoding would give it, in order."""
+        pairs = []
+        for text, context, continuation in requests:
+            if not 0 < len(continuation) <= self.max_length:
+                raise AtomError(
+                    f"a continuation of {len(continuation)} tokens cannot be scored with a context of "
+                    f"{self.max_length}: {str(text)[:80]!r}"
+                )
+            keep = self.max_length + 1 - len(continuation)  # the last token is not read
+            pairs.append((context[-keep:], continuation))
+        return [tuple(scored) for scored in self._score(pairs, "scored continuations")]
+
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], stage: str) -> list[Any]:
+        return score(
+            self.model.params,
+            pairs,
+            config=self.model.config,
+            batch_size=self.batch_size,
+            progress=lambda done, total: self._report(stage, done, total),
+        )
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
+        """Log-likelihood of each text, whole: in windows as long as the model's context if it is longer."""
+        utils = _lm_eval("utils")
+        pairs, owners = [], []
+        for number, request in enumerate(requests):
+            windows = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in windows:
+                pairs.append(utils.make_disjoint_window(window))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for number, scored in zip(owners, self._score(pairs, "scored windows"), strict=True):
+            totals[number] += scored.log_likelihood
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+        """The text generated for each request, in order, up to its first stop string."""
+        groups: dict[_Generation, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(_generation(request.args[1]), []).append(number)
+        texts: dict[int, str] = {}
+        for generation, members in groups.items():
+            room = self.max_length - generation.max_new_tokens
+            if room < 1:
+                raise AtomError(
+                    f"{generation.max_new_tokens} new tokens leave no room for a prompt in a context of "
+                    f"{self.max_length}"
+                )
+            prompts = {}
+            for number in members:
+                ids = self.tok_encode(requests[number].args[0])[-room:]
+                prompts[number] = ids or [self.prefix_token_id]
+            members = sorted(members, key=lambda number: -len(prompts[number]))
+            for start in range(0, len(members), self.batch_size):
+                some = members[start : start + self.batch_size]
+                rows = [prompts[number] for number in some]
+                # Filled up with copies of the last: a smaller batch would compile once more.
+                fill = min(self.batch_size, len(members)) - len(rows)
+                texts |= zip(some, self._generate(rows + fill * rows[-1:], generation), strict=False)
+                self._report("generated texts", len(texts), len(requests))
+        return [texts[number] for number in range(len(requests))]
+
+    def _generate(self, prompts: list[list[int]], generation: _Generation) -> list[str]:
+        """One batch, step by step until each row has ended or its text holds a stop string."""
+        tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        config = self.model.config
+        ends = {*config.eos_token_ids, self.eot_token_id}
+        rows: list[list[int]] = [[] for _ in prompts]
+        texts = [""] * len(prompts)
+        done = [False] * len(prompts)
+        for step, _ in stream(
+            self.model.params,
+            tokens,
+            np.asarray([len(prompt) for prompt in prompts]),
+            config=config,
+            max_new_tokens=generation.max_new_tokens,
+            key=jax.random.key(self.seed),
+            sampling=generation.sampling,
+            stop_ids=(self.eot_token_id,),
+        ):
+            for place, token in enumerate(step.tolist()):
+                if done[place]:
+                    continue
+                if token in ends:
+                    done[place] = True
+                    continue
+                rows[place].append(token)
+                text = self.tokenizer.decode(rows[place], skip_special_tokens=True)
+                texts[place], done[place] = _until(text, generation.until)
+            if all(done):
+                break
+        return texts
+
+
+def _until(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """``text`` before the first stop string, and whether there is one."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+def _generation(options: dict[str, Any]) -> _Generation:
+    """A task's ``generation_kwargs``; AtomError for one that would change the result and is not known."""
+    options = dict(_lm_eval("models.utils").normalize_gen_kwargs(options, _MAX_NEW_TOKENS))
+    until = options.pop("until", None) or []
+    until = [until] if isinstance(until, str) else until
+    max_new_tokens = options.pop("max_gen_toks")
+    temperature, sample = options.pop("temperature", 0.0), options.pop("do_sample")
+    top_k, top_p = options.pop("top_k", 0), options.pop("top_p", 1.0)
+    sampling = SamplingParams(temperature, top_k, top_p) if sample else SamplingParams()
+    if options.pop("num_beams", 1) != 1:
+        raise AtomError("generation with beams is not supported")
+    if options:
+        raise AtomError(f"generation options that are not supported: {', '.join(sorted(options))}")
+    return _Generation(tuple(stop for stop in until if stop), max_new_tokens, sampling)
+
+
+def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[Any]:
+    """lm-eval's tasks and groups of tasks of these names (or patterns such as ``mmlu_*``), with their data.
+
+    Args:
+      include_path: a folder with YAML files of further tasks.
+
+    Raises:
+      AtomError: no task of that name, or one whose data set cannot be had, e.g. without a network.
+    """
+    if include_path is not None and not include_path.is_dir():
+        raise AtomError(f"{include_path}: no such folder")
+    names = [name.strip() for name in names]
+    make_manager = _lm_eval("tasks").TaskManager
+    # Reading the index of lm-eval's own 15,000 tasks takes many seconds.
+    manager = make_manager(include_path=include_path, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = make_manager(include_path=include_path)
+    matches = {name: manager.match_tasks([name]) for name in names}
+    if missing := [name for name, found in matches.items() if not found]:
+        raise AtomError(f"lm-eval has no task {', '.join(map(repr, missing))}; --include-path adds a folder")
+    tasks: dict[str, Any] = {}
+    for name in dict.fromkeys(match for found in matches.values() for match in found):
+        try:
+            loaded = manager.load([name])
+        except Exception as error:  # the libraries raise many types where a data set or a task is not usable
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise AtomError(f"task {name}: its data cannot be loaded: {reason}") from error
+        group = loaded["groups"].get(name)
+        tasks |= loaded["tasks"] if group is None else {name: group}
+    return list(tasks.values())
+
+
+def run_tasks(
+    lm: AtomLM, tasks: Sequence[Any], *, limit: int | None = None, num_fewshot: int | None = None
+) -> dict[str, Any]:
+    """Evaluates ``load_tasks``' tasks.
+
+    Args:
+      limit: only that many examples of each.
+      num_fewshot: solved examples before each; None for the task's own number.
+
+    Returns:
+      What JSON can hold: "results" (task or group -> metric -> "value" and "stderr", None where there is
+      none), "examples", "num_fewshot" and "versions" of each task, "lm_eval" (its version), "seconds".
+    """
+    started = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
+        found = _lm_eval("evaluator").simple_evaluate(
+            model=lm, tasks=list(tasks), limit=limit, num_fewshot=num_fewshot, log_samples=False
+        )
+    metrics = {**found["results"], **found.get("groups", {})}
+    return {
+        "results": {name: _metrics(values) for name, values in metrics.items()},
+        "examples": {name: count["effective"] for name, count in found["n-samples"].items()},
+        "num_fewshot": found["n-shot"],
+        "versions": found["versions"],
+        "lm_eval": importlib.metadata.version("lm_eval"),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """lm-eval's flat "acc,none" and "acc_stderr,none" as "acc": {"value", "stderr"}."""
+    result = {}
+    for key, value in values.items():
+        metric, comma, chosen = key.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        name = metric if chosen == "none" else key
+        result[name] = {"value": _number(value), "stderr": _number(values.get(f"{metric}_stderr,{chosen}"))}
+    return result
+
+
+def _number(value: Any) -> float | None:
+    """A metric, None where it is not a finite number ("N/A", or the error of a single example)."""
+    try:
+        return float(value) if math.isfinite(value) else None
+    except TypeError:
+        return None

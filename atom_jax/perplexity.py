@@ -1,0 +1,165 @@
+"""Perplexity of a text over non-overlapping windows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
+
+from atom_jax.config import ModelConfig
+from atom_jax.errors import AtomError
+from atom_jax.kv_cache import init_cache
+from atom_jax.llama import Llama, merge
+from pallas_kernels import PagedKVCache
+
+# Rows whose logits exist at one time: [rows, vocab] float32 is the largest array of an evaluation.
+_HEAD_ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityResult:
+    """``tokens`` counts the scored ones: all but the first of each window."""
+
+    perplexity: float
+    tokens: int
+    seconds: float
+
+
+def by_rows(score: Callable[..., Any], *arrays: Shaped[Array, "rows ..."]) -> Any:
+    """``score(*arrays)`` computed ``_HEAD_ROWS`` rows at a time, so that few logits exist at once.
+
+    Args:
+      score: takes a piece of each array and returns arrays with as many rows (a pytree).
+    """
+    rows = arrays[0].shape[0]
+    pad = -rows % _HEAD_ROWS
+    pieces = [
+        jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, _HEAD_ROWS, *x.shape[1:]) for x in arrays
+    ]
+    scores = lax.map(lambda piece: score(*piece), pieces)
+    return jax.tree.map(lambda x: x.reshape(rows + pad, *x.shape[2:])[:rows], scores)
+
+
+def targets(
+    tokens: Int32[Array, "batch seq"], lengths: Int32[Array, " batch"]
+) -> tuple[Int32[Array, "batch*seq"], Bool[Array, "batch*seq"]]:
+    """The token after each one, and whether it is scored: tokens 1..length-1 of each row are."""
+    scored = jnp.arange(tokens.shape[1]) < lengths[:, None] - 1
+    return jnp.roll(tokens, -1, axis=1).reshape(-1), scored.reshape(-1)
+
+
+def sum_nll(
+    logits_of: Callable[[Float[Array, "rows hidden"]], Float32[Array, "rows vocab"]],
+    hidden: Float[Array, "batch seq hidden"],
+    tokens: Int32[Array, "batch seq"],
+    lengths: Int32[Array, " batch"],
+) -> Float32[Array, ""]:
+    """Summed negative log-likelihood (nats) of tokens 1..length-1 of each row.
+
+    Args:
+      logits_of: the head; called on ``_HEAD_ROWS`` rows at a time.
+      hidden: what the head reads, for every token.
+    """
+    following, scored = targets(tokens, lengths)
+
+    def nll(hidden: Array, targets: Array) -> Float32[Array, " rows"]:
+        logits = logits_of(hidden)
+        target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return jax.nn.logsumexp(logits, axis=-1) - target_logits
+
+    rows = by_rows(nll, hidden.reshape(tokens.size, -1), following)
+    return jnp.sum(jnp.where(scored, rows, 0.0))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def window_nll(
+    params: nnx.State,
+    tokens: Int32[Array, "batch seq"],
+    lengths: Int32[Array, " batch"],
+    *,
+    config: ModelConfig,
+) -> Float32[Array, ""]:
+    """``sum_nll`` of windows that start with an empty cache."""
+    model = merge(params, config)
+    hidden, _ = model.hidden(tokens, *start_windows(model, tokens, lengths))
+    return sum_nll(model.logits, hidden, tokens, lengths)
+
+
+def start_windows(
+    model: Llama, tokens: Int32[Array, "batch seq"], lengths: Int32[Array, " batch"]
+) -> tuple[Int32[Array, "batch seq"], PagedKVCache]:
+    """Positions of the tokens of each row, -1 beyond its length, and an empty cache that holds them."""
+    batch, seq = tokens.shape
+    columns = jnp.arange(seq, dtype=jnp.int32)
+    positions = jnp.where(columns < lengths[:, None], columns, -1)
+    return positions, init_cache(model.config, batch, seq, dtype=model.embedding.get_value().dtype)
+
+
+def make_windows(
+    tokens: Sequence[int] | np.ndarray, *, config: ModelConfig, seq_len: int, max_tokens: int | None
+) -> tuple[Int32[np.ndarray, "windows seq"], Int32[np.ndarray, " windows"]]:
+    """The text as windows that do not overlap, filled up with zeros, and their lengths.
+
+    A last window of one token, which would score nothing, is left out. Arguments and errors are those of
+    ``perplexity``.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise AtomError(f"max_tokens must be positive, found {max_tokens}")
+    ids = np.asarray(tokens, np.int32).reshape(-1)[:max_tokens]
+    if not 2 <= seq_len <= config.max_position_embeddings:
+        raise AtomError(f"window length must be 2 to {config.max_position_embeddings}, found {seq_len}")
+    if ids.size < 2:
+        raise AtomError(f"at least two tokens are needed to measure perplexity, found {ids.size}")
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise AtomError(f"token ids must be 0 to {config.vocab_size - 1}, found {ids.min()} to {ids.max()}")
+    starts = np.arange(0, ids.size - 1, seq_len)
+    windows = np.zeros((starts.size, seq_len), np.int32)
+    used = ids[: starts.size * seq_len]
+    windows.reshape(-1)[: used.size] = used
+    return windows, np.minimum(seq_len, ids.size - starts).astype(np.int32)
+
+
+def perplexity(
+    params: nnx.State,
+    tokens: Sequence[int] | np.ndarray,
+    *,
+    config: ModelConfig,
+    seq_len: int = 512,
+    max_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PerplexityResult:
+    """``exp`` of the mean negative log-likelihood over windows of ``seq_len`` tokens.
+
+    Windows do not overlap, start with an empty cache and do not score their first token; a last window
+    shorter than ``seq_len`` counts if it has two tokens.
+
+    Args:
+      tokens: ids of the whole text.
+      max_tokens: only that many from the start.
+      progress: called with (tokens done, tokens in all) after each window.
+
+    Raises:
+      AtomError: fewer than two tokens, ids out of range, or a window length the model does not have.
+    """
+    windows, lengths = make_windows(tokens, config=config, seq_len=seq_len, max_tokens=max_tokens)
+    started = time.perf_counter()
+    total = 0.0
+    for row in range(len(windows)):
+        one = slice(row, row + 1)
+        total += float(
+            window_nll(params, jnp.asarray(windows[one]), jnp.asarray(lengths[one]), config=config)
+        )
+        if progress is not None:
+            progress(int(lengths[: row + 1].sum()), int(lengths.sum()))
+    scored = int((lengths - 1).sum())
+    return PerplexityResult(math.exp(total / scored), scored, time.perf_counter() - started)

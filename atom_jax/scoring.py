@@ -1,0 +1,118 @@
+"""Log-likelihoods of chosen tokens of many sequences, in few compiled shapes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from atom_jax.config import ModelConfig
+from atom_jax.generation import PREFILL_CHUNK, bucket
+from atom_jax.llama import Llama, merge
+from atom_jax.perplexity import by_rows, start_windows
+
+
+class Scored(NamedTuple):
+    """A continuation's log-likelihood in nats, and whether each of its tokens is the most likely one."""
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+def _hidden(
+    model: Llama, tokens: Int32[Array, "batch seq"], lengths: Int32[Array, " batch"]
+) -> Float[Array, "batch seq hidden"]:
+    """``model.hidden`` in chunks, which bounds the memory of attention scores as in ``generate``."""
+    batch, seq = tokens.shape
+    chunk = min(seq, PREFILL_CHUNK)
+    positions, cache = start_windows(model, tokens, lengths)
+
+    def run(cache, piece):
+        some_tokens, some_positions = piece
+        hidden, cache = model.hidden(some_tokens, some_positions, cache)
+        return cache, hidden
+
+    pieces = [x.reshape(batch, -1, chunk).swapaxes(0, 1) for x in (tokens, positions)]
+    _, hidden = lax.scan(run, cache, tuple(pieces))
+    return hidden.swapaxes(0, 1).reshape(batch, seq, -1)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def score_batch(
+    params: nnx.State,
+    tokens: Int32[Array, "batch seq"],
+    lengths: Int32[Array, " batch"],
+    columns: Int32[Array, "batch n"],
+    targets: Int32[Array, "batch n"],
+    *,
+    config: ModelConfig,
+) -> tuple[Float32[Array, "batch n"], Bool[Array, "batch n"]]:
+    """Log-likelihood of each target after the token in its column, and whether it is the most likely.
+
+    Args:
+      tokens: padded on the right; ``seq`` is a ``generation.bucket``.
+      lengths: real tokens of each row, 0 for a row of padding.
+      columns: of the tokens that are followed by the targets.
+      targets: ids; any where the result does not matter.
+    """
+    model = merge(params, config)
+    hidden = jnp.take_along_axis(_hidden(model, tokens, lengths), columns[..., None], axis=1)
+
+    def scores(hidden: Array, targets: Array) -> tuple[Array, Array]:
+        log = jax.nn.log_softmax(model.logits(hidden), axis=-1)
+        chosen = jnp.take_along_axis(log, targets[:, None], axis=-1)[:, 0]
+        return chosen, jnp.argmax(log, axis=-1) == targets
+
+    each = by_rows(scores, hidden.reshape(columns.size, -1), targets.reshape(-1))
+    return jax.tree.map(lambda x: x.reshape(columns.shape), each)
+
+
+def score(
+    params: nnx.State,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    config: ModelConfig,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Scored]:
+    """How likely each continuation is after its context. Computed longest first, returned in order.
+
+    Compiled once per bucket of lengths of whole sequences and of continuations.
+
+    Args:
+      pairs: (context, continuation) as token ids, neither empty, together at most one token more than the
+        model has positions.
+      batch_size: sequences at a time; a last batch is filled up.
+      progress: called with (sequences done, sequences in all).
+    """
+    order = sorted(range(len(pairs)), key=lambda index: -sum(map(len, pairs[index])))
+    batch_size = max(1, min(batch_size, len(pairs)))
+    results: dict[int, Scored] = {}
+    for start in range(0, len(order), batch_size):
+        some = order[start : start + batch_size]
+        # The last token of a continuation predicts nothing that is asked for.
+        rows = [[*pairs[index][0], *pairs[index][1]][:-1] for index in some]
+        counts = [len(pairs[index][1]) for index in some]
+        width = 1 << (max(counts) - 1).bit_length()
+        tokens = np.zeros((batch_size, bucket(len(rows[0]))), np.int32)
+        lengths = np.zeros(batch_size, np.int32)
+        columns, targets = (np.zeros((batch_size, width), np.int32) for _ in range(2))
+        for place, (index, row, count) in enumerate(zip(some, rows, counts, strict=True)):
+            tokens[place, : len(row)], lengths[place] = row, len(row)
+            columns[place, :count] = np.arange(len(row) - count, len(row))
+            targets[place, :count] = pairs[index][1]
+        arrays = (jnp.asarray(x) for x in (tokens, lengths, columns, targets))
+        log, greedy = (np.asarray(x) for x in score_batch(params, *arrays, config=config))
+        for place, (index, count) in enumerate(zip(some, counts, strict=True)):
+            total = float(log[place, :count].sum(dtype=np.float64))
+            results[index] = Scored(total, bool(greedy[place, :count].all()))
+        if progress is not None:
+            progress(len(results), len(pairs))
+    return [results[index] for index in range(len(pairs))]

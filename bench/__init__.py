@@ -1,0 +1,1 @@
+"""Programs that print and save the numbers that README and docs quote."""

@@ -1,0 +1,168 @@
+"""Compiles jitted functions for one H200 on a machine without a GPU, and reads what the assembler said.
+
+Needs the CUDA build of jax (``make test-kernels`` installs one beside the project's own environment).
+Import this before anything starts a JAX backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+# XLA's C++ reads this with getenv at each compilation; it must be set before the first.
+_DUMPS = os.environ.setdefault("MOSAIC_GPU_DUMP_TO", tempfile.mkdtemp(prefix="atom-jax-kernels-"))
+
+import jax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec  # noqa: E402
+
+from bench.aot.sass import Instructions  # noqa: E402
+from pallas_kernels.dispatch import use_implementation  # noqa: E402
+
+_TARGET = Path(__file__).with_name("h200.textproto")
+# One SM of compute capability 9.0 (CUDA C++ Programming Guide, technical specifications).
+_REGISTERS, _REGISTER_UNIT, _THREADS, _MAX_CTAS = 65_536, 256, 2048, 32
+_SMEM_BYTES, _SMEM_RESERVED_BYTES = 233_472, 1024
+_SERIALIZED_WGMMA = {"C7510", "C7512"}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledKernel:
+    """One Mosaic kernel as ptxas compiled it."""
+
+    name: str
+    ctas: int | None  # of a launch; not found by jax 0.10
+    threads: int
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    smem_bytes: int | None  # dynamic; not reported by jax 0.10
+    warnings: tuple[str, ...]
+    instructions: Instructions | None  # None without nvdisasm
+
+    @property
+    def ctas_per_sm(self) -> int:
+        """How many CTAs an SM of an H200 holds at once: the least of registers, shared memory, threads."""
+        warps = self.threads // 32
+        registers_per_warp = -(-self.registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
+        limits = [_REGISTERS // (registers_per_warp * warps), _THREADS // self.threads, _MAX_CTAS]
+        if self.smem_bytes is not None:
+            limits.append(_SMEM_BYTES // (self.smem_bytes + _SMEM_RESERVED_BYTES))
+        return min(limits)
+
+    @property
+    def serialized_wgmma(self) -> bool:
+        return bool(_SERIALIZED_WGMMA & set(self.warnings))
+
+
+def unavailable() -> str | None:
+    """Why nothing can be compiled here; None if it can."""
+    try:
+        import jax_plugins.xla_cuda13  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return "the CUDA build of jax is not installed (make test-kernels)"
+    return None
+
+
+def _find_nvdisasm() -> Path | None:
+    found = shutil.which("nvdisasm")
+    if found:
+        return Path(found).parents[1]
+    import nvidia  # pyright: ignore[reportMissingImports]
+
+    roots = [Path(root) for root in nvidia.__path__]
+    return next((path.parents[1] for root in roots for path in root.glob("*/bin/nvdisasm")), None)
+
+
+@contextlib.contextmanager
+def h200() -> Iterator[NamedSharding]:
+    """Within it functions are traced for one H200; yields the sharding their arguments need."""
+    from jax.experimental.mosaic import gpu as mosaic_gpu  # noqa: F401  # sets the variable below on import
+
+    root = _find_nvdisasm()
+    if root is not None:
+        os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(root)
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=_TARGET.read_text(), topology="1x1x1"
+    )
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
+    abstract = AbstractMesh(
+        (1,),
+        ("x",),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu"),
+    )
+    with jax.sharding.use_abstract_mesh(abstract):
+        yield NamedSharding(mesh, PartitionSpec())
+
+
+def compile_for_h200(
+    function: Callable[..., Any], *arguments: Any, implementation: str = "mosaic_sm90", **jit_options: Any
+) -> tuple[Any, list[CompiledKernel]]:
+    """Compiles ``jit(function)`` for an H200.
+
+    Args:
+      arguments: pytrees of ``jax.ShapeDtypeStruct`` (or arrays, of which only shapes count).
+      implementation: of the ops inside.
+      jit_options: e.g. ``donate_argnums``.
+
+    Returns:
+      jax's compiled object (HLO text, memory analysis) and the Mosaic kernels that were compiled, by name.
+    """
+    for path in Path(_DUMPS).iterdir():
+        path.unlink()
+    with h200() as sharding, use_implementation(implementation):
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments
+        )
+        traced = jax.jit(function, **jit_options).trace(*abstract)
+        compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+    grids = dict(_grids(traced.jaxpr.jaxpr))
+    kernels = (_read(path, grids) for path in Path(_DUMPS).glob("*.ptxas"))
+    return compiled, sorted(kernels, key=lambda kernel: kernel.name)
+
+
+def _grids(jaxpr: Any) -> Iterator[tuple[str, int]]:
+    """Name and number of CTAs of each Mosaic kernel in ``jaxpr``."""
+    for equation in jaxpr.eqns:
+        if "meshes" in equation.params:
+            mesh = equation.params["meshes"][0]
+            yield equation.params["name"], math.prod(mesh.grid) * math.prod(mesh.cluster)
+            continue
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _grids(inner)
+
+
+def _read(ptxas: Path, grids: dict[str, int]) -> CompiledKernel:
+    log = ptxas.read_text(errors="replace")
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    resources, sass = ptxas.with_suffix(".resources.txt"), ptxas.with_suffix(".sass_ctrl")
+    smem = None
+    if resources.exists():
+        found = re.search(r"smem_scratch_bytes=(\d+)", resources.read_text())
+        smem = int(found.group(1)) if found else None
+    name = re.sub(r"_\d+$", "", ptxas.stem)  # the dump numbers the kernels of a program
+    threads = re.search(r"\.(?:max|req)ntid (\d+)", ptxas.with_suffix(".ptx").read_text())
+    assert threads is not None, f"{ptxas.stem}: no block size in the PTX"
+    return CompiledKernel(
+        name=name,
+        ctas=grids.get(name),
+        threads=int(threads.group(1)),
+        registers=max(map(int, re.findall(r"Used (\d+) registers", log))),
+        stack_bytes=max((int(stack) for stack, _, _ in frames), default=0),
+        spill_bytes=sum(int(stores) + int(loads) for _, stores, loads in frames),
+        smem_bytes=smem,
+        warnings=tuple(sorted(set(re.findall(r"\b(C75\d\d)\b", log)))),
+        instructions=Instructions.read(sass) if sass.exists() else None,
+    )

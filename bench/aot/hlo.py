@@ -1,0 +1,75 @@
+"""Reads XLA's optimized HLO text: what a loop launches and which large buffers it copies."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
+_ARRAY = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
+# Instructions that only name or reinterpret buffers.
+_FREE = {
+    "after-all",
+    "bitcast",
+    "constant",
+    "get-tuple-element",
+    "opt-barrier",
+    "parameter",
+    "partition-id",
+    "tuple",
+}
+
+
+class Instruction(NamedTuple):
+    """One HLO instruction; ``bytes`` of its result, ``target`` of a custom call or a called computation."""
+
+    name: str
+    opcode: str
+    bytes: int
+    target: str
+
+
+def _bytes(shape: str) -> int:
+    total = 0
+    for dtype, sizes in _ARRAY.findall(shape):
+        bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))
+        total += math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
+    return total
+
+
+def computations(hlo: str) -> dict[str, list[Instruction]]:
+    """The instructions of each computation of a module."""
+    found: dict[str, list[Instruction]] = {}
+    current: list[Instruction] = []
+    for line in hlo.splitlines():
+        if header := _COMPUTATION.match(line):
+            current = found.setdefault(header.group(1), [])
+        elif match := _INSTRUCTION.match(line):
+            name, shape, opcode, rest = match.groups()
+            target = re.search(r'custom_call_target="([^"]+)"|(?:to_apply|calls|body)=%?([\w.\-]+)', rest)
+            current.append(
+                Instruction(name, opcode, _bytes(shape), target.group(1) or target.group(2) if target else "")
+            )
+    return found
+
+
+def loop_bodies(hlo: str) -> list[list[Instruction]]:
+    """The bodies of all while loops; what calls hide (command buffers) is put in their place."""
+    found = computations(hlo)
+
+    def inline(instructions: list[Instruction]) -> list[Instruction]:
+        flat: list[Instruction] = []
+        for instruction in instructions:
+            called = found.get(instruction.target) if instruction.opcode == "call" else None
+            flat.extend(inline(called) if called is not None else [instruction])
+        return flat
+
+    loops = [i.target for body in found.values() for i in body if i.opcode == "while"]
+    return [inline(found[name]) for name in loops]
+
+
+def launches(instructions: list[Instruction]) -> list[Instruction]:
+    """Those that start a kernel or a copy on the device."""
+    return [i for i in instructions if i.opcode not in _FREE and not i.opcode.endswith("-done")]

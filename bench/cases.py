@@ -1,0 +1,229 @@
+"""One call of every op at the shapes of real models: what is compiled, checked on a GPU, and timed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from bench.shapes import DECODE_ROWS, MODELS, PREFILL_ROWS, LayerShape
+from pallas_kernels import (
+    PACK_TILE,
+    ActivationFormat,
+    PagedKVCache,
+    QuantizedActivation,
+    QuantizedWeight,
+    grouped_matmul,
+    kv_append,
+    norm_quantize,
+    pack_int4,
+    paged_attention,
+    quantize,
+    silu_quantize,
+)
+
+PAGE_SIZE = 64
+CLIP_A = 0.9
+EPS = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One jittable call: ``call(*inputs(key))``.
+
+    Attributes:
+      op: of ``pallas_kernels``.
+      model, shape: for people, e.g. "Llama-3-8B" and "qkv_proj M=16".
+      inputs: fresh random arguments from a key; ``jax.eval_shape`` of it gives their shapes without memory.
+      donated: positions of arguments that the call updates in place.
+    """
+
+    op: str
+    model: str
+    shape: str
+    call: Callable[..., Any]
+    inputs: Callable[[Key[Array, ""]], tuple[Any, ...]]
+    donated: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.model} {self.shape}"
+
+    @property
+    def abstract_inputs(self) -> tuple[Any, ...]:
+        return jax.eval_shape(self.inputs, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def random_weight(key: Key[Array, ""], n: int, k: int, group_size: int, num_outliers: int) -> QuantizedWeight:
+    """All integers a weight may hold, padding zero as the format wants it."""
+    body = k - num_outliers
+    keys = jax.random.split(key, 3)
+    values = jax.random.randint(keys[0], (n, body), -8, 8, jnp.int8)
+    packed = pack_int4(jnp.pad(values, ((0, 0), (0, -body % PACK_TILE))), PACK_TILE)
+    outliers = jax.random.randint(keys[1], (n, num_outliers), -127, 128, jnp.int8)
+    scales = jax.random.uniform(keys[2], (body // group_size + 1, n), minval=0.5, maxval=1.5) / (5 * k**0.5)
+    return QuantizedWeight(packed, outliers, _finer_tail(scales), group_size)
+
+
+def _finer_tail(scales: Float[Array, "groups_and_tail n"]) -> Float[Array, "groups_and_tail n"]:
+    """INT8 values mean as much as INT4 ones: else almost all of a product would come from the tail."""
+    return scales.at[-1].multiply(7 / 127)
+
+
+def random_activation(
+    key: Key[Array, ""], rows: int, k: int, group_size: int, num_outliers: int
+) -> QuantizedActivation:
+    """All integers an activation may hold, scales spread as real ones are."""
+    keys = jax.random.split(key, 3)
+    return QuantizedActivation(
+        jax.random.randint(keys[0], (rows, k - num_outliers), -8, 8, jnp.int8),
+        jax.random.randint(keys[1], (rows, num_outliers), -127, 128, jnp.int8),
+        _finer_tail(
+            jax.random.uniform(keys[2], ((k - num_outliers) // group_size + 1, rows), minval=0.05, maxval=0.5)
+        ),
+        group_size,
+    )
+
+
+def random_cache(
+    key: Key[Array, ""], layer: LayerShape, batch: int, length: int, kv_bits: int, num_layers: int = 2
+) -> PagedKVCache:
+    """A full cache whose pages are in random order."""
+    blocks = -(-length // PAGE_SIZE)
+    keys = jax.random.split(key, 5)
+    lead = (num_layers, batch * blocks, layer.num_kv_heads)
+    tables = jax.random.permutation(keys[4], batch * blocks).astype(jnp.int32).reshape(batch, blocks)
+    if kv_bits == 16:
+        pages = [jax.random.normal(k, (*lead, PAGE_SIZE, layer.head_dim), jnp.bfloat16) for k in keys[:2]]
+        return PagedKVCache(pages[0], pages[1], None, None, tables, "post")
+    pages = [jax.random.bits(k, (*lead, PAGE_SIZE, layer.head_dim // 2), jnp.uint8) for k in keys[:2]]
+
+    def scales(key: Key[Array, ""]) -> Array:
+        groups = (*lead, layer.kv_groups, PAGE_SIZE)
+        first, second = jax.random.split(key)
+        scale = jax.random.uniform(first, groups, minval=0.1, maxval=0.3)
+        zero = jax.random.randint(second, groups, 5, 11).astype(jnp.float32)
+        return jnp.concatenate([scale, zero], axis=-2).astype(jnp.float16)
+
+    return PagedKVCache(pages[0], pages[1], scales(keys[2]), scales(keys[3]), tables, "post")
+
+
+def matmul(model: str, linear: str, rows: int) -> Case:
+    layer = MODELS[model]
+    n, k = layer.linears[linear]
+
+    def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
+        first, second = jax.random.split(key)
+        return (
+            random_activation(first, rows, k, layer.group_size, layer.num_outliers),
+            random_weight(second, n, k, layer.group_size, layer.num_outliers),
+        )
+
+    return Case("grouped_matmul", model, f"{linear} {n}x{k} M={rows}", grouped_matmul, inputs)
+
+
+def norm(model: str, rows: int) -> Case:
+    layer = MODELS[model]
+    channels = layer.hidden_size
+    fmt = ActivationFormat(layer.group_size, layer.num_outliers, CLIP_A)
+
+    def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
+        first, second = jax.random.split(key)
+        weight = jax.random.uniform(second, (channels,), minval=0.5, maxval=1.5)
+        return jax.random.normal(first, (rows, channels), jnp.bfloat16), weight
+
+    # The residual stream it returns is its input; the model drops it too.
+    call = lambda x, weight: norm_quantize(x, weight, eps=EPS, fmt=fmt)[0]  # noqa: E731
+    return Case("norm_quantize", model, f"K={channels} M={rows}", call, inputs)
+
+
+def attention_output(model: str, rows: int) -> Case:
+    layer = MODELS[model]
+    channels = layer.num_heads * layer.head_dim
+    fmt = ActivationFormat(layer.group_size, layer.num_outliers, CLIP_A)
+    inputs = lambda key: (jax.random.normal(key, (rows, channels), jnp.bfloat16),)  # noqa: E731
+    return Case("quantize", model, f"K={channels} M={rows}", lambda x: quantize(x, fmt), inputs)
+
+
+def silu(model: str, rows: int) -> Case:
+    layer = MODELS[model]
+    channels = layer.intermediate_size
+    fmt = ActivationFormat(layer.group_size, layer.num_outliers, CLIP_A)
+    inputs = lambda key: (jax.random.normal(key, (rows, 2 * channels), jnp.bfloat16),)  # noqa: E731
+    return Case("silu_quantize", model, f"K={channels} M={rows}", lambda x: silu_quantize(x, fmt), inputs)
+
+
+def append(model: str, rows: int, kv_bits: int = 4) -> Case:
+    layer = MODELS[model]
+    length = 2 * PAGE_SIZE
+
+    def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
+        keys = jax.random.split(key, 4)
+        width = (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
+        angle = jax.random.uniform(keys[1], (rows, layer.head_dim // 2), maxval=2 * jnp.pi)
+        pages = -(-rows // length)
+        slots = jax.random.permutation(keys[2], pages * length)[:rows].astype(jnp.int32)
+        norms = [jnp.ones((layer.head_dim,), jnp.float32)] * 2 if layer.qk_norm else [None, None]
+        return (
+            jax.random.normal(keys[0], (rows, width), jnp.bfloat16),
+            random_cache(keys[3], layer, pages, length, kv_bits),
+            jnp.int32(1),
+            slots,
+            jnp.cos(angle),
+            jnp.sin(angle),
+            *norms,
+        )
+
+    def call(qkv, cache, index, slots, cos, sin, q_norm, k_norm):
+        return kv_append(
+            qkv,
+            cache,
+            layer=index,
+            slots=slots,
+            cos=cos,
+            sin=sin,
+            num_heads=layer.num_heads,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=EPS,
+        )
+
+    return Case("kv_append", model, f"M={rows} {kv_bits}-bit", call, inputs, donated=(1,))
+
+
+def attention(model: str, batch: int, seq: int, length: int, kv_bits: int = 4) -> Case:
+    """Decode (seq 1) or a prefill chunk, its last query at the last of ``length`` cached positions."""
+    layer = MODELS[model]
+
+    def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
+        first, second = jax.random.split(key)
+        positions = jnp.broadcast_to(jnp.arange(length - seq, length, dtype=jnp.int32), (batch, seq))
+        q = jax.random.normal(first, (batch, seq, layer.num_heads, layer.head_dim), jnp.bfloat16)
+        return q, random_cache(second, layer, batch, length, kv_bits), jnp.int32(1), positions
+
+    def call(q, cache, index, positions):
+        return paged_attention(q, cache, layer=index, positions=positions)
+
+    op = "paged_attention" if seq == 1 else "prefill_attention"
+    shape = f"batch={batch} queries={seq} keys={length} {kv_bits}-bit"
+    return Case(op, model, shape, call, inputs)
+
+
+def all_cases() -> Iterator[Case]:
+    """Every op at every model's shapes, decode and prefill."""
+    for model, layer in MODELS.items():
+        for rows in (*DECODE_ROWS, *PREFILL_ROWS):
+            for linear in layer.linears:
+                yield matmul(model, linear, rows)
+        for rows in (*DECODE_ROWS, *PREFILL_ROWS):
+            yield from (norm(model, rows), attention_output(model, rows), silu(model, rows))
+            yield append(model, rows)
+        yield append(model, DECODE_ROWS[-1], kv_bits=16)
+        for batch in DECODE_ROWS:
+            yield attention(model, batch, 1, 2048)
+        yield attention(model, DECODE_ROWS[-1], 1, 2048, kv_bits=16)
+        yield attention(model, 1, 512, 2048)

@@ -1,0 +1,177 @@
+"""``make gpu``: everything that one run on a GPU should give, most valuable first, in under nine minutes.
+
+    python -m bench.gpu [--only tests,kernels,generate]
+
+Each part is a process of its own with an end in time, writes its JSON to bench/results/h200/ as it goes, and
+is started again past whatever made it hang or lose the GPU (``bench.gpu.progress``). A part that fails does
+not keep the next from running; the exit status is 0 only if none did, and 2 where there is no CUDA GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results" / "h200"
+# progress.DEVICE_LOST, without importing JAX into the process that watches.
+_DEVICE_LOST = 75
+_NO_GPU = 2
+# Seconds between a polite end and none, and between the last thing begun and the end of a part.
+_GRACE = 5
+_LAST_THING = 25
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One process.
+
+    Attributes:
+      command: after ``python -m``.
+      result: its JSON.
+      seconds: after which it is ended.
+      stall_seconds: without a change of the JSON after which it is started again.
+      budget: option that says after how many seconds it begins nothing new.
+      resume: option that makes it go on with its JSON; None if it cannot.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    result: Path
+    seconds: float
+    stall_seconds: float
+    budget: str
+    resume: str | None
+
+
+def parts() -> tuple[Part, ...]:
+    """All of them; their seconds add up to less than nine minutes."""
+    tests, kernels, generate = (RESULTS / f"{name}.json" for name in ("tests", "kernels", "generate"))
+    pytest = f"pytest tests/cuda -m cuda -q --maxfail=1000 -p no:cacheprovider --cuda-results={tests}"
+    return (
+        Part("tests", tuple(pytest.split()), tests, 195, 60, "--cuda-seconds", "--cuda-resume"),
+        Part("kernels", ("bench.kernels", f"--out={kernels}"), kernels, 200, 60, "--seconds", "--resume"),
+        Part("generate", ("bench.gpu_generate", f"--out={generate}"), generate, 130, 90, "--seconds", None),
+    )
+
+
+def environment() -> dict[str, str]:
+    """Of every part: this repository importable, memory for torch beside JAX."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+def missing_gpu() -> str | None:
+    """Why nothing can run here; None if there is a CUDA GPU that JAX uses."""
+    script = "import jax; print(jax.__version__, jax.default_backend(), jax.devices()[0].device_kind)"
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=False
+    )
+    if run.returncode != 0:
+        return (run.stderr.strip().splitlines() or ["python failed"])[-1]
+    version, backend, kind = run.stdout.strip().splitlines()[-1].split(maxsplit=2)
+    return None if backend == "gpu" else f"JAX {version} runs on {backend} ({kind})"
+
+
+def run_part(part: Part) -> str | None:
+    """Runs ``part`` to its end, over hangs; None if it succeeded, otherwise what happened."""
+    deadline = time.monotonic() + part.seconds
+    part.result.unlink(missing_ok=True)
+    trouble: list[str] = []
+    options: list[str] = []
+    while True:
+        budget = max(0.0, deadline - time.monotonic() - _LAST_THING)
+        command = [sys.executable, "-m", *part.command, f"{part.budget}={budget:.0f}", *options]
+        status = watch(command, part, deadline)
+        if status == 0:
+            return "; ".join(trouble) or None
+        trouble.append(status if isinstance(status, str) else f"exit status {status}")
+        again = isinstance(status, str) or status == _DEVICE_LOST
+        if part.resume is None or not again or time.monotonic() > deadline - _LAST_THING:
+            return "; ".join(trouble)
+        options = [part.resume]
+
+
+def watch(command: Sequence[str], part: Part, deadline: float) -> int | str:
+    """Exit status of ``command``, or why it was ended."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True)
+    started = time.time()
+    try:
+        while (status := process.poll()) is None:
+            if time.monotonic() > deadline:
+                return f"ended after {part.seconds:.0f} s"
+            changed = part.result.stat().st_mtime if part.result.exists() else 0.0
+            if time.time() - max(started, changed) > part.stall_seconds:
+                return f"no progress for {part.stall_seconds:.0f} s"
+            time.sleep(0.2)
+        return f"killed by signal {-status}" if status < 0 else status
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends ``process`` and what it started; a process that waits for a kernel does not hear SIGTERM."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, how)
+        try:
+            process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def summary(part: Part) -> str:
+    """One line on what ``part`` left in its JSON."""
+    try:
+        found = json.loads(part.result.read_text())
+    except (OSError, ValueError):
+        return "no result"
+    if part.name == "tests":
+        outcomes = [test["outcome"] for test in found["tests"]]
+        return ", ".join(f"{outcomes.count(x)} {x}" for x in sorted(set(outcomes))) or "no test ended"
+    rows = found["results"]["cases" if part.name == "kernels" else "figures"]
+    failed = sum("error" in row for row in rows)
+    said = f"{len(rows) - failed} measured, {failed} failed, {len(found['results']['skipped'])} not reached"
+    if part.name == "kernels":
+        targets = found["results"]["targets"]
+        said += f"; targets met: {sum(entry['met'] is True for entry in targets)} of {len(targets)}"
+    return said
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Parts, separated by commas.")] = "tests,kernels,generate",
+) -> None:
+    """Runs the parts and says how each ended."""
+    reason = missing_gpu()
+    if reason is not None:
+        print(f"make gpu needs a CUDA GPU: {reason}", file=sys.stderr)
+        raise typer.Exit(_NO_GPU)
+    chosen = [part for part in parts() if part.name in only.split(",")]
+    if not chosen:
+        raise typer.BadParameter(f"{only!r} names none of {', '.join(part.name for part in parts())}")
+    started = time.monotonic()
+    endings = []
+    for part in chosen:
+        print(f"==> {part.name} (at {time.monotonic() - started:.0f} s)", flush=True)
+        endings.append((part, run_part(part)))
+    took = time.monotonic() - started
+    print(f"==> all parts ended after {took:.0f} s; results in {RESULTS.relative_to(ROOT)}")
+    for part, trouble in endings:
+        print(f"    {part.name:9s} {'FAILED: ' + trouble if trouble else 'ok'}; {summary(part)}")
+    if any(trouble for _, trouble in endings):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,41 @@
+"""What this GPU reaches in this run: the rates that results are percentages of."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from bench.gpu.timing import Clock, jax_program
+
+_COPIED_BYTES = 1 << 30
+_MATMUL_SIZE = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """Measured rates.
+
+    Attributes:
+      bytes_per_second: of copying a large array, read and written bytes both counted; the better of a
+        driver's copy and an elementwise kernel.
+      bf16_ops_per_second: of a square bfloat16 matmul of random numbers by cuBLAS.
+    """
+
+    bytes_per_second: float
+    bf16_ops_per_second: float
+
+
+def measure(clock: Clock, *, smoke: bool = False) -> Ceilings:
+    """Measures both by the wall clock, long enough that launching costs nothing."""
+    size = _COPIED_BYTES >> 12 if smoke else _COPIED_BYTES
+    x = jnp.zeros((size // 4,), jnp.int32)
+    copies = (jnp.copy, lambda x: x + 1)
+    seconds = min(clock.measure(jax_program(copy, [(x,)]), 0.1).wall_seconds for copy in copies)
+    del x
+
+    n = 256 if smoke else _MATMUL_SIZE
+    a, b = (jax.random.normal(jax.random.key(seed), (n, n), jnp.bfloat16) for seed in (0, 1))
+    matmul = clock.measure(jax_program(jnp.dot, [(a, b)]), 0.2).wall_seconds
+    return Ceilings(2 * size / seconds, 2 * n**3 / matmul)

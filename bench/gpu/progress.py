@@ -1,0 +1,36 @@
+"""How a program on the GPU and the one that watches it agree on where it stands.
+
+A kernel that never ran before may hang, or damage the CUDA context so that nothing works afterwards. A part
+of ``make gpu`` therefore names in its JSON what it is about to do. The watcher kills a part whose JSON no
+longer changes and starts it again with ``--resume``: what is done stays, what was running becomes a failure.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+RUNNING = "running"
+# Exit status of a part whose process can no longer use the GPU.
+DEVICE_LOST = 75
+
+
+def device_lost() -> bool:
+    """Whether this process cannot compute any more, e.g. after an illegal memory access."""
+    try:
+        jax.block_until_ready(jnp.zeros((8,)) + 1)
+    except Exception:
+        return True
+    return False
+
+
+def interrupted(path: Path) -> dict[str, Any] | None:
+    """The JSON of an earlier process that ended in the middle; None if there is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None

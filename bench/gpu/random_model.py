@@ -1,0 +1,58 @@
+"""A model with random parameters, made on the device: real shapes without a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from atom_jax.checkpoint import shared_specs
+from atom_jax.config import ModelConfig
+from atom_jax.llama import linear_shapes, make_params, vector_shapes
+from bench.cases import random_weight
+
+# What attention and the MLP of a layer add to the residual stream, relative to it. Small as in trained
+# models: a rounding that falls to the other side changes an INT4 activation by a seventh of its group's
+# maximum, and with branches as large as the stream such differences would grow from layer to layer.
+BRANCH_GAIN = 0.03
+_BRANCHES = ("o_proj", "down_proj")
+
+
+def random_params(config: ModelConfig, key: Key[Array, ""], branch_gain: float = BRANCH_GAIN) -> Any:
+    """Params of ``config`` as ``atom_jax.load`` would return them, every linear of about unit gain.
+
+    o_proj and down_proj are ``branch_gain`` times that. No biases and no per-layer reordering.
+    """
+    quantization = config.quantization
+    keys = iter(jax.random.split(key, 8 + len(vector_shapes(config))))
+
+    def matrix(key: Key[Array, ""], shape: tuple[int, ...], std: float) -> Array:
+        return std * jax.random.normal(key, shape, jnp.bfloat16)
+
+    def linear(name: str, key: Key[Array, ""], shape: tuple[int, int]) -> Any:
+        gain = branch_gain if name in _BRANCHES else 1.0
+        if not quantization.quantizes_linears:
+            return matrix(key, shape, gain * shape[1] ** -0.5)
+        group_size = quantization.group_size or shape[1] - quantization.num_outliers
+        weight = random_weight(key, *shape, group_size, quantization.num_outliers)
+        return jax.tree.map(lambda leaf: leaf * gain if leaf.dtype == jnp.float32 else leaf, weight)
+
+    def stacked(name: str, shape: tuple[int, int]) -> Any:
+        # One layer at a time: random bits take several times the memory of what they become.
+        build = jax.jit(lambda keys: jax.lax.map(lambda key: linear(name, key, shape), keys))
+        return build(jax.random.split(next(keys), config.num_layers))
+
+    layers = {name: stacked(name, shape) for name, shape in linear_shapes(config).items()}
+    for name, shape in vector_shapes(config).items():
+        full = (config.num_layers, *shape)
+        layers[name] = jax.random.uniform(next(keys), full, minval=0.5, maxval=1.5)
+    tree: dict[str, Any] = {"layers": layers}
+    for name, spec in shared_specs(config).items():
+        if name == "norm":
+            tree[name] = jnp.ones(spec.shape, jnp.float32)
+        else:
+            std = 1.0 if name == "embedding" else spec.shape[1] ** -0.5
+            tree[name] = jax.jit(matrix, static_argnums=(1, 2))(next(keys), spec.shape, std)
+    return make_params(config, tree)

@@ -1,0 +1,168 @@
+"""Compiles every kernel for an H200, without one, and tabulates what its machine code says.
+
+    make kernels-report
+
+Writes docs/kernels.md. Nothing in it is measured on a GPU: registers, shared memory and spills are the
+assembler's, instructions are counted in its output, times are computed from them and from data sheets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bench import cases
+from bench.aot.compile import CompiledKernel, compile_for_h200
+from bench.costs import cost
+from bench.shapes import MODELS
+from pallas_kernels.dispatch import record_choices
+from pallas_kernels.grouped_matmul.config import STEP_BYTES
+from pallas_kernels.mosaic import NUM_SMS
+from pallas_kernels.qarrays import num_tiles
+from pallas_kernels.roofline import H200, seconds
+
+DOCS = Path(__file__).parents[1] / "docs" / "kernels.md"
+# An SM issues one instruction a clock for each of its four quarters; the clock under load is about this.
+_ISSUE_SLOTS, _CLOCK_HZ = 4, 1.75e9
+# The instruction in a kernel's main loop; kernels that are not here have none and run straight through.
+_MAIN_LOOP = {"grouped_matmul": "IGMMA", "paged_attention": "HMMA", "flash_attention": "HGMMA"}
+_INTRO = """\
+# Which GPU kernels are there, and what does their machine code look like?
+
+Every hot op has a Pallas Mosaic GPU kernel for Hopper (`pallas_kernels/<op>/mosaic_sm90.py`). `auto` takes it
+on a GPU of compute capability 9.0 where it supports the call, and the reference elsewhere; `atom-jax explain
+CKPT` prints what would run a checkpoint and with which tiles; `use_implementation("mosaic_sm90")` insists.
+
+This page is written by `make kernels-report`, which compiles each kernel for an H200 on a machine without a
+GPU (jax {jax}). Registers, shared memory and spills are the assembler's; instructions are counted in the
+disassembly; *roofline* is the time the call needs at the data sheet's 4.8 TB/s, 1979 TOP/s INT8 and 989
+TFLOP/s bfloat16; *issue* is the time in which {sms} SMs issue the counted instructions, one a clock and
+quarter at 1.75 GHz. **None of it is a measurement on a GPU**: `make gpu` makes those (see [gpu.md](gpu.md)).
+
+`make test-kernels` compiles kernels of all these shapes, asserts that nothing spills, uses local memory or
+serializes wgmma, and checks their numerics in GPU interpret mode; CI runs it with jax 0.11.2. Another jax:
+`make test-kernels KERNELS_JAX=0.12.0.1`. What was checked with which version is in [testing.md](testing.md).
+
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One kernel of one case."""
+
+    case: cases.Case
+    kernel: CompiledKernel
+    loop: int | None
+    bytes: int
+    roofline_us: float
+    issue_us: float
+
+
+def report_cases() -> Iterator[cases.Case]:
+    """A decode and a prefill shape of every op and model."""
+    for model, layer in MODELS.items():
+        for rows in (16, 64, 4096):
+            for linear in layer.linears:
+                yield cases.matmul(model, linear, rows)
+        for rows in (64, 4096):
+            yield from (cases.norm(model, rows), cases.attention_output(model, rows), cases.silu(model, rows))
+        yield cases.append(model, 64)
+        for kv_bits in (4, 16):
+            yield cases.attention(model, 128, 1, 2048, kv_bits)
+        yield cases.attention(model, 1, 512, 2048)
+
+
+def _trips(case: cases.Case, kernel: CompiledKernel, configuration: Any) -> int:
+    """How often a warp of ``kernel`` runs its main loop."""
+    layer = MODELS[case.model]
+    match kernel.name:
+        case "grouped_matmul":
+            w = case.abstract_inputs[1]
+            steps = num_tiles(w.body) + -(-w.num_outliers // STEP_BYTES)
+            return -(-steps // configuration.splits)
+        case "paged_attention":
+            batch, blocks = case.abstract_inputs[1].block_tables.shape
+            assert kernel.ctas is not None
+            return -(-batch * layer.num_kv_heads * blocks // kernel.ctas)
+        case "flash_attention":
+            q, cache, *_ = case.abstract_inputs
+            return (cache.max_length - q.shape[1] // 2) // configuration.block_keys
+    return 1
+
+
+def rows_of(case: cases.Case) -> list[Row]:
+    """Compiles the case and reads its kernels."""
+    with record_choices() as choices:
+        _, kernels = compile_for_h200(case.call, *case.abstract_inputs, donate_argnums=case.donated)
+    work = cost(case)
+    rows = []
+    for kernel in kernels:
+        assert kernel.instructions is not None and kernel.ctas is not None, "no disassembler"
+        opcode = _MAIN_LOOP.get(kernel.name)
+        warps = kernel.threads // 32
+        if opcode is None:
+            loop, executed = None, kernel.instructions.counts.total()
+        else:
+            main_loop = kernel.instructions.main_loop(opcode)
+            assert main_loop is not None, f"{kernel.name}: no loop has {opcode}"
+            loop = main_loop.size
+            executed = loop * _trips(case, kernel, choices[0].configuration)
+            if kernel.name != "paged_attention":
+                warps -= 4  # the producer warpgroup only copies
+        issue = executed * warps * kernel.ctas / (_ISSUE_SLOTS * NUM_SMS * _CLOCK_HZ)
+        rows.append(Row(case, kernel, loop, work.bytes, 1e6 * seconds(work, H200), 1e6 * issue))
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| Model | Shape | Kernel | Registers | Spills | SMEM, KB | CTAs an SM | CTAs | Instructions "
+        "| Main loop | MB | Roofline, µs | Issue, µs |",
+        "|---|---|---|" + "---:|" * 10,
+    ]
+    for row in rows:
+        kernel = row.kernel
+        assert kernel.instructions is not None
+        cells = (
+            row.case.model,
+            row.case.shape,
+            kernel.name,
+            kernel.registers,
+            kernel.spill_bytes,
+            round((kernel.smem_bytes or 0) / 1024),
+            kernel.ctas_per_sm,
+            kernel.ctas,
+            kernel.instructions.counts.total(),
+            row.loop or "",
+            f"{row.bytes / 1e6:.2f}",
+            f"{row.roofline_us:.1f}",
+            f"{row.issue_us:.1f}",
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Compiles, and writes the page."""
+    seen: dict[tuple[str, str], list[Row]] = {}
+    by_op: dict[str, list[Row]] = {}
+    for case in report_cases():
+        # Models share layers' shapes; the same call is compiled once.
+        key = (case.op, str((case.abstract_inputs, case.shape)))
+        if key not in seen:
+            print(case.name, flush=True)
+            seen[key] = rows_of(case)
+            by_op.setdefault(case.op, []).extend(seen[key])
+    parts = [_INTRO.format(jax=jax.__version__, sms=NUM_SMS)]
+    parts += [f"## {op}\n\n{table(rows)}\n\n" for op, rows in by_op.items()]
+    DOCS.write_text("".join(parts).rstrip() + "\n")
+    print(f"{sum(map(len, by_op.values()))} kernels: {DOCS}")
+
+
+if __name__ == "__main__":
+    main()

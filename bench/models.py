@@ -1,0 +1,22 @@
+"""Configurations of real models, for compiling and timing without their weights."""
+
+from __future__ import annotations
+
+from atom_jax.config import ModelConfig, QuantConfig, RopeConfig, preset
+
+
+def llama_3_8b(quantization: QuantConfig | None = None) -> ModelConfig:
+    """Meta-Llama-3-8B; w4a4kv4 unless told otherwise."""
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_position_embeddings=8192,
+        rope=RopeConfig(theta=500_000.0),
+        quantization=quantization or preset("w4a4kv4"),
+    )

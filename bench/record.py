@@ -1,0 +1,81 @@
+"""Saving a result with what is needed to judge it: machine, versions, commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _gpu() -> dict[str, str] | None:
+    """What nvidia-smi says of the first GPU; None without one."""
+    fields = ("name", "driver_version", "memory.total", "clocks.max.sm", "clocks.max.memory", "power.limit")
+    query = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(fields, (value.strip() for value in found.strip().split(",")), strict=False))
+
+
+def _commit() -> str | None:
+    """Of this tree; a copy of it without its history is told by the variable ATOM_JAX_COMMIT."""
+    describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        run = subprocess.run(describe, capture_output=True, text=True, cwd=RESULTS.parent, check=False)
+    except OSError:
+        return os.environ.get("ATOM_JAX_COMMIT")
+    return run.stdout.strip() or os.environ.get("ATOM_JAX_COMMIT")
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and commit; "-dirty" marks a tree with uncommitted changes."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "gpu": _gpu(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in _PACKAGES},
+        "commit": _commit(),
+    }
+
+
+def save(name: str, environment: dict[str, Any], results: Any) -> Path:
+    """Writes bench/results/NAME.json; one that was there is replaced whole, whatever interrupts."""
+    path = RESULTS / f"{name}.json"
+    write_json(path, {"environment": environment, "results": results})
+    return path
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` to ``path``, which is complete at every moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)

@@ -1,0 +1,331 @@
+"""Which models convert: from a Hugging Face ``config.json`` to a ``ModelConfig`` and the tensors it needs.
+
+Nothing in a ``config.json`` is trusted. Every value that decides what the model computes is read with its
+type and range checked, and a feature that Atom-JAX does not compute is an error that names it: silently
+converting, say, a sliding window to full attention would give a model that is wrong only on long prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from atom_jax.config import ModelConfig, RopeConfig
+from atom_jax.errors import AtomError
+
+MAX_LAYERS = 4096  # far above any real model; keeps a nonsensical config.json from exhausting memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What an architecture fixes, or leaves to ``config.json``.
+
+    Attributes:
+      attention_bias: "never", "qkv" (always, and not on o_proj) or "config" (the key decides for q, k, v, o).
+      mlp_bias: whether the key ``mlp_bias`` is read.
+      qk_norm: RMSNorm over head_dim on queries and keys.
+      default_kv_heads: whether a missing ``num_key_value_heads`` means one per query head (Llama 1).
+      default_window: the sliding window that Hugging Face assumes where the key is missing.
+    """
+
+    attention_bias: str = "never"
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    default_kv_heads: bool = False
+    default_window: int | None = None
+
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family(attention_bias="config", mlp_bias=True, default_kv_heads=True),
+    "MistralForCausalLM": Family(default_window=4096),
+    "Qwen2ForCausalLM": Family(attention_bias="qkv"),
+    "Qwen3ForCausalLM": Family(attention_bias="config", qk_norm=True),
+}
+# For a config.json that leaves "architectures" out.
+MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+_REQUIRED = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Typed reads from one JSON object; errors name the file and the key."""
+
+    data: dict[str, Any]
+    where: str
+    prefix: str = ""
+
+    def fail(self, key: str, problem: str) -> AtomError:
+        return AtomError(f"{self.where}: {self.prefix}{key} {problem}")
+
+    def _get(self, key: str, default: Any) -> Any:
+        if key in self.data:
+            return self.data[key]
+        if default is _REQUIRED:
+            raise self.fail(key, "is missing")
+        return default
+
+    def integer(self, key: str, default: Any = _REQUIRED, *, minimum: int = 1) -> int:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.fail(key, f"must be an integer, found {_show(value)}")
+        if value < minimum:
+            raise self.fail(key, f"must be at least {minimum}, found {value}")
+        return value
+
+    def optional_integer(self, key: str, default: int | None = None) -> int | None:
+        return None if self._get(key, default) is None else self.integer(key, default)
+
+    def positive(self, key: str, default: Any = _REQUIRED) -> float:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.fail(key, f"must be a number, found {_show(value)}")
+        try:
+            number = float(value)
+        except OverflowError:  # an integer with more than 308 digits
+            number = math.inf
+        if not (math.isfinite(number) and number > 0):
+            raise self.fail(key, f"must be positive and finite, found {_show(value)}")
+        return number
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self.fail(key, f"must be true or false, found {_show(value)}")
+        return value
+
+    def string(self, key: str, default: Any = _REQUIRED) -> str:
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self.fail(key, f"must be a string, found {_show(value)}")
+        return value
+
+    def section(self, key: str) -> _Reader | None:
+        """The JSON object under ``key``, or None where it is missing or null."""
+        value = self.data.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.fail(key, f"must be an object, found {_show(value)}")
+        return _Reader(value, self.where, f"{self.prefix}{key}.")
+
+
+def _show(value: Any) -> str:
+    """``value`` as JSON-like text, short enough for a one-line message."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a huge integer"
+    return f"{text[:57]}..." if len(text) > 60 else text
+
+
+def parse_config(hf: dict[str, Any], *, where: str) -> ModelConfig:
+    """The ``ModelConfig`` that a Hugging Face ``config.json`` describes.
+
+    Args:
+      hf: the parsed JSON object; the spelling before transformers 5 (``rope_theta``, ``rope_scaling``) and
+        the one since (``rope_parameters``) are both read.
+      where: what to call the file in error messages.
+
+    Raises:
+      AtomError: a key is missing or has an unusable value, or the model is one that Atom-JAX does not run.
+    """
+    if not isinstance(hf, dict):
+        raise AtomError(f"{where}: must hold a JSON object, found {_show(hf)}")
+    reader = _Reader(hf, where)
+    architecture = _architecture(reader)
+    family = FAMILIES[architecture]
+    _reject_unsupported(reader)
+    max_positions = reader.integer("max_position_embeddings")
+    _reject_sliding_window(reader, architecture, family, max_positions)
+    num_heads = reader.integer("num_attention_heads")
+    num_kv_heads = _num_kv_heads(reader, family, num_heads)
+    num_layers = reader.integer("num_hidden_layers")
+    if num_layers > MAX_LAYERS:
+        raise reader.fail("num_hidden_layers", f"must be at most {MAX_LAYERS}, found {_show(num_layers)}")
+    vocab_size = reader.integer("vocab_size")
+    hidden_size = reader.integer("hidden_size")
+    bias = reader.boolean("attention_bias", False) if family.attention_bias == "config" else False
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=reader.integer("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=_head_dim(reader, family, hidden_size, num_heads),
+        max_position_embeddings=max_positions,
+        rms_norm_eps=reader.positive("rms_norm_eps"),
+        rope=_rope(reader),
+        tie_word_embeddings=reader.boolean("tie_word_embeddings", False),
+        qkv_bias=bias or family.attention_bias == "qkv",
+        o_bias=bias,
+        mlp_bias=family.mlp_bias and reader.boolean("mlp_bias", False),
+        qk_norm=family.qk_norm,
+        bos_token_id=next(iter(_token_ids(reader, "bos_token_id", vocab_size)), None),
+        eos_token_ids=_token_ids(reader, "eos_token_id", vocab_size),
+    )
+
+
+def with_generation_config(config: ModelConfig, generation: dict[str, Any], *, where: str) -> ModelConfig:
+    """``config`` with the end-of-sequence ids of ``generation_config.json`` added after its own.
+
+    Chat models often name the end-of-turn token only there, and generation that misses it never stops.
+    """
+    extra = _token_ids(_Reader(generation, where), "eos_token_id", config.vocab_size)
+    return config.replace(eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + extra)))
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor a checkpoint of ``config`` must hold, in the order of the model.
+
+    Projections are [out, in], as in PyTorch. ``lm_head.weight`` is absent where it is tied to the embedding.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
+    projections = {
+        "self_attn.q_proj": (config.q_size, hidden, config.qkv_bias),
+        "self_attn.k_proj": (config.kv_size, hidden, config.qkv_bias),
+        "self_attn.v_proj": (config.kv_size, hidden, config.qkv_bias),
+        "self_attn.o_proj": (hidden, config.q_size, config.o_bias),
+        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+        "mlp.up_proj": (inner, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, inner, config.mlp_bias),
+    }
+    for name, (rows, columns, bias) in projections.items():
+        layer[f"{name}.weight"] = (rows, columns)
+        if bias:
+            layer[f"{name}.bias"] = (rows,)
+    if config.qk_norm:
+        layer["self_attn.q_norm.weight"] = layer["self_attn.k_norm.weight"] = (config.head_dim,)
+    layer["post_attention_layernorm.weight"] = (hidden,)
+
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for index in range(config.num_layers):
+        tensors.update({f"model.layers.{index}.{name}": shape for name, shape in layer.items()})
+    tensors["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        tensors["lm_head.weight"] = (config.vocab_size, hidden)
+    return tensors
+
+
+def _architecture(reader: _Reader) -> str:
+    names = reader.data.get("architectures")
+    if names is None:
+        model_type = reader.string("model_type")
+        names = [MODEL_TYPES.get(model_type, model_type)]
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise reader.fail("architectures", f"must be a list of one name, found {_show(names)}")
+    for key in _EXPERT_KEYS:  # before the name, so that Mixtral is told why and not only that
+        if reader.data.get(key) is not None and reader.integer(key, minimum=0) > 0:
+            raise reader.fail(
+                key, f"is {reader.data[key]}: mixtures of experts ({names[0]}) are not supported"
+            )
+    if names[0] not in FAMILIES:
+        raise AtomError(
+            f"{reader.where}: architecture {_show(names[0])} is not supported; "
+            f"supported: {', '.join(FAMILIES)}"
+        )
+    return names[0]
+
+
+def _reject_unsupported(reader: _Reader) -> None:
+    for key in ("quantization_config", "compression_config"):
+        if reader.data.get(key) is not None:
+            raise reader.fail(key, "is present: it is quantized already; convert the float original")
+    activation = reader.string("hidden_act", "silu")
+    if activation != "silu":
+        raise reader.fail("hidden_act", f"{_show(activation)} is not supported; supported: 'silu'")
+
+
+def _reject_sliding_window(reader: _Reader, architecture: str, family: Family, max_positions: int) -> None:
+    """Raises AtomError where a layer attends to less than the whole context."""
+    if architecture == "MistralForCausalLM":
+        window = reader.optional_integer("sliding_window", family.default_window)
+        if window is not None and window < max_positions:
+            raise reader.fail(
+                "sliding_window", f"{window} < max_position_embeddings {max_positions}: not supported"
+            )
+    if reader.boolean("use_sliding_window", False):
+        raise reader.fail("use_sliding_window", "true is not supported: only full attention is")
+    layer_types = reader.data.get("layer_types")
+    if layer_types is not None:
+        if not isinstance(layer_types, list):
+            raise reader.fail("layer_types", f"must be a list, found {_show(layer_types)}")
+        for kind in layer_types:
+            # Mistral has no use for the key; its window is decided above.
+            if kind != "full_attention" and architecture != "MistralForCausalLM":
+                raise reader.fail("layer_types", f"names {_show(kind)}; only 'full_attention' is supported")
+
+
+def _num_kv_heads(reader: _Reader, family: Family, num_heads: int) -> int:
+    default = num_heads if family.default_kv_heads else _REQUIRED
+    null = "num_key_value_heads" in reader.data and reader.data["num_key_value_heads"] is None
+    num_kv_heads = num_heads if null else reader.integer("num_key_value_heads", default)
+    if num_heads % num_kv_heads:
+        raise reader.fail(
+            "num_attention_heads", f"{num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
+        )
+    return num_kv_heads
+
+
+def _head_dim(reader: _Reader, family: Family, hidden_size: int, num_heads: int) -> int:
+    head_dim = reader.integer("head_dim") if family.qk_norm else reader.optional_integer("head_dim")
+    if head_dim is None:
+        if hidden_size % num_heads:
+            raise reader.fail(
+                "hidden_size", f"{hidden_size} is no multiple of num_attention_heads {num_heads}"
+            )
+        head_dim = hidden_size // num_heads
+    if head_dim % 2:
+        raise reader.fail("head_dim", f"must be even for rotary embeddings, found {head_dim}")
+    return head_dim
+
+
+def _rope(reader: _Reader) -> RopeConfig:
+    """Rotary embedding from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``."""
+    section = reader.section("rope_parameters") or reader.section("rope_scaling")
+    rules = section or _Reader({}, reader.where)
+    for part in (reader, rules):
+        fraction = part.data.get("partial_rotary_factor")
+        if fraction is not None and part.positive("partial_rotary_factor") != 1.0:
+            raise part.fail("partial_rotary_factor", f"{fraction} is not supported; only 1 is")
+    theta = (rules if "rope_theta" in rules.data else reader).positive("rope_theta", 10000.0)
+    key = "type" if "rope_type" not in rules.data and "type" in rules.data else "rope_type"
+    kind = rules.string(key, "default" if not rules.data or "rope_theta" in rules.data else _REQUIRED)
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    if kind not in ("linear", "llama3"):
+        raise rules.fail(key, f"{_show(kind)} is not supported; supported: 'default', 'linear', 'llama3'")
+    factor = rules.positive("factor")
+    if factor < 1.0:
+        raise rules.fail("factor", f"must be at least 1, found {factor}")
+    if kind == "linear":
+        return RopeConfig(theta=theta, scaling="linear", factor=factor)
+    low, high = rules.positive("low_freq_factor"), rules.positive("high_freq_factor")
+    if low >= high:
+        raise rules.fail("low_freq_factor", f"must be smaller than high_freq_factor, found {low} and {high}")
+    return RopeConfig(
+        theta=theta,
+        scaling="llama3",
+        factor=factor,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position_embeddings=rules.integer("original_max_position_embeddings"),
+    )
+
+
+def _token_ids(reader: _Reader, key: str, vocab_size: int) -> tuple[int, ...]:
+    """The token ids under ``key``: an id, a list of ids, or nothing."""
+    value = reader.data.get(key)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise reader.fail(key, f"must be an integer or a list of integers, found {_show(value)}")
+        if not 0 <= token_id < vocab_size:
+            raise reader.fail(key, f"{_show(token_id)} is outside the vocabulary of {vocab_size}")
+    return tuple(dict.fromkeys(ids))

@@ -1,0 +1,163 @@
+"""The tokens a conversion calibrates on: sampled from the model, from a file, or from a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+from tokenizers import Tokenizer
+
+from atom_jax.errors import AtomError
+from convert.self_sampling import sample_tokens
+from convert.sources import Source
+from convert.streaming import Report
+
+SEQ_LEN = 512
+_DATASET_FIELDS = ("text", "content", "document")
+# A missing file of these is a missing file; anything else may be a data set id, in which dots are common.
+_TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".md")
+# Generous characters a token, so that a data set is read only as far as needed.
+_CHARACTERS_PER_TOKEN = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Windows of token ids and where they come from, as the accuracy card says it."""
+
+    tokens: Int32[np.ndarray, "windows seq"]
+    kind: str
+    name: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self.tokens, "<i4").tobytes()).hexdigest()
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; of a .jsonl one, the "text" of each line.
+
+    Raises:
+      AtomError: no such file, not UTF-8, no text in it, or a line that is not {"text": ...}.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise AtomError(f"{path}: {reason}") from error
+    if path.suffix.lower() == ".jsonl":
+        text = "\n\n".join(
+            _json_text(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line
+        )
+    if not text.strip():
+        raise AtomError(f"{path}: holds no text")
+    return text
+
+
+def _json_text(path: Path, number: int, line: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise AtomError(f"{path}: line {number} is not JSON: {error}") from error
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise AtomError(f'{path}: line {number} has no "text" string')
+    return text
+
+
+def encode(tokenizer_folder: Path, text: str) -> Int32[np.ndarray, " tokens"]:
+    """Token ids of ``text`` without special tokens around it."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+
+def spread_windows(
+    tokens: Int32[np.ndarray, " tokens"], num_tokens: int, seq_len: int, where: str
+) -> Int32[np.ndarray, "windows seq"]:
+    """About ``num_tokens`` of ``tokens`` as windows of ``seq_len`` spread evenly over the text.
+
+    Raises:
+      AtomError: the text is shorter than one window.
+    """
+    available = tokens.size // seq_len
+    if available == 0:
+        raise AtomError(
+            f"{where}: {tokens.size} tokens are too few to calibrate on; at least {seq_len} are needed"
+        )
+    wanted = min(max(1, num_tokens // seq_len), available)
+    starts = np.arange(wanted) * available // wanted * seq_len
+    return np.stack([tokens[start : start + seq_len] for start in starts])
+
+
+def _dataset_text(name: str, characters: int) -> str:
+    """The first ``characters`` of a Hugging Face data set ``org/name`` or ``org/name:config``."""
+    try:
+        datasets = importlib.import_module("datasets")  # an extra: absent where types are checked
+    except ImportError:
+        raise AtomError(f"{name}: to calibrate on a data set install atom-jax[datasets]") from None
+    path, _, config = name.partition(":")
+    pieces: list[str] = []
+    try:
+        records: Any = datasets.load_dataset(path, config or None, split="train", streaming=True)
+        for record in records:
+            field = next((field for field in _DATASET_FIELDS if isinstance(record.get(field), str)), None)
+            if field is None:
+                raise AtomError(
+                    f"data set {name}: no field of {', '.join(_DATASET_FIELDS)} in {sorted(record)}"
+                )
+            pieces.append(record[field])
+            characters -= len(record[field])
+            if characters <= 0:
+                break
+    except AtomError:
+        raise
+    except Exception as error:  # the library raises its own, requests' and fsspec's types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AtomError(
+            f"{name}: neither a file nor a data set that can be read ({reason}); "
+            "without a network give a text file"
+        ) from error
+    return "\n\n".join(pieces)
+
+
+def load_calibration(
+    source: Source,
+    tokenizer_folder: Path,
+    calibration: str | None,
+    *,
+    num_tokens: int,
+    seed: int,
+    report: Report | None = None,
+) -> Calibration:
+    """The calibration windows for ``calibration``: None for sampled, else a file or a data set id.
+
+    Raises:
+      AtomError: the text cannot be had, is too short, or num_tokens is below one window.
+    """
+    seq_len = min(SEQ_LEN, source.config.max_position_embeddings)
+    if num_tokens < seq_len:
+        raise AtomError(f"{num_tokens} calibration tokens are less than one window of {seq_len}")
+    if calibration is None:
+        tokens = sample_tokens(source, num_tokens, seed, report).reshape(-1)
+        return Calibration(
+            spread_windows(tokens, num_tokens, seq_len, "the sampled text"), "sampled", f"seed {seed}"
+        )
+    path = Path(calibration)
+    if path.exists() or path.suffix.lower() in _TEXT_SUFFIXES:
+        text, kind, name = read_text(path), "file", path.name
+    else:
+        text = _dataset_text(calibration, num_tokens * _CHARACTERS_PER_TOKEN)
+        kind, name = "dataset", calibration
+    tokens = encode(tokenizer_folder, text)
+    if tokens.size and tokens.max() >= source.config.vocab_size:
+        raise AtomError(
+            f"{tokenizer_folder}: token id {tokens.max()} is outside the vocabulary of "
+            f"{source.config.vocab_size}"
+        )
+    return Calibration(spread_windows(tokens, num_tokens, seq_len, name), kind, name)

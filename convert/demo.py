@@ -1,0 +1,167 @@
+"""The demo: one real model in float, in naive 4 bits and in Atom's 4 bits, and what each loses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from atom_jax.checkpoint import CARD_FILE, CONFIG_FILE, TOKENIZER_FOLDER, load
+from atom_jax.config import QuantConfig, preset
+from atom_jax.errors import AtomError
+from atom_jax.perplexity import perplexity
+from convert.calibration import encode
+from convert.card import versions
+from convert.pipeline import ConvertOptions, Progress, convert
+from convert.smollm2 import SHA256, smollm2_gguf
+
+SEQ_LEN = 512
+EVAL_TOKENS = 2048
+# Half of the converter's default: it costs little accuracy here, and half of the demo's time goes into it.
+CALIBRATION_TOKENS = 4096
+_RESULTS_FILE = "results.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to store the model."""
+
+    name: str
+    label: str
+    quantization: QuantConfig
+
+
+VARIANTS = (
+    Variant("float", "float (bf16)", preset("bf16")),
+    Variant(
+        "naive-w4a4",
+        "naive W4A4",
+        preset("w4a4kv4", group_size=None, num_outliers=0, clip_w=1.0, clip_a=1.0, gptq=False, kv_bits=16),
+    ),
+    Variant("atom-w4a4kv4", "Atom W4A4KV4", preset("w4a4kv4", group_size=64, num_outliers=64)),
+)
+ATOM = VARIANTS[-1].name
+
+
+@dataclasses.dataclass(frozen=True)
+class VariantResult:
+    """What was measured of a variant.
+
+    Attributes:
+      tokens: how many the perplexity is over.
+      size: bytes on disk.
+      seconds: to convert; None if an earlier, interrupted run did some of it.
+    """
+
+    name: str
+    label: str
+    perplexity: float
+    tokens: int
+    size: int
+    seconds: float | None
+
+
+def prepare(folder: Path, progress: Progress) -> list[VariantResult]:
+    """Converts and measures the variants in ``folder``, as far as that was not done before.
+
+    Args:
+      folder: keeps the checkpoints (by the variants' names) and the results.
+      progress: called with (stage, done, total).
+
+    Raises:
+      AtomError: the model cannot be fetched, or ``folder`` cannot be written or holds something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    results = _Results(folder / _RESULTS_FILE)
+    for variant in VARIANTS:
+        if results.get(variant) is None or not (folder / variant.name / CONFIG_FILE).is_file():
+            results.put(variant, _measure(variant, folder / variant.name, progress))
+    return [VariantResult(**results.get(variant)) for variant in VARIANTS]
+
+
+class _Results:
+    """Results on disk, each with everything it depends on, so that an old one is not taken for a new one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # ValueError: damaged, so measured again
+            self._entries = {}
+
+    @staticmethod
+    def _key(variant: Variant) -> dict[str, Any]:
+        quantization = dataclasses.asdict(variant.quantization)
+        tokens = {"calibration": CALIBRATION_TOKENS, "evaluation": EVAL_TOKENS, "window": SEQ_LEN}
+        return {"recipe": quantization, "model": SHA256, "tokens": tokens, "versions": versions()}
+
+    def get(self, variant: Variant) -> Any:
+        entry = self._entries.get(variant.name)
+        return entry["result"] if entry is not None and entry["key"] == self._key(variant) else None
+
+    def put(self, variant: Variant, result: VariantResult) -> None:
+        self._entries[variant.name] = {"key": self._key(variant), "result": dataclasses.asdict(result)}
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._entries, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, self._path)
+
+
+def _measure(variant: Variant, out: Path, progress: Progress) -> VariantResult:
+    def report(stage: str, done: int, total: int) -> None:
+        progress(f"{variant.name}: {stage}", done, total)
+
+    report("fetch the model", 0, 1)
+    gguf = smollm2_gguf()
+    report("fetch the model", 1, 1)
+    untouched = not out.exists() and not _partial(out).exists()
+    started = time.perf_counter()
+    options = ConvertOptions(variant.quantization, calibration_tokens=CALIBRATION_TOKENS)
+    _convert(gguf, out, options, report)
+    seconds = time.perf_counter() - started if untouched else None
+    model = load(out)
+    measured = perplexity(
+        model.params,
+        eval_tokens(out),
+        config=model.config,
+        seq_len=SEQ_LEN,
+        progress=lambda done, total: report("measure perplexity", done, total),
+    )
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    return VariantResult(variant.name, variant.label, measured.perplexity, measured.tokens, size, seconds)
+
+
+def _convert(gguf: Path, out: Path, options: ConvertOptions, progress: Progress) -> None:
+    """Converts, in the place of what an earlier version of the program made of it."""
+    try:
+        convert(gguf, out, options, progress)
+    except AtomError:
+        # Only what a conversion wrote is removed, whatever folder the user chose.
+        old = [out] if (out / CARD_FILE).is_file() else []
+        old += [_partial(out)] if (_partial(out) / "work" / "job.json").is_file() else []
+        if not old:
+            raise
+        for path in old:
+            shutil.rmtree(path)
+        convert(gguf, out, options, progress)
+
+
+def _partial(out: Path) -> Path:
+    """Where ``convert`` works until the checkpoint is whole."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def eval_tokens(checkpoint: Path) -> Int32[np.ndarray, " tokens"]:
+    """English prose that every CPython has: the second half of the help topics, from its start."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    # No more of it is tokenized than is needed.
+    start, longest = len(text) // 2, 16 * EVAL_TOKENS
+    return encode(checkpoint / TOKENIZER_FOLDER, text[start : start + longest])[:EVAL_TOKENS]

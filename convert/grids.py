@@ -1,0 +1,108 @@
+"""The values that the groups of an INT4 weight may take: asymmetric grids, chosen by the error they leave.
+
+A grid is fitted to the weights of one group and row. The range [min, max], extended to zero, is shrunk by
+each of ``CLIPS``, and the one with the smallest squared error is kept, every channel weighted by its energy
+(the diagonal of X^T X): what rounding adds to the output if the channels do not correlate.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float32, Int8
+
+from convert.rtn import storage_scale
+
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+LOW, HIGH = -8, 7
+# Largest first-level integer of a channel (QServe, arXiv 2405.04532, section 4.1): the second rounding, at
+# most half a step of 15 or 16, then ends within INT8.
+PROTECTIVE_RANGE = 119
+_MAX_GROUP_SCALE = 17  # 15 steps of it span INT8
+
+
+class Grid(NamedTuple):
+    """Values ``(q - zero) * scale`` for integers ``low <= q <= high``; float32 arrays of one shape."""
+
+    scale: Float32[Array, "*shape"]
+    zero: Float32[Array, "*shape"]
+    low: Float32[Array, "*shape"]
+    high: Float32[Array, "*shape"]
+
+    def round(self, x: Float32[Array, "..."]) -> Int8[Array, "..."]:
+        """The integers nearest to ``x``; half to even."""
+        q = jnp.round(x * (1.0 / self.scale)) + self.zero
+        return jnp.clip(q, self.low, self.high).astype(jnp.int8)
+
+    def value(self, q: Int8[Array, "..."]) -> Float32[Array, "..."]:
+        return (q.astype(jnp.float32) - self.zero) * self.scale
+
+
+def channel_scales(weight: Float32[Array, "n k"]) -> Float32[Array, "n"]:
+    """First-level scale of each row of a ``TwoLevelWeight``."""
+    return storage_scale(jnp.max(jnp.abs(weight), axis=1), 1.0, PROTECTIVE_RANGE)
+
+
+def fit_groups(
+    weight: Float32[Array, "n k"], energy: Float32[Array, "k"], group_size: int, *, two_level: bool
+) -> Grid:
+    """The grid [groups, n] of every group and row.
+
+    Args:
+      energy: weight of each channel's error.
+      two_level: the scale of a group is an integer times that of its row, and all values are INT8 multiples
+        of the row's (``TwoLevelWeight``); else it is any number that bfloat16 holds (``WeightOnlyInt4``).
+    """
+    unit = channel_scales(weight)[:, None] if two_level else None
+
+    def fit(group: tuple[Array, Array]) -> Grid:
+        return _fit(group[0], group[1], unit)
+
+    rows = weight.shape[0]
+    groups = jnp.swapaxes(weight.reshape(rows, -1, group_size), 0, 1)
+    return jax.tree.map(lambda a: a[..., 0], lax.map(fit, (groups, energy.reshape(-1, group_size))))
+
+
+def _fit(
+    x: Float32[Array, "n size"], energy: Float32[Array, "size"], unit: Float32[Array, "n 1"] | None
+) -> Grid:
+    low = jnp.minimum(jnp.min(x, axis=1, keepdims=True), 0.0)
+    high = jnp.maximum(jnp.max(x, axis=1, keepdims=True), 0.0)
+
+    def candidate(clip: Array) -> tuple[Grid, Array]:
+        grid = _grid(low * clip, high * clip, unit)
+        error = grid.value(grid.round(x)) - x
+        return grid, jnp.sum(jnp.square(error) * energy, axis=1, keepdims=True)
+
+    def better(best: tuple[Grid, Array], clip: Array) -> tuple[tuple[Grid, Array], None]:
+        new = candidate(clip)
+        return jax.tree.map(lambda a, b: jnp.where(new[1] < best[1], b, a), best, new), None
+
+    clips = jnp.asarray(CLIPS, jnp.float32)
+    return lax.scan(better, candidate(clips[0]), clips[1:])[0][0]
+
+
+def _grid(
+    low: Float32[Array, "n 1"], high: Float32[Array, "n 1"], unit: Float32[Array, "n 1"] | None
+) -> Grid:
+    """The grid that spans [low, high], which holds zero."""
+    if unit is None:
+        scale = storage_scale(high - low, 1.0, HIGH - LOW)
+        zero = _zero(low, scale)
+        return Grid(scale, zero, jnp.full_like(scale, LOW), jnp.full_like(scale, HIGH))
+    steps = jnp.clip(jnp.round((high - low) / (unit * (HIGH - LOW))), 1, _MAX_GROUP_SCALE)
+    zero = _zero(low, steps * unit)
+    # Only what stays in INT8: (q - zero) * steps from -128 to 127.
+    return Grid(
+        steps * unit,
+        zero,
+        jnp.maximum(LOW, zero - jnp.floor(128 / steps)),
+        jnp.minimum(HIGH, zero + jnp.floor(127 / steps)),
+    )
+
+
+def _zero(low: Float32[Array, "n 1"], scale: Float32[Array, "n 1"]) -> Float32[Array, "n 1"]:
+    return jnp.clip(LOW + jnp.round(-low * (1.0 / scale)), LOW, HIGH)

@@ -1,0 +1,135 @@
+"""INT4 weights without outliers, w4a16's and w4a8kv4's: grids fitted group by group, then GPTQ on them.
+
+There is no INT8 tail that has to come last, so channels are rounded in the order of descending energy: the
+hottest, whose errors cost most, while all the others can still make up for them. The grids are fitted first,
+to the original weights, because a group's channels are then no longer neighbours.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float32, Int8, Int32
+
+from atom_jax.errors import AtomError
+from convert.gptq import feedback_matrix
+from convert.grids import Grid, channel_scales, fit_groups
+from convert.rtn import check_groups, pack_values
+from pallas_kernels import TwoLevelWeight, WeightOnlyInt4
+
+_BLOCK = 128  # channels whose errors are exchanged before the next matmul
+_DAMPING = 0.01
+
+
+def quantize_weight_only(
+    weight: Float32[Array | np.ndarray, "n k"],
+    hessian: Float32[Array | np.ndarray, "k k"] | None,
+    group_size: int | None,
+) -> WeightOnlyInt4:
+    """Quantizes to INT4 groups, each with a scale and a zero point.
+
+    Args:
+      hessian: mean of x x^T over the inputs, for GPTQ; None rounds to nearest.
+      group_size: None for one group over the whole row.
+
+    Raises:
+      AtomError: K is not whole groups, or weight or Hessian are not usable (see ``convert.gptq.gptq``).
+    """
+    values, grids, group_size = _quantize(weight, hessian, group_size, two_level=False)
+    return WeightOnlyInt4(pack_values(values), grids.scale, grids.zero.astype(jnp.int8), group_size)
+
+
+def quantize_two_level(
+    weight: Float32[Array | np.ndarray, "n k"],
+    hessian: Float32[Array | np.ndarray, "k k"] | None,
+    group_size: int | None,
+) -> TwoLevelWeight:
+    """Quantizes to INT4 groups that dequantize to INT8; arguments and errors of ``quantize_weight_only``."""
+    values, grids, group_size = _quantize(weight, hessian, group_size, two_level=True)
+    scales = channel_scales(jnp.asarray(weight, jnp.float32))
+    group_scales = jnp.round(grids.scale / scales).astype(jnp.int8)
+    return TwoLevelWeight(pack_values(values), scales, group_scales, grids.zero.astype(jnp.int8), group_size)
+
+
+def _quantize(
+    weight: Float32[Array | np.ndarray, "n k"],
+    hessian: Float32[Array | np.ndarray, "k k"] | None,
+    group_size: int | None,
+    *,
+    two_level: bool,
+) -> tuple[Int8[Array, "n k"], Grid, int]:
+    channels = weight.shape[1]
+    group_size = check_groups("weight", channels, group_size, None)
+    weight = jnp.asarray(weight, jnp.float32)
+    if hessian is None:
+        values, grids = _nearest(weight, group_size, two_level)
+    else:
+        hessian = jnp.asarray(hessian, jnp.float32)
+        order = jnp.argsort(-jnp.diagonal(hessian), stable=True)
+        feedback = feedback_matrix(hessian[order][:, order], _DAMPING)
+        grids = fit_groups(weight, _relative(jnp.diagonal(hessian)), group_size, two_level=two_level)
+        values = _sweep(weight, feedback, order, grids, group_size)
+    # NaN or infinity in a weight reaches the scale of its group.
+    if not bool(jnp.all(jnp.isfinite(grids.scale))):
+        raise AtomError(f"weight {list(weight.shape)} holds NaN or infinity, or values too large to quantize")
+    return values, grids, group_size
+
+
+def _relative(energy: Float32[Array, "k"]) -> Float32[Array, "k"]:
+    """Weights of the channels' errors; a channel that was never used counts a little, too."""
+    mean = jnp.mean(energy)
+    return energy / jnp.where(mean > 0, mean, 1.0) + _DAMPING
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _nearest(
+    weight: Float32[Array, "n k"], group_size: int, two_level: bool
+) -> tuple[Int8[Array, "n k"], Grid]:
+    grids = fit_groups(weight, jnp.ones(weight.shape[1]), group_size, two_level=two_level)
+    per_channel = jax.tree.map(lambda a: jnp.repeat(a.T, group_size, axis=1), grids)
+    return per_channel.round(weight), grids
+
+
+@partial(jax.jit, static_argnums=(4,))
+def _sweep(
+    weight: Float32[Array, "n k"],
+    feedback: Float32[Array, "k k"],
+    order: Int32[Array, "k"],
+    grids: Grid,
+    group_size: int,
+) -> Int8[Array, "n k"]:
+    """Rounds channel after channel in ``order``, which ``feedback`` is in (see ``convert.gptq``)."""
+    rows, channels = weight.shape
+    padding = -channels % _BLOCK
+    # Channel-major, so that a channel is contiguous; padding channels are zeros that nothing takes from.
+    originals = jnp.pad(weight.T[order], ((0, padding), (0, 0)))
+    feedback = jnp.pad(feedback, (0, padding))
+    groups = jnp.pad(order // group_size, (0, padding))
+
+    def block(errors: Array, start: Array) -> tuple[Array, Array]:
+        span = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=_BLOCK)
+        takes = span(feedback)
+        targets = span(originals) + jnp.matmul(takes, errors, precision=lax.Precision.HIGHEST)
+        inner = lax.dynamic_slice_in_dim(takes, start, _BLOCK, axis=1)
+        block_originals, block_groups = span(originals), span(groups)
+
+        def channel(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+            errors, values = state
+            grid = jax.tree.map(lambda a: a[block_groups[i]], grids)
+            # Errors from channel i on are zero still, and so is the feedback of those channels.
+            target = targets[i] + jnp.matmul(inner[i], errors, precision=lax.Precision.HIGHEST)
+            value = grid.round(target)
+            return errors.at[i].set(block_originals[i] - grid.value(value)), values.at[i].set(value)
+
+        none = jnp.zeros((_BLOCK, rows), jnp.float32)
+        block_errors, values = lax.fori_loop(0, _BLOCK, channel, (none, none.astype(jnp.int8)))
+        return lax.dynamic_update_slice_in_dim(errors, block_errors, start, 0), values
+
+    errors = jnp.zeros_like(originals)
+    _, values = lax.scan(block, errors, jnp.arange(0, channels + padding, _BLOCK))
+    ordered = values.reshape(-1, rows)[:channels]
+    return jnp.zeros((channels, rows), jnp.int8).at[order].set(ordered).T

@@ -1,0 +1,344 @@
+"""The conversion from end to end: source, calibration, order, quantization layer by layer, checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from atom_jax.checkpoint import (
+    CARD_FILE,
+    TOKENIZER_FOLDER,
+    layer_params,
+    layer_path,
+    layer_specs,
+    read_tree,
+    shared_path,
+    shared_specs,
+    stored_form,
+    write_config,
+    write_tree,
+)
+from atom_jax.config import ModelConfig, QuantConfig
+from atom_jax.errors import AtomError
+from atom_jax.perplexity import PerplexityResult
+from convert.calibration import SEQ_LEN, encode, load_calibration, read_text
+from convert.card import Card, make_card, read_card, versions, write_card
+from convert.float_model import read_layer, read_shared
+from convert.quantize_layer import check_config, migrates, needs_calibration, quantize_layer
+from convert.reorder import energy_order, permute_ends, permute_residual
+from convert.sources import Source, open_source
+from convert.streaming import (
+    Report,
+    add_windows_to_hessians,
+    advance,
+    batches,
+    embed,
+    projection_inputs,
+    projections,
+    run_windows_with_energies,
+    streamed_perplexity,
+)
+from convert.workspace import Workspace, open_workspace, remove_workspace
+
+Progress = Callable[[str, int, int], None]
+
+# The order of the residual stream needs the energies of every layer before the first is quantized: a second
+# pass over the float model, for which this many windows are enough.
+_ENERGY_WINDOWS = 4
+# Tokens on which scale migration is searched: each candidate multiplies them by all linears.
+_SEARCH_TOKENS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertOptions:
+    """What to make of a model.
+
+    Attributes:
+      quantization: the recipe, see ``atom_jax.preset``.
+      calibration: None samples text from the model itself; else a text or JSONL file, or a data set id.
+      calibration_tokens: rounded down to whole windows.
+      seed: of the sampled text.
+      eval_text: file whose perplexity before and after goes into the accuracy card.
+      eval_tokens: how many of its tokens, from the start.
+      revision: of a model on the Hub.
+    """
+
+    quantization: QuantConfig
+    calibration: str | None = None
+    calibration_tokens: int = 8192
+    seed: int = 0
+    eval_text: Path | None = None
+    eval_tokens: int = 8192
+    revision: str | None = None
+
+
+def convert(
+    src: str | Path, out: str | Path, options: ConvertOptions, progress: Progress | None = None
+) -> Card:
+    """Converts a float checkpoint into an Atom-JAX one. One layer is in memory at a time.
+
+    ``out`` appears whole or not at all. A conversion that was killed goes on where it was when called again
+    with the same arguments, and ends in the same checkpoint; one that ended already is returned as it is.
+
+    Args:
+      src: what ``convert.sources.open_source`` takes.
+      out: folder to make.
+      options: the recipe and the texts.
+      progress: called with (stage, done, total).
+
+    Returns:
+      The accuracy card, also in ``out``.
+
+    Raises:
+      AtomError: the source, an option or a text cannot be used, ``out`` exists, or the disk is full. Nothing
+        is left behind.
+    """
+    report = progress or (lambda stage, done, total: None)
+    out = Path(out).absolute()
+    source = open_source(src, revision=options.revision)
+    config = source.config.replace(quantization=options.quantization)
+    check_config(config)
+    job = _job(source, options)
+    if (out / CARD_FILE).exists() and read_card(out).get("job") == job:
+        remove_workspace(out)
+        return read_card(out)
+    with open_workspace(out, job) as workspace:
+        source.write_tokenizer(_made(workspace.checkpoint / TOKENIZER_FOLDER))
+        card = _Conversion(source, config, options, workspace, report).run(job)
+        write_config(workspace.checkpoint, config)
+        write_card(workspace.checkpoint, card)
+        workspace.publish()
+    return card
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _job(source: Source, options: ConvertOptions) -> dict[str, Any]:
+    """Everything the checkpoint depends on."""
+    job: dict[str, Any] = {
+        "architecture": source.config.architecture,
+        "source_sha256": source.fingerprint(),
+        "recipe": dataclasses.asdict(options.quantization),
+        "versions": versions(),
+    }
+    if needs_calibration(source.config.replace(quantization=options.quantization)):
+        file = Path(options.calibration) if options.calibration else None
+        job["calibration"] = {
+            "text": options.calibration,
+            "file_sha256": _text_hash(file) if file is not None and file.exists() else None,
+            "tokens": options.calibration_tokens,
+            "seed": options.seed,
+        }
+    if options.eval_text is not None:
+        job["eval"] = {
+            "text": options.eval_text.name,
+            "sha256": _text_hash(options.eval_text),
+            "tokens": options.eval_tokens,
+        }
+    return job
+
+
+def _text_hash(path: Path) -> str:
+    return hashlib.sha256(read_text(path).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Conversion:
+    """The steps of one conversion and what they share."""
+
+    source: Source
+    config: ModelConfig
+    options: ConvertOptions
+    workspace: Workspace
+    report: Progress
+
+    def run(self, job: dict[str, Any]) -> Card:
+        eval_tokens = self._eval_tokens()
+        shared = read_shared(self.source)
+        calibration = None
+        if needs_calibration(self.config):
+            calibration, tokens = self._calibration()
+            order = self._residual_order(shared["embedding"], tokens)
+            windows = embed(shared["embedding"], tokens)
+        else:
+            order, windows = None, np.zeros((0, 1, self.config.hidden_size), np.float32)
+        if order is not None:
+            shared = _permute_shared(shared, order)
+            windows = np.ascontiguousarray(windows[..., order])
+        write_tree(shared_path(self.workspace.checkpoint), stored_form(shared, shared_specs(self.config)))
+        del shared
+        errors = self._quantize(windows, order)
+        before = after = None
+        if eval_tokens is not None:
+            before = self._perplexity("perplexity before", self.source.config, eval_tokens)
+            after = self._perplexity("perplexity after", self.config, eval_tokens)
+        return make_card(job, calibration=calibration, relative_error=errors, before=before, after=after)
+
+    def _stage(self, stage: str) -> Report:
+        return lambda done, total: self.report(stage, done, total)
+
+    def _eval_tokens(self) -> Int32[np.ndarray, " tokens"] | None:
+        """Read first: a text that cannot be used must not cost a conversion."""
+        if self.options.eval_text is None:
+            return None
+        tokens = encode(self.workspace.checkpoint / TOKENIZER_FOLDER, read_text(self.options.eval_text))
+        tokens = tokens[: self.options.eval_tokens]
+        if tokens.size < 2:
+            raise AtomError(f"{self.options.eval_text}: fewer than two tokens to measure perplexity on")
+        return tokens
+
+    def _calibration(self) -> tuple[dict[str, Any], Int32[np.ndarray, "windows seq"]]:
+        """The calibration tokens, and what the card says about them; made once, then kept."""
+        tokens, about = (
+            self.workspace.read_array("calibration.npy"),
+            self.workspace.read_json("calibration.json"),
+        )
+        if tokens is not None and about is not None:
+            return about, tokens
+        calibration = load_calibration(
+            self.source,
+            self.workspace.checkpoint / TOKENIZER_FOLDER,
+            self.options.calibration,
+            num_tokens=self.options.calibration_tokens,
+            seed=self.options.seed,
+            report=self._stage("sample calibration text"),
+        )
+        about = {
+            "kind": calibration.kind,
+            "name": calibration.name,
+            "windows": list(calibration.tokens.shape),
+            "sha256": calibration.sha256,
+        }
+        self.workspace.write_array("calibration.npy", calibration.tokens)
+        self.workspace.write_json("calibration.json", about)
+        return about, calibration.tokens
+
+    def _residual_order(
+        self, embedding: Float32[np.ndarray, "vocab hidden"], tokens: Int32[np.ndarray, "windows seq"]
+    ) -> Int32[np.ndarray, " hidden"] | None:
+        """The one order of the residual stream all layers share (folded), by their mean relative energy."""
+        if self.config.quantization.reorder != "folded":
+            return None
+        order = self.workspace.read_array("residual_order.npy")
+        if order is not None:
+            return order
+        config = self.source.config
+        energy = np.zeros(config.hidden_size)
+        x = embed(embedding, tokens[:_ENERGY_WINDOWS])
+        for layer in range(config.num_layers):
+            params = _on_device(read_layer(self.source, layer))
+            energies = {name: jnp.zeros(size) for name, size in projections(config).items()}
+            for batch in batches(x):
+                batch[...], energies = run_windows_with_energies(params, batch, energies, config=config)
+            for name in ("qkv", "gate_up"):
+                share = np.asarray(energies[name], np.float64)
+                energy += share / max(share.sum(), 1e-30)
+            self.report("measure outliers", layer + 1, config.num_layers)
+        order = energy_order(energy)
+        self.workspace.write_array("residual_order.npy", order)
+        return order
+
+    def _quantize(
+        self, windows: Float32[np.ndarray, "windows seq hidden"], order: Int32[np.ndarray, " hidden"] | None
+    ) -> list[dict[str, float]]:
+        """Quantizes and writes each layer; ``windows`` is the residual stream before the first, updated.
+
+        The state after a layer is that layer's files and the residual stream: an interrupted run goes on
+        after the last layer for which both are there.
+        """
+        config, workspace = self.config, self.workspace
+        state: dict[str, Any] = workspace.read_json("state.json") or {"layers": 0, "errors": []}
+        errors, first = state["errors"], state["layers"]
+        if first and windows.size:
+            saved = workspace.read_array(f"residual-{first:04d}.npy")
+            assert saved is not None, "the state is written after the array it names"
+            windows = saved
+        for layer in range(first, config.num_layers):
+            tree = read_layer(self.source, layer)
+            if order is not None:
+                tree = permute_residual(tree, order)
+            if config.quantization.quantizes_linears:
+                params, layer_errors = self._quantize_layer(layer, tree, windows)
+                errors.append(layer_errors)
+            else:
+                params = tree
+            write_tree(layer_path(workspace.checkpoint, layer), stored_form(params, layer_specs(config)))
+            if windows.size:
+                advance(params, windows, config)
+                if not np.isfinite(windows).all():
+                    raise AtomError(f"layer {layer}: the output of the quantized layer is not finite")
+                workspace.write_array(f"residual-{layer + 1:04d}.npy", windows)
+            workspace.write_json("state.json", {"layers": layer + 1, "errors": errors})
+            workspace.path(f"residual-{layer:04d}.npy").unlink(missing_ok=True)
+            self.report(
+                "quantize" if config.quantization.quantizes_linears else "write", layer + 1, config.num_layers
+            )
+        return errors
+
+    def _quantize_layer(
+        self, layer: int, tree: dict[str, np.ndarray], windows: Float32[np.ndarray, "windows seq hidden"]
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        hessians = inputs = None
+        if needs_calibration(self.config):
+            params = _on_device(tree)
+            if migrates(self.config):
+                some = windows[: max(1, _SEARCH_TOKENS // windows.shape[1])]
+                inputs = projection_inputs(params, some, config=self.source.config)
+            totals = {name: jnp.zeros((size, size)) for name, size in projections(self.config).items()}
+            for batch in batches(windows):
+                totals = add_windows_to_hessians(params, batch, totals, config=self.source.config)
+                # Waiting is faster: XLA's CPU threads spin, and programs in flight together slow each other.
+                jax.block_until_ready(totals)
+            num_tokens = windows.shape[0] * windows.shape[1]
+            hessians = {name: total / num_tokens for name, total in totals.items()}
+        try:
+            return quantize_layer(tree, hessians, self.config, inputs)
+        except AtomError as error:
+            raise AtomError(f"layer {layer}: {error}") from error
+
+    def _perplexity(
+        self, stage: str, config: ModelConfig, tokens: Int32[np.ndarray, " tokens"]
+    ) -> PerplexityResult:
+        """Of the source if ``config`` is the source's, else of the checkpoint just written."""
+        original = config is self.source.config
+        checkpoint, specs = self.workspace.checkpoint, layer_specs(config)
+        if original:
+            shared = read_shared(self.source)
+        else:
+            stored = read_tree(shared_path(checkpoint), shared_specs(config))
+            shared = {name: value.astype(np.float32) for name, value in stored.items()}
+
+        def layers() -> Iterator[dict[str, Any]]:
+            for layer in range(config.num_layers):
+                if original:
+                    yield _on_device(read_layer(self.source, layer))
+                else:
+                    yield layer_params(read_tree(layer_path(checkpoint, layer), specs), config, jnp.float32)
+
+        seq_len = min(SEQ_LEN, config.max_position_embeddings)
+        return streamed_perplexity(
+            layers(), shared, tokens, config=config, seq_len=seq_len, report=self._stage(stage)
+        )
+
+
+def _on_device(tree: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(value) for name, value in tree.items()}
+
+
+def _permute_shared(
+    shared: dict[str, np.ndarray], order: Int32[np.ndarray, " hidden"]
+) -> dict[str, np.ndarray]:
+    embedding, norm, lm_head = permute_ends(shared["embedding"], shared["norm"], shared.get("lm_head"), order)
+    permuted = {"embedding": embedding, "norm": norm}
+    return permuted if lm_head is None else permuted | {"lm_head": lm_head}

@@ -1,0 +1,149 @@
+"""Round to nearest: the weight format of docs/quantization.md without any error compensation."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float32, Int8
+
+from atom_jax.config import GROUP_SIZES
+from atom_jax.errors import AtomError
+from pallas_kernels.qarrays import PACK_TILE, QuantizedWeight, num_tiles, pack_int4
+from pallas_kernels.quantize.reference import round_clip, symmetric_scale
+
+BODY_MAX = 7
+TAIL_MAX = 127
+
+
+def check_groups(name: str, channels: int, group_size: int | None, num_outliers: int | None) -> int:
+    """The group size to use for a weight of ``channels`` input channels (None: the whole body).
+
+    Args:
+      name: what to call the tensor in the message.
+      channels: its input channels, K.
+      num_outliers: None for a format that has no outliers.
+
+    Raises:
+      AtomError: the body, K - num_outliers channels, is empty or not made of whole groups. The message
+        suggests the nearest numbers of outliers and the largest group size that fit.
+    """
+    if num_outliers is None:
+        return _check_groups_alone(name, channels, group_size)
+    body = channels - num_outliers
+    if num_outliers < 0:
+        raise AtomError(f"{name}: number of outliers must not be negative, found {num_outliers}")
+    if group_size is not None and group_size < 1:
+        raise AtomError(f"{name}: group size must be positive, found {group_size}")
+    if body > 0 and (group_size is None or body % group_size == 0):
+        return group_size or body
+    if body <= 0:
+        problem = f"{num_outliers} outliers leave none of its {channels} input channels for INT4 groups"
+    else:
+        problem = (
+            f"its {channels} input channels less {num_outliers} outliers are not whole groups of {group_size}"
+        )
+    raise AtomError(f"{name}: {problem}; {_suggest(channels, group_size, num_outliers)}")
+
+
+def _check_groups_alone(name: str, channels: int, group_size: int | None) -> int:
+    if group_size is None or channels % group_size == 0:
+        return group_size or channels
+    fits = [str(size) for size in GROUP_SIZES if channels % size == 0]
+    hint = f"try groups of {' or '.join(fits)}" if fits else "leave it in floating point or use w8a8"
+    raise AtomError(f"{name}: its {channels} input channels are not whole groups of {group_size}; {hint}")
+
+
+def _suggest(channels: int, group_size: int | None, num_outliers: int) -> str:
+    """What would work for ``channels`` and is nearest to what was asked."""
+    fits = [
+        (size, count)
+        for size in GROUP_SIZES
+        for count in range(channels % size, channels - size + 1, size)  # leaves at least one group
+    ]
+    if not fits:
+        return f"it is too narrow for groups of {min(GROUP_SIZES)}: leave it in floating point"
+    counts = sorted(
+        (count for size, count in fits if size == group_size), key=lambda c: abs(c - num_outliers)
+    )
+    sizes = [size for size, count in fits if count == num_outliers]
+    options = []
+    if counts:
+        options.append(f"{' or '.join(map(str, counts[:2]))} outliers with groups of {group_size}")
+    if sizes:
+        options.append(f"{num_outliers} outliers with groups of {max(sizes)}")
+    if not options:
+        size, count = min(fits, key=lambda fit: (abs(fit[1] - num_outliers), -fit[0]))
+        options.append(f"{count} outliers with groups of {size}")
+    return f"try {', or '.join(options)}"
+
+
+def storage_scale(amax: Float32[Array, "*s"], clip: float, max_value: int) -> Float32[Array, "*s"]:
+    """The scale for values up to ``amax``, rounded to its storage type bfloat16 but kept as float32.
+
+    ``reduce_precision`` rather than two casts: inside jit XLA may drop a cast to bfloat16 and back.
+    """
+    return lax.reduce_precision(symmetric_scale(amax, clip, max_value), exponent_bits=8, mantissa_bits=7)
+
+
+def pack_weight(
+    body: Int8[Array, "n body"],
+    outliers: Int8[Array, "n num_outliers"],
+    scales: Float32[Array, "groups_and_tail n"],
+    group_size: int,
+) -> QuantizedWeight:
+    """Packs int4 ``body`` values, the last tile filled up with zeros."""
+    return QuantizedWeight(pack_values(body), outliers, scales, group_size)
+
+
+def pack_values(values: Int8[Array, "n k"]) -> Int8[Array, "n halfk"]:
+    """Packs int4 values, the last tile filled up with zeros."""
+    padding = num_tiles(values.shape[1]) * PACK_TILE - values.shape[1]
+    return pack_int4(jnp.pad(values, ((0, 0), (0, padding))), PACK_TILE)
+
+
+def quantize_weight(
+    weight: Float32[Array | np.ndarray, "n k"], *, group_size: int | None, num_outliers: int, clip_w: float
+) -> QuantizedWeight:
+    """Rounds a weight to the nearest INT4 value (body) or INT8 value (tail); paper sections 4.1 and 4.2.
+
+    Args:
+      weight: input channels in stored order, the ``num_outliers`` outliers last.
+      group_size: channels a group of the body, or None for one group over all of it.
+      clip_w: the fraction of a group's largest magnitude that INT4 spans; the tail is not clipped.
+
+    Raises:
+      AtomError: the body is not made of whole groups (see ``check_groups``).
+    """
+    group_size = check_groups("weight", weight.shape[1], group_size, num_outliers)
+    return _quantize_weight(jnp.asarray(weight, jnp.float32), group_size, num_outliers, clip_w)
+
+
+@jax.jit
+def quantize_int8(weight: Float32[Array | np.ndarray, "n k"]) -> QuantizedWeight:
+    """Rounds a weight to the nearest INT8 value, one scale for each output channel (w8a8)."""
+    weight = jnp.asarray(weight, jnp.float32)
+    scale = storage_scale(jnp.max(jnp.abs(weight), axis=-1), 1.0, TAIL_MAX)
+    values = round_clip(weight, scale[:, None], TAIL_MAX)
+    return QuantizedWeight(jnp.zeros((weight.shape[0], 0), jnp.int8), values, scale[None], 0)
+
+
+@partial(jax.jit, static_argnums=(1, 2))  # clip_w is traced: another value compiles nothing
+def _quantize_weight(
+    weight: Float32[Array, "n k"], group_size: int, num_outliers: int, clip_w: float
+) -> QuantizedWeight:
+    rows, channels = weight.shape
+    body = channels - num_outliers
+    groups = weight[:, :body].reshape(rows, -1, group_size)
+    tail = weight[:, body:]
+    scales = storage_scale(jnp.max(jnp.abs(groups), axis=-1), clip_w, BODY_MAX)
+    tail_scale = storage_scale(jnp.max(jnp.abs(tail), axis=-1, initial=0.0), 1.0, TAIL_MAX)
+    return pack_weight(
+        round_clip(groups, scales[..., None], BODY_MAX).reshape(rows, body),
+        round_clip(tail, tail_scale[:, None], TAIL_MAX),
+        jnp.concatenate([scales, tail_scale[:, None]], axis=-1).T,
+        group_size,
+    )

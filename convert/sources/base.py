@@ -1,0 +1,170 @@
+"""What every source of weights has in common: the protocol, and the checks done on any file format."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from atom_jax.config import ModelConfig
+from atom_jax.errors import AtomError
+from convert.architectures import expected_tensors
+
+
+class Source(Protocol):
+    """A float checkpoint, whatever its file format.
+
+    Names are the Hugging Face ones ("model.layers.0.self_attn.q_proj.weight").
+
+    Attributes:
+      config: the architecture; its quantization is left at the default (bf16).
+      shapes: every tensor of the model, in the order of the model. Tensors that the model does not use
+        (rotary tables, an ``lm_head.weight`` beside tied embeddings) are left out.
+    """
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One tensor as float32, C-contiguous, in memory of its own; nothing of it stays mapped or cached.
+
+        Raises:
+          AtomError: there is no such tensor, or the file no longer gives it, or it holds NaN or infinity.
+        """
+        ...
+
+    def write_tokenizer(self, out: Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and what belongs to them into the folder ``out``."""
+        ...
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the contents of the weight files and the configuration."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what its header says about it; as a string, the start of an error message."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file}: tensor {self.name} {list(self.shape)}"
+
+
+_EXPERT = re.compile(r"(^|[._])(experts?|block_sparse_moe|router|exps|gate_inp)([._]|$)")
+_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.\w+_(proj|norm)\.(weight|bias)")
+
+
+def check_tensors(
+    config: ModelConfig,
+    found: Mapping[str, TensorInfo],
+    *,
+    where: Path,
+    dtypes: Collection[str] | None = None,
+) -> dict[str, TensorInfo]:
+    """The tensors of ``found`` that ``config`` needs, in the order of the model.
+
+    Tensors that it does not need are dropped, unless leaving them out would change what the model computes:
+    experts, and biases or norms inside a layer that the configuration does not have.
+
+    Args:
+      config: what the checkpoint says it is.
+      found: every tensor in its files.
+      where: file or folder to name when a tensor is missing.
+      dtypes: the dtypes that can be read; None leaves that check to the caller.
+
+    Raises:
+      AtomError: a tensor is missing, or has another shape or dtype than it must, or cannot be left out.
+    """
+    expected = expected_tensors(config)
+    for name in found.keys() - expected.keys():
+        _reject_meaningful_extra(config, found[name])
+    for name, shape in expected.items():
+        if name not in found:
+            raise AtomError(f"{where}: tensor {name} {list(shape)} is missing")
+        info = found[name]
+        if info.shape != shape:
+            raise AtomError(f"{info} has the wrong shape, expected {list(shape)}")
+        if dtypes is not None and info.dtype not in dtypes:
+            raise AtomError(f"{info} has dtype {info.dtype}, expected one of {', '.join(dtypes)}")
+    return {name: found[name] for name in expected}
+
+
+def _reject_meaningful_extra(config: ModelConfig, info: TensorInfo) -> None:
+    if _EXPERT.search(info.name):
+        raise AtomError(f"{info} belongs to a mixture of experts: not supported")
+    match = _IN_LAYER.fullmatch(info.name)
+    if match and int(match[1]) < config.num_layers:
+        raise AtomError(f"{info} has no place in a {config.architecture} with this configuration")
+
+
+def finite_float32(array: np.ndarray, info: TensorInfo) -> np.ndarray:
+    """``array`` as float32, C-contiguous; copied only where its dtype or layout ask for it.
+
+    Raises:
+      AtomError: its shape is not the one in ``info``, or it holds NaN or infinity (a float64 that float32
+        cannot hold counts as infinity).
+    """
+    if array.shape != info.shape:
+        raise AtomError(f"{info} was read with shape {list(array.shape)}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = np.ascontiguousarray(array, dtype=np.float32)
+    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    if bad:
+        raise AtomError(f"{info} holds NaN or infinity in {bad} of its values")
+    return array
+
+
+def known(infos: Mapping[str, TensorInfo], name: str, *, where: Path) -> TensorInfo:
+    """``infos[name]``, or the AtomError that a wrong name deserves."""
+    if name not in infos:
+        raise AtomError(f"{where}: there is no tensor {name}")
+    return infos[name]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``.
+
+    Raises:
+      AtomError: the file cannot be read, or does not hold a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AtomError(f"{path}: cannot be read: {one_line(error)}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, an endless integer
+        raise AtomError(f"{path}: is not valid JSON: {one_line(error)}") from error
+    if not isinstance(data, dict):
+        raise AtomError(f"{path}: must hold a JSON object, found {type(data).__name__}")
+    return data
+
+
+def digest(files: Iterable[Path]) -> str:
+    """SHA-256 (hex) over the contents of ``files`` in the order given, streamed."""
+    total = hashlib.sha256()
+    for path in files:
+        try:
+            with path.open("rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise AtomError(f"{path}: cannot be read: {one_line(error)}") from error
+    return total.hexdigest()
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception from a library, as one line of a bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{text[:197]}..." if len(text) > 200 else text

@@ -1,0 +1,64 @@
+"""Weights in a GGUF file (llama.cpp), dequantized."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from atom_jax.config import ModelConfig
+from convert.architectures import parse_config
+from convert.sources import gguf_config, gguf_tokenizer
+from convert.sources.base import TensorInfo, check_tensors, digest, finite_float32, known
+from convert.sources.gguf_file import GGUFFile
+
+
+class GGUFSource:
+    """One GGUF file (a ``Source``): any tensor type that the ``gguf`` package dequantizes."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads metadata and the tensor table, and checks every tensor's presence, shape and type.
+
+        Raises:
+          AtomError: see ``open_source``.
+        """
+        self._file = GGUFFile.open(path)
+        self._permuted = self._file.metadata.get("general.architecture") in gguf_config.PERMUTED
+        self.config: ModelConfig = parse_config(gguf_config.hf_config(self._file), where=str(path))
+        self._gguf_names = {gguf_config.hf_name(name): name for name in self._file.tensors}
+        found = {
+            name: TensorInfo(
+                name, path, self._file.tensors[original].kind.name, self._file.tensors[original].shape
+            )
+            for name, original in self._gguf_names.items()
+        }
+        self._infos = check_tensors(self.config, found, where=path)
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in self._infos.items()}
+
+    def tensor(self, name: str) -> np.ndarray:
+        info = known(self._infos, name, where=self._file.path)
+        array = finite_float32(self._file.read(self._gguf_names[name]), info)
+        heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
+        part = name.split(".")[-2]
+        return unpermute(array, heads[part]) if self._permuted and part in heads else array
+
+    def write_tokenizer(self, out: Path) -> None:
+        gguf_tokenizer.write_tokenizer(self._file.metadata, out, where=str(self._file.path))
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return digest([self._file.path])
+
+
+def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
+    """Rows [heads * head_dim, ...] from llama.cpp's order back to Hugging Face's.
+
+    llama.cpp rotates the channels 2i and 2i+1 of a head, Hugging Face i and i + head_dim/2.
+    """
+    pairs = array.reshape(heads, -1, 2, *array.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)

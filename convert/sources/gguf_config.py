@@ -1,0 +1,168 @@
+"""GGUF metadata and tensor names in Hugging Face terms."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from atom_jax.errors import AtomError
+from convert.sources.gguf_file import GGUFFile
+
+# Mistral models have the architecture "llama" in GGUF.
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# llama.cpp rotates neighbouring channels of these, so their Q and K rows are stored in another order.
+PERMUTED = ("llama",)
+
+_KEYS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "expert_count": "num_local_experts",
+}
+_OUTSIDE_LAYERS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")  # end of text, of turn, of message
+# The frequency rule of Llama 3.1, 3.2 and 3.3; only the factor differs between them (8 and 32).
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def hf_name(name: str) -> str:
+    """The Hugging Face name of a GGUF tensor; a name without one is returned as it is."""
+    match = _LAYER_NAME.fullmatch(name)
+    if match and match[2] in _IN_LAYER:
+        return f"model.layers.{int(match[1])}.{_IN_LAYER[match[2]]}.{match[3]}"
+    stem, _, suffix = name.rpartition(".")
+    return f"{_OUTSIDE_LAYERS[stem]}.{suffix}" if stem in _OUTSIDE_LAYERS else name
+
+
+def hf_config(file: GGUFFile) -> dict[str, Any]:
+    """What ``config.json`` would say about the model in ``file``, for ``parse_config``.
+
+    Raises:
+      AtomError: the architecture is not supported, or something that has no spelling there is.
+    """
+    arch = file.metadata.get("general.architecture")
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
+        raise AtomError(
+            f"{file.path}: architecture {arch!r:.60} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
+    own = {key.removeprefix(f"{arch}."): value for key, value in file.metadata.items()}
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[arch]],
+        **{name: _decimal(own[key]) for key, name in _KEYS.items() if key in own},
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+    }
+    # One kv head per query head is what GGUF, too, assumes where the key is missing.
+    config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
+    if arch == "qwen3":
+        config.setdefault("head_dim", _even_share(config))
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is not None:
+        config["vocab_size"] = embedding.shape[0]
+    config["bos_token_id"] = own.get("tokenizer.ggml.bos_token_id")
+    stops = [own[f"tokenizer.ggml.{key}"] for key in _STOP_KEYS if f"tokenizer.ggml.{key}" in own]
+    config["eos_token_id"] = stops or None
+    _reject_unsupported(file, own, config)
+    config["rope_parameters"] = _rope(file, own, config)
+    return config
+
+
+def _even_share(config: dict[str, Any]) -> Any:
+    """hidden_size / heads, or None where the metadata are no such numbers (parse_config then says so)."""
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else None
+
+
+def _decimal(value: Any) -> Any:
+    """A float32 as the decimal number it was written from: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _reject_unsupported(file: GGUFFile, own: dict[str, Any], config: dict[str, Any]) -> None:
+    window, context = own.get("attention.sliding_window"), config.get("max_position_embeddings")
+    if isinstance(window, int) and isinstance(context, int) and 0 < window < context:
+        raise AtomError(
+            f"{file.path}: sliding window {window} is shorter than the context {context}: not supported"
+        )
+    head_dim = config.get("head_dim") or _even_share(config)
+    if head_dim is None:
+        return  # the metadata that it comes from are unusable, and parse_config names them
+    if own.get("attention.value_length", head_dim) != head_dim:
+        raise AtomError(
+            f"{file.path}: attention.value_length {own['attention.value_length']} differs from the "
+            f"head dimension {head_dim}: not supported"
+        )
+    if own.get("rope.dimension_count", head_dim) != head_dim:
+        raise AtomError(
+            f"{file.path}: rope.dimension_count {own['rope.dimension_count']} differs from the "
+            f"head dimension {head_dim}: partial rotary embeddings are not supported"
+        )
+
+
+def _rope(file: GGUFFile, own: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The ``rope_parameters`` section."""
+    theta = {"rope_theta": _decimal(own.get("rope.freq_base", 10000.0))}
+    kind = own.get("rope.scaling.type", "linear" if "rope.scale_linear" in own else "none")
+    if "rope_freqs.weight" in file.tensors:
+        if kind not in ("none", "llama3"):
+            raise AtomError(
+                f"{file.path}: rope.scaling.type {kind!r:.40} beside rope_freqs.weight: not supported"
+            )
+        return {**theta, **_llama3(file, theta["rope_theta"], config)}
+    if kind == "none":
+        return {**theta, "rope_type": "default"}
+    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear"))
+    return {**theta, "rope_type": kind, **({} if factor is None else {"factor": _decimal(factor)})}
+
+
+def _llama3(file: GGUFFile, theta: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """Recovers Llama 3's rule from ``rope_freqs.weight``, the divisor of each rotary frequency.
+
+    The divisors do not determine the rule in general. All published models share its constants, so the rule
+    is rebuilt from those with the largest divisor as its factor, and must give the same divisors.
+    """
+    tensor = file.tensors["rope_freqs.weight"]
+    divisors = file.read("rope_freqs.weight")
+    head_dim = config.get("head_dim") or _even_share(config)
+    factor = _decimal(float(divisors.max()))
+    usable = np.isfinite(divisors).all() and isinstance(theta, float) and theta > 0
+    if usable and head_dim == 2 * divisors.size:
+        if np.allclose(divisors, 1.0):
+            return {"rope_type": "default"}
+        if np.allclose(divisors, llama3_divisors(theta, head_dim, factor), rtol=1e-4):
+            return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    raise AtomError(
+        f"{file.path}: tensor rope_freqs.weight {list(tensor.shape)} is not Llama 3's frequency scaling "
+        f"for rope_theta {theta} and head dimension {head_dim}: not supported"
+    )
+
+
+def llama3_divisors(theta: float, head_dim: int, factor: float) -> np.ndarray:
+    """What each of the ``head_dim / 2`` rotary frequencies is divided by (Llama 3.1 model card)."""
+    low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    turns = _LLAMA3["original_max_position_embeddings"] / wavelengths
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return 1.0 / ((1.0 - smooth) / factor + smooth)

@@ -1,0 +1,137 @@
+"""Reads one GGUF file: metadata, a table of its tensors, and tensors dequantized one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
+
+from atom_jax.errors import AtomError
+from convert.sources.base import one_line
+
+_CHUNK_BYTES = 1 << 24  # dequantizing takes a few times its output; done in pieces of about this many bytes
+
+
+class _CheckedReader(GGUFReader):
+    """A ``GGUFReader`` that refuses to read past the end of the file.
+
+    The library slices, so a file that was cut short, or whose lengths are wrong, gives it empty arrays and
+    it fails much later, or counts through a bogus length. Plain arrays instead of ``np.memmap`` slices also
+    make parsing a vocabulary several times faster.
+    """
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: str | None = None) -> np.ndarray:
+        kind = np.dtype(dtype)
+        offset, count = int(offset), int(count)
+        end = offset + kind.itemsize * count
+        if end > self.data.size:
+            raise ValueError(f"it ends after {self.data.size} bytes, but {end} are needed")
+        if (override_order or self.byte_order) == "S":
+            kind = kind.newbyteorder("S")
+        return np.frombuffer(self.data, dtype=kind, count=count, offset=offset)
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFTensor:
+    """One entry of the tensor table; ``shape`` is in PyTorch's order ([out, in]), not GGUF's."""
+
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, which is a whole number of quantization blocks."""
+        block, size = GGML_QUANT_SIZES[self.kind]
+        return self.shape[-1] // block * size
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFFile:
+    """A parsed GGUF file. Holds no mapping: tensors are read from the file when asked for."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+    @classmethod
+    def open(cls, path: Path) -> GGUFFile:
+        """Parses the header of ``path``.
+
+        Raises:
+          AtomError: the file is no GGUF file, is damaged or cut short, is one of several parts, or holds a
+            tensor of a type that cannot be dequantized.
+        """
+        try:
+            reader = _CheckedReader(path)
+            metadata = {name: field.contents() for name, field in reader.fields.items()}
+            tensors = {
+                item.name: GGUFTensor(
+                    item.tensor_type, tuple(int(size) for size in reversed(item.shape)), int(item.data_offset)
+                )
+                for item in reader.tensors
+            }
+            size, swapped = reader.data.size, reader.byte_order == "S"
+        except Exception as error:  # the reader raises whatever a damaged header leads it to
+            raise AtomError(f"{path}: is not a complete GGUF file: {one_line(error)}") from error
+        if swapped:
+            raise AtomError(f"{path}: is a big-endian GGUF file: not supported")
+        if metadata.get("split.count", 1) not in (0, 1):
+            raise AtomError(f"{path}: is part of a split GGUF; merge it first (llama-gguf-split --merge)")
+        for name, tensor in tensors.items():
+            _check(path, name, tensor, size)
+        return cls(path, metadata, tensors)
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor ``name`` dequantized: float32, of its ``shape``, in memory of its own.
+
+        Raises:
+          AtomError: the file no longer gives it.
+        """
+        tensor = self.tensors[name]
+        rows = math.prod(tensor.shape[:-1])
+        out = np.empty((rows, tensor.shape[-1]), np.float32)
+        step = max(1, _CHUNK_BYTES // (4 * tensor.shape[-1]))
+        try:
+            with self.path.open("rb") as file:
+                file.seek(tensor.offset)
+                for start in range(0, rows, step):
+                    block = out[start : start + step]
+                    raw = np.fromfile(file, np.uint8, len(block) * tensor.row_bytes)
+                    if raw.size < len(block) * tensor.row_bytes:
+                        raise OSError("the file has become shorter")
+                    block[:] = _dequantize(raw.reshape(len(block), tensor.row_bytes), tensor.kind)
+        except OSError as error:
+            raise AtomError(
+                f"{self.path}: tensor {name} {list(tensor.shape)} cannot be read: {one_line(error)}"
+            ) from error
+        return out.reshape(tensor.shape)
+
+
+def _dequantize(raw: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """Rows of bytes to rows of float32 (or float64, which the library leaves to us)."""
+    if kind == GGMLQuantizationType.F64:
+        return raw.view(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):  # bad scales are reported with the tensor's name
+        return dequantize(raw, kind)
+
+
+def _check(path: Path, name: str, tensor: GGUFTensor, file_size: int) -> None:
+    """Raises AtomError where ``tensor`` does not lie inside the file or cannot be dequantized."""
+    where = f"{path}: tensor {name} {list(tensor.shape)}"
+    if not tensor.shape or min(tensor.shape) < 1:
+        raise AtomError(f"{where} is empty")
+    block, size = GGML_QUANT_SIZES[tensor.kind]
+    if tensor.shape[-1] % block:
+        raise AtomError(f"{where} has rows that are not whole {tensor.kind.name} blocks of {block}")
+    if tensor.offset + math.prod(tensor.shape[:-1]) * tensor.row_bytes > file_size:
+        raise AtomError(f"{where} lies beyond the end of the file")
+    try:
+        _dequantize(np.zeros((1, size), np.uint8), tensor.kind)
+    except NotImplementedError as error:
+        raise AtomError(f"{where} has type {tensor.kind.name}, which cannot be dequantized") from error

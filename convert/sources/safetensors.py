@@ -1,0 +1,96 @@
+"""Weights in safetensors files: one file, or shards with an index."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors looks up by name)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from atom_jax.config import ModelConfig
+from atom_jax.errors import AtomError
+from convert.sources import folder as hf
+from convert.sources.base import TensorInfo, check_tensors, digest, finite_float32, known, one_line
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+class SafetensorsSource:
+    """A folder of safetensors files (a ``Source``).
+
+    A file is opened for one tensor at a time and read with pread, not mapped: the pages of a mapped file
+    count as resident memory, and converting would end up holding the whole checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Reads configuration and headers, and checks every tensor's presence, shape and dtype.
+
+        Raises:
+          AtomError: see ``open_source``.
+        """
+        self._folder = folder
+        self.config: ModelConfig = hf.load_config(folder)
+        found = _infos(folder)
+        self._files = sorted({info.file for info in found.values()})
+        self._infos = check_tensors(self.config, found, where=folder, dtypes=DTYPES)
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in self._infos.items()}
+
+    def tensor(self, name: str) -> np.ndarray:
+        info = known(self._infos, name, where=self._folder)
+        try:
+            with safe_open(info.file, framework="np", backend="pread") as file:
+                array = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise AtomError(f"{info} cannot be read: {one_line(error)}") from error
+        return finite_float32(array, info)
+
+    def write_tokenizer(self, out: Path) -> None:
+        hf.write_tokenizer(self._folder, self.config, out)
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return digest([*hf.config_files(self._folder), *self._files])
+
+
+def _infos(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of the checkpoint in ``folder``, from the headers alone."""
+    index = folder / INDEX
+    if not index.is_file():
+        return _header(_single_file(folder))
+    infos: dict[str, TensorInfo] = {}
+    for file, tensors in hf.shards(index).items():
+        header = _header(folder / file)
+        hf.check_shard(index, folder / file, tensors, header)
+        infos.update({name: header[name] for name in tensors})
+    return infos
+
+
+def _single_file(folder: Path) -> Path:
+    if (folder / SINGLE).is_file():
+        return folder / SINGLE
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        names = ", ".join(path.name for path in files[:3])
+        raise AtomError(f"{folder}: {len(files)} safetensors files ({names}, ...) but no {INDEX}")
+    return files[0]
+
+
+def _header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors in ``path``; the library checks their offsets against the file's size."""
+    try:
+        with safe_open(path, framework="np", backend="pread") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {
+                name: TensorInfo(name, path, part.get_dtype(), tuple(part.get_shape()))
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise AtomError(f"{path}: is not a complete safetensors file: {one_line(error)}") from error

@@ -1,0 +1,131 @@
+"""Weights in PyTorch pickles: pytorch_model.bin, or shards with an index. Needs torch, imported lazily."""
+
+from __future__ import annotations
+
+import functools
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atom_jax.config import ModelConfig
+from atom_jax.errors import AtomError
+from convert.sources import folder as hf
+from convert.sources.base import TensorInfo, check_tensors, digest, finite_float32, known, one_line
+
+INDEX = "pytorch_model.bin.index.json"
+SINGLE = "pytorch_model.bin"
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+MIN_TORCH = (2, 6)  # before it, weights_only could be bypassed (CVE-2025-32434)
+
+
+class TorchSource:
+    """A folder of PyTorch pickles (a ``Source``).
+
+    A shard is loaded again for each tensor: loading maps the file and unpickles only the names (a few
+    milliseconds), while a shard kept open would keep every page that was read from it in memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Reads configuration and tensor names, and checks every tensor's presence, shape and dtype.
+
+        Raises:
+          AtomError: see ``open_source``; also where torch is not installed.
+        """
+        _import_torch(folder)
+        self._folder = folder
+        self.config: ModelConfig = hf.load_config(folder)
+        found = _infos(folder)
+        self._files = sorted({info.file for info in found.values()})
+        self._infos = check_tensors(self.config, found, where=folder, dtypes=DTYPES)
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in self._infos.items()}
+
+    def tensor(self, name: str) -> np.ndarray:
+        info = known(self._infos, name, where=self._folder)
+        torch = _import_torch(self._folder)
+        tensor = _load(info.file).get(name)
+        if tensor is None:
+            raise AtomError(f"{info} is no longer there")
+        # copy: float32 would stay in the mapped file otherwise
+        tensor = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return finite_float32(tensor.numpy(), info)
+
+    def write_tokenizer(self, out: Path) -> None:
+        hf.write_tokenizer(self._folder, self.config, out)
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return digest([*hf.config_files(self._folder), *self._files])
+
+
+def _import_torch(folder: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise AtomError(
+            f"{folder}: reading pytorch_model.bin needs torch; install it with pip install 'atom-jax[torch]'"
+        ) from error
+    if torch.__version__ < MIN_TORCH:  # pyright: ignore[reportOperatorIssue] (it compares with tuples)
+        raise AtomError(
+            f"{folder}: reading pytorch_model.bin safely needs torch >= {'.'.join(map(str, MIN_TORCH))}, "
+            f"found {torch.__version__}"
+        )
+    return torch
+
+
+def _infos(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of the checkpoint in ``folder``."""
+    index = folder / INDEX
+    if not index.is_file():
+        return _describe(folder / SINGLE)
+    infos: dict[str, TensorInfo] = {}
+    for file, tensors in hf.shards(index).items():
+        described = _describe(folder / file)
+        hf.check_shard(index, folder / file, tensors, described)
+        infos.update({name: described[name] for name in tensors})
+    return infos
+
+
+def _describe(path: Path) -> dict[str, TensorInfo]:
+    return {
+        name: TensorInfo(name, path, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in _load(path).items()
+    }
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Name -> tensor for the state dict in ``path``. Only tensors are unpickled, never code (weights_only).
+
+    Raises:
+      AtomError: the file is damaged, or holds anything but a flat mapping from names to tensors.
+    """
+    torch = _import_torch(path.parent)
+    try:
+        # The format before torch 1.6 is no zip file and cannot be mapped.
+        mmap = zipfile.is_zipfile(path)
+        state = torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
+    except Exception as error:  # torch raises whatever the damaged or hostile pickle provokes
+        raise AtomError(f"{path}: is not a plain tensor checkpoint: {_first_sentence(error)}") from error
+    if not isinstance(state, dict):
+        raise AtomError(f"{path}: is not a plain tensor checkpoint: it holds a {type(state).__name__}")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            kind = type(value).__name__
+            raise AtomError(f"{path}: is not a plain tensor checkpoint: {name!r:.80} is a {kind}")
+        if value.layout != torch.strided or value.is_meta:
+            raise AtomError(f"{path}: is not a plain tensor checkpoint: {name} has layout {value.layout}")
+    return {name: value.detach() for name, value in state.items()}
+
+
+def _first_sentence(error: Exception) -> str:
+    """The message without torch's advice on ``weights_only``, which ends in how to switch the check off."""
+    text = str(error)
+    if "WeightsUnpickler error:" in text:
+        text = text.split("WeightsUnpickler error:", 1)[1]
+        text = text.split("Please use", 1)[0].split("\n\n", 1)[0]
+    return one_line(Exception(text))

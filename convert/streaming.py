@@ -1,0 +1,158 @@
+"""Running a model one layer at a time over windows of tokens, so that one layer is all that is in memory."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int32
+
+from atom_jax.config import ModelConfig
+from atom_jax.errors import AtomError
+from atom_jax.kv_cache import init_cache
+from atom_jax.layers import linear
+from atom_jax.llama import Capture, Layer, linear_shapes, make_step
+from atom_jax.perplexity import PerplexityResult, sum_nll
+from pallas_kernels.norm_quantize.reference import rms_norm
+
+Params = Mapping[str, Any]
+Report = Callable[[int, int], None]
+# By the name of a projection without "_proj": "qkv", "o", "gate_up", "down".
+Statistics = dict[str, Array]
+# Tokens one call runs.
+_BATCH_TOKENS = 512
+
+
+def projections(config: ModelConfig) -> dict[str, int]:
+    """Input channels of each projection: the sizes of its statistics."""
+    return {name.removesuffix("_proj"): shape[1] for name, shape in linear_shapes(config).items()}
+
+
+def batches(
+    windows: Float32[np.ndarray, "windows seq hidden"],
+) -> Iterator[Float32[np.ndarray, "batch seq hidden"]]:
+    """Views of about ``_BATCH_TOKENS`` tokens: few rows waste the CPU's matmul, many its memory."""
+    batch = max(1, _BATCH_TOKENS // windows.shape[1])
+    for start in range(0, windows.shape[0], batch):
+        yield windows[start : start + batch]
+
+
+def _run(
+    config: ModelConfig, params: Params, x: Float32[Array, "batch seq hidden"], capture: Capture | None
+) -> Float32[Array, "batch seq hidden"]:
+    batch, seq, hidden = x.shape
+    cache = init_cache(config.replace(num_layers=1), batch, seq, dtype=x.dtype)
+    positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq))
+    step = make_step(positions, cache, config)
+    rows = x.reshape(batch * seq, hidden)
+    return Layer(config, params)(rows, cache, jnp.int32(0), step, capture)[0].reshape(x.shape)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def run_windows(
+    params: Params, x: Float32[Array, "batch seq hidden"], *, config: ModelConfig
+) -> Float32[Array, "batch seq hidden"]:
+    """The residual stream of some windows after a layer, quantized or not as ``config`` says."""
+    return _run(config, params, x, None)
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("energies",))
+def run_windows_with_energies(
+    params: Params, x: Float32[Array, "batch seq hidden"], energies: Statistics, *, config: ModelConfig
+) -> tuple[Float32[Array, "batch seq hidden"], Statistics]:
+    """``run_windows``, and ``energies`` plus each input channel's sum of squares."""
+    capture: Capture = {}
+    x = _run(config, params, x, capture)
+    return x, {name: total + jnp.sum(jnp.square(capture[name]), axis=0) for name, total in energies.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("hessians",))
+def add_windows_to_hessians(
+    params: Params, x: Float32[Array, "batch seq hidden"], hessians: Statistics, *, config: ModelConfig
+) -> Statistics:
+    """``hessians`` plus X^T X of the inputs of each projection of a float layer."""
+    capture: Capture = {}
+    _run(config, params, x, capture)
+    return {name: total + capture[name].T @ capture[name] for name, total in hessians.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def projection_inputs(
+    params: Params, x: Float32[Array, "batch seq hidden"], *, config: ModelConfig
+) -> Statistics:
+    """The input of each projection of a float layer, a row for each token."""
+    capture: Capture = {}
+    _run(config, params, x, capture)
+    return capture
+
+
+def advance(params: Params, windows: Float32[np.ndarray, "windows seq hidden"], config: ModelConfig) -> None:
+    """Runs a layer over all windows, in place."""
+    for batch in batches(windows):
+        batch[...] = run_windows(params, batch, config=config)
+
+
+def embed(
+    embedding: Float32[np.ndarray, "vocab hidden"], tokens: Int32[np.ndarray, "windows seq"]
+) -> Float32[np.ndarray, "windows seq hidden"]:
+    """The residual stream before the first layer."""
+    return np.ascontiguousarray(embedding[tokens], np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("eps",))
+def _window_nll(shared: Params, x: Array, tokens: Array, length: Array, *, eps: float) -> Float32[Array, ""]:
+    hidden = rms_norm(x, shared["norm"], eps)
+    head = shared.get("lm_head", shared["embedding"])
+    return sum_nll(
+        lambda rows: linear(rows, head, None, jnp.float32), hidden[None], tokens[None], length[None]
+    )
+
+
+def streamed_perplexity(
+    layers: Iterable[Params],
+    shared: Mapping[str, np.ndarray],
+    tokens: Int32[np.ndarray, " tokens"],
+    *,
+    config: ModelConfig,
+    seq_len: int = 512,
+    report: Report | None = None,
+) -> PerplexityResult:
+    """``atom_jax.perplexity`` with the layers given one after the other.
+
+    Args:
+      layers: parameters of each layer, read as they are needed.
+      shared: embedding, norm and lm_head (unless tied), float32.
+      tokens: at least two.
+
+    Raises:
+      AtomError: too few tokens, or the model's output is not finite.
+    """
+    if tokens.size < 2:
+        raise AtomError(f"at least two tokens are needed to measure perplexity, found {tokens.size}")
+    starts = [start for start in range(0, tokens.size, seq_len) if tokens.size - start >= 2]
+    padded = np.zeros((len(starts), seq_len), np.int32)
+    lengths = np.zeros(len(starts), np.int32)
+    for row, start in enumerate(starts):
+        window = tokens[start : start + seq_len]
+        padded[row, : window.size], lengths[row] = window, window.size
+    x = embed(shared["embedding"], padded)
+    for index, params in enumerate(layers):
+        advance(params, x, config)
+        if report is not None:
+            report(index + 1, config.num_layers)
+    on_device = jax.tree.map(jnp.asarray, dict(shared))
+    nll = sum(
+        float(_window_nll(on_device, *row, eps=config.rms_norm_eps))
+        for row in zip(x, padded, lengths, strict=True)
+    )
+    scored = int(lengths.sum()) - len(starts)
+    if not math.isfinite(nll):
+        raise AtomError(
+            f"the perplexity of {config.architecture} is not finite: the model's output overflows"
+        )
+    return PerplexityResult(math.exp(nll / scored), scored, 0.0)

@@ -1,0 +1,188 @@
+"""Where a conversion works: a folder beside the output that survives a kill and disappears at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from atom_jax.errors import AtomError
+
+
+class Workspace:
+    """``OUT.partial``: the checkpoint being written, and what a later run needs to go on.
+
+    Attributes:
+      checkpoint: becomes OUT in one rename.
+      resumed: whether an earlier run of the same job was found.
+    """
+
+    def __init__(self, out: Path, root: Path, resumed: bool) -> None:
+        self.out = out
+        self.root = root
+        self.checkpoint = root / "checkpoint"
+        self.resumed = resumed
+
+    def path(self, name: str) -> Path:
+        return self.root / "work" / name
+
+    def write_json(self, name: str, data: Any) -> None:
+        _replace(self.path(name), lambda file: file.write(json.dumps(data).encode()))
+
+    def read_json(self, name: str) -> Any:
+        """The data, or None if it was not written."""
+        path = self.path(name)
+        return json.loads(path.read_bytes()) if path.exists() else None
+
+    def write_array(self, name: str, array: np.ndarray) -> None:
+        _replace(self.path(name), lambda file: _write_array(file, array))
+
+    def read_array(self, name: str) -> np.ndarray | None:
+        """The array, or None if it was not written."""
+        path = self.path(name)
+        return np.load(path, allow_pickle=False) if path.exists() else None
+
+    def publish(self) -> None:
+        """Makes the checkpoint appear as OUT, whole, and removes everything else."""
+        for folder, _, files in os.walk(self.checkpoint):
+            for name in files:
+                _sync(Path(folder) / name)
+            _sync(Path(folder))
+        os.rename(self.checkpoint, self.out)
+        _sync(self.out.parent)
+        _remove(self.root)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file that is complete whenever it exists."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except OSError as error:  # a failed write does not say of which file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write_array(file: BinaryIO, array: np.ndarray) -> None:
+    """``np.save``, whose error on a full disk does not say that the disk is full."""
+    array = np.ascontiguousarray(array)
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(array.data)
+
+
+@contextlib.contextmanager
+def open_workspace(out: Path, job: dict[str, Any]) -> Iterator[Workspace]:
+    """The workspace of ``job``, found again if an earlier run of the same job did not end.
+
+    An error that ends the conversion removes the workspace; a kill or an interrupt leaves it, to go on.
+
+    Args:
+      out: folder to make; must not exist.
+      job: everything the result depends on, as JSON data.
+
+    Raises:
+      AtomError: OUT exists, another process works on it, there is an unfinished conversion of another job,
+        or a file cannot be written.
+    """
+    root = _partial(out)
+    _check_free(out)
+    with _one_error(root), _locked(root):
+        _check_free(out)  # again: the process that had the lock until now may have been making it
+        found = _read_job(root)
+        if found is not None and found != job:
+            raise AtomError(
+                f"{root}: holds an unfinished conversion of another source or with other options; "
+                "finish it with the same command or remove it"
+            )
+        workspace = Workspace(out, root, resumed=found is not None)
+        try:
+            if found is None:
+                for folder in (workspace.checkpoint, workspace.path("")):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    folder.mkdir()
+                workspace.write_json("job.json", job)
+            yield workspace
+        except (AtomError, OSError):
+            _remove(root)
+            raise
+
+
+def remove_workspace(out: Path) -> None:
+    """Removes what a run killed after it published OUT may have left."""
+    _remove(_partial(out))
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _check_free(out: Path) -> None:
+    if os.path.lexists(out):
+        raise AtomError(f"{out}: exists already; remove it or choose another output folder")
+
+
+@contextlib.contextmanager
+def _one_error(root: Path) -> Iterator[None]:
+    """Whatever the file system refuses is an AtomError that names the file, or else ``root``."""
+    try:
+        yield
+    except OSError as error:
+        raise AtomError(f"{error.filename or root}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Makes the folder ``root`` and keeps other processes out of it; the lock ends with the process."""
+    root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise AtomError(f"{root}: another process is converting into it") from error
+            # A file system without locks, as some network ones are.
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _read_job(root: Path) -> dict[str, Any] | None:
+    """The job that can be continued in ``root``.
+
+    Without a job file the folder is the debris of a run killed in its first moments, or while it removed
+    it; without a checkpoint, of one killed just after it published OUT.
+    """
+    path = root / "work" / "job.json"
+    if not (root / "checkpoint").is_dir():
+        return None
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise AtomError(f"{path}: not readable: {error}") from error
+
+
+def _remove(root: Path) -> None:
+    """Removes a workspace: its job first, so that a run killed meanwhile leaves nothing to go on with."""
+    with contextlib.suppress(OSError):
+        (root / "work" / "job.json").unlink()
+    shutil.rmtree(root, ignore_errors=True)

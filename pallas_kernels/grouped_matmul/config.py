@@ -1,0 +1,128 @@
+"""Tile sizes of the Hopper ``grouped_matmul`` and how they follow from the shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from pallas_kernels.mosaic import MAX_SMEM_BYTES, NUM_SMS
+from pallas_kernels.qarrays import PACK_TILE
+
+# One warpgroup's wgmma covers this many output channels; one pipeline step this many bytes of each.
+ROWS = 64
+STEP_BYTES = 64
+
+# Rates of ``_decode_clocks``, per clock: estimates from data sheets and the machine code, without a GPU.
+_MEMORY_BYTES = 2450
+_L2_BYTES = 3300
+_SM_BYTES = 40
+# From a step's data being there to its sum being done, for one warpgroup alone.
+_STEP_LATENCY = 300
+# Launch, first bytes, epilogue; what a cluster adds: its start and the exchange of partial sums.
+_CTA_CLOCKS = 2000
+_EXCHANGE_CLOCKS = 1200
+_EXCHANGE_BYTES = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How one call is cut.
+
+    Attributes:
+      tokens: rows of the activation a CTA multiplies.
+      warpgroups: consumer warpgroups a CTA, each with its own ``ROWS`` output channels.
+      stages: pipeline steps in flight.
+      splits: CTAs of a cluster that share one output tile, each with its part of the input channels.
+      sharers: CTAs of a cluster, next to each other in output channels, that load their tokens together.
+    """
+
+    tokens: int
+    warpgroups: int
+    stages: int
+    splits: int = 1
+    sharers: int = 1
+
+    @property
+    def channels(self) -> int:
+        """Output channels of a CTA."""
+        return self.warpgroups * ROWS
+
+    @property
+    def reduced_tokens(self) -> int:
+        """Tokens of the output tile that one CTA of a cluster reduces: all of them without a split."""
+        return max(8, self.tokens >> (self.splits.bit_length() - 1))
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of a pipeline step with groups of 128: weights, tokens, a row of scales of each."""
+        return self.channels * (STEP_BYTES + 4) + self.tokens * (PACK_TILE + 4)
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a CTA at most: groups of 32, output and residual of different types."""
+        scales = 3 * 4 * (self.channels + self.tokens)
+        tiles = (2 + 4) * self.channels * self.reduced_tokens
+        exchanged = 4 * self.channels * self.tokens if self.splits > 1 else 0
+        return self.stages * (self.stage_bytes + scales) + tiles + exchanged + 4096
+
+
+@functools.cache
+def heuristics(m: int, n: int, k: int, group_size: int) -> Config:
+    """The configuration for an activation [m, k] and a weight [n, k]."""
+    # Smaller groups keep more operands in registers beside the accumulators.
+    most_tokens = 128 if group_size == 128 else 64
+    if m > 128:
+        return _prefill(n, most_tokens)
+    tokens = next(size for size in (8, 16, 32, 64, 128) if min(m, most_tokens) <= size)
+    return _decode(tokens, n, k)
+
+
+def _prefill(n: int, tokens: int) -> Config:
+    """Bound by the tensor cores, if L2 keeps up.
+
+    With groups of 128 a step of a CTA is 512 clocks of wgmma (two warpgroups of 256) and about 580 issue
+    slots a scheduler. It needs 9 KB of weights and 17 KB of tokens, 45 bytes a clock, where L2 gives an SM
+    about 25. Four CTAs that multicast their tokens need 23. With 128 tokens a thread has 164 registers: three
+    warpgroups fit without setmaxnreg, which jax 0.12 ignores.
+    """
+    tiles = -(-n // (2 * ROWS))
+    sharers = next(size for size in (4, 2, 1) if tiles % size == 0)
+    return Config(tokens, warpgroups=2, stages=4, sharers=sharers)
+
+
+def _decode(tokens: int, n: int, k: int) -> Config:
+    """Bound by the weights' bytes: the cheapest of the candidates that fit."""
+    # As many warpgroups as there are registers for: 75, 127, 168 a thread with 32, 64, 128 tokens.
+    most_warpgroups = {64: 3, 128: 2}.get(tokens, 4)
+    candidates = [
+        Config(tokens, warpgroups, stages, splits, sharers)
+        for warpgroups in sorted({2, most_warpgroups})
+        for stages in (8, 4)
+        for splits in (1, 2, 3, 4, 6, 8)
+        for sharers in ((1, 2) if tokens >= 64 else (1,))
+        if (splits * sharers <= 8 and n % (warpgroups * ROWS * sharers) == 0) or splits == sharers == 1
+    ]
+    fitting = [config for config in candidates if config.smem_bytes <= MAX_SMEM_BYTES]
+    return min(fitting, key=lambda config: _decode_clocks(config, n, k))
+
+
+def _decode_clocks(config: Config, n: int, k: int) -> float:
+    """Estimated duration of a decode call."""
+    ctas = -(-n // config.channels) * config.splits
+    steps = -(-k // (PACK_TILE * config.splits))
+    l2_bytes = config.stage_bytes - config.tokens * PACK_TILE * (config.sharers - 1) // config.sharers
+    # Registers: at most 64 Ki an SM, about 64 a thread and 4 more for every 8 tokens.
+    registers = 128 * (config.warpgroups + 1) * (64 + config.tokens // 2)
+    resident = max(1, min(MAX_SMEM_BYTES // config.smem_bytes, 65536 // registers))
+    busiest = -(-ctas // NUM_SMS)
+    issue = 100 + 3 * config.tokens // 2
+    together = min(busiest, resident) * config.warpgroups
+    streaming = max(
+        ctas * steps * config.channels * (STEP_BYTES + 4) / _MEMORY_BYTES,
+        ctas * steps * l2_bytes / _L2_BYTES,
+        busiest * steps * config.stage_bytes / _SM_BYTES,
+        busiest * steps * config.warpgroups * max(issue, (_STEP_LATENCY + issue) / together),
+    )
+    exchange = _EXCHANGE_CLOCKS + 4 * config.channels * config.tokens / _EXCHANGE_BYTES
+    rounds = -(-ctas // (NUM_SMS * resident))
+    return streaming + rounds * (_CTA_CLOCKS + (exchange if config.splits > 1 else 0))

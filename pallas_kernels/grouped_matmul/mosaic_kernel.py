@@ -1,0 +1,292 @@
+"""The body of the Hopper ``grouped_matmul``: a producer and consumer warpgroups around a ring of SMEM slots.
+
+A step of the pipeline is one packing tile of the body (128 input channels) or ``STEP_BYTES`` channels of the
+INT8 tail; both are ``STEP_BYTES`` bytes of each output channel. The CTAs of a cluster share the steps of one
+output tile and then exchange partial sums, so that each finishes some tokens of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float32
+
+from pallas_kernels import mosaic
+from pallas_kernels.grouped_matmul import mosaic_leaves as leaves
+from pallas_kernels.grouped_matmul.config import ROWS, STEP_BYTES, Config
+from pallas_kernels.qarrays import PACK_TILE, num_tiles
+
+HALF_TILE = PACK_TILE // 2
+_ACCUMULATOR = plgpu.Layout.WGMMA
+_PER_CHANNEL = _ACCUMULATOR.reduce(1)
+_PER_TOKEN = _ACCUMULATOR.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a kernel is specialized for beside the shapes of its arguments."""
+
+    config: Config
+    group_size: int
+    num_groups: int
+    num_outliers: int
+
+    @property
+    def body_steps(self) -> int:
+        return num_tiles(self.num_groups * self.group_size)
+
+    @property
+    def steps(self) -> int:
+        return self.body_steps + pl.cdiv(self.num_outliers, STEP_BYTES)
+
+    @property
+    def groups_per_step(self) -> int:
+        """Rows of scales a packing tile needs."""
+        return PACK_TILE // self.group_size
+
+
+def scratch(problem: Problem, dtypes: Mapping[str, Any]) -> dict[str, Any]:
+    """Shared memory and barriers of ``body``; ``dtypes`` are those of the arguments and of "out"."""
+    config = problem.config
+    stages, tokens, channels = config.stages, config.tokens, config.channels
+    reduced = config.reduced_tokens
+    out_tile = (config.warpgroups, reduced, ROWS)
+    smem = {
+        "weights_smem": plgpu.SMEM(
+            (stages, channels, STEP_BYTES), jnp.int8, transforms=mosaic.tiled(8, STEP_BYTES)
+        ),
+        "tokens_smem": plgpu.SMEM(
+            (stages, 2, tokens, HALF_TILE), jnp.int8, transforms=mosaic.tiled(8, HALF_TILE)
+        ),
+        "weight_scales_smem": plgpu.SMEM((stages, problem.groups_per_step, channels), jnp.float32),
+        "token_scales_smem": plgpu.SMEM((stages, problem.groups_per_step, tokens), jnp.float32),
+        "out_smem": plgpu.SMEM(out_tile, dtypes["out"], transforms=_tile_transforms(dtypes["out"])),
+        # A body step takes one copy for the weights, two for the halves of the tokens and two for the scales.
+        "filled": plgpu.Barrier(num_arrivals=5, num_barriers=stages),
+        "released": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=stages),
+    }
+    if config.sharers > 1:
+        smem["released_by_all"] = plgpu.ClusterBarrier(collective_axes=("share",), num_barriers=stages)
+    if "bias" in dtypes:
+        smem["bias_smem"] = plgpu.SMEM((channels,), dtypes["bias"])
+        smem["bias_filled"] = plgpu.Barrier()
+    if "residual" in dtypes:
+        if dtypes["residual"] != dtypes["out"]:  # else it arrives where the output is made
+            smem["residual_smem"] = plgpu.SMEM(
+                out_tile, dtypes["residual"], transforms=_tile_transforms(dtypes["residual"])
+            )
+        smem["residual_filled"] = plgpu.Barrier(num_arrivals=config.warpgroups)
+    return smem | leaves.exchange_scratch(config)
+
+
+def _tile_transforms(dtype: Any) -> tuple[Any, Any]:
+    return mosaic.tiled(8 * jnp.dtype(dtype).itemsize, 128)
+
+
+def body(problem: Problem, gmem: Mapping[str, Any], smem: Mapping[str, Any]) -> None:
+    """One CTA: output tile ("n", "m"), its share "split" of the steps; the last warpgroup is the producer."""
+    config = problem.config
+    warpgroup = lax.axis_index("warpgroup")
+    split = lax.axis_index("split")
+    first = split * problem.steps // config.splits
+    last = (split + 1) * problem.steps // config.splits
+
+    @pl.when(warpgroup == config.warpgroups)
+    def _() -> None:
+        _produce(problem, gmem, smem, first, last)
+
+    @pl.when(warpgroup < config.warpgroups)
+    def _() -> None:
+        total = _consume(problem, smem, warpgroup, first, last)
+        if config.splits == 1:
+            _finish(problem, gmem, smem, warpgroup, 0, total)
+        else:
+            token = split * config.reduced_tokens
+
+            def finish(parts: list[Any]) -> None:
+                _finish(problem, gmem, smem, warpgroup, token, sum(parts[1:], parts[0]))
+
+            leaves.exchange(config, gmem, smem, warpgroup, total, finish)
+
+
+def _first_channel(config: Config) -> Any:
+    return (lax.axis_index("n") * config.sharers + lax.axis_index("share")) * config.channels
+
+
+def _produce(
+    problem: Problem, gmem: Mapping[str, Any], smem: Mapping[str, Any], first: Any, last: Any
+) -> None:
+    config = problem.config
+    tokens = pl.ds(lax.axis_index("m") * config.tokens, config.tokens)
+    channel = _first_channel(config)
+    channels = pl.ds(channel, config.channels)
+    if "bias" in gmem:
+        plgpu.copy_gmem_to_smem(gmem["bias"].at[channels], smem["bias_smem"], smem["bias_filled"])
+    if "residual" in gmem:
+        reduced = config.reduced_tokens
+        token = lax.axis_index("m") * config.tokens + lax.axis_index("split") * reduced
+        for warpgroup in range(config.warpgroups):
+            plgpu.copy_gmem_to_smem(
+                gmem["residual"].at[pl.ds(token, reduced), pl.ds(channel + warpgroup * ROWS, ROWS)],
+                smem.get("residual_smem", smem["out_smem"]).at[warpgroup],
+                smem["residual_filled"],
+            )
+
+    def copy_weights(source: Any, column: Any, slot: Any, filled: Any) -> None:
+        window = source.at[channels, pl.ds(column, STEP_BYTES)]
+        plgpu.copy_gmem_to_smem(window, smem["weights_smem"].at[slot], filled)
+
+    def copy_tokens(source: Any, column: Any, slot: Any, half: int, filled: Any) -> None:
+        # The CTAs that share these tokens each load some and multicast them to all.
+        plgpu.copy_gmem_to_smem(
+            source.at[tokens, pl.ds(column, HALF_TILE)],
+            smem["tokens_smem"].at[slot, half],
+            filled,
+            collective_axes="share" if config.sharers > 1 else None,
+        )
+
+    def copy_scales(row: Any, rows: int, slot: Any, filled: Any) -> None:
+        for name, columns in (("weight_scales", channels), ("token_scales", tokens)):
+            window = gmem[name].at[pl.ds(row, rows), columns]
+            plgpu.copy_gmem_to_smem(window, smem[f"{name}_smem"].at[slot, pl.ds(0, rows)], filled)
+
+    def copy_body(step: Any, slot: Any, filled: Any) -> None:
+        copy_weights(gmem["weights"], step * STEP_BYTES, slot, filled)
+        for half in range(2):
+            copy_tokens(gmem["tokens"], step * PACK_TILE + half * HALF_TILE, slot, half, filled)
+        copy_scales(step * problem.groups_per_step, problem.groups_per_step, slot, filled)
+
+    def copy_tail(step: Any, slot: Any, filled: Any) -> None:
+        outlier = (step - problem.body_steps) * STEP_BYTES
+        copy_weights(gmem["tail_weights"], outlier, slot, filled)
+        copy_tokens(gmem["tail_tokens"], outlier, slot, 0, filled)
+        copy_scales(problem.num_groups, 1, slot, filled)
+        plgpu.barrier_arrive(filled)  # a body step has one copy more
+
+    count = last - first
+
+    def fill(index: Any, carry: None) -> None:
+        slot = lax.rem(index, config.stages)
+
+        @pl.when(index >= config.stages)
+        def _() -> None:
+            plgpu.barrier_wait(smem["released"].at[slot])
+
+        if config.sharers > 1:
+
+            @pl.when((index >= config.stages) & (index < count))
+            def _() -> None:
+                # The others write into this slot too. Told by the producer, since an arrival at a barrier of
+                # the cluster does not wait for the other warps of a consumer.
+                plgpu.barrier_arrive(smem["released_by_all"].at[slot])
+                plgpu.barrier_wait(smem["released_by_all"].at[slot])
+
+        step = first + index
+        filled = smem["filled"].at[slot]
+
+        @pl.when(step < jnp.minimum(last, problem.body_steps))
+        def _() -> None:
+            copy_body(step, slot, filled)
+
+        if problem.num_outliers:
+
+            @pl.when((step >= problem.body_steps) & (step < last))
+            def _() -> None:
+                copy_tail(step, slot, filled)
+
+    # The last rounds fill nothing: they only see the consumers off.
+    lax.fori_loop(0, count + config.stages, fill, None)
+
+
+def _consume(
+    problem: Problem, smem: Mapping[str, Any], warpgroup: Any, first: Any, last: Any
+) -> Float32[Array, "rows tokens"]:
+    """The warpgroup's sum over the steps of its CTA."""
+    config = problem.config
+    groups = problem.groups_per_step
+    shape = (ROWS, config.tokens)
+    rows = pl.ds(warpgroup * ROWS, ROWS)
+
+    # The scales of channels are loaded before a product and arrive while the tensor core works. Those of
+    # tokens are many, and with 128 tokens there are no registers for them before it is done.
+    def channel_scales(slot: Any, row: int) -> Any:
+        return mosaic.load(smem["weight_scales_smem"].at[slot, row, rows], layout=_PER_CHANNEL)
+
+    def token_scales(slot: Any, row: int) -> Any:
+        return mosaic.load(smem["token_scales_smem"].at[slot, row], layout=_PER_TOKEN)
+
+    def rescale(total: Any, product: Any, per_channel: Any, per_token: Any) -> Any:
+        scaled = product.astype(jnp.float32) * lax.broadcast_in_dim(per_channel, shape, [0])
+        return total + scaled * lax.broadcast_in_dim(per_token, shape, [1])
+
+    def body_step(index: Any, total: Any) -> Any:
+        slot = lax.rem(index, config.stages)
+        plgpu.barrier_wait(smem["filled"].at[slot])
+        packed = mosaic.load(smem["weights_smem"].at[slot, rows], layout=leaves.OPERAND)
+        halves = [smem["tokens_smem"].at[slot, half] for half in range(2)]
+        operands = leaves.unpack_nibbles(packed, max(2, groups))
+        for row in range(groups):
+            per_channel = channel_scales(slot, row)
+            if groups == 1:
+                product = leaves.multiply(operands, halves)
+            else:
+                product = leaves.multiply([operands[row]], [halves[row * 2 // groups]])
+            per_token = token_scales(slot, row)
+            if row == groups - 1:
+                plgpu.barrier_arrive(smem["released"].at[slot])
+            if problem.num_groups % groups:
+                # Beyond the last group the products are zero, but the scales belong to the tail or to nobody.
+                exists = (first + index) * groups + row < problem.num_groups
+                per_channel, per_token = _zero_unless(exists, per_channel), _zero_unless(exists, per_token)
+            total = rescale(total, product, per_channel * (1 / 16), per_token)
+        return total
+
+    def tail_step(index: Any, total: Any) -> Any:
+        slot = lax.rem(index, config.stages)
+        plgpu.barrier_wait(smem["filled"].at[slot])
+        values = mosaic.load(smem["weights_smem"].at[slot, rows], layout=leaves.OPERAND)
+        per_channel = channel_scales(slot, 0)
+        product = leaves.multiply([values], [smem["tokens_smem"].at[slot, 0]])
+        per_token = token_scales(slot, 0)
+        plgpu.barrier_arrive(smem["released"].at[slot])
+        return rescale(total, product, per_channel, per_token)
+
+    total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _ACCUMULATOR)
+    body_count = jnp.clip(problem.body_steps - first, 0, last - first)
+    total = lax.fori_loop(0, body_count, body_step, total)
+    if problem.num_outliers:
+        total = lax.fori_loop(body_count, last - first, tail_step, total)
+    return total
+
+
+def _zero_unless(condition: Any, scales: Any) -> Any:
+    return jnp.where(lax.broadcast_in_dim(condition, scales.shape, ()), scales, jnp.zeros_like(scales))
+
+
+def _finish(
+    problem: Problem, gmem: Mapping[str, Any], smem: Mapping[str, Any], warpgroup: Any, token: Any, total: Any
+) -> None:
+    """Adds bias and residual and stores; ``total`` is for the tokens from ``token`` of the tile on."""
+    config = problem.config
+    if "bias" in gmem:
+        plgpu.barrier_wait(smem["bias_filled"])
+        bias = mosaic.load(smem["bias_smem"].at[pl.ds(warpgroup * ROWS, ROWS)], layout=_PER_CHANNEL)
+        total = total + lax.broadcast_in_dim(bias.astype(jnp.float32), total.shape, [0])
+    if "residual" in gmem:
+        plgpu.barrier_wait(smem["residual_filled"])
+        residual_smem = smem.get("residual_smem", smem["out_smem"]).at[warpgroup]
+        residual = mosaic.load(residual_smem.T, layout=plgpu.Layout.WGMMA_TRANSPOSED)
+        total = total + plgpu.layout_cast(residual, _ACCUMULATOR).astype(jnp.float32)
+    out_smem = smem["out_smem"].at[warpgroup]
+    out_smem.T[...] = plgpu.layout_cast(total.astype(out_smem.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+    plgpu.commit_smem()
+    tokens = pl.ds(lax.axis_index("m") * config.tokens + token, config.reduced_tokens)
+    channels = pl.ds(_first_channel(config) + warpgroup * ROWS, ROWS)
+    plgpu.copy_smem_to_gmem(out_smem, gmem["out"].at[tokens, channels])
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,157 @@
+"""The few operations of the Hopper ``grouped_matmul`` that GPU interpret mode lacks.
+
+Each is one small function with a branch for interpret mode; the kernel around them has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+from jaxtyping import Array, Float32, Int8, Int32
+
+from pallas_kernels import dispatch, mosaic
+from pallas_kernels.grouped_matmul.config import ROWS, Config
+
+# Layout of 8-bit wgmma operands in registers: a thread holds four consecutive input channels a register.
+OPERAND = plgpu.Layout.WGMMA_8BIT
+_ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+_HIGH_NIBBLES = -0x0F0F0F10  # 0xF0F0F0F0 as a signed integer
+
+
+def unpack_nibbles(packed: Int8[Array, "n half"], runs: int) -> tuple[Int8[Array, "n half"], ...]:
+    """Sixteen times the INT4 values of one packing tile as operands, one for each of its ``runs`` groups.
+
+    An operand is as deep as half a tile. With two runs the first is the low nibbles, the second the high
+    ones. With four, each operand is one of these with zeros for the channels of the other group in it, since
+    the right operand of wgmma cannot start in the middle of a swizzled row. Three operations on four bytes
+    give eight operand bytes; the factor 16 is left to the scales.
+    """
+    n, half = packed.shape
+    if dispatch.interpreting():
+        wide = packed.astype(jnp.int32)
+        halves = [((wide << 28) >> 24).astype(jnp.int8), (wide & -16).astype(jnp.int8)]
+        if runs == 2:
+            return tuple(halves)
+        first = jnp.arange(half) < half // 2
+        return tuple(jnp.where(first == keep, values, 0) for values in halves for keep in (True, False))
+
+    result = plgpu.ShapeDtypeStruct((n, half), jnp.int8, layout=OPERAND)
+
+    def unpack(_: Any, operand: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+        constant = lambda value: arith.constant(i32, ir.IntegerAttr.get(i32, value))  # noqa: E731
+        registers = operand.registers
+        low, high = np.empty_like(registers), np.empty_like(registers)
+        for index, register in np.ndenumerate(registers):
+            word = mgpu.utils.bitcast(register, i32)
+            shifted = arith.shli(word, constant(4))
+            low[index] = mgpu.utils.bitcast(arith.andi(shifted, constant(_HIGH_NIBBLES)), register.type)
+            high[index] = mgpu.utils.bitcast(arith.andi(word, constant(_HIGH_NIBBLES)), register.type)
+        operands = [low, high]
+        if runs == 4:
+            zero: Any = mgpu.utils.bitcast(constant(0), registers.flat[0].type)
+            columns = registers.shape[1]
+            first = np.arange(columns).reshape(1, -1, *[1] * (registers.ndim - 2)) < columns // 2
+            operands = [
+                np.where(first == keep, values, zero) for values in operands for keep in (True, False)
+            ]
+        return tuple(
+            mgpu.FragmentedArray(_registers=values, _layout=operand.layout, _is_signed=True)
+            for values in operands
+        )
+
+    inline: Any = plgpu.inline_mgpu(arg_types=(OPERAND,), return_type=(result,) * runs)
+    return inline(unpack)(packed)
+
+
+def multiply(operands: Sequence[Int8[Array, "n k"]], tokens_smem: Sequence[Any]) -> Int32[Array, "n tokens"]:
+    """The sum of ``operand @ tokens.T`` over the pairs, operands from registers."""
+    tokens = tokens_smem[0].shape[0]
+    if dispatch.interpreting():
+        products = [
+            lax.dot_general(operand, ref[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+            for operand, ref in zip(operands, tokens_smem, strict=True)
+        ]
+        return sum(products[1:], products[0])
+
+    def accumulate(accumulator: Any) -> Any:
+        for operand, ref in zip(operands, tokens_smem, strict=True):
+            plgpu.wgmma(accumulator, operand, ref.T)
+        return accumulator[...]
+
+    shape = (operands[0].shape[0], tokens)
+    return pl.run_scoped(accumulate, _ACC(shape, jnp.int32))
+
+
+def exchange_scratch(config: Config) -> dict[str, Any]:
+    """Scratch memory with which the CTAs of a cluster exchange partial sums."""
+    if config.splits == 1:
+        return {}
+    if dispatch.interpreting():
+        barrier = plgpu.ClusterBarrier(collective_axes=("split",), num_barriers=config.warpgroups)
+        return {"received": barrier}
+    # inbox_smem[i, w] holds what CTA i computed for the tokens that this CTA finishes.
+    reduced = config.reduced_tokens
+    shape = (config.splits, config.warpgroups, ROWS, reduced)
+    return {
+        "inbox_smem": plgpu.SMEM(shape, jnp.float32, transforms=mosaic.tiled(32, min(4 * reduced, 128))),
+        "received": plgpu.Barrier(num_arrivals=config.splits, num_barriers=config.warpgroups),
+    }
+
+
+def exchange_outputs(config: Config, grid: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Further outputs of the kernel: interpret mode lacks distributed shared memory and goes through GMEM."""
+    if config.splits == 1 or not dispatch.interpreting():
+        return {}
+    shape = (*grid, config.sharers, config.splits, config.warpgroups, ROWS, config.tokens)
+    return {"inbox": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+
+def exchange(
+    config: Config,
+    gmem: Mapping[str, Any],
+    smem: Mapping[str, Any],
+    warpgroup: Any,
+    total: Float32[Array, "rows tokens"],
+    finish: Callable[[list[Any]], None],
+) -> None:
+    """Gives each CTA of the cluster that has tokens to finish the partial sums of all CTAs, in their order.
+
+    ``finish`` is traced once, for the CTAs that finish something.
+    """
+    split = lax.axis_index("split")
+    reduced = config.reduced_tokens
+    receivers = config.tokens // reduced
+    received = smem["received"].at[warpgroup]
+    if dispatch.interpreting():
+        inbox = gmem["inbox"].at[tuple(map(lax.axis_index, ("n", "m", "share")))]
+        inbox[split, warpgroup] = total
+        plgpu.barrier_arrive(received)
+        mine = lambda source: inbox[source, warpgroup, :, pl.ds(split * reduced, reduced)]  # noqa: E731
+    else:
+        for receiver in range(receivers):
+            plgpu.async_store_smem(
+                total[:, receiver * reduced : (receiver + 1) * reduced],
+                smem["inbox_smem"].at[split, warpgroup],
+                received,
+                cluster_idx=jnp.int32(receiver),
+                cluster_dim="split",
+            )
+        mine = lambda source: mosaic.load(  # noqa: E731
+            smem["inbox_smem"].at[source, warpgroup], layout=plgpu.Layout.WGMMA
+        )
+
+    @pl.when(split < receivers)
+    def _() -> None:
+        plgpu.barrier_wait(received)
+        finish([mine(source) for source in range(config.splits)])

@@ -1,0 +1,121 @@
+"""Grouped INT4 x INT4 (+ INT8 x INT8 tail) matmul for Hopper.
+
+Hopper has no INT4 tensor cores: weights stay INT4 in memory and become INT8 in registers, where they are the
+left operand of wgmma; activations [m, k] are INT8 in shared memory and, transposed, its right operand. The
+kernel therefore computes the transposed tile [output channels, tokens].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Shaped
+
+from pallas_kernels import mosaic
+from pallas_kernels.grouped_matmul import mosaic_leaves as leaves
+from pallas_kernels.grouped_matmul.config import ROWS, STEP_BYTES, Config, heuristics
+from pallas_kernels.grouped_matmul.mosaic_kernel import Problem, body, scratch
+from pallas_kernels.qarrays import QuantizedActivation, QuantizedWeight
+
+
+def unsupported(
+    x: QuantizedActivation,
+    w: QuantizedWeight,
+    bias: Float[Array, " n"] | None,
+    residual: Float[Array, "m n"] | None,
+    out_dtype: jnp.dtype,
+) -> str | None:
+    """See ``dispatch``."""
+    n = w.shape[0]
+    if n % ROWS:
+        return f"{n} output channels are no multiple of {ROWS}"
+    if w.group_size not in (32, 64, 128):
+        return f"group_size {w.group_size} is none of 32, 64, 128"
+    if w.num_outliers % 32 or w.num_outliers > 256:
+        return f"{w.num_outliers} outliers are no multiple of 32 up to 256"
+    if not w.num_groups:
+        return "no INT4 body"
+    if x.body.shape[0] < 1:
+        return "no tokens"
+    if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float32):
+        return f"output {jnp.dtype(out_dtype).name} is neither bfloat16 nor float32"
+    for name, array in (("bias", bias), ("residual", residual)):
+        if array is not None and array.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"{name} {array.dtype} is neither bfloat16 nor float32"
+    return None
+
+
+def configuration(x: QuantizedActivation, w: QuantizedWeight, *_: Any) -> Config:
+    """See ``dispatch``."""
+    return heuristics(x.body.shape[0], *w.shape, w.group_size)
+
+
+def run(
+    x: QuantizedActivation,
+    w: QuantizedWeight,
+    bias: Float[Array, " n"] | None,
+    residual: Float[Array, "m n"] | None,
+    out_dtype: jnp.dtype,
+) -> Float[Array, "m n"]:
+    """See ``api.grouped_matmul``."""
+    return run_with(configuration(x, w), x, w, bias, residual, out_dtype)
+
+
+def run_with(
+    config: Config,
+    x: QuantizedActivation,
+    w: QuantizedWeight,
+    bias: Float[Array, " n"] | None,
+    residual: Float[Array, "m n"] | None,
+    out_dtype: jnp.dtype,
+) -> Float[Array, "m n"]:
+    """``run`` with a chosen configuration."""
+    m, n = x.body.shape[0], w.shape[0]
+    # TMA copies whole tiles of 8 tokens unless there are fewer, and rows that are multiples of 16 bytes.
+    rows = m if m <= 8 else pl.cdiv(m, 8) * 8
+    inputs = {
+        "tokens": _pad(x.body, rows, STEP_BYTES),
+        "token_scales": jnp.pad(x.scales, ((0, 0), (0, pl.cdiv(rows, 4) * 4 - m))),
+        "weights": w.packed,
+        "weight_scales": w.scales,
+    }
+    if w.num_outliers:
+        inputs["tail_tokens"] = _pad(x.outliers, rows, STEP_BYTES)
+        inputs["tail_weights"] = _pad(w.outliers, n, STEP_BYTES)
+    if bias is not None:
+        inputs["bias"] = bias
+    if residual is not None:
+        inputs["residual"] = _pad(residual, rows, ROWS)
+    grid = (pl.cdiv(n, config.channels * config.sharers), pl.cdiv(m, config.tokens))
+    outputs = {"out": jax.ShapeDtypeStruct((rows, n), out_dtype), **leaves.exchange_outputs(config, grid)}
+    dtypes = {name: array.dtype for name, array in (inputs | outputs).items()}
+    problem = Problem(config, w.group_size, w.num_groups, w.num_outliers)
+
+    def kernel(*refs: Any, **smem: Any) -> None:
+        body(problem, dict(zip((*inputs, *outputs), refs, strict=True)), smem)
+
+    out, *_ = mosaic.kernel(
+        kernel,
+        name="grouped_matmul",
+        out_type=tuple(outputs.values()),
+        grid=grid,
+        grid_names=("n", "m"),
+        cluster=(config.splits, config.sharers),
+        cluster_names=("split", "share"),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch(problem, dtypes),
+        # Slots are guarded by barriers, all other shared memory is written once.
+        compiler_options={"unsafe_no_auto_barriers": True},
+    )(*inputs.values())
+    return out[:m]
+
+
+def _pad(
+    array: Shaped[Array, "rows columns"], rows: int, multiple: int
+) -> Shaped[Array, "padded_rows padded"]:
+    """Zeros up to ``rows`` rows and a multiple of ``multiple`` columns; real formats need none."""
+    return jnp.pad(array, ((0, rows - array.shape[0]), (0, -array.shape[1] % multiple)))

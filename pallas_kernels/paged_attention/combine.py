@@ -1,0 +1,72 @@
+"""Joins the outputs of the splits of a sequence, weighted by their sums of exponentials."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float32
+
+from pallas_kernels import mosaic
+
+_CHANNELS = 32  # of a CTA; 8 for each warp
+# [queries, channels]: warps side by side, lanes as in an accumulator.
+_LAYOUT: Any = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, _CHANNELS), (8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
+)
+
+
+def combine(
+    out: Float32[Array, "batch kv_heads splits queries head_dim"],
+    lse: Float32[Array, "batch kv_heads splits queries"],
+    num_heads: int,
+    dtype: Any,
+) -> Array:
+    """Outputs [batch, num_heads, head_dim] of whole sequences from those of their splits.
+
+    Args:
+      out: of each split; queries are those of a kv head, padded behind.
+      lse: base-2 logarithms of their sums of exponentials.
+      dtype: of the result.
+    """
+    batch, num_kv_heads, splits, queries, head_dim = out.shape
+
+    rows = num_heads // num_kv_heads
+
+    def body(out_gmem: Any, lse_gmem: Any, joined_gmem: Any, joined_smem: Any) -> None:
+        batch, head = index = lax.axis_index("batch"), lax.axis_index("head")
+        channels = pl.ds(lax.axis_index("channels") * _CHANNELS, _CHANNELS)
+
+        def load(ref: Any, layout: Any) -> Array:
+            return mosaic.load(ref, layout=layout, optimized=False)
+
+        logarithms = [load(lse_gmem.at[*index, split], _LAYOUT.reduce(1)) for split in range(splits)]
+        outputs = [load(out_gmem.at[*index, split, :, channels], _LAYOUT) for split in range(splits)]
+        greatest = logarithms[0]
+        for logarithm in logarithms[1:]:
+            greatest = jnp.maximum(greatest, logarithm)
+        weights = [jnp.exp2(logarithm - greatest) for logarithm in logarithms]
+        joined = sum(
+            lax.broadcast_in_dim(weight, part.shape, [0]) * part
+            for weight, part in zip(weights, outputs, strict=True)
+        )
+        joined = joined * lax.broadcast_in_dim(1.0 / sum(weights), (queries, _CHANNELS), [0])
+        joined_smem[...] = joined.astype(dtype)
+        plgpu.commit_smem()
+        heads = pl.ds(head * rows, rows)
+        plgpu.copy_smem_to_gmem(joined_smem.at[pl.ds(0, rows)], joined_gmem.at[batch, heads, channels])
+        plgpu.wait_smem_to_gmem(0)
+
+    return mosaic.kernel(
+        body,
+        name="paged_attention_combine",
+        out_type=jax.ShapeDtypeStruct((batch, num_heads, head_dim), dtype),
+        scratch_types={"joined_smem": plgpu.SMEM((queries, _CHANNELS), dtype)},
+        grid=(head_dim // _CHANNELS, num_kv_heads, batch),
+        grid_names=("channels", "head", "batch"),
+        compiler_options={"approx_math": True},
+    )(out, lse)

@@ -1,0 +1,24 @@
+"""``silu_quantize``: the activation function of the MLP and the quantization of its output."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float
+
+from pallas_kernels import dispatch
+from pallas_kernels.qarrays import ActivationFormat, QuantizedActivation
+
+
+def silu_quantize(gate_up: Float[Array, "m two_k"], fmt: ActivationFormat) -> QuantizedActivation:
+    """Quantizes ``silu(gate) * up``.
+
+    Args:
+      gate_up: output of the fused projection, [gate, up] along the last axis.
+      fmt: groups, outliers and clip ratio of the result.
+
+    Raises:
+      ValueError: an odd row, or k that is not outliers plus whole groups.
+    """
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"silu_quantize: a fused row of {gate_up.shape[-1]} is not a gate and an up half")
+    fmt.num_groups(gate_up.shape[-1] // 2)
+    return dispatch.run("silu_quantize", gate_up, fmt)

@@ -1,0 +1,33 @@
+"""``two_level_matmul``: a per-token INT8 activation times an INT4 weight that becomes INT8."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import dispatch
+from pallas_kernels.qarrays import QuantizedActivation, TwoLevelWeight
+
+
+def two_level_matmul(
+    x: QuantizedActivation,
+    w: TwoLevelWeight,
+    *,
+    bias: Float[Array, " n"] | None = None,
+    residual: Float[Array, "m n"] | None = None,
+    out_dtype: jnp.dtype = jnp.bfloat16,
+) -> Float[Array, "m n"]:
+    """``y = sx[m] scale[n] sum_k x8[m,k] ((q[n,k] - zero[g,n]) group_scale[g,n]) (+ bias) (+ residual)``.
+
+    The sum over a whole row is one of integers (QServe, arXiv 2405.04532, section 4.1). x [M, K] without
+    groups times w [N, K] transposed.
+
+    Raises:
+      ValueError: x has groups or other channels than w, or w is a stack of weights.
+    """
+    if w.packed.ndim != 2 or x.group_size or x.outliers.shape[-1] != w.shape[-1]:
+        raise ValueError(
+            f"two_level_matmul: weight {w.shape} does not fit an activation of {x.body.shape[-1]} channels "
+            f"in groups of {x.group_size} and {x.outliers.shape[-1]} in INT8"
+        )
+    return dispatch.run("two_level_matmul", x, w, bias, residual, out_dtype)

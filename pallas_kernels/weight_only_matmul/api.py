@@ -1,0 +1,30 @@
+"""``weight_only_matmul``: a float activation times an INT4 weight."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import dispatch
+from pallas_kernels.qarrays import WeightOnlyInt4
+
+
+def weight_only_matmul(
+    x: Float[Array, "m k"],
+    w: WeightOnlyInt4,
+    *,
+    bias: Float[Array, " n"] | None = None,
+    residual: Float[Array, "m n"] | None = None,
+    out_dtype: jnp.dtype = jnp.bfloat16,
+) -> Float[Array, "m n"]:
+    """``y = sum_g scale[g,n] sum_{k in g} x[m,k] (q[n,k] - zero[g,n]) (+ bias) (+ residual)``.
+
+    Accumulated in float32. x [M, K] in any float type times w [N, K] transposed; the format is GPTQ's (arXiv
+    2210.17323).
+
+    Raises:
+      ValueError: the two do not have the same channels, or w is a stack of weights.
+    """
+    if w.packed.ndim != 2 or x.shape[-1] != w.shape[-1]:
+        raise ValueError(f"weight_only_matmul: weight {w.shape} does not fit activation {x.shape}")
+    return dispatch.run("weight_only_matmul", x, w, bias, residual, out_dtype)

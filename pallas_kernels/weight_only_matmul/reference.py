@@ -1,0 +1,34 @@
+"""Float x INT4 matmul in plain jax.numpy; see ``pallas_kernels.reference_matmul`` for the layout.
+
+The weight is dequantized in float32 on its way into a float32 product.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.qarrays import WeightOnlyInt4
+from pallas_kernels.reference_matmul import finish, per_run, run_length, split_halves, weight_halves
+
+
+def run(
+    x: Float[Array, "m k"],
+    w: WeightOnlyInt4,
+    bias: Float[Array, " n"] | None,
+    residual: Float[Array, "m n"] | None,
+    out_dtype: jnp.dtype,
+) -> Float[Array, "m n"]:
+    """See ``api.weight_only_matmul``."""
+    halves = zip(
+        weight_halves(w.packed, run_length(w.group_size)),
+        per_run(w.scales, w.group_size),
+        per_run(w.zeros, w.group_size),
+        split_halves(x.astype(jnp.float32)),
+        strict=True,
+    )
+    y = sum(
+        (((values - zeros).astype(jnp.float32) * scales).reshape(w.packed.shape[0], -1) @ tokens.T)
+        for values, scales, zeros, tokens in halves
+    )
+    return finish(jnp.asarray(y).T, bias, residual, out_dtype)

@@ -1,0 +1,29 @@
+"""A tiny checkpoint for the tests of the command line."""
+
+import pytest
+
+import atom_jax
+from convert.pipeline import ConvertOptions
+from convert.pipeline import convert as convert_model
+from tests.atom_jax.command import TEXT
+from tests.convert.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("original"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(original, tmp_path_factory):
+    """A float checkpoint: what it computes compiles fastest."""
+    out = tmp_path_factory.mktemp("converted") / "tiny"
+    convert_model(original, out, ConvertOptions(atom_jax.preset("bf16")))
+    return out
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path

@@ -1,0 +1,253 @@
+"""Checkpoints on disk: what is written comes back, what is damaged is named in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atom_jax import checkpoint
+from atom_jax.config import ModelConfig, preset
+from atom_jax.llama import make_params
+from pallas_kernels import QuantizedWeight
+from tests.atom_jax.models import tiny_config
+from tests.convert.tiny import fails, save_tokenizer
+
+CONFIGS = {
+    "bf16": tiny_config(preset("bf16"), qk_norm=True),
+    "groups": tiny_config(
+        preset("w4a4kv4", group_size=32, num_outliers=32, reorder="per_layer"), o_bias=True
+    ),
+    "per-channel": tiny_config(preset("w4a4kv4", group_size=None, num_outliers=0), tie_word_embeddings=True),
+}
+
+
+def random_tree(specs: checkpoint.Specs, seed: int) -> checkpoint.Tree:
+    """Any values of the stored types: every byte of packed data, scales and vectors exact in bfloat16."""
+    rng = np.random.default_rng(seed)
+
+    def fill(spec: jax.ShapeDtypeStruct) -> np.ndarray:
+        if jnp.issubdtype(spec.dtype, jnp.integer):
+            low, high = (-128, 128) if spec.dtype == jnp.int8 else (0, 64)
+            return rng.integers(low, high, spec.shape).astype(spec.dtype)
+        return rng.normal(0, 0.3, spec.shape).astype(jnp.bfloat16).astype(spec.dtype)
+
+    return jax.tree.map(fill, specs)
+
+
+def write(folder: Path, config: ModelConfig) -> tuple[list[checkpoint.Tree], checkpoint.Tree]:
+    """A whole checkpoint by hand; returns the layers and the shared part that it holds."""
+    layers = [random_tree(checkpoint.layer_specs(config), seed) for seed in range(config.num_layers)]
+    shared = random_tree(checkpoint.shared_specs(config), 99)
+    for index, layer in enumerate(layers):
+        checkpoint.write_tree(checkpoint.layer_path(folder, index), layer)
+    checkpoint.write_tree(checkpoint.shared_path(folder), shared)
+    checkpoint.write_config(folder, config)
+    (folder / checkpoint.TOKENIZER_FOLDER).mkdir()
+    save_tokenizer(folder / checkpoint.TOKENIZER_FOLDER)
+    return layers, shared
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_written_comes_back(name: str, tmp_path: Path) -> None:
+    config = CONFIGS[name]
+    layers, shared = write(tmp_path, config)
+    model = checkpoint.load(tmp_path)
+    assert model.config == config and model.path == tmp_path
+
+    stacked: Any = jax.tree.map(lambda *parts: np.stack(parts), *layers)
+    tree: dict[str, Any] = {"layers": {}}
+    for key, value in stacked.items():
+        if isinstance(value, dict):
+            assert "outliers" in value or not config.quantization.num_outliers
+            empty = np.zeros((*value["packed"].shape[:-1], 0), np.int8)
+            group = config.quantization.group_size or {"down_proj": 96}.get(key, 64)
+            outliers, scales = value.get("outliers", empty), value["scales"].astype(np.float32)
+            tree["layers"][key] = QuantizedWeight(value["packed"], outliers, scales, group)
+        else:
+            tree["layers"][key] = value.astype(np.float32) if value.dtype != np.int32 else value
+    tree |= {key: value.astype(np.float32) for key, value in shared.items()}
+    expected = make_params(config, tree)
+
+    assert jax.tree.structure(model.params) == jax.tree.structure(expected)
+    for actual, wanted in zip(jax.tree.leaves(model.params), jax.tree.leaves(expected), strict=True):
+        assert actual.dtype == wanted.dtype
+        np.testing.assert_array_equal(actual, wanted)
+
+
+def test_dtype_is_that_of_matrices_only(tmp_path: Path) -> None:
+    write(tmp_path, CONFIGS["bf16"])
+    for dtype in (jnp.bfloat16, jnp.float32):
+        params: Any = checkpoint.load(tmp_path, dtype=dtype).params
+        for name in ("qkv_proj", "down_proj"):
+            assert params["layers"][name].get_value().dtype == dtype
+        assert params["embedding"].get_value().dtype == params["lm_head"].get_value().dtype == dtype
+        for vector in (params["norm"], params["layers"]["q_norm"], params["layers"]["qkv_bias"]):
+            assert vector.get_value().dtype == jnp.float32
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write(folder, CONFIGS["groups"])
+    return folder
+
+
+@pytest.fixture
+def damaged(intact: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(intact, tmp_path / "checkpoint"))
+
+
+def rewrite(change: Callable[[checkpoint.Tree], Any], layer: int = 1) -> Callable[[Path], None]:
+    """Damage: writes a layer, or the shared part (-1), with ``change`` applied."""
+
+    def damage(folder: Path) -> None:
+        specs = checkpoint.shared_specs if layer < 0 else checkpoint.layer_specs
+        path = checkpoint.shared_path(folder) if layer < 0 else checkpoint.layer_path(folder, layer)
+        tree = random_tree(specs(CONFIGS["groups"]), 0)
+        change(tree)
+        shutil.rmtree(path)
+        checkpoint.write_tree(path, tree)
+
+    return damage
+
+
+def remove(*names: str) -> Callable[[Path], None]:
+    return lambda folder: shutil.rmtree(folder.joinpath(*names))
+
+
+def truncate(folder: Path) -> None:
+    """Halves the largest data file of layer 1."""
+    path = max(checkpoint.layer_path(folder, 1).rglob("d/*"), key=lambda file: file.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(folder: Path) -> None:
+    for path in checkpoint.layer_path(folder, 1).rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+def wrong_shape(tree: checkpoint.Tree) -> None:
+    tree["qkv_proj"]["packed"] = tree["qkv_proj"]["packed"][:-1]
+
+
+def wrong_dtype(tree: checkpoint.Tree) -> None:
+    tree["input_norm"] = tree["input_norm"].astype(jnp.bfloat16)
+
+
+def wrong_scales(tree: checkpoint.Tree) -> None:
+    tree["down_proj"]["scales"] = tree["down_proj"]["scales"].astype(np.float32)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "missing-layer": (remove("params", "layers", "0001"), ("layers/0001: missing from the checkpoint",)),
+    "missing-shared": (remove("params", "shared"), ("params/shared: missing from the checkpoint",)),
+    "wrong-shape": (
+        rewrite(wrong_shape),
+        ("layers/0001: tensor qkv_proj.packed: expected int8[128, 64], found int8[127, 64]",),
+    ),
+    "wrong-dtype": (
+        rewrite(wrong_dtype),
+        ("layers/0001: tensor input_norm: expected float32[64], found bfloat16[64]",),
+    ),
+    "wrong-scales": (
+        rewrite(wrong_scales),
+        ("tensor down_proj.scales: expected bfloat16[3, 64], found float32[3, 64]",),
+    ),
+    "no-scales": (
+        rewrite(lambda tree: tree["o_proj"].pop("scales")),
+        ("layers/0001: expected", "under o_proj, found ['outliers', 'packed']"),
+    ),
+    "missing-tensor": (
+        rewrite(lambda tree: tree.pop("norm"), layer=-1),
+        ("params/shared: expected", "under the root, found ['embedding', 'lm_head']"),
+    ),
+    "array-for-linear": (
+        rewrite(lambda tree: tree.update(o_proj=np.zeros((64, 64), np.float32))),
+        ("layers/0001: expected", "under o_proj, found []"),
+    ),
+    "truncated": (truncate, ("layers/0001: not readable: ",)),
+    "empty": (empty, ("layers/0001: not readable: ",)),
+}
+
+
+# Orbax's event loop leaves callbacks behind when a read fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_parameters(name: str, damaged: Path) -> None:
+    damage, parts = DAMAGE[name]
+    damage(damaged)
+    with fails(str(damaged), *parts):
+        checkpoint.load(damaged)
+
+
+def edited(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda data: {**data, **changes}
+
+
+def quantization(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda data: {**data, "quantization": {**data["quantization"], **changes}}
+
+
+@pytest.mark.parametrize(
+    ("edit", "part"),
+    [
+        (edited(format_version=2), "not an Atom-JAX checkpoint of format 1 (found 2)"),
+        (lambda data: {"model_type": "llama"}, "not an Atom-JAX checkpoint of format 1 (found None)"),
+        (edited(surprise=1), "surprise"),
+        (lambda data: {k: v for k, v in data.items() if k != "rope"}, "rope"),
+        (lambda data: {k: v for k, v in data.items() if k != "hidden_size"}, "hidden_size"),
+        (edited(hidden_size="64"), "hidden_size must be a positive integer, found '64'"),
+        (edited(num_layers=-1), "num_layers must be a positive integer, found -1"),
+        (edited(eos_token_ids=3), "configuration is not readable"),
+        (edited(quantization=None), "configuration is not readable"),
+        (quantization(scheme="w2a2"), "scheme 'w2a2' is not supported"),
+        (quantization(group_size=48), "group size 48 is not supported"),
+        (quantization(num_outliers=64), "64 input channels are not 64 outliers and whole groups of 32"),
+        (quantization(num_outliers=1), "64 input channels are not 1 outliers and whole groups of 32"),
+        (lambda data: [1], "a JSON object expected, found list"),
+    ],
+)
+def test_bad_configuration(edit: Callable[[dict[str, Any]], Any], part: str, damaged: Path) -> None:
+    file = damaged / checkpoint.CONFIG_FILE
+    file.write_text(json.dumps(edit(json.loads(file.read_text()))))
+    with fails(file, part):
+        checkpoint.load(damaged)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"format_version": 1,', b"\xff\xfe", b"[" * 100_000])
+def test_configuration_that_is_not_json(content: bytes, damaged: Path) -> None:
+    file = damaged / checkpoint.CONFIG_FILE
+    file.write_bytes(content)
+    with fails(file, "not readable as JSON"):
+        checkpoint.load(damaged)
+
+
+def test_no_checkpoint_at_all(tmp_path: Path) -> None:
+    with fails(tmp_path / "nowhere" / "config.json", "no such file"):
+        checkpoint.load(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("text")
+    with fails(tmp_path / "file" / "config.json"):
+        checkpoint.load(str(tmp_path / "file"))
+
+
+def test_tokenizer(intact: Path, damaged: Path) -> None:
+    tokenizer = checkpoint.load(intact).tokenizer
+    assert tokenizer.decode(tokenizer("the 12")["input_ids"]) == "the 12"
+    folder = damaged / checkpoint.TOKENIZER_FOLDER
+    (folder / "tokenizer.json").write_text("{}")
+    model = checkpoint.load(damaged)  # damage there is no concern of the parameters
+    with fails(folder, "not readable"):
+        _ = model.tokenizer
+    shutil.rmtree(folder)
+    with fails(folder, "the checkpoint has no tokenizer"):
+        _ = model.tokenizer

@@ -1,0 +1,237 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import atom_jax
+from atom_jax import load, perplexity
+from atom_jax.cli import app, console
+from convert.calibration import encode
+from convert.pipeline import ConvertOptions
+from tests.atom_jax.command import ROOT, TEXT, fails, run, run_json, subprocess_run
+
+
+class TestConvert:
+    @pytest.fixture
+    def made(self, monkeypatch):
+        """Collects what the command asks of the converter."""
+        calls = []
+
+        def convert(src, out, options, progress):
+            calls.append((src, out, options))
+            progress("first", 1, 2)
+            progress("second", 2, 2)
+            out.mkdir()
+            return {"made": str(out)}
+
+        monkeypatch.setattr("convert.pipeline.convert", convert)
+        return calls
+
+    def test_options_that_are_not_given_keep_the_defaults_of_the_library(self, made, tmp_path):
+        card = run_json("convert", "SRC", tmp_path / "out")
+        assert card == {"made": str(tmp_path / "out")}
+        want = ConvertOptions(atom_jax.preset("w4a4kv4"))
+        assert made == [("SRC", tmp_path / "out", want)]
+
+    def test_all_options(self, made, tmp_path, text):
+        options = "--scheme w4a4kv4 --group-size 32 --num-outliers 64 --clip-w 0.8 --clip-a 0.7 --no-gptq "
+        options += (
+            "--reorder per_layer --kv-bits 16 --kv-rope pre --calib org/data --calib-tokens 1024 --seed 3 "
+        )
+        options += f"--eval-text {text} --eval-tokens 77 --revision main"
+        result = run("convert", "org/model", tmp_path / "out", *options.split())
+        assert result.stdout == ""
+        recipe = atom_jax.preset(
+            "w4a4kv4",
+            group_size=32,
+            num_outliers=64,
+            clip_w=0.8,
+            clip_a=0.7,
+            gptq=False,
+            reorder="per_layer",
+            kv_bits=16,
+            kv_rope="pre",
+        )
+        want = ConvertOptions(recipe, "org/data", 1024, 3, text, 77, "main")
+        assert made == [("org/model", tmp_path / "out", want)]
+
+    @pytest.mark.parametrize(
+        ("options", "parts"),
+        [
+            ("--scheme w2a2", ["'w2a2'", "bf16", "w8a8", "w4a4kv4"]),
+            ("--scheme w8a8 --num-outliers 64", ["w8a8 has no setting num_outliers"]),
+            ("--group-size 48", ["48", "128"]),
+            ("--kv-bits 8", ["kv_bits", "8"]),
+            ("--clip-w 1.5", ["clip_w", "1.5"]),
+        ],
+    )
+    def test_unsupported_options(self, made, tmp_path, options, parts):
+        assert len(fails("convert", "SRC", tmp_path / "out", *options.split(), parts=parts)) == 1
+        assert made == []
+
+    def test_for_real(self, original, text, tmp_path):
+        out = tmp_path / "out"
+        card = run_json(
+            "convert", original, out, "--scheme", "bf16", "--eval-text", text, "--eval-tokens", "200"
+        )
+        assert card == json.loads((out / "quantization.json").read_text())
+        assert card["job"]["recipe"]["scheme"] == "bf16"
+        assert card["perplexity"]["tokens"] > 100
+        assert load(out).config.num_layers == 2
+        fails("convert", original, out, "--scheme", "bf16", "--seed", "1", parts=[out, "exists"])
+
+    def test_source_that_is_not_there(self, tmp_path):
+        fails("convert", tmp_path / "no", tmp_path / "out", parts=[tmp_path / "no"])
+
+    def test_output_that_cannot_be_made(self, original, tmp_path):
+        (tmp_path / "file").write_text("")
+        fails("convert", original, tmp_path / "file" / "out", "--scheme", "bf16", parts=[tmp_path / "file"])
+
+    def test_module(self, tmp_path):
+        result = subprocess_run(tmp_path / "no", tmp_path / "out", module="convert")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"error: {tmp_path / 'no'}")
+        assert len(result.stderr.splitlines()) == 1
+
+
+class TestEval:
+    def test_is_the_perplexity_of_the_library(self, checkpoint, text):
+        model = load(checkpoint)
+        tokens = encode(checkpoint / "tokenizer", TEXT)
+        want = perplexity(model.params, tokens, config=model.config, seq_len=64, max_tokens=300)
+        got = run_json("eval", checkpoint, "--text", text, "--seq-len", 64, "--max-tokens", 300)
+        assert got["perplexity"] == want.perplexity
+        assert got["tokens"] == want.tokens
+        assert set(got) == {"perplexity", "tokens", "seconds", "tokens_per_second"}
+        assert got["seconds"] > 0
+        shown = run("eval", checkpoint, "--text", text, "--seq-len", 64, "--max-tokens", 300)
+        assert shown.stdout == f"perplexity {want.perplexity:.4f}\n"
+        assert "tokens/s" in shown.stderr
+        assert "longer than" not in shown.stderr
+
+    @pytest.mark.parametrize(
+        ("data", "part"),
+        [(None, "No such file"), (b"", "no text"), (b"caf\xe9 " * 99, "UTF-8"), (b"i", "two tokens")],
+    )
+    def test_bad_text(self, checkpoint, tmp_path, data, part):
+        path = tmp_path / "text.txt"
+        if data is not None:
+            path.write_bytes(data)
+        fails("eval", checkpoint, "--text", path, "--seq-len", 64, parts=[part])
+
+    def test_window_longer_than_the_context(self, checkpoint, text):
+        fails("eval", checkpoint, "--text", text, "--seq-len", 129, parts=["128", "129"])
+
+
+class TestInspect:
+    def test_json_is_the_card(self, checkpoint):
+        assert run_json("inspect", checkpoint) == json.loads((checkpoint / "quantization.json").read_text())
+
+    def test_tables(self, checkpoint, tmp_path):
+        copy = tmp_path / "copy"
+        shutil.copytree(checkpoint, copy)
+        card = json.loads((copy / "quantization.json").read_text())
+        errors = [{"qkv_proj": 0.125, "o_proj": 0.25}, {"qkv_proj": 0.375, "o_proj": 0.75}]
+        about = {"kind": "sampled", "name": "seed 0", "windows": [2, 64], "sha256": "c" * 64}
+        before = {"before": 20.0, "after": 25.0, "ratio": 1.25, "tokens": 99}
+        card |= {"relative_error": errors, "calibration": about, "perplexity": before}
+        (copy / "quantization.json").write_text(json.dumps(card))
+        shown = run("inspect", copy).stdout
+        rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines()]
+        assert ["scheme", "bf16"] in rows
+        assert ["versions.jax", card["job"]["versions"]["jax"]] in rows
+        assert ["1", "0.3750", "0.7500"] in rows
+        assert ["mean", "0.2500", "0.5000"] in rows
+        assert ["largest", "0.3750", "0.7500"] in rows
+        assert ["ratio", "1.25"] in rows
+        # Hashes are shown whole, over two lines if they must.
+        assert card["job"]["source_sha256"] in "".join(row[1] for row in rows if len(row) == 2)
+        parts = {row[0] for row in rows if row}
+        assert {"params/layers", "params/shared", "tokenizer", "together"} <= parts
+
+    def test_not_a_checkpoint(self, tmp_path):
+        fails("inspect", tmp_path, parts=[tmp_path])
+
+
+class TestProgram:
+    def test_help_names_every_command(self):
+        shown = run("--help").stdout
+        for command in ("convert", "generate", "eval", "compare", "inspect", "explain", "demo"):
+            assert command in shown
+            assert "--json" in run(command, "--help").stdout
+
+    def test_version(self):
+        assert run("--version").stdout == f"atom-jax {atom_jax.__version__}\n"
+
+    def test_wrong_usage(self):
+        assert run("generate", status=2).stdout == ""
+        assert run("generate", "ckpt", "--no-such-option", status=2).stdout == ""
+        assert run("nothing", status=2).stdout == ""
+
+    @pytest.mark.parametrize(
+        ("error", "line"),
+        [
+            (OSError(28, "No space left on device", "some/file"), "some/file: No space left on device"),
+            (PermissionError(13, "Permission denied", "some/file"), "some/file: Permission denied"),
+            (OSError("strange"), "strange"),
+            (MemoryError(), "out of memory"),
+            (atom_jax.AtomError("a\nb"), "a b"),
+        ],
+    )
+    def test_errors_are_one_line(self, monkeypatch, error, line):
+        def load(path):
+            raise error
+
+        monkeypatch.setattr("atom_jax.load", load)
+        assert fails("generate", "ckpt", "--prompt", "a", parts=[]) == [f"error: {line}"]
+
+    def test_bug_keeps_its_traceback(self, monkeypatch):
+        monkeypatch.setattr("atom_jax.load", lambda path: 1 // 0)
+        result = CliRunner().invoke(app, ["generate", "ckpt", "--prompt", "a"])
+        assert isinstance(result.exception, ZeroDivisionError)
+
+    def test_interrupt(self, monkeypatch):
+        def load(path):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("atom_jax.load", load)
+        assert run("generate", "ckpt", "--prompt", "a", status=130).stdout == ""
+
+    def test_interrupted_process(self, checkpoint, tmp_path):
+        """A real SIGINT while the program waits for a prompts file that is a pipe nobody writes to."""
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        command = [sys.executable, "-m", "atom_jax", "generate", checkpoint, "--prompts-file", pipe]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        with pipe.open("wb"):  # opens when the program does
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (130, "")
+        assert "Traceback" not in err
+
+    def test_reader_that_goes_away(self, checkpoint):
+        result = subprocess.run(
+            f"{sys.executable} -m atom_jax inspect {checkpoint} --json | true",
+            shell=True,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
+        assert (result.stdout, result.stderr) == ("", "")
+
+    def test_format_bytes(self):
+        assert [console.format_bytes(size) for size in (0, 999, 1000, 98_362_432, 2_500_000_000)] == [
+            "0 B",
+            "999 B",
+            "1.0 kB",
+            "98.4 MB",
+            "2.50 GB",
+        ]

@@ -1,0 +1,144 @@
+"""Greedy, temperature, top-k and top-p against NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+
+from atom_jax.errors import AtomError
+from atom_jax.sampling import SamplingParams, filter_logits, sample
+
+VOCAB = 32
+_filter = jax.jit(filter_logits)
+_sample = jax.jit(sample)
+
+
+def draw(logits: Any, keys: jax.Array, temperature: Any, top_k: Any = 0, top_p: Any = 1.0) -> np.ndarray:
+    """``sample`` with parameters broadcast to the batch."""
+    batch = len(logits)
+    full = lambda value, dtype: jnp.broadcast_to(jnp.asarray(value, dtype), (batch,))  # noqa: E731
+    return np.asarray(
+        _sample(
+            jnp.asarray(logits, jnp.float32),
+            keys,
+            full(temperature, jnp.float32),
+            full(top_k, jnp.int32),
+            full(top_p, jnp.float32),
+        )
+    )
+
+
+def oracle(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """Which tokens stay, in float64; ties with the last one kept stay."""
+    order = np.argsort(-logits, kind="stable")
+    k = min(top_k, VOCAB) if top_k > 0 else VOCAB
+    kept = order[:k]
+    p = np.exp(logits[kept].astype(np.float64) - logits[kept[0]])
+    p /= p.sum()
+    before = np.concatenate([[0.0], np.cumsum(p)[:-1]])
+    last = kept[before < top_p][-1] if top_p < 1 else kept[-1]
+    return logits >= logits[last]
+
+
+# Eighths are exact in float32, and ties are common among them.
+row_logits = st.lists(st.integers(-80, 80).map(lambda x: x / 8), min_size=VOCAB, max_size=VOCAB)
+
+
+@given(
+    logits=st.lists(row_logits, min_size=3, max_size=3).map(lambda rows: np.asarray(rows, np.float32)),
+    top_k=st.lists(st.integers(0, 40), min_size=3, max_size=3),
+    top_p=st.lists(st.sampled_from([0.001, 0.1234, 0.5, 0.87654, 0.999, 1.0]), min_size=3, max_size=3),
+)
+def test_filter_is_the_oracle(logits: np.ndarray, top_k: list[int], top_p: list[float]) -> None:
+    filtered = np.asarray(_filter(logits, jnp.asarray(top_k, jnp.int32), jnp.asarray(top_p, jnp.float32)))
+    for row in range(3):
+        kept = np.isfinite(filtered[row])
+        np.testing.assert_array_equal(filtered[row][kept], logits[row][kept])
+        # The sum of float32 probabilities may cross top_p one token sooner or later than float64's.
+        lower, upper = (oracle(logits[row], top_k[row], top_p[row] + by) for by in (-1e-6, 1e-6))
+        if top_p[row] == 1.0:
+            lower = oracle(logits[row], top_k[row], 1.0)
+        assert (kept >= lower).all() and (kept <= upper).all()
+        assert kept[logits[row].argmax()]
+
+
+def test_top_p_of_one_keeps_every_token() -> None:
+    """Even those that come after the float32 sum of probabilities has reached 1."""
+    logits = jnp.linspace(0, -60, 4096)[None]  # the sum gets there after less than a third of them
+    everything = _filter(logits, jnp.asarray([0], jnp.int32), jnp.asarray([1.0], jnp.float32))
+    np.testing.assert_array_equal(everything, logits)
+    top = _filter(logits, jnp.asarray([4000], jnp.int32), jnp.asarray([1.0], jnp.float32))
+    assert np.isfinite(top).sum() == 4000
+
+
+def test_temperature_zero_and_top_k_one_are_greedy() -> None:
+    logits = np.random.default_rng(0).normal(0, 1, (64, VOCAB)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 64)
+    greedy = logits.argmax(-1)
+    np.testing.assert_array_equal(draw(logits, keys, 0.0), greedy)
+    np.testing.assert_array_equal(draw(logits, keys, 5.0, top_k=1), greedy)
+    np.testing.assert_array_equal(draw(logits, keys, 5.0, top_p=1e-6), greedy)
+    assert (draw(logits, keys, 5.0) != greedy).any()
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-37, 1e-45])
+def test_tiny_temperatures_are_greedy(temperature: float) -> None:
+    logits = np.random.default_rng(0).normal(0, 100, (64, VOCAB)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 64)
+    for top_k in (0, 5):
+        np.testing.assert_array_equal(draw(logits, keys, temperature, top_k), logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 5, 1.0), (1.0, 0, 0.7), (1.5, 6, 0.8)],
+)
+def test_frequencies_are_the_probabilities(temperature: float, top_k: int, top_p: float) -> None:
+    count = 20000
+    row = np.random.default_rng(1).normal(0, 1.5, VOCAB).astype(np.float32)
+    keys = jax.random.split(jax.random.key(2), count)
+    drawn = draw(np.broadcast_to(row, (count, VOCAB)), keys, temperature, top_k, top_p)
+    kept = oracle(row / np.float32(temperature), top_k, top_p)
+    p = np.where(kept, np.exp(row.astype(np.float64) / temperature), 0.0)
+    p /= p.sum()
+    counts = np.bincount(drawn, minlength=VOCAB)
+    assert (counts[~kept] == 0).all()
+    chi_square = ((counts - count * p)[kept] ** 2 / (count * p)[kept]).sum()
+    freedom = kept.sum() - 1
+    assert chi_square < freedom + 4 * np.sqrt(2 * freedom)  # four standard deviations
+
+
+def test_rows_are_independent() -> None:
+    """Each row's parameters and key are its own: the batch gives what each row gives alone."""
+    rng = np.random.default_rng(3)
+    logits = rng.normal(0, 2, (6, VOCAB)).astype(np.float32)
+    logits[1] = np.linspace(0, -60, VOCAB)
+    keys = jax.random.split(jax.random.key(4), 6)
+    temperature, top_k, top_p = [0.0, 1.0, 0.7, 1.3, 2.0, 1e-3], [0, 0, 3, 0, 10, 0], [1, 1, 1, 0.4, 0.9, 0.5]
+    together = draw(logits, keys, temperature, top_k, top_p)
+    for row in range(6):
+        one = slice(row, row + 1)
+        assert draw(logits[one], keys[one], temperature[row], top_k[row], top_p[row]) == together[row]
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"temperature": -0.1}, "temperature must be 0 or more, found -0.1"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more, found nan"),
+        ({"top_k": -1}, "top-k must be 0 (all) or more, found -1"),
+        ({"top_p": 0.0}, "top-p must be in (0, 1], found 0.0"),
+        ({"top_p": 1.1}, "top-p must be in (0, 1], found 1.1"),
+        ({"top_p": float("nan")}, "top-p must be in (0, 1], found nan"),
+    ],
+)
+def test_errors(changes: dict[str, Any], part: str) -> None:
+    with pytest.raises(AtomError) as caught:
+        SamplingParams(**changes)
+    assert str(caught.value) == part

@@ -1,0 +1,89 @@
+"""Conversions of tiny models for tests: a recipe that suits them, texts, and what was written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from atom_jax.checkpoint import (
+    CARD_FILE,
+    layer_path,
+    layer_specs,
+    read_config,
+    read_tree,
+    shared_path,
+    shared_specs,
+)
+from atom_jax.config import ModelConfig, preset
+from atom_jax.kv_cache import init_cache
+from atom_jax.llama import forward
+from convert.pipeline import ConvertOptions
+
+ATOM = preset("w4a4kv4", group_size=32, num_outliers=32)
+TINY_TOKENS = 1024  # 8 windows of the tiny model's 128 positions
+
+
+def prose(characters: int) -> str:
+    """English that every CPython has."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))[:characters]
+
+
+def save_text(path: Path, characters: int = 4000) -> Path:
+    path.write_text(prose(characters), encoding="utf-8")
+    return path
+
+
+def tiny_options(calibration: Path | None, **changes: Any) -> ConvertOptions:
+    """Options for a tiny model; calibration text is sampled if no file is given."""
+    text = None if calibration is None else str(calibration)
+    options = {"quantization": ATOM, "calibration": text, "calibration_tokens": TINY_TOKENS, **changes}
+    return ConvertOptions(**options)
+
+
+def partial(out: Path) -> Path:
+    """Where a conversion into ``out`` works."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def contents(checkpoint: Path) -> dict[str, Any]:
+    """Everything in a checkpoint that must not depend on how often its conversion was interrupted."""
+    config = read_config(checkpoint)
+    layers = checkpoint / "params" / "layers"
+    return {
+        "params": {
+            "shared": read_tree(shared_path(checkpoint), shared_specs(config)),
+            "layers": [
+                read_tree(layer_path(checkpoint, layer), layer_specs(config))
+                for layer in range(config.num_layers)
+            ],
+        },
+        "json": {
+            str(file.relative_to(checkpoint)): json.loads(file.read_bytes())
+            for file in (checkpoint / "config.json", checkpoint / CARD_FILE)
+        },
+        "folders": sorted(
+            path.name for folder in (checkpoint, layers.parent, layers) for path in folder.iterdir()
+        ),
+        "tokenizer": {file.name: file.read_bytes() for file in (checkpoint / "tokenizer").iterdir()},
+    }
+
+
+def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Two results of ``contents`` are equal to the last bit."""
+    jax.tree.map(np.testing.assert_array_equal, actual["params"], expected["params"])
+    assert {**actual, "params": None} == {**expected, "params": None}
+
+
+def logits(params: nnx.State, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
+    """Float32 logits of one window of ``tokens`` [seq]."""
+    cache = init_cache(config, 1, tokens.size, dtype=jnp.float32)
+    positions = jnp.arange(tokens.size, dtype=jnp.int32)[None]
+    return np.asarray(forward(params, jnp.asarray(tokens)[None], positions, cache, config=config)[0][0])

@@ -1,0 +1,276 @@
+"""Conversions of tiny models from end to end: what comes out, what the card says, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import atom_jax
+from atom_jax.checkpoint import CARD_FILE
+from atom_jax.config import ModelConfig, QuantConfig, preset
+from atom_jax.llama import linear_shapes, make_params
+from convert.calibration import encode, spread_windows
+from convert.card import read_card
+from convert.float_model import load_float, read_layer, read_shared
+from convert.pipeline import ConvertOptions, convert
+from convert.quantize_layer import order_channels
+from convert.reorder import permute_ends, permute_residual
+from convert.sources import open_source
+from convert.streaming import projections
+from tests.convert.jobs import ATOM, TINY_TOKENS, logits, partial, prose, save_text, tiny_options
+from tests.convert.tiny import FAMILIES, fails, save_tiny
+
+BF16 = preset("bf16")
+TOKENS = np.random.default_rng(0).integers(3, 260, 64).astype(np.int32)
+
+
+def changed(**changes: Any) -> QuantConfig:
+    return dataclasses.replace(ATOM, **changes)
+
+
+def relative(actual: Any, expected: Any) -> float:
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    tied = {"qwen3": {"tie_word_embeddings": True}, "llama": {"attention_bias": True}}
+    return {family: save_tiny(folder, family, **tied.get(family, {})) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def atom(sources: Mapping[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama under the default recipe, with an accuracy card."""
+    out = tmp_path_factory.mktemp("atom") / "out"
+    convert(sources["llama"], out, tiny_options(text, eval_text=text, eval_tokens=700))
+    return out
+
+
+def rounded(params: Any) -> Any:
+    """What a bf16 checkpoint keeps of float parameters: matrices in bf16, vectors (one row a layer) whole."""
+
+    def keep(path: Any, value: jax.Array) -> jax.Array:
+        vector = any(part in str(path) for part in ("norm", "bias"))
+        return value if vector else value.astype(jnp.bfloat16).astype(jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(keep, params)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_is_the_original_rounded(family: str, sources: Mapping[str, Path], tmp_path: Path) -> None:
+    convert(sources[family], tmp_path / "out", ConvertOptions(BF16))
+    model = atom_jax.load(tmp_path / "out")
+    config, params = load_float(open_source(sources[family]))
+    assert model.config == config.replace(quantization=BF16)
+    actual = logits(model.params, model.config, TOKENS)
+    np.testing.assert_array_equal(actual, logits(rounded(params), config, TOKENS))
+    assert relative(actual, logits(params, config, TOKENS)) < 0.02
+
+
+# The recipes, and how far 4 bits may take a random model's logits: unrelated ones would be at 1.4.
+VARIANTS = {
+    "llama": (changed(kv_rope="pre", gptq=False), 0.3),
+    "mistral": (changed(reorder="per_layer", kv_rope="pre"), 0.3),
+    "qwen2": (changed(num_outliers=0, gptq=False, kv_rope="post"), 0.4),
+    "qwen3": (changed(group_size=None, num_outliers=0, gptq=False, kv_bits=16), 0.7),
+}
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+def test_converted_model_runs(family: str, sources: Mapping[str, Path], text: Path, tmp_path: Path) -> None:
+    quantization, limit = VARIANTS[family]
+    source = open_source(sources[family])
+    card = convert(sources[family], tmp_path / "out", tiny_options(text, quantization=quantization))
+    check_errors(card, source.config)
+    model = atom_jax.load(tmp_path / "out")
+    assert model.config == source.config.replace(quantization=quantization)
+    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()
+
+    actual = logits(model.params, model.config, TOKENS)
+    weights_only = logits(dequantized(model), source.config, TOKENS)
+    original = logits(load_float(source)[1], source.config, TOKENS)
+    assert 0 < relative(weights_only, original) < limit
+    assert 0 < relative(actual, weights_only) < limit
+    assert relative(actual, original) < 1.5 * limit
+
+    prompts, lengths = np.stack([TOKENS[:9], TOKENS[9:18]]), np.array([9, 5], np.int32)
+    generated = atom_jax.generate(
+        model.params, jnp.asarray(prompts), jnp.asarray(lengths), config=model.config, max_new_tokens=4
+    )
+    tokens = np.asarray(generated.tokens)
+    assert tokens.shape == (2, 4) and (tokens >= 0).all() and (tokens < model.config.vocab_size).all()
+
+
+def dequantized(model: atom_jax.Model) -> nnx.State:
+    """The float model that the weights of a checkpoint stand for, orders of input channels undone."""
+    params: Any = nnx.to_pure_dict(model.params)
+    layers = dict(params["layers"])
+    indices = {name.removesuffix("_indices"): layers.pop(name) for name in list(layers) if "indices" in name}
+    per_layer = model.config.quantization.reorder == "per_layer"
+    assert sorted(indices) == (["gate_up", "o", "qkv"] if per_layer else [])
+    for name in linear_shapes(model.config):
+        weights = jax.vmap(lambda weight: weight.dequantize())(layers[name])
+        if (order := indices.get(name.removesuffix("_proj"))) is not None:
+            weights = jnp.take_along_axis(weights, jnp.argsort(order, axis=-1)[:, None], axis=-1)
+        layers[name] = weights
+    return make_params(model.config.replace(quantization=BF16), {**params, "layers": layers})
+
+
+def check_errors(card: Mapping[str, Any], config: ModelConfig) -> None:
+    """The card has an error for each linear of each layer, of the size that 4 bits make."""
+    assert len(card["relative_error"]) == config.num_layers
+    for errors in card["relative_error"]:
+        assert errors.keys() == linear_shapes(config).keys()
+        assert all(0 < error < 0.3 for error in errors.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folded_order_changes_nothing(family: str, sources: Mapping[str, Path]) -> None:
+    """A float model reordered as a folded checkpoint is computes the same logits."""
+    source = open_source(sources[family])
+    config, rng = source.config, np.random.default_rng(1)
+    shared = read_shared(source)
+    order = rng.permutation(config.hidden_size).astype(np.int32)
+    embedding, norm, head = permute_ends(shared["embedding"], shared["norm"], shared.get("lm_head"), order)
+    layers = []
+    for layer in range(config.num_layers):
+        energies = {name: rng.uniform(0, 1, size) for name, size in projections(config).items()}
+        statistics = {name: jnp.diag(jnp.asarray(energy)) for name, energy in energies.items()}
+        ordered, _ = order_channels(
+            permute_residual(read_layer(source, layer), order), statistics, config.replace(quantization=ATOM)
+        )
+        layers.append(ordered)
+    tree = {"embedding": embedding, "norm": norm} | ({} if head is None else {"lm_head": head})
+    stacked = jax.tree.map(lambda *rows: jnp.asarray(np.stack(rows)), *layers)
+    params = make_params(config, jax.tree.map(jnp.asarray, tree) | {"layers": stacked})
+    expected = logits(load_float(source)[1], config, TOKENS)
+    np.testing.assert_allclose(
+        logits(params, config, TOKENS), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max()
+    )
+
+
+def test_card(sources: Mapping[str, Path], text: Path, atom: Path) -> None:
+    source = open_source(sources["llama"])
+    card = json.loads((atom / CARD_FILE).read_text())
+    assert card == read_card(atom)
+    assert card.keys() == {"job", "calibration", "relative_error", "perplexity"}
+    job = card["job"]
+    assert job["architecture"] == "LlamaForCausalLM"
+    assert job["source_sha256"] == source.fingerprint()
+    assert job["recipe"] == dataclasses.asdict(ATOM)
+    assert job["versions"]["jax"] == jax.__version__
+    digest = hashlib.sha256(prose(4000).encode()).hexdigest()
+    assert job["calibration"] == {"text": str(text), "file_sha256": digest, "tokens": TINY_TOKENS, "seed": 0}
+    assert job["eval"] == {"text": text.name, "sha256": digest, "tokens": 700}
+    ids = encode(atom / "tokenizer", prose(4000))
+    windows = spread_windows(ids, TINY_TOKENS, 128, "text")
+    assert card["calibration"] == {
+        "kind": "file",
+        "name": text.name,
+        "windows": [8, 128],
+        "sha256": hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest(),
+    }
+    check_errors(card, source.config)
+
+
+def test_perplexity_of_the_card(sources: Mapping[str, Path], atom: Path) -> None:
+    """Measured layer by layer, it is what ``atom_jax.perplexity`` says of the whole model."""
+    found = read_card(atom)["perplexity"]
+    tokens = encode(atom / "tokenizer", prose(4000))[:700]
+    model = atom_jax.load(atom)
+    config, params = load_float(open_source(sources["llama"]))
+    after = atom_jax.perplexity(model.params, tokens, config=model.config, seq_len=128)
+    before = atom_jax.perplexity(params, tokens, config=config, seq_len=128)
+    assert found["tokens"] == before.tokens == after.tokens
+    assert found["before"] == pytest.approx(before.perplexity, rel=1e-3)
+    assert found["after"] == pytest.approx(after.perplexity, rel=1e-3)
+    assert found["ratio"] == pytest.approx(found["after"] / found["before"])
+
+
+def test_the_same_again_is_done(sources: Mapping[str, Path], text: Path, atom: Path) -> None:
+    options = tiny_options(text, eval_text=text, eval_tokens=700)
+    times = {file: file.stat().st_mtime_ns for file in atom.rglob("*")}
+    (partial(atom) / "checkpoint").mkdir(parents=True)  # as after a kill between publishing and cleaning up
+    steps: list[str] = []
+    assert convert(sources["llama"], atom, options, lambda *step: steps.append(step[0])) == read_card(atom)
+    assert not steps and not partial(atom).exists()
+    assert times == {file: file.stat().st_mtime_ns for file in atom.rglob("*")}
+    for other in (
+        dataclasses.replace(options, eval_tokens=500),
+        dataclasses.replace(options, quantization=BF16),
+    ):
+        with fails(atom, "exists already"):
+            convert(sources["llama"], atom, other)
+    assert times == {file: file.stat().st_mtime_ns for file in atom.rglob("*")}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
+def test_existing_out_is_left_alone(kind: str, sources: Mapping[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("mine")
+    elif kind == "folder":
+        out.mkdir()
+    else:
+        out.symlink_to(tmp_path / "nowhere")
+    with fails(out, "exists already"):
+        convert(sources["llama"], out, ConvertOptions(BF16))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert out.is_symlink() or (out.read_text() == "mine" if kind == "file" else not any(out.iterdir()))
+
+
+def test_unfinished_conversion_with_other_options(sources: Mapping[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(sources["llama"], out, ConvertOptions(BF16), interrupt)
+    left = sorted(partial(out).rglob("*"))
+    for source, options in (
+        ("llama", ConvertOptions(changed(gptq=False, num_outliers=0))),
+        ("mistral", ConvertOptions(BF16)),
+    ):
+        with fails(partial(out), "unfinished conversion"):
+            convert(sources[source], out, options)
+        assert sorted(partial(out).rglob("*")) == left
+    steps: list[int] = []
+    convert(sources["llama"], out, ConvertOptions(BF16), lambda stage, done, total: steps.append(done))
+    assert steps == [2]  # the first layer was written before the interrupt
+    assert not partial(out).exists()
+
+
+# Recipes that do not suit the model.
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"group_size": 128}, ("qkv_proj", "64 input channels", "try", "groups of 32")),
+        ({"group_size": 32, "num_outliers": 16}, ("qkv_proj", "32 outliers")),
+        ({"num_outliers": 64}, ("qkv_proj", "leave none")),
+    ],
+)
+def test_groups_that_do_not_fit(
+    changes: dict[str, Any], says: tuple[str, ...], sources: Mapping[str, Path], tmp_path: Path
+) -> None:
+    with fails(*says):
+        convert(sources["llama"], tmp_path / "out", tiny_options(None, quantization=changed(**changes)))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,256 @@
+"""A conversion that is killed at any moment goes on when it is started again, to the same checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atom_jax.config import QuantConfig, preset
+from convert import pipeline, workspace
+from convert.pipeline import convert
+from convert.workspace import Workspace
+from tests.convert.jobs import ATOM, assert_same, contents, partial, save_text, tiny_options
+from tests.convert.tiny import fails, save_tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the program catches it. Real signals are in the tests below."""
+
+
+class Steps:
+    """Everything a conversion does to the disk, in order; ``kill_before`` is the step not to reach."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[str] = []
+        self.kill_before: int | None = None
+        for owner, name in (
+            (pipeline, "write_tree"),
+            (pipeline, "write_config"),
+            (pipeline, "write_card"),
+            (Workspace, "write_json"),
+            (Workspace, "write_array"),
+            (workspace.os, "replace"),
+            (workspace.os, "rename"),
+            (workspace.shutil, "rmtree"),
+            (Path, "unlink"),
+        ):
+            monkeypatch.setattr(owner, name, self._counted(name, getattr(owner, name)))
+
+    def run(self, job: Callable[[], Any], kill_before: int | None = None) -> list[str]:
+        """The steps of ``job``; it is killed before the given one."""
+        self.seen, self.kill_before = [], kill_before
+        if kill_before is None:
+            job()
+        else:
+            with pytest.raises(Killed):
+                job()
+        return self.seen
+
+    def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            paths = [str(arg) for arg in args if isinstance(arg, (str, Path))]
+            # What Orbax does, in its own threads, is left to the test with a real signal.
+            inside_orbax = name != "write_tree" and any("/params/" in path for path in paths)
+            ours = name.startswith("write_") or any(".partial" in path for path in paths)
+            if ours and not inside_orbax:
+                if len(self.seen) == self.kill_before:
+                    raise Killed
+                self.seen.append(f"{name} {Path(paths[-1]).name}")
+            return function(*args, **kwargs)
+
+        return counted
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("resume")
+    text = save_text(folder / "text.txt")
+    return save_tiny(folder), tiny_options(text, eval_text=text, eval_tokens=300)
+
+
+@pytest.fixture(scope="module")
+def expected(job: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    convert(job[0], out, job[1])
+    return contents(out)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    return Steps(monkeypatch)
+
+
+def test_killed_before_every_step(
+    job: tuple[Path, Any], expected: dict[str, Any], steps: Steps, tmp_path: Path
+) -> None:
+    all_steps = steps.run(lambda: convert(job[0], tmp_path / "out", job[1]))
+    assert len(all_steps) > 25, all_steps
+    published = all_steps.index("rename out")
+    for moment in range(len(all_steps)):
+        out = tmp_path / str(moment) / "out"
+        steps.run(lambda out=out: convert(job[0], out, job[1]), kill_before=moment)
+        assert out.exists() == (moment > published), all_steps[moment]
+        steps.run(lambda out=out: convert(job[0], out, job[1]))
+        assert_same(contents(out), expected)
+        assert not partial(out).exists(), all_steps[moment]
+        shutil.rmtree(out)
+
+
+def test_killed_again_and_again(
+    job: tuple[Path, Any], expected: dict[str, Any], steps: Steps, tmp_path: Path
+) -> None:
+    """Every run, but for the last, gets a few steps further; it starts with what the earlier ones left."""
+    out = tmp_path / "out"
+    runs, ended = 0, False
+    while not ended:
+        try:
+            steps.run(lambda: convert(job[0], out, job[1]), kill_before=6)
+        except pytest.fail.Exception:  # not killed: it came to its end
+            ended = True
+        runs += 1
+        assert runs < 20
+    assert runs > 2
+    assert_same(contents(out), expected)
+    assert not partial(out).exists()
+
+
+def test_killed_after_publishing_and_out_removed(
+    job: tuple[Path, Any], expected: dict[str, Any], steps: Steps, tmp_path: Path
+) -> None:
+    """What is left beside OUT says that all layers are done, but they were in OUT."""
+    out = tmp_path / "out"
+    published = steps.run(lambda: convert(job[0], out, job[1])).index("rename out")
+    shutil.rmtree(out)
+    steps.run(lambda: convert(job[0], out, job[1]), kill_before=published + 1)
+    assert out.exists() and partial(out).exists()
+    shutil.rmtree(out)
+    steps.run(lambda: convert(job[0], out, job[1]))
+    assert_same(contents(out), expected)
+    assert not partial(out).exists()
+
+
+def test_killed_while_an_error_cleans_up(
+    job: tuple[Path, Any],
+    expected: dict[str, Any],
+    steps: Steps,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Half of the workspace is gone: none of it may be used."""
+    out = tmp_path / "out"
+
+    def fail(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def remove_half(root: Path, **kwargs: Any) -> None:
+        if root == partial(out):
+            rmtree(root / "checkpoint" / "params" / "layers" / "0000")
+            raise Killed
+        rmtree(root, **kwargs)
+
+    rmtree = shutil.rmtree
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_card", fail)
+        patch.setattr(workspace.shutil, "rmtree", remove_half)
+        with pytest.raises(Killed):
+            convert(job[0], out, job[1])
+    assert partial(out).exists() and not out.exists()
+    convert(job[0], out, job[1])
+    assert_same(contents(out), expected)
+    assert not partial(out).exists()
+
+
+def test_one_process_at_a_time(job: tuple[Path, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    kept: list[Path] = []
+
+    def second(stage: str, done: int, total: int) -> None:
+        if not kept:
+            with fails(partial(out), "another process"):
+                convert(job[0], out, job[1])
+            kept.extend(partial(out).iterdir())
+
+    convert(job[0], out, job[1], second)
+    assert kept
+    assert {path.name for path in out.parent.iterdir()} == {"out"}
+
+
+_DRIVER = """
+import os, pickle, signal, sys
+import orbax.checkpoint as ocp
+from convert import pipeline
+
+moment, job = sys.argv[1:]
+with open(job, "rb") as file:
+    src, out, options = pickle.load(file)
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def progress(stage, done, total):
+    if moment == "sampling" and stage.startswith("sample") and done == 100:
+        die()
+
+if moment == "writing":  # the second layer; Orbax's threads are at it when save returns
+    saves, save = [], ocp.StandardCheckpointer.save
+
+    def save_and_die(*args, **kwargs):
+        save(*args, **kwargs)
+        saves.append(args)
+        if len(saves) == 3:
+            die()
+
+    ocp.StandardCheckpointer.save = save_and_die
+elif moment == "published":
+    rename = os.rename
+
+    def rename_and_die(old, new):
+        rename(old, new)
+        if new == out:
+            die()
+
+    os.rename = rename_and_die
+pipeline.convert(src, out, options, progress)
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "quantization"),
+    [
+        ("sampling", ATOM),
+        ("writing", dataclasses.replace(ATOM, gptq=False)),  # spares the process most of the compilation
+        ("published", preset("bf16")),
+    ],
+)
+def test_sigkill(moment: str, quantization: QuantConfig, job: tuple[Path, Any], tmp_path: Path) -> None:
+    source, out = job[0], tmp_path / "out"
+    text = None if moment == "sampling" else Path(job[1].calibration)
+    options = tiny_options(text, quantization=quantization)
+    driver, arguments = tmp_path / "driver.py", tmp_path / "job.pickle"
+    driver.write_text(_DRIVER)
+    arguments.write_bytes(pickle.dumps((source, out, options)))
+    killed = subprocess.run(
+        [sys.executable, str(driver), moment, str(arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert out.exists() == (moment == "published") and partial(out).exists()
+    convert(source, out, options)
+    assert not partial(out).exists()
+    convert(source, tmp_path / "uninterrupted", options)
+    assert_same(contents(out), contents(tmp_path / "uninterrupted"))

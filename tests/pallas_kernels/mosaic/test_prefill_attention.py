@@ -1,0 +1,197 @@
+"""Prefill attention on Hopper: gathering pages and flash attention, compiled and interpreted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bench.shapes import MODELS, LayerShape
+from pallas_kernels import PagedKVCache, dispatch, paged_attention
+from pallas_kernels.prefill_attention import mosaic_sm90
+from pallas_kernels.prefill_attention.cost import cost
+from pallas_kernels.prefill_attention.gather import gather
+from tests.pallas_kernels import bridge, oracle
+from tests.pallas_kernels.mosaic.support import (
+    compile_and_check,
+    interpreted,
+    needs_cuda_compiler,
+    needs_interpret_mode,
+)
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+def attend(q, cache, layer, positions, key_rope):
+    return paged_attention(q, cache, layer=layer, positions=positions, key_rope=key_rope)
+
+
+def abstract_arguments(
+    shape: LayerShape, batch: int, seq: int, *, blocks: int, kv_groups: int, kv_rope: str, page_size: int = 64
+) -> tuple[Any, ...]:
+    """Of one layer of a model; ``kv_groups`` 0 stands for bfloat16 pages."""
+    struct: Any = jax.ShapeDtypeStruct
+    half = shape.head_dim // 2
+    lead = (4, batch * blocks, shape.num_kv_heads)
+    if kv_groups:
+        stored = struct((*lead, page_size, half), jnp.uint8)
+        scales = struct((*lead, 2 * kv_groups, page_size), jnp.float16)
+    else:
+        stored, scales = struct((*lead, page_size, shape.head_dim), BF16), None
+    cache = PagedKVCache(stored, stored, scales, scales, struct((batch, blocks), jnp.int32), kv_rope)
+    table = struct((blocks * page_size, half), F32)
+    return (
+        struct((batch, seq, shape.num_heads, shape.head_dim), BF16),
+        cache,
+        struct((), jnp.int32),
+        struct((batch, seq), jnp.int32),
+        (table, table) if kv_rope == "pre" else None,
+    )
+
+
+@needs_cuda_compiler
+@pytest.mark.parametrize(
+    ("model", "batch", "seq", "kv_groups", "kv_rope"),
+    [
+        ("SmolLM2-135M", 1, 64, 2, "post"),
+        ("SmolLM2-135M", 2, 1000, 1, "pre"),
+        ("Llama-2-7B", 1, 2048, 2, "post"),
+        ("Llama-3-8B", 1, 4096, 2, "post"),
+        ("Llama-3-8B", 8, 512, 1, "pre"),
+        ("Llama-3-8B", 1, 2048, 0, "post"),
+        ("Llama-3-8B", 1, 2048, 0, "pre"),
+        ("Llama-3-70B/8", 1, 2048, 2, "post"),
+    ],
+)
+def test_compiles(model: str, batch: int, seq: int, kv_groups: int, kv_rope: str):
+    arguments = abstract_arguments(MODELS[model], batch, seq, blocks=64, kv_groups=kv_groups, kv_rope=kv_rope)
+    kernels = compile_and_check(attend, *arguments, contains=("UTMALDG", "UTMASTG"))
+    attention, gather_pages = kernels
+    assert attention.name.startswith("flash_attention")
+    assert gather_pages.name.startswith("gather_pages")
+    # What three warpgroups start with; the compiler must not count on setmaxnreg, which jax 0.12 ignores.
+    assert seq <= 64 or attention.registers <= 168
+    if attention.instructions is not None:
+        assert attention.instructions.counts["HGMMA"]
+
+
+@needs_cuda_compiler
+@pytest.mark.parametrize("page_size", [8, 128])
+def test_other_pages_compile(page_size: int):
+    shape = MODELS["Llama-3-8B"]
+    arguments = abstract_arguments(shape, 2, 200, blocks=16, kv_groups=2, kv_rope="pre", page_size=page_size)
+    assert len(compile_and_check(attend, *arguments)) == 2
+
+
+def make_cache(
+    rng: np.random.Generator, lengths: list[int], blocks: int, **options: Any
+) -> tuple[oracle.Cache, Any]:
+    """Pages for sequences of these lengths, -1 in the tables behind them; the key_rope it wants."""
+    page_size, head_dim = options["page_size"], options["head_dim"]
+    pages = 3 + sum(-(-length // page_size) for length in lengths)
+    tables = bridge.block_tables(rng, lengths, blocks, page_size, pages)
+    cache = bridge.random_cache(rng, tables, pages=pages, **options)
+    if options["kv_rope"] == "post":
+        return cache, None
+    return cache, tuple(map(jnp.asarray, oracle.rope_table(np.arange(blocks * page_size), head_dim)))
+
+
+@needs_interpret_mode
+@pytest.mark.parametrize(
+    ("dtype", "kv_rope", "head_dim", "page_size", "key_block"),
+    [
+        ("int4", "pre", 64, 8, 16),
+        ("int4x2", "post", 128, 64, 64),
+        ("int4x2", "pre", 64, 16, 64),
+        ("bfloat16", "post", 64, 16, 16),
+        ("float32", "pre", 128, 8, 8),
+    ],
+)
+def test_gathers(dtype: str, kv_rope: str, head_dim: int, page_size: int, key_block: int):
+    """Every key and value a query can see, one by one through the tables; the last key block is full."""
+    rng = np.random.default_rng(page_size)
+    lengths, blocks = [1, page_size, 2 * page_size + 3], 3
+    cache, key_rope = make_cache(
+        rng, lengths, blocks, kv_rope=kv_rope, dtype=dtype, head_dim=head_dim, page_size=page_size
+    )
+    whole = [-(-length // key_block) * key_block for length in lengths]
+    positions = [[length - 1] for length in lengths]
+    num_keys = -(-blocks * page_size // key_block) * key_block
+
+    def gathered(cache, positions, key_rope):
+        return gather(cache, jnp.int32(1), positions, key_rope, stride=1, step=key_block, num_keys=num_keys)
+
+    k, v = interpreted(gathered, bridge.cache(cache), jnp.asarray(positions, jnp.int32), key_rope)
+    assert k.shape == v.shape == (3, num_keys, 2, head_dim)
+    angles = oracle.rope_table(np.arange(num_keys), head_dim)
+    for sequence, length in enumerate(lengths):
+        for head in range(2):
+            keys, values = (
+                np.stack([cache.read(name, 1, sequence, head, t) for t in range(length)]) for name in "kv"
+            )
+            if kv_rope == "pre":
+                keys = oracle.rope(keys, *(table[:length] for table in angles))
+            assert oracle.relative_error(np.asarray(k[sequence, :length, head]), keys) < 3e-3
+            assert oracle.relative_error(np.asarray(v[sequence, :length, head]), values) < 3e-3
+        assert np.isfinite(np.asarray(k[sequence, : whole[sequence]], np.float32)).all()
+        assert np.isfinite(np.asarray(v[sequence, : whole[sequence]], np.float32)).all()
+
+
+@needs_interpret_mode
+@pytest.mark.parametrize(
+    ("dtype", "kv_rope", "heads", "head_dim", "page_size", "lengths", "seq"),
+    [
+        ("int4x2", "post", 2, 64, 16, [8, 3, 40], 8),  # one consumer, sequences from the start and not
+        ("int4", "pre", 4, 128, 16, [130, 75], 130),  # two tiles of two consumers, the second all padding
+        ("bfloat16", "post", 2, 64, 64, [103, 64], 70),  # a chunk in the middle of a page
+    ],
+)
+def test_equals_the_oracle(
+    dtype: str, kv_rope: str, heads: int, head_dim: int, page_size: int, lengths: list[int], seq: int
+):
+    rng = np.random.default_rng(seq)
+    blocks = -(-max(lengths) // page_size)
+    cache, key_rope = make_cache(
+        rng, lengths, blocks, kv_rope=kv_rope, dtype=dtype, head_dim=head_dim, page_size=page_size
+    )
+    rows = [list(range(max(length - seq, 0), length)) for length in lengths]
+    positions = np.array([row + [-1] * (seq - len(row)) for row in rows])
+    q = rng.normal(size=(len(lengths), seq, heads, head_dim)).astype(oracle.BF16)
+
+    def attend_layer(q, cache, positions, key_rope):
+        return attend(q, cache, jnp.int32(1), positions, key_rope)
+
+    with dispatch.record_choices() as choices:
+        out = interpreted(attend_layer, q, bridge.cache(cache), jnp.asarray(positions, jnp.int32), key_rope)
+    assert [(choice.op, choice.implementation) for choice in choices] == [
+        ("prefill_attention", "mosaic_sm90")
+    ]
+    assert out.dtype == BF16
+    assert np.isfinite(np.asarray(out, np.float32)).all()
+    expected = oracle.attention(q, cache, 1, positions)
+    for sequence, real in enumerate(positions >= 0):
+        error = oracle.relative_error(np.asarray(out[sequence])[real], expected[sequence][real])
+        assert error < 1e-2, sequence
+
+
+def test_says_what_it_does_not_support():
+    shape = MODELS["Llama-3-8B"]
+    q, *rest = abstract_arguments(shape, 1, 32, blocks=4, kv_groups=2, kv_rope="post")
+    assert mosaic_sm90.unsupported(q, *rest) is None
+    assert mosaic_sm90.configuration(q, *rest) == mosaic_sm90.heuristics(32, 128)
+    assert "float32" in str(mosaic_sm90.unsupported(jax.ShapeDtypeStruct(q.shape, F32), *rest))
+    odd = abstract_arguments(shape, 1, 32, blocks=4, kv_groups=2, kv_rope="post", page_size=24)
+    assert "pages of 24 tokens" in str(mosaic_sm90.unsupported(*odd))
+
+
+def test_cost_counts_arrays_and_pairs():
+    shape, batch, seq, keys = MODELS["Llama-3-8B"], 2, 3, 128
+    q, cache, *_ = abstract_arguments(shape, batch, seq, blocks=2, kv_groups=2, kv_rope="post")
+    found = cost(batch, seq, keys, shape.num_heads, shape.num_kv_heads, shape.head_dim, 2)
+    of_layer = sum(x.size * x.dtype.itemsize // 4 for x in jax.tree.leaves(cache)[:4])
+    assert found.bytes == of_layer + 2 * q.size * 2 + batch * seq * 4
+    pairs = sum(position + 1 for position in range(keys - seq, keys))
+    assert found.bf16_ops == 4 * batch * shape.num_heads * shape.head_dim * pairs
