@@ -79,15 +79,11 @@ def describe(error: BaseException) -> str:
 
 def measure_case(case: Case, clock: Clock, ceilings: Ceilings, implementation: str) -> dict[str, Any]:
     """One row of the result, without peers; "error" instead of times if anything failed."""
-    work = cost(case)
-    row: dict[str, Any] = {
-        **identity(case),
-        "implementation": implementation,
-        **dataclasses.asdict(work),
-        "roofline_seconds": roofline.seconds(work, roofline.H200),
-    }
+    row: dict[str, Any] = {**identity(case), "implementation": implementation}
     feedback = case.donated[0] if case.donated else None
     try:
+        work = cost(case)
+        row |= {**dataclasses.asdict(work), "roofline_seconds": roofline.seconds(work, roofline.H200)}
         sets = make_sets(case.inputs, num_sets(work.bytes))
         with use_implementation(implementation), dispatch.record_choices() as choices:
             program = jax_program(case.call, sets, feedback=feedback)

@@ -9,6 +9,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+pytest.register_assert_rewrite("tests.convert.jobs")  # a helper whose asserts must say what differs
+
 _CUDA_TESTS = Path(__file__).parent / "cuda"
 
 # The first example of a shape compiles, so its time says nothing; CI repeats the same examples on every run.

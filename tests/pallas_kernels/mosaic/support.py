@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,17 @@ from bench.aot import compile as aot
 from pallas_kernels import use_implementation
 from pallas_kernels.mosaic import MAX_SMEM_BYTES, UPDATES_IN_PLACE
 
+# With fewer, a kernel whose threads wait for each other deadlocks. To be set from outside: this process may
+# run other tests too, whose subprocesses would inherit it, and compute other sums in more memory.
+_INTERPRETER_THREADS = 16
+
 _unavailable = aot.unavailable()
 needs_cuda_compiler = pytest.mark.skipif(_unavailable is not None, reason=_unavailable or "")
+_threads = int(os.environ.get("NPROC") or os.cpu_count() or 1)
 needs_interpret_mode = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason=f"GPU interpret mode needs jax >= 0.11; this is {jax.__version__}"
+    jax.__version_info__ < (0, 11) or _threads < _INTERPRETER_THREADS,
+    reason=f"GPU interpret mode needs jax >= 0.11 (this is {jax.__version__}) and {_INTERPRETER_THREADS} CPU "
+    f"threads (NPROC; here {_threads}): `make test-kernels` has both",
 )
 needs_updates_in_place = pytest.mark.skipif(
     not UPDATES_IN_PLACE, reason=f"kernels that write to a Ref need jax >= 0.11; this is {jax.__version__}"
