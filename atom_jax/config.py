@@ -26,6 +26,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "clip_a": 0.9,
         "gptq": False,
         "reorder": "folded",
+        "rotate": False,
     },
     "w8a8": {**_NO_OUTLIERS, "group_size": None, "gptq": False},
     "w4a16": _NO_OUTLIERS,
@@ -62,6 +63,8 @@ class QuantConfig:
     levels, INT8 activations (QServe); ``w4a4kv4`` INT4 weights and activations with INT8 outliers (Atom).
     Settings that a scheme does not use have one value in it (``FIXED``).
 
+    ``rotate`` spreads hot channels of the residual stream and of the values over all of them.
+
     ``smooth_keys`` is how far key channels are evened out before INT4 rounds them: 0 not at all, 1 fully.
 
     ``kv_groups`` is how many scales an INT4 head of the cache has: 1 (the paper) or 2, one a half.
@@ -77,6 +80,7 @@ class QuantConfig:
     clip_a: float = 0.9
     gptq: bool = True
     reorder: Reorder = "folded"
+    rotate: bool = False
     smooth_keys: float = 0.5
     kv_bits: Literal[4, 16] = 4
     kv_groups: Literal[1, 2] = 2

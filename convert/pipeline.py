@@ -34,6 +34,7 @@ from convert.card import Card, make_card, read_card, versions, write_card
 from convert.float_model import read_layer, read_shared
 from convert.quantize_layer import check_config, migrates, needs_calibration, quantize_layer
 from convert.reorder import energy_order, permute_ends, permute_residual
+from convert.rotate import Rotated
 from convert.sources import Source, open_source
 from convert.streaming import (
     Report,
@@ -104,6 +105,8 @@ def convert(
     report = progress or (lambda stage, done, total: None)
     out = Path(out).absolute()
     source = open_source(src, revision=options.revision)
+    if options.quantization.rotate:
+        source = Rotated(source)
     config = source.config.replace(quantization=options.quantization)
     check_config(config)
     job = _job(source, options)

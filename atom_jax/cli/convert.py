@@ -58,6 +58,14 @@ def convert(
         Reorder | None,
         typer.Option(help="One order of channels for all layers, or one a layer.", rich_help_panel=_WEIGHTS),
     ] = None,
+    rotate: Annotated[
+        bool | None,
+        typer.Option(
+            "--rotate/--no-rotate",
+            help="Spread hot channels over all of them first.",
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
     kv_bits: Annotated[int | None, typer.Option(help="4 or 16.", rich_help_panel=_CACHE)] = None,
     kv_groups: Annotated[
         int | None, typer.Option(help="Scales a cached head has: 1 or 2.", rich_help_panel=_CACHE)
@@ -105,6 +113,7 @@ def convert(
         clip_a=clip_a,
         gptq=gptq,
         reorder=None if reorder is None else reorder.value,
+        rotate=rotate,
         kv_bits=kv_bits,
         kv_groups=kv_groups,
         smooth_keys=smooth_keys,
