@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -32,30 +31,15 @@ from atom_jax.perplexity import PerplexityResult
 from convert.calibration import SEQ_LEN, encode, load_calibration, read_text
 from convert.card import Card, make_card, read_card, versions, write_card
 from convert.float_model import read_layer, read_shared
-from convert.quantize_layer import check_config, migrates, needs_calibration, quantize_layer
-from convert.reorder import energy_order, permute_ends, permute_residual
+from convert.layerwise import on_device, permute_shared, quantize_on_windows, residual_order
+from convert.quantize_layer import check_config, needs_calibration
+from convert.reorder import permute_residual
 from convert.rotate import Rotated
 from convert.sources import Source, open_source
-from convert.streaming import (
-    Report,
-    add_windows_to_hessians,
-    advance,
-    batches,
-    embed,
-    projection_inputs,
-    projections,
-    run_windows_with_energies,
-    streamed_perplexity,
-)
+from convert.streaming import Report, advance, embed, streamed_perplexity
 from convert.workspace import Workspace, open_workspace, remove_workspace
 
 Progress = Callable[[str, int, int], None]
-
-# The order of the residual stream needs the energies of every layer before the first is quantized: a second
-# pass over the float model, for which this many windows are enough.
-_ENERGY_WINDOWS = 4
-# Tokens on which scale migration is searched: each candidate multiplies them by all linears.
-_SEARCH_TOKENS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +161,7 @@ class _Conversion:
         else:
             order, windows = None, np.zeros((0, 1, self.config.hidden_size), np.float32)
         if order is not None:
-            shared = _permute_shared(shared, order)
+            shared = permute_shared(shared, order)
             windows = np.ascontiguousarray(windows[..., order])
         write_tree(shared_path(self.workspace.checkpoint), stored_form(shared, shared_specs(self.config)))
         del shared
@@ -236,19 +220,7 @@ class _Conversion:
         order = self.workspace.read_array("residual_order.npy")
         if order is not None:
             return order
-        config = self.source.config
-        energy = np.zeros(config.hidden_size)
-        x = embed(embedding, tokens[:_ENERGY_WINDOWS])
-        for layer in range(config.num_layers):
-            params = _on_device(read_layer(self.source, layer))
-            energies = {name: jnp.zeros(size) for name, size in projections(config).items()}
-            for batch in batches(x):
-                batch[...], energies = run_windows_with_energies(params, batch, energies, config=config)
-            for name in ("qkv", "gate_up"):
-                share = np.asarray(energies[name], np.float64)
-                energy += share / max(share.sum(), 1e-30)
-            self.report("measure outliers", layer + 1, config.num_layers)
-        order = energy_order(energy)
+        order = residual_order(self.source, embedding, tokens, self._stage("measure outliers"))
         self.workspace.write_array("residual_order.npy", order)
         return order
 
@@ -292,21 +264,8 @@ class _Conversion:
     def _quantize_layer(
         self, layer: int, tree: dict[str, np.ndarray], windows: Float32[np.ndarray, "windows seq hidden"]
     ) -> tuple[dict[str, Any], dict[str, float]]:
-        hessians = inputs = None
-        if needs_calibration(self.config):
-            params = _on_device(tree)
-            if migrates(self.config):
-                some = windows[: max(1, _SEARCH_TOKENS // windows.shape[1])]
-                inputs = projection_inputs(params, some, config=self.source.config)
-            totals = {name: jnp.zeros((size, size)) for name, size in projections(self.config).items()}
-            for batch in batches(windows):
-                totals = add_windows_to_hessians(params, batch, totals, config=self.source.config)
-                # Waiting is faster: XLA's CPU threads spin, and programs in flight together slow each other.
-                jax.block_until_ready(totals)
-            num_tokens = windows.shape[0] * windows.shape[1]
-            hessians = {name: total / num_tokens for name, total in totals.items()}
         try:
-            return quantize_layer(tree, hessians, self.config, inputs)
+            return quantize_on_windows(tree, windows, float_config=self.source.config, config=self.config)
         except AtomError as error:
             raise AtomError(f"layer {layer}: {error}") from error
 
@@ -325,7 +284,7 @@ class _Conversion:
         def layers() -> Iterator[dict[str, Any]]:
             for layer in range(config.num_layers):
                 if original:
-                    yield _on_device(read_layer(self.source, layer))
+                    yield on_device(read_layer(self.source, layer))
                 else:
                     yield layer_params(read_tree(layer_path(checkpoint, layer), specs), config, jnp.float32)
 
@@ -333,15 +292,3 @@ class _Conversion:
         return streamed_perplexity(
             layers(), shared, tokens, config=config, seq_len=seq_len, report=self._stage(stage)
         )
-
-
-def _on_device(tree: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    return {name: jnp.asarray(value) for name, value in tree.items()}
-
-
-def _permute_shared(
-    shared: dict[str, np.ndarray], order: Int32[np.ndarray, " hidden"]
-) -> dict[str, np.ndarray]:
-    embedding, norm, lm_head = permute_ends(shared["embedding"], shared["norm"], shared.get("lm_head"), order)
-    permuted = {"embedding": embedding, "norm": norm}
-    return permuted if lm_head is None else permuted | {"lm_head": lm_head}

@@ -47,7 +47,7 @@ def rotate(x: Float32[np.ndarray, "*lead n"], seed: int = 0) -> Float32[np.ndarr
     """``x @ R`` for the orthogonal R [n, n] of ``seed``; n of any size, in O(n (log n + odd part)) a row."""
     size = x.shape[-1]
     odd = size // (size & -size)
-    signs = np.random.default_rng(seed).choice(np.float32([-1, 1]), size)
+    signs = np.random.default_rng(seed).choice(np.array([-1.0, 1.0], np.float32), size)
     y = (x * signs).reshape(-1, odd) @ _hartley(odd)
     step = odd
     while step < size:

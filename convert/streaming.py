@@ -17,7 +17,7 @@ from atom_jax.errors import AtomError
 from atom_jax.kv_cache import init_cache
 from atom_jax.layers import linear
 from atom_jax.llama import Capture, Layer, linear_shapes, make_step
-from atom_jax.perplexity import PerplexityResult, sum_nll
+from atom_jax.perplexity import PerplexityResult, make_windows, sum_nll
 from pallas_kernels.norm_quantize.reference import rms_norm
 
 Params = Mapping[str, Any]
@@ -130,27 +130,40 @@ def streamed_perplexity(
       tokens: at least two.
 
     Raises:
-      AtomError: too few tokens, or the model's output is not finite.
+      AtomError: too few tokens, ids out of range, or the model's output is not finite.
     """
-    if tokens.size < 2:
-        raise AtomError(f"at least two tokens are needed to measure perplexity, found {tokens.size}")
-    starts = [start for start in range(0, tokens.size, seq_len) if tokens.size - start >= 2]
-    padded = np.zeros((len(starts), seq_len), np.int32)
-    lengths = np.zeros(len(starts), np.int32)
-    for row, start in enumerate(starts):
-        window = tokens[start : start + seq_len]
-        padded[row, : window.size], lengths[row] = window, window.size
-    x = embed(shared["embedding"], padded)
+    windows, lengths = make_windows(tokens, config=config, seq_len=seq_len, max_tokens=None)
+    x = embed(shared["embedding"], windows)
     for index, params in enumerate(layers):
         advance(params, x, config)
         if report is not None:
             report(index + 1, config.num_layers)
+    return residual_perplexity(x, windows, lengths, shared, config=config)
+
+
+def residual_perplexity(
+    x: Float32[np.ndarray, "windows seq hidden"],
+    windows: Int32[np.ndarray, "windows seq"],
+    lengths: Int32[np.ndarray, " windows"],
+    shared: Mapping[str, np.ndarray],
+    *,
+    config: ModelConfig,
+) -> PerplexityResult:
+    """The perplexity of ``windows`` from their residual stream after the last layer.
+
+    Args:
+      windows, lengths: from ``atom_jax.perplexity.make_windows``.
+      shared: embedding, norm and lm_head (unless tied), float32.
+
+    Raises:
+      AtomError: the model's output is not finite.
+    """
     on_device = jax.tree.map(jnp.asarray, dict(shared))
     nll = sum(
         float(_window_nll(on_device, *row, eps=config.rms_norm_eps))
-        for row in zip(x, padded, lengths, strict=True)
+        for row in zip(x, windows, lengths, strict=True)
     )
-    scored = int(lengths.sum()) - len(starts)
+    scored = int((lengths - 1).sum())
     if not math.isfinite(nll):
         raise AtomError(
             f"the perplexity of {config.architecture} is not finite: the model's output overflows"
