@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server (docs/server.md), in one process with one engine."""

@@ -1,0 +1,246 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from atom_jax.engine import Engine
+from atom_jax.errors import AtomError
+from atom_jax.server.answers import Answer
+from atom_jax.server.config import ServerConfig
+from atom_jax.server.engine_thread import Answers, EngineThread, Latency, Stopped
+from atom_jax.server.errors import ApiError, invalid_request
+from atom_jax.server.guard import error_response, guard
+from atom_jax.server.metrics import Metrics
+from atom_jax.server.prompts import make_job
+from atom_jax.server.protocol import ApiRequest, ChatCompletionRequest, CompletionRequest
+
+PAGE = Path(__file__).parent / "static" / "index.html"
+# The page asks nobody but this server for anything.
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+}
+
+
+class Service:
+    """What the routes share.
+
+    Attributes:
+      engine: the thread that answers.
+      draining: new work is refused.
+      on_failure: called when the engine has failed.
+    """
+
+    def __init__(self, config: ServerConfig, engine: Engine, tokenizer: Any) -> None:
+        self.config, self._tokenizer = config, tokenizer
+        self.on_failure: Callable[[], None] = lambda: None
+        self.engine = EngineThread(engine, on_progress=self._observe, on_failure=lambda: self.on_failure())
+        self.metrics = Metrics(lambda: self.engine.stats)
+        self.draining = False
+        self.created = int(time.time())
+
+    async def submit(self, request: ApiRequest) -> tuple[Answer, Answers]:
+        """Starts on a request; the caller closes the second of what it gets.
+
+        Raises:
+          ApiError: it cannot be answered, or not now.
+          AtomError: the engine refuses it.
+        """
+        config = self.config
+        if request.model != config.model_name:
+            message = f"the model {request.model!r} does not exist; this server has {config.model_name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        job = await asyncio.to_thread(make_job, request, self._tokenizer, max_model_len=config.max_model_len)
+        choices = job.choices
+        if len(choices) > config.max_in_flight:
+            raise ApiError(400, f"n: this server gives at most {config.max_in_flight} answers", param="n")
+        if self.engine.in_flight + len(choices) > config.max_in_flight:
+            raise ApiError(429, "the queue is full; try again later", headers={"Retry-After": "1"})
+        answers = await self.engine.submit(choices, config.request_timeout)
+        return Answer(request, job, self._tokenizer), answers
+
+    def _observe(self, latency: Latency) -> None:
+        metrics = self.metrics
+        if latency.first_token is None:
+            return
+        if latency.ended is None or latency.ended == latency.first_token:
+            metrics.first_token.observe(latency.first_token - latency.submitted)
+        if latency.ended is not None:
+            metrics.whole.observe(latency.ended - latency.submitted)
+            if latency.tokens > 1:
+                metrics.per_output_token.observe((latency.ended - latency.first_token) / (latency.tokens - 1))
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application; its lifespan is that of the engine's thread."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        yield
+        await service.engine.stop()
+
+    # The interactive documentation would load scripts from elsewhere.
+    app = FastAPI(title="Atom-JAX", lifespan=lifespan, docs_url=None, redoc_url=None)
+    paths = set()
+
+    def count(path: str, status: int) -> None:
+        service.metrics.answers.labels(path if path in paths else "other", str(status)).inc()
+
+    app.add_middleware(
+        guard,
+        config=service.config,
+        is_draining=lambda: service.draining,
+        count=count,
+    )
+    _add_error_handlers(app)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(service)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name != service.config.model_name:
+            raise ApiError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
+        return _model(service)
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await _respond(service, body, request)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
+        return await _respond(service, body, request)
+
+    @app.get("/health")
+    async def health() -> Response:
+        state = "failed" if service.engine.failure else "draining" if service.draining else "ok"
+        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(PAGE, headers=_PAGE_HEADERS)
+
+    paths.update(getattr(route, "path", "") for route in app.routes)
+    return app
+
+
+def _model(service: Service) -> dict[str, Any]:
+    config = service.config
+    return {
+        "id": config.model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "atom-jax",
+        "max_model_len": config.max_model_len,
+    }
+
+
+async def _respond(service: Service, body: ApiRequest, request: Request) -> Response:
+    answer, answers = await service.submit(body)
+    if body.stream:
+        return _EventStream(answer, answers)
+    try:
+        await _collect(answer, answers, request)
+    finally:
+        answers.close()
+    return JSONResponse(answer.whole())
+
+
+async def _collect(answer: Answer, answers: Answers, request: Request) -> None:
+    """Waits for all of ``answers``, or until the client has left."""
+
+    async def collect() -> None:
+        async for index, output in answers:
+            answer.add(index, output)
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.create_task(collect()), asyncio.create_task(left())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+    if not tasks[0].done():
+        raise ApiError(499, "the client has left")  # for the metrics: nobody reads it
+    try:
+        tasks[0].result()
+    except (TimeoutError, Stopped) as error:
+        raise _unanswered(error) from error
+
+
+class _EventStream(StreamingResponse):
+    """The answers as server-sent events. Whatever ends the response aborts what is unfinished."""
+
+    def __init__(self, answer: Answer, answers: Answers) -> None:
+        super().__init__(_events(answer, answers), media_type="text/event-stream")
+        self.headers.update({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.close()
+
+
+async def _events(answer: Answer, answers: Answers) -> AsyncIterator[str]:
+    for chunk in answer.opening():
+        yield _event(chunk)
+    try:
+        async for index, output in answers:
+            if (chunk := answer.add(index, output)) is not None:
+                yield _event(chunk)
+    except (TimeoutError, Stopped) as error:
+        yield _event(_unanswered(error).body)
+        return
+    for chunk in answer.closing():
+        yield _event(chunk)
+    yield "data: [DONE]\n\n"
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _unanswered(error: TimeoutError | Stopped) -> ApiError:
+    return ApiError(504 if isinstance(error, TimeoutError) else 503, str(error))
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Every answer that is no success has OpenAI's form."""
+
+    def handle(kind: type[Exception], convert: Callable[[Any], ApiError]) -> None:
+        async def handler(_: Request, error: Exception) -> Response:
+            return error_response(convert(error))
+
+        app.add_exception_handler(kind, handler)
+
+    handle(ApiError, lambda error: error)
+    handle(AtomError, lambda error: ApiError(400, str(error)))
+    handle(Stopped, _unanswered)
+    handle(RequestValidationError, lambda error: invalid_request(error.errors()))
+    handle(HTTPException, lambda error: ApiError(error.status_code, error.detail, headers=error.headers))
+    handle(Exception, lambda _: ApiError(500, "internal error"))

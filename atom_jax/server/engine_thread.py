@@ -1,0 +1,246 @@
+"""The engine in a thread of its own, and the way to it from asyncio.
+
+Everything that touches the engine runs in that thread, between two steps: asyncio code sends it functions
+through a queue. After every step there is one wake-up of the event loop, which hands all outputs of the step
+to the requests that wait for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from atom_jax.engine import Engine, EngineStats, Output, RequestParams
+from atom_jax.errors import AtomError
+
+_Requests = Sequence[tuple[Sequence[int], RequestParams]]
+
+
+class Stopped(Exception):
+    """The engine answers no more: the server ends, or the engine failed."""
+
+
+@dataclasses.dataclass
+class Latency:
+    """When a request was submitted and had its first token and its last; seconds of one clock."""
+
+    submitted: float
+    first_token: float | None = None
+    ended: float | None = None
+    tokens: int = 0
+
+
+class Answers:
+    """The outputs of one submitted group of requests as they come: an async iterator.
+
+    It ends when every request has ended. ``close`` gives up those that have not.
+    """
+
+    def __init__(
+        self, ids: Sequence[str], accepted: asyncio.Future[None], give_up: Callable[[], None]
+    ) -> None:
+        self._indices = {request_id: index for index, request_id in enumerate(ids)}
+        self._open = len(ids)
+        self._arrived: asyncio.Queue[Output | Exception] = asyncio.Queue()
+        self._give_up = give_up
+        self.accepted = accepted
+        self.expiry: asyncio.TimerHandle | None = None
+
+    def close(self) -> None:
+        """Aborts what has not ended. Call it whatever happened, any number of times."""
+        if self.expiry is not None:
+            self.expiry.cancel()
+        self._give_up()
+
+    def put(self, output: Output) -> None:
+        """Hands over what is new of one of the requests."""
+        self._arrived.put_nowait(output)
+
+    def fail(self, error: Exception) -> None:
+        """Ends all of them with ``error``."""
+        settle(self.accepted, error)
+        self._arrived.put_nowait(error)
+
+    def __aiter__(self) -> Answers:
+        return self
+
+    async def __anext__(self) -> tuple[int, Output]:
+        """The index of a request within the group, and what is new of it.
+
+        Raises:
+          TimeoutError: the time of the group is over.
+          Stopped: the engine answers no more.
+        """
+        if not self._open:
+            raise StopAsyncIteration
+        item = await self._arrived.get()
+        if isinstance(item, Exception):
+            raise item
+        self._open -= item.finish_reason is not None
+        return self._indices[item.request_id], item
+
+
+class EngineThread:
+    """Runs ``engine`` from ``start`` to ``stop``; its methods are for the thread of the event loop.
+
+    Attributes:
+      stats: of the engine after its last step.
+      failure: what ended the engine, if it was no call of ``stop``.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        on_progress: Callable[[Latency], None] = lambda latency: None,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Args: on_progress: told a request's first token and its end; on_failure: that the engine failed."""
+        self._engine = engine
+        self._on_progress, self._on_failure = on_progress, on_failure
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._requests: dict[str, tuple[Answers, Latency]] = {}
+        self._numbers = itertools.count()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stopped: Stopped | None = None
+        self.stats: EngineStats = engine.stats()
+        self.failure: BaseException | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were submitted and have not ended."""
+        return len(self._requests)
+
+    def start(self) -> None:
+        """Call it where the event loop runs."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Ends the thread; what has not ended raises Stopped."""
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+        self._end(Stopped("the server is shutting down"))
+
+    async def submit(self, requests: _Requests, timeout: float | None = None) -> Answers:
+        """Gives prompts to the engine, all or none.
+
+        Args:
+          requests: token ids, and how to continue them.
+          timeout: seconds after which those that have not ended are aborted.
+
+        Raises:
+          AtomError: the engine refuses one of them.
+          Stopped: the engine answers no more.
+        """
+        if self._stopped is not None:
+            raise self._stopped
+        ids = [str(next(self._numbers)) for _ in requests]
+        answers = Answers(ids, self._loop.create_future(), lambda: self._close(ids))
+        for request_id in ids:
+            self._requests[request_id] = answers, Latency(time.perf_counter())
+
+        def add() -> None:
+            self._loop.call_soon_threadsafe(settle, answers.accepted, self._add(ids, requests))
+
+        self._commands.put(add)
+        try:
+            await answers.accepted
+        except BaseException:  # refused, or whoever asked has left
+            self._close(ids)
+            raise
+        if timeout is not None:
+            answers.expiry = self._loop.call_later(timeout, self._expire, answers, ids, timeout)
+        return answers
+
+    # In the thread of the event loop.
+
+    def _close(self, ids: Sequence[str]) -> None:
+        unfinished = [request_id for request_id in ids if self._requests.pop(request_id, None)]
+        if unfinished:
+            self._commands.put(lambda: self._abort(unfinished))
+
+    def _expire(self, answers: Answers, ids: Sequence[str], timeout: float) -> None:
+        if any(request_id in self._requests for request_id in ids):
+            self._close(ids)
+            answers.fail(TimeoutError(f"not answered within {timeout:g} s"))
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        now = time.perf_counter()
+        for output in outputs:
+            if output.request_id not in self._requests:
+                continue  # closed while this was on its way
+            answers, latency = self._requests[output.request_id]
+            answers.put(output)
+            latency.tokens = output.completion_tokens
+            if first := latency.first_token is None:
+                latency.first_token = now
+            if output.finish_reason is not None:
+                latency.ended = now
+                del self._requests[output.request_id]
+            if first or latency.ended:
+                self._on_progress(latency)
+
+    def _end(self, reason: Stopped) -> None:
+        self._stopped = reason
+        for answers, _ in self._requests.values():
+            answers.fail(reason)
+        self._requests.clear()
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = error
+        self._end(Stopped("the engine failed"))
+        self._on_failure()
+
+    # In the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                outputs = self._engine.step()
+                self.stats = self._engine.stats()
+                if outputs:
+                    self._loop.call_soon_threadsafe(self._deliver, outputs)
+        except BaseException as error:
+            self._loop.call_soon_threadsafe(self._fail, error)
+            raise
+
+    def _take_commands(self) -> bool:
+        """Runs what was sent, and waits for more while there is no work. False: stop."""
+        while True:
+            try:
+                command = self._commands.get(block=not self._engine.has_work)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+            self.stats = self._engine.stats()
+
+    def _add(self, ids: Sequence[str], requests: _Requests) -> AtomError | None:
+        for count, (request_id, (prompt, params)) in enumerate(zip(ids, requests, strict=True)):
+            try:
+                self._engine.add(request_id, prompt, params)
+            except AtomError as error:
+                self._abort(ids[:count])
+                return error
+        return None
+
+    def _abort(self, ids: Sequence[str]) -> None:
+        for request_id in ids:
+            self._engine.abort(request_id)
+
+
+def settle(future: asyncio.Future[None], error: Exception | None) -> None:
+    """Ends ``future`` well, or with ``error``; one that has ended stays as it is."""
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)

@@ -1,0 +1,79 @@
+"""What ``/metrics`` shows, in a registry of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from atom_jax.engine import EngineStats
+
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
+
+# Name without prefix, what it is, and how it is read; counters end in _total when they are written.
+_Read = Callable[[EngineStats], float]
+_GAUGES: tuple[tuple[str, str, _Read], ...] = (
+    ("requests_waiting", "Requests in the queue.", lambda stats: stats.waiting),
+    ("requests_running", "Requests that have pages.", lambda stats: stats.running),
+    ("free_pages", "Cache pages that a request can have.", lambda stats: stats.free_pages),
+    ("pages", "All cache pages.", lambda stats: stats.num_pages),
+    (
+        "prefix_cache_hit_ratio",
+        "Share of prompt tokens that the prefix cache spared.",
+        lambda stats: stats.cached_tokens / max(stats.prompt_tokens, 1),
+    ),
+)
+_COUNTERS: tuple[tuple[str, str, _Read], ...] = (
+    ("prompt_tokens", "Tokens of admitted prompts.", lambda stats: stats.prompt_tokens),
+    ("cached_tokens", "Prompt tokens that the prefix cache spared.", lambda stats: stats.cached_tokens),
+    ("generated_tokens", "Tokens of answers.", lambda stats: stats.generated_tokens),
+    ("preemptions", "Requests that lost their pages for a while.", lambda stats: stats.preemptions),
+    ("steps", "Steps of the engine.", lambda stats: stats.steps),
+    ("step_seconds", "Seconds in steps.", lambda stats: stats.step_seconds),
+    ("host_seconds", "Seconds of them that the device may have waited.", lambda stats: stats.host_seconds),
+)
+
+
+class Metrics:
+    """Counts and times of the server, and the engine's statistics when somebody asks.
+
+    Attributes:
+      first_token: seconds from submission to the first token of a request.
+      per_output_token: mean seconds of a request's tokens after the first.
+      whole: seconds from submission to the end.
+      answers: HTTP answers by path and status.
+    """
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self.registry = CollectorRegistry()
+        self.first_token = self._histogram("time_to_first_token", "To the first token.", _SECONDS)
+        self.per_output_token = self._histogram(
+            "time_per_output_token", "A token after the first.", _TOKEN_SECONDS
+        )
+        self.whole = self._histogram("request", "To the end of a request.", _SECONDS)
+        self.answers = Counter(
+            "atom_jax_http_answers", "HTTP answers.", ("path", "status"), registry=self.registry
+        )
+        self.registry.register(_EngineCollector(stats))
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"atom_jax_{name}_seconds", text, buckets=buckets, registry=self.registry)
+
+    def exposition(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        for name, text, read in _GAUGES:
+            yield GaugeMetricFamily(f"atom_jax_{name}", text, value=read(stats))
+        for name, text, read in _COUNTERS:
+            yield CounterMetricFamily(f"atom_jax_{name}", text, value=read(stats))

@@ -1,0 +1,203 @@
+"""The requests of OpenAI's API that this server honours, as it reads them.
+
+A field that would change the answer and is not supported is refused by name, unless it has the value that
+changes nothing. Other fields that the API does not know, or that change nothing, are ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from atom_jax.engine import RequestParams
+from atom_jax.sampling import SamplingParams
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+_SEED_RANGE = 2**64
+# Odd, and far from small numbers: seeds s and s + 1 of two requests share no choice.
+_SEED_STEP = 0x9E3779B97F4A7C15
+
+# Fields that would change the answer, and the values of each that do not.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "frequency_penalty": (None, 0),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "length_penalty": (None, 1),
+    "logit_bias": (None, {}),
+    "min_p": (None, 0),
+    "min_tokens": (None, 0),
+    "modalities": (None, ["text"]),
+    "presence_penalty": (None, 0),
+    "reasoning_effort": (None, "none"),
+    "repetition_penalty": (None, 1),
+    "response_format": (None, {"type": "text"}),
+    "structured_outputs": (None,),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "use_beam_search": (None, False),
+    "verbosity": (None, "medium"),
+    "web_search_options": (None,),
+}
+_UNSUPPORTED_COMPLETION = {"best_of": (None, 1), "echo": (None, False), "suffix": (None, "")}
+
+Temperature = Annotated[float, Field(ge=0, le=2)]
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    """How a streamed answer is sent."""
+
+    include_usage: bool = False
+
+
+class _Request(_Strict):
+    """What both kinds of request have; the meaning and the limits are OpenAI's.
+
+    ``top_k``, ``stop_token_ids`` and ``ignore_eos`` are additions that other servers have too.
+    """
+
+    model: str
+    temperature: Temperature | None = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    top_k: Annotated[int, Field(ge=-1)] | None = 0
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
+    seed: Annotated[int, Field(ge=-(2**63), lt=_SEED_RANGE)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = False
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_fields(cls, data: Any) -> Any:
+        return _refuse_unsupported(data, _UNSUPPORTED)
+
+    def params(self, max_new_tokens: int, seed: int) -> list[RequestParams]:
+        """Of each of the ``n`` choices. The first draws with ``seed``, the others with seeds made of it.
+
+        Raises:
+          AtomError: a value that the engine refuses.
+        """
+        sampling = SamplingParams(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=max(self.top_k or 0, 0),  # -1 is vLLM's "all"
+            top_p=1.0 if self.top_p is None else self.top_p,
+        )
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return [
+            RequestParams(
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                seed=(seed + choice * _SEED_STEP) % _SEED_RANGE,
+                stop=stop,
+                stop_ids=tuple(self.stop_token_ids or ()),
+                ignore_eos=bool(self.ignore_eos),
+                logprobs=self.num_logprobs,
+            )
+            for choice in range(self.n or 1)
+        ]
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many alternatives each token's logprobs have; None without logprobs."""
+        raise NotImplementedError
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the number of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(_Request):
+    """``POST /v1/completions``: continues text, or token ids; several prompts are several answers."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_completion_fields(cls, data: Any) -> Any:
+        return _refuse_unsupported(data, _UNSUPPORTED_COMPLETION)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One or more prompts, as text or as token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # pyright: ignore[reportReturnType]
+        return self.prompt  # pyright: ignore[reportReturnType]
+
+
+class TextPart(_Strict):
+    """A piece of a message; text is the only kind that the models read."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def for_template(self) -> dict[str, str]:
+        """As chat templates take it."""
+        content = self.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatCompletionRequest(_Request):
+    """``POST /v1/chat/completions``: the next message of a conversation."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None  # its older name
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatCompletionRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise _refusal("top_logprobs", "needs logprobs: true")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+ApiRequest = CompletionRequest | ChatCompletionRequest
+
+
+def _refuse_unsupported(data: Any, unsupported: dict[str, tuple[Any, ...]]) -> Any:
+    """``data``; an error if a field is there that would change the answer and is not supported."""
+    if isinstance(data, dict):
+        for name in data.keys() & unsupported.keys():
+            if data[name] not in unsupported[name]:
+                raise _refusal(name, "is not supported; leave it out")
+    return data
+
+
+def _refusal(field: str, reason: str) -> PydanticCustomError:
+    return PydanticCustomError("refused", "{reason}", {"field": field, "reason": reason})

@@ -1,0 +1,42 @@
+"""A tokenizer, and a server with an engine that needs no model."""
+
+import contextlib
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from atom_jax.checkpoint import TOKENIZER_FOLDER, load_tokenizer
+from atom_jax.server.app import Service
+from tests.atom_jax.server.fake import FakeEngine, config, running
+from tests.convert.tiny import save_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / TOKENIZER_FOLDER).mkdir()
+    save_tokenizer(folder / TOKENIZER_FOLDER)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine()
+
+
+@pytest.fixture
+def serve(engine, tokenizer):
+    """``serve(limit=..., ...)``: a server with these settings until the test ends, and clients of it."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**changes):
+            service = Service(config(**changes), engine, tokenizer)
+            url, server = stack.enter_context(running(service))
+            key = changes.get("api_key", "none")
+            client = stack.enter_context(OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0))
+            http = stack.enter_context(httpx.Client(base_url=url, timeout=20))
+            return SimpleNamespace(service=service, server=server, url=url, client=client, http=http)
+
+        yield start

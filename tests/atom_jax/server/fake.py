@@ -1,0 +1,151 @@
+"""An engine without a model, and a server on a real socket in a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from atom_jax.engine import Engine, EngineConfig, EngineStats, Output, RequestParams, TokenLogprobs
+from atom_jax.errors import AtomError
+from atom_jax.server.app import Service
+from atom_jax.server.config import ServerConfig
+from atom_jax.server.run import DrainingServer, bind
+
+MAX_MODEL_LEN = 64
+
+
+@dataclasses.dataclass
+class _Request:
+    prompt: list[int]
+    params: RequestParams
+    produced: int = 0
+
+
+class FakeEngine(Engine):
+    """Follows the contract of ``Engine``: one page a request, one token a request and step.
+
+    Token i of an answer is (sum of the prompt + seed + i) modulo 26, a letter.
+    """
+
+    def __init__(self, num_pages: int = 4, step_seconds: float = 0.0) -> None:
+        self.config = EngineConfig(num_pages=num_pages, max_model_len=MAX_MODEL_LEN)
+        self.requests: dict[str, _Request] = {}
+        self.num_pages = num_pages
+        self.step_seconds = step_seconds
+        self.broken: Exception | None = None
+        self.steps = self.aborted = self.generated = self.prompt_tokens = 0
+        self.threads: set[int] = set()
+
+    def add(self, request_id: str, prompt: Sequence[int], params: RequestParams) -> None:
+        self.threads.add(threading.get_ident())
+        if max(prompt) >= 1000:
+            raise AtomError("token ids must be 0 to 999, found 1000")
+        assert request_id not in self.requests
+        self.prompt_tokens += len(prompt)
+        self.requests[request_id] = _Request(list(prompt), params)
+
+    def abort(self, request_id: str) -> bool:
+        self.threads.add(threading.get_ident())
+        known = self.requests.pop(request_id, None) is not None
+        self.aborted += known
+        return known
+
+    def step(self) -> list[Output]:
+        self.threads.add(threading.get_ident())
+        if self.broken:
+            raise self.broken
+        time.sleep(self.step_seconds)
+        self.steps += 1
+        running = list(self.requests.items())[: self.num_pages]
+        return [self._advance(request_id, request) for request_id, request in running]
+
+    def _advance(self, request_id: str, request: _Request) -> Output:
+        params = request.params
+        token = letter(request.prompt, params.seed, request.produced)
+        request.produced += 1
+        self.generated += 1
+        ended = request.produced == params.max_new_tokens
+        if ended:
+            del self.requests[request_id]
+        logprobs = ()
+        if params.logprobs is not None:
+            top = tuple((token + rank, -1.0 - rank) for rank in range(params.logprobs))
+            logprobs = (TokenLogprobs(token, -1.0 if top else float("-inf"), top),)
+        return Output(
+            request_id=request_id,
+            token_ids=(token,),
+            text=text_of(token),
+            logprobs=logprobs,
+            finish_reason="length" if ended else None,
+            prompt_tokens=len(request.prompt),
+            completion_tokens=request.produced,
+            cached_tokens=1,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    def stats(self) -> EngineStats:
+        running = min(len(self.requests), self.num_pages)
+        return EngineStats(
+            waiting=len(self.requests) - running,
+            running=running,
+            free_pages=self.num_pages - running,
+            num_pages=self.num_pages,
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=self.generated,
+            cached_tokens=self.prompt_tokens // 2,
+            preemptions=3,
+            steps=self.steps,
+            host_seconds=0.0,
+            step_seconds=0.0,
+        )
+
+
+# Where the tiny tokenizer has the lower-case letters: after three special tokens and 64 other bytes.
+FIRST_LETTER = 67
+
+
+def letter(prompt: Sequence[int], seed: int, index: int) -> int:
+    return FIRST_LETTER + (sum(prompt) + seed + index) % 26
+
+
+def text_of(token: int) -> str:
+    return chr(ord("a") + token - FIRST_LETTER)
+
+
+def expected(prompt: Sequence[int], count: int, seed: int = 0) -> str:
+    return "".join(text_of(letter(prompt, seed, index)) for index in range(count))
+
+
+@contextlib.contextmanager
+def running(service: Service) -> Iterator[tuple[str, DrainingServer]]:
+    """The address of a server that serves ``service`` while the block runs, and the server."""
+    sock = bind("127.0.0.1", 0)
+    server = DrainingServer(service, log_level="warning")
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    try:
+        until(lambda: server.started)
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}", server
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def until(condition: Any, seconds: float = 20) -> None:
+    """Waits for ``condition()``."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def config(**changes: Any) -> ServerConfig:
+    return ServerConfig(**({"model_name": "tiny", "max_model_len": MAX_MODEL_LEN} | changes))

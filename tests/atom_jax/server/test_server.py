@@ -1,0 +1,271 @@
+"""The server over a real socket, asked by OpenAI's client; the engine behind it needs no model."""
+
+import concurrent.futures
+import json
+import socket
+from typing import Any
+
+import openai
+import pytest
+
+from tests.atom_jax.server.fake import MAX_MODEL_LEN, expected, letter, text_of, until
+
+PROMPT = [5, 6]
+LONG = {"prompt": PROMPT, "max_tokens": MAX_MODEL_LEN - 2}
+
+
+@pytest.fixture
+def server(serve):
+    return serve()
+
+
+def complete(server, **changes):
+    options = {"model": "tiny", "prompt": PROMPT, "max_tokens": 5, "seed": 0} | changes
+    return server.client.completions.create(**options)
+
+
+def chat(server, **changes):
+    messages = [{"role": "user", "content": "the tin"}]
+    options = {"model": "tiny", "messages": messages, "max_tokens": 5, "seed": 0} | changes
+    return server.client.chat.completions.create(**options)
+
+
+def chat_ids(tokenizer):
+    return tokenizer("<|turn|>the tin", add_special_tokens=False).input_ids
+
+
+class TestAnswers:
+    def test_models(self, server):
+        (model,) = server.client.models.list().data
+        assert model.id == "tiny"
+        assert server.client.models.retrieve("tiny").id == "tiny"
+
+    def test_completion(self, server):
+        answer = complete(server)
+        (choice,) = answer.choices
+        assert (choice.text, choice.finish_reason, choice.logprobs) == (expected(PROMPT, 5), "length", None)
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 5)
+        assert answer.usage.total_tokens == 7
+        assert answer.usage.prompt_tokens_details.cached_tokens == 1
+        assert answer.object == "text_completion" and answer.model == "tiny"
+
+    def test_chat(self, server, tokenizer):
+        answer = chat(server)
+        (choice,) = answer.choices
+        assert choice.message.role == "assistant"
+        assert choice.message.content == expected(chat_ids(tokenizer), 5)
+        assert answer.usage.prompt_tokens == len(chat_ids(tokenizer))
+
+    def test_choices(self, server):
+        answer = complete(server, prompt=[[5, 6], [7]], n=2, seed=3)
+        texts = [choice.text for choice in answer.choices]
+        assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+        assert texts[0] == expected([5, 6], 5, seed=3) and texts[2] == expected([7], 5, seed=3)
+        assert texts[1] != texts[0]
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 20)
+
+    def test_completion_stream(self, server):
+        chunks = list(complete(server, stream=True, stream_options={"include_usage": True}))
+        *texts, last = chunks
+        assert [chunk.choices[0].text for chunk in texts] == list(expected(PROMPT, 5))
+        assert [chunk.choices[0].finish_reason for chunk in texts] == [None] * 4 + ["length"]
+        assert last.choices == [] and last.usage.completion_tokens == 5
+        assert all(chunk.usage is None for chunk in texts)
+        assert len({chunk.id for chunk in chunks}) == 1
+
+    def test_chat_stream(self, server, tokenizer):
+        first, *rest = chat(server, stream=True, n=2)
+        assert first.choices[0].delta.role == "assistant"
+        text = [
+            "".join(c.choices[0].delta.content or "" for c in rest if c.choices[0].index == i) for i in (0, 1)
+        ]
+        assert text[0] == expected(chat_ids(tokenizer), 5) and len(text[1]) == 5
+        assert all(chunk.usage is None for chunk in rest)
+
+    def test_stream_is_server_sent_events(self, server):
+        body = {"model": "tiny", **LONG, "stream": True}
+        answer = server.http.post("/v1/completions", json=body)
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        *events, done, end = answer.text.split("\n\n")
+        assert (done, end) == ("data: [DONE]", "")
+        assert all(json.loads(event.removeprefix("data: "))["choices"] for event in events)
+
+    def test_completion_logprobs(self, server):
+        for stream in (False, True):
+            answer = complete(server, logprobs=2, max_tokens=2, stream=stream)
+            parts: Any = answer if stream else [answer]
+            pieces = [choice.logprobs for part in parts for choice in part.choices]
+            first, second = (text_of(letter(PROMPT, 0, index)) for index in (0, 1))
+            assert [token for piece in pieces for token in piece.tokens] == [first, second]
+            assert [offset for piece in pieces for offset in piece.text_offset] == [0, 1]
+            assert pieces[0].top_logprobs[0] == {first: -1.0, second: -2.0}
+
+    def test_chat_logprobs(self, server):
+        (choice,) = chat(server, logprobs=True, top_logprobs=2, max_tokens=1).choices
+        (token,) = choice.logprobs.content
+        assert (token.token, token.bytes, token.logprob) == (choice.message.content, [ord(token.token)], -1.0)
+        assert [other.logprob for other in token.top_logprobs] == [-1.0, -2.0]
+
+    def test_an_impossible_token_has_a_finite_logprob(self, server):
+        (choice,) = chat(server, logprobs=True, max_tokens=1).choices
+        assert choice.logprobs.content[0].logprob == -9999.0
+
+    def test_many_at_once(self, server):
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            prompts = [[n, n + 1] for n in range(48)]
+            answers = pool.map(lambda prompt: complete(server, prompt=prompt, max_tokens=9), prompts)
+            texts = [answer.choices[0].text for answer in answers]
+        assert texts == [expected(prompt, 9) for prompt in prompts]
+
+
+class TestErrors:
+    def test_they_have_openais_form(self, server):
+        with pytest.raises(openai.BadRequestError) as caught:
+            complete(server, suffix="x")
+        body: Any = caught.value.body
+        assert body["message"] == "suffix: is not supported; leave it out"
+        assert (body["type"], body["param"]) == ("invalid_request_error", "suffix")
+
+    @pytest.mark.parametrize(
+        ("content", "part"),
+        [
+            (b"{", "not JSON"),
+            (b"[1]", "JSON object"),
+            (b"", "JSON object"),
+            (b"\xff\xfe", "body"),
+            (b'{"model": "tiny", "prompt": "\\ud800"}', "Unicode"),
+            (b'{"model": "tiny", "prompt": "a", "seed": 1' + b"0" * 5000 + b"}", "body"),
+            (b"[" * 100_000, "body"),
+            (b'{"model": "tiny"}', "prompt"),
+            (b'{"model": "tiny", "prompt": [1000]}', "token ids"),
+        ],
+    )
+    def test_malformed_bodies(self, server, content, part):
+        headers = {"content-type": "application/json"}
+        answer = server.http.post("/v1/completions", content=content, headers=headers)
+        assert answer.status_code == 400
+        assert part in answer.json()["error"]["message"]
+
+    def test_another_model(self, server):
+        with pytest.raises(openai.NotFoundError, match="gpt"):
+            complete(server, model="gpt")
+
+    def test_unknown_route_and_method(self, server):
+        for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)):
+            answer = server.http.request(method, path)
+            assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+    def test_engine_failure_ends_the_server(self, server, engine):
+        engine.broken = RuntimeError("no more device")
+        with pytest.raises(openai.InternalServerError, match="engine failed"):
+            complete(server)
+        until(lambda: server.server.should_exit)
+
+
+class TestLimits:
+    def test_body(self, serve):
+        server = serve(max_body_bytes=1000)
+        assert server.http.post("/v1/completions", json={"prompt": "a" * 2000}).status_code == 413
+
+        def chunks():
+            for _ in range(100):
+                yield b" " * 100
+
+        answer = server.http.post("/v1/completions", content=chunks())
+        assert answer.status_code == 413
+        assert answer.json()["error"]["message"] == "the body is longer than 1000 bytes"
+
+    def test_slow_body(self, serve):
+        server = serve(read_timeout=0.1)
+        with socket.create_connection(("127.0.0.1", server.http.base_url.port)) as connection:
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+            connection.sendall(head)
+            connection.settimeout(10)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+
+    def test_prompt(self, server):
+        with pytest.raises(openai.BadRequestError) as caught:
+            complete(server, prompt=[1] * MAX_MODEL_LEN)
+        assert caught.value.code == "context_length_exceeded"
+
+    def test_queue(self, serve, engine):
+        engine.step_seconds = 0.02
+        server = serve(max_in_flight=2)
+        streams = [complete(server, **LONG, stream=True) for _ in range(2)]
+        with pytest.raises(openai.RateLimitError) as caught:
+            complete(server)
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        for stream in streams:
+            stream.close()
+        until(lambda: server.service.engine.in_flight == 0)
+        complete(server)
+        with pytest.raises(openai.BadRequestError, match="at most 2"):
+            complete(server, n=3)
+
+    def test_time(self, serve, engine):
+        engine.step_seconds = 0.02
+        server = serve(request_timeout=0.1)
+        with pytest.raises(openai.InternalServerError) as caught:
+            complete(server, **LONG)
+        assert caught.value.status_code == 504
+        with pytest.raises(openai.APIError, match="not answered within"):
+            list(complete(server, **LONG, stream=True))
+        until(lambda: not engine.requests)
+
+    def test_key(self, serve):
+        server = serve(api_key="hunter2")
+        assert complete(server).choices[0].text
+        for key in (None, "Bearer hunter3", "hunter2", "Bearer é"):
+            headers = {} if key is None else {"Authorization": key.encode()}
+            answer = server.http.get("/v1/models", headers=headers)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        assert server.http.get("/health").status_code == 200
+
+
+class TestDisconnect:
+    def leave(self, server, stream):
+        if not stream:
+            with pytest.raises(openai.APITimeoutError):
+                complete(server, **LONG, timeout=0.1)
+            return
+        answer = complete(server, **LONG, stream=True)
+        next(answer)
+        answer.close()
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_frees_the_pages(self, server, engine, stream):
+        engine.step_seconds = 0.02
+        self.leave(server, stream)
+        until(lambda: engine.aborted == 1 and server.service.engine.stats.free_pages == engine.num_pages)
+        assert server.service.engine.in_flight == 0
+        assert engine.generated < MAX_MODEL_LEN - 2
+
+
+class TestMetrics:
+    def values(self, server):
+        lines = server.http.get("/metrics").text.splitlines()
+        return {n: float(v) for n, v in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+    def test_they_add_up(self, server):
+        complete(server, n=3)
+        with pytest.raises(openai.NotFoundError):
+            complete(server, model="gpt")
+        server.http.get("/nothing/at/all")
+        got = self.values(server)
+        for name in ("time_to_first_token", "time_per_output_token", "request"):
+            assert got[f"atom_jax_{name}_seconds_count"] == 3
+            assert got[f"atom_jax_{name}_seconds_sum"] > 0
+        assert got["atom_jax_generated_tokens_total"] == 15
+        assert got["atom_jax_free_pages"] == got["atom_jax_pages"] == 4
+        assert got["atom_jax_prefix_cache_hit_ratio"] == 0.5
+        assert got["atom_jax_preemptions_total"] == 3
+        assert got["atom_jax_requests_waiting"] == got["atom_jax_requests_running"] == 0
+        answers = 'atom_jax_http_answers_total{path="%s",status="%s"}'
+        assert got[answers % ("/v1/completions", 200)] == got[answers % ("/v1/completions", 404)] == 1
+        assert got[answers % ("other", 404)] == 1
+
+    def test_two_servers_share_nothing(self, serve):
+        first, second = serve(), serve()
+        complete(first)
+        assert self.values(second)["atom_jax_request_seconds_count"] == 0
