@@ -107,7 +107,7 @@ def decode_step(
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
 def _generate(params, tokens, request, max_new_tokens, *, config, capacity):
     batch, width = tokens.shape
-    cache = init_cache(config, batch, width + capacity, dtype=_activation_dtype(params, config))
+    cache = init_cache(config, batch, width + capacity, dtype=activation_dtype(params, config))
     state = prefill(params, tokens, request, cache, config)
     out = jnp.zeros((batch, capacity), jnp.int32).at[:, 0].set(state.token)
 
@@ -130,7 +130,7 @@ def _generate(params, tokens, request, max_new_tokens, *, config, capacity):
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
 def _start(params, tokens, request, *, config, capacity):
     cache = init_cache(
-        config, tokens.shape[0], tokens.shape[1] + capacity, dtype=_activation_dtype(params, config)
+        config, tokens.shape[0], tokens.shape[1] + capacity, dtype=activation_dtype(params, config)
     )
     return prefill(params, tokens, request, cache, config)
 
@@ -138,7 +138,8 @@ def _start(params, tokens, request, *, config, capacity):
 _step = jax.jit(decode_step, static_argnames=("config",), donate_argnames=("state",))
 
 
-def _activation_dtype(params: nnx.State, config: ModelConfig) -> jnp.dtype:
+def activation_dtype(params: nnx.State, config: ModelConfig) -> jnp.dtype:
+    """The type of the residual stream, and of the pages of a cache that is not quantized."""
     return merge(params, config).embedding.get_value().dtype
 
 

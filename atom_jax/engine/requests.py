@@ -21,7 +21,7 @@ class RequestParams:
     Attributes:
       max_new_tokens: the answer is cut after so many.
       sampling: how a token is drawn.
-      seed: of the draws; the same seed gives the same answer, whatever else the engine serves. 0 to 2**64 - 1.
+      seed: of the draws, 0 to 2**64 - 1. A token's draw depends on this and on its number alone.
       stop: the answer is the text before the first of these.
       stop_ids: tokens that end the answer, besides the model's own end-of-sequence ids.
       ignore_eos: the model's own end-of-sequence ids end nothing (benchmarks).
@@ -73,7 +73,7 @@ class Output:
       token_ids: the new tokens. A token that ended the answer counts, one that came after the end does not.
       text: the new text: whole characters only, and nothing that may yet become part of a stop string.
       logprobs: of the new tokens, if asked for.
-      finish_reason: None while the request goes on. "stop": an end-of-sequence id, a stop id or a stop string.
+      finish_reason: None while the request goes on; "stop" after an end-of-sequence id, a stop id or string.
       prompt_tokens: of the request.
       completion_tokens: so far.
       cached_tokens: tokens of the prompt whose keys and values were found in the cache.
@@ -136,13 +136,18 @@ class EngineConfig:
 
     Attributes:
       num_pages: of the cache. None: what fits ``memory_bytes``.
-      memory_bytes: for the cache's pages. None (and no ``num_pages``): enough for ``max_num_seqs`` sequences of
-        ``max_model_len`` tokens, at most 4 GiB.
+      memory_bytes: for the cache's pages. None (and no ``num_pages``): enough for ``max_num_seqs`` sequences
+        of ``max_model_len`` tokens, at most 4 GiB.
       page_size: tokens a page.
       max_num_seqs: requests that run at once.
       max_model_len: prompt and answer together. None: the model's positions, at most 4096.
       token_budget: tokens that one step computes at most, decode and prefill together.
       prefix_caching: keep the pages of ended requests for prompts that begin alike.
+      deterministic: an answer is the same, bit for bit, whatever is served beside it. One decode shape of
+        ``max_num_seqs`` rows and ``max_model_len`` tokens then serves every step; prompts share no prefill
+        program; only whole chunks of prompts are cached; a preempted answer is recomputed token by token.
+        Otherwise the order of float sums, and with it a close choice between two tokens, may depend on the
+        number of requests beside.
     """
 
     num_pages: int | None = None
@@ -152,6 +157,7 @@ class EngineConfig:
     max_model_len: int | None = None
     token_budget: int = 512
     prefix_caching: bool = True
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_pages", "memory_bytes", "page_size", "max_num_seqs", "max_model_len"):
@@ -160,3 +166,49 @@ class EngineConfig:
                 raise AtomError(f"{name} must be at least 1, found {value}")
         if self.num_pages is not None and self.memory_bytes is not None:
             raise AtomError("give num_pages or memory_bytes, not both")
+
+
+@dataclasses.dataclass(eq=False)
+class SequenceState:
+    """A request on its way through the engine.
+
+    ``tokens`` is what the host knows: the prompt, then the answer so far. Programs that were dispatched but
+    not read yet have chosen ``in_flight`` further tokens. ``computed`` counts the positions that are cached,
+    or will be before any program that is dispatched from now on: it runs ahead of what the host knows.
+
+    Attributes:
+      arrival: number of the request; a lower one goes first.
+      prompt_tokens: of ``tokens``.
+      hashes: of the full pages of ``tokens``, as far as they were needed.
+      pages: of its positions, in order; none while it waits.
+      slot: where the device keeps its last token; -1 while it waits.
+      prefill_until: positions below this are computed in chunks, the others one at a time.
+      published: pages that the prefix cache was told of.
+      cached_tokens: of the prompt, found in the cache when it was first admitted.
+      ended: nothing that arrives for it counts any more.
+    """
+
+    request_id: str
+    params: RequestParams
+    arrival: int
+    tokens: list[int]
+    prompt_tokens: int
+    hashes: list[bytes] = dataclasses.field(default_factory=list)
+    pages: list[int] = dataclasses.field(default_factory=list)
+    slot: int = -1
+    computed: int = 0
+    in_flight: int = 0
+    prefill_until: int = 0
+    published: int = 0
+    cached_tokens: int | None = None
+    ended: bool = False
+
+    @property
+    def total(self) -> int:
+        """Tokens that are known or in flight."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the answer that are known or in flight."""
+        return self.total - self.prompt_tokens
