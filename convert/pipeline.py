@@ -120,13 +120,7 @@ def _job(source: Source, options: ConvertOptions) -> dict[str, Any]:
         "versions": versions(),
     }
     if needs_calibration(source.config.replace(quantization=options.quantization)):
-        file = Path(options.calibration) if options.calibration else None
-        job["calibration"] = {
-            "text": options.calibration,
-            "file_sha256": _text_hash(file) if file is not None and file.exists() else None,
-            "tokens": options.calibration_tokens,
-            "seed": options.seed,
-        }
+        job["calibration"] = calibration_job(options.calibration, options.calibration_tokens, options.seed)
     if options.eval_text is not None:
         job["eval"] = {
             "text": options.eval_text.name,
@@ -134,6 +128,17 @@ def _job(source: Source, options: ConvertOptions) -> dict[str, Any]:
             "tokens": options.eval_tokens,
         }
     return job
+
+
+def calibration_job(calibration: str | None, num_tokens: int, seed: int) -> dict[str, Any]:
+    """Everything the calibration windows of a source depend on; arguments as in ``ConvertOptions``."""
+    file = Path(calibration) if calibration else None
+    return {
+        "text": calibration,
+        "file_sha256": _text_hash(file) if file is not None and file.exists() else None,
+        "tokens": num_tokens,
+        "seed": seed,
+    }
 
 
 def _text_hash(path: Path) -> str:
@@ -168,8 +173,8 @@ class _Conversion:
         errors = self._quantize(windows, order)
         before = after = None
         if eval_tokens is not None:
-            before = self._perplexity("perplexity before", self.source.config, eval_tokens)
-            after = self._perplexity("perplexity after", self.config, eval_tokens)
+            before = self._perplexity("perplexity before", eval_tokens, original=True)
+            after = self._perplexity("perplexity after", eval_tokens, original=False)
         return make_card(job, calibration=calibration, relative_error=errors, before=before, after=after)
 
     def _stage(self, stage: str) -> Report:
@@ -270,10 +275,10 @@ class _Conversion:
             raise AtomError(f"layer {layer}: {error}") from error
 
     def _perplexity(
-        self, stage: str, config: ModelConfig, tokens: Int32[np.ndarray, " tokens"]
+        self, stage: str, tokens: Int32[np.ndarray, " tokens"], *, original: bool
     ) -> PerplexityResult:
-        """Of the source if ``config`` is the source's, else of the checkpoint just written."""
-        original = config is self.source.config
+        """Of the source, or else of the checkpoint just written."""
+        config = self.source.config if original else self.config
         checkpoint, specs = self.workspace.checkpoint, layer_specs(config)
         if original:
             shared = read_shared(self.source)

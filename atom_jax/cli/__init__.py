@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from atom_jax.cli import compare, convert, demo, evaluate, explain, generate, inspect
+from atom_jax.cli import ablate, compare, convert, demo, evaluate, explain, generate, inspect
 from atom_jax.cli.console import ReportingCommand
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("convert", cls=ReportingCommand)(convert.convert)
 app.command("generate", cls=ReportingCommand)(generate.generate)
 app.command("eval", cls=ReportingCommand)(evaluate.evaluate)
 app.command("compare", cls=ReportingCommand)(compare.compare)
+app.command("ablate", cls=ReportingCommand)(ablate.ablate)
 app.command("inspect", cls=ReportingCommand)(inspect.inspect)
 app.command("explain", cls=ReportingCommand)(explain.explain)
 app.command("demo", cls=ReportingCommand)(demo.demo)

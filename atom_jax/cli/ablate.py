@@ -1,0 +1,99 @@
+"""``atom-jax ablate``: what each idea of the method buys on a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from atom_jax.cli.console import JsonOption, note, print_json, progress_bars, stdout
+
+_DATA = "Data and evaluation"
+
+
+def ablate(
+    src: Annotated[
+        str,
+        typer.Argument(help="Folder, .gguf file, or org/name on the Hugging Face Hub.", show_default=False),
+    ],
+    out: Annotated[
+        Path, typer.Argument(help="Folder for the results; an interrupted run goes on.", show_default=False)
+    ],
+    group_size: Annotated[int, typer.Option(help="Channels that share a scale: 32, 64 or 128.")] = 128,
+    num_outliers: Annotated[int, typer.Option(help="Channels kept in 8 bits.")] = 128,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration text: a file (text or JSON Lines) or an org/name data set; "
+            "text sampled from the model if not given.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    calib_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.", rich_help_panel=_DATA)] = 8192,
+    seed: Annotated[
+        int, typer.Option(help="Of sampled text.", min=0, max=2**32 - 1, rich_help_panel=_DATA)
+    ] = 0,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text to measure perplexity on, may be repeated; Python's help and a module if not given.",
+            show_default=False,
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    eval_tokens: Annotated[
+        int, typer.Option(help="Tokens of each text to use.", min=2, rich_help_panel=_DATA)
+    ] = 4096,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Add the ideas of the method to SRC one after the other and measure what each buys.
+
+    Starts with naive 4 bits and ends with the default recipe. Writes ablation.json and a bar chart into OUT.
+    """
+    from convert.ablation.plot import PLOT_FILE, can_plot, plot
+    from convert.ablation.results import RESULTS_FILE
+    from convert.ablation.run import AblationOptions
+    from convert.ablation.run import ablate as run
+
+    options = AblationOptions(
+        group_size=group_size,
+        num_outliers=num_outliers,
+        calibration=calib,
+        calibration_tokens=calib_tokens,
+        seed=seed,
+        texts=tuple(text or ()),
+        eval_tokens=eval_tokens,
+        revision=revision,
+    )
+    with progress_bars() as report:
+        result = run(src, out, options, report)
+    if json_output:
+        print_json(result)
+    else:
+        stdout.print(_table(result))
+    note(f"written: {out / RESULTS_FILE}")
+    if can_plot():
+        plot(result, out / PLOT_FILE)
+        note(f"written: {out / PLOT_FILE}")
+    else:
+        note(f"no {PLOT_FILE}: matplotlib is not installed (pip install 'atom-jax[bench]')")
+
+
+def _table(result: dict[str, Any]) -> Table:
+    from convert.ablation.results import table
+
+    heading, rows = table(result)
+    shown = Table(heading[0])
+    for name in heading[1:]:
+        shown.add_column(name, justify="right")
+    part = None
+    for row, step in zip(rows, result["steps"], strict=True):
+        # The paper's steps, this project's, the branches.
+        before, part = part, (step["paper"] is not None, step["branch"])
+        if before not in (None, part):
+            shown.add_section()
+        shown.add_row(*row)
+    return shown

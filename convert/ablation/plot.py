@@ -1,0 +1,51 @@
+"""The ablation as a bar chart; needs matplotlib (``pip install 'atom-jax[bench]'``)."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from convert.ablation.results import full_label
+
+PLOT_FILE = "ablation.png"
+_HEIGHT = 0.8  # of all bars of a step together
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Draws perplexity over float of each step, a bar for each text, the paper's as a mark; log scale.
+
+    Args:
+      report: what ``convert.ablation.run.ablate`` returns.
+      path: of the file; its suffix says the format.
+    """
+    # By name: an optional library, absent where types are checked. No pyplot: it would look for a display.
+    figures: Any = importlib.import_module("matplotlib.figure")
+    rows = [row for row in report["steps"] if "error" not in row]
+    texts = list(report["job"]["texts"])
+    figure = figures.Figure(figsize=(9, 0.8 + 0.42 * len(rows)))
+    axes = figure.subplots()
+    height = _HEIGHT / len(texts)
+    for index, text in enumerate(texts):
+        places = [step + (index + 0.5) * height - _HEIGHT / 2 for step in range(len(rows))]
+        bars = axes.barh(places, [row["ratio"][text] for row in rows], height=0.9 * height, label=text)
+        axes.bar_label(bars, [f"{row['ratio'][text]:.2f}" for row in rows], padding=3, fontsize=7)
+    paper = [(row["paper"] / report["paper"]["float"], y) for y, row in enumerate(rows) if row["paper"]]
+    if paper:
+        axes.scatter(*zip(*paper, strict=True), color="black", marker="|", s=160, zorder=3)
+        axes.scatter([], [], color="black", marker="|", label=f"paper, {report['paper']['model']}")
+    axes.set_yticks(range(len(rows)), [full_label(row) for row in rows])
+    axes.invert_yaxis()
+    axes.set(
+        xscale="log", xlabel="perplexity over that of the float model", title=report["job"]["architecture"]
+    )
+    axes.margins(x=0.1)
+    axes.legend()
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, bbox_inches="tight", dpi=150)

@@ -1,0 +1,191 @@
+"""What an ablation found: rows that survive an interruption, and the report that is made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atom_jax.config import QuantConfig
+from atom_jax.errors import AtomError
+from convert.ablation.steps import FLOAT, PAPER_MODEL, Step, bases
+from convert.calibration import Calibration
+
+RESULTS_FILE = "ablation.json"
+_CALIBRATION_FILE = "calibration.npy"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What was measured of a step.
+
+    Attributes:
+      recipe: the fields of its ``QuantConfig``.
+      perplexity: by text.
+      bits_per_weight: of the linears in the layers as stored, scales included.
+      bytes: of all parameters of the checkpoint.
+    """
+
+    name: str
+    recipe: dict[str, Any]
+    simulated: bool
+    perplexity: dict[str, float]
+    bits_per_weight: float
+    bytes: int
+    seconds: float
+
+
+class Results:
+    """The folder of an ablation: ``ablation.json`` and the calibration windows.
+
+    A row is found again only if all that it depends on is the same: the job and its recipe.
+
+    Raises:
+      AtomError: the folder holds an ablation with another job, or one that cannot be read.
+    """
+
+    def __init__(self, folder: Path, job: dict[str, Any]) -> None:
+        self.folder = folder
+        self.path = folder / RESULTS_FILE
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._data: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            self._data = {"job": job, "calibration": None, "steps": []}
+        except ValueError as error:
+            raise AtomError(f"{self.path}: is not valid JSON: {error}; remove it") from error
+        if self._data.get("job") != job:
+            raise AtomError(
+                f"{self.path}: is the ablation of another model, or with another text, option or version; "
+                "remove it or choose another folder"
+            )
+
+    def get(self, step: Step, recipe: QuantConfig) -> Row | None:
+        """The row of a step, if it was measured before with this recipe."""
+        for row in self._data["steps"]:
+            same = row["name"] == step.name and row["simulated"] == step.simulated
+            if same and row.get("recipe") == dataclasses.asdict(recipe):
+                return Row(**{field.name: row[field.name] for field in dataclasses.fields(Row)})
+        return None
+
+    def put(self, row: Row) -> None:
+        """Adds a row, in place of one of that name, and writes it."""
+        others = [other for other in self._data["steps"] if other["name"] != row.name]
+        self._data["steps"] = [*others, dataclasses.asdict(row)]
+        self._write(self._data)
+
+    def write_report(self, report: dict[str, Any]) -> None:
+        """What ``report_of`` makes of the rows, in their place: later runs find them in it."""
+        self._write(report)
+
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """What is known of the calibration windows; None as long as no step needed them."""
+        return self._data["calibration"]
+
+    def read_calibration(self) -> Calibration | None:
+        """The calibration windows of an earlier run of this job."""
+        about, path = self._data["calibration"], self.folder / _CALIBRATION_FILE
+        if about is None or not path.exists():
+            return None
+        calibration = Calibration(np.load(path, allow_pickle=False), about["kind"], about["name"])
+        return calibration if calibration.sha256 == about["sha256"] else None
+
+    def write_calibration(self, calibration: Calibration) -> None:
+        np.save(self.folder / _CALIBRATION_FILE, calibration.tokens)
+        self._data["calibration"] = {
+            "kind": calibration.kind,
+            "name": calibration.name,
+            "windows": list(calibration.tokens.shape),
+            "sha256": calibration.sha256,
+        }
+        self._write(self._data)
+
+    def _write(self, data: dict[str, Any]) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def report_of(
+    job: dict[str, Any],
+    steps: Sequence[Step],
+    wanted: Mapping[str, QuantConfig],
+    results: Results,
+    misfits: Mapping[str, str],
+) -> dict[str, Any]:
+    """The contents of ``ablation.json`` when all steps are measured.
+
+    Returns:
+      ``job``: what all rows depend on; ``calibration``: the windows used; ``paper``: what the column of that
+      name is of; ``steps``: for each its row and, by text, ``ratio``, its perplexity over the first step's,
+      and ``change``, its perplexity over that of the step it is ``after``, less 1. A branch that the model's
+      sizes do not allow has ``error`` instead.
+    """
+    found = {step.name: results.get(step, wanted[step.name]) for step in steps}
+    rows = []
+    for step, base in zip(steps, bases(steps), strict=True):
+        row, before, first = found[step.name], found.get(base or ""), found[steps[0].name]
+        about = {
+            "name": step.name,
+            "label": step.label,
+            "after": base,
+            "branch": step.after is not None,
+            "simulated": step.simulated,
+            "paper": step.paper,
+        }
+        if row is None or first is None:
+            rows.append(about | {"error": misfits[step.name]})
+            continue
+        change = None if before is None else _over(row.perplexity, before.perplexity, less=1.0)
+        ratio = _over(row.perplexity, first.perplexity)
+        rows.append(about | dataclasses.asdict(row) | {"ratio": ratio, "change": change})
+    return {
+        "job": job,
+        "calibration": results.calibration,
+        "paper": {"model": PAPER_MODEL, "float": FLOAT.paper},
+        "steps": rows,
+    }
+
+
+def _over(values: Mapping[str, float], others: Mapping[str, float], less: float = 0.0) -> dict[str, float]:
+    return {name: value / others[name] - less for name, value in values.items()}
+
+
+def full_label(row: dict[str, Any]) -> str:
+    """What to call a step of the report: "+ ..." goes on with the one before, "or: ..." is a branch."""
+    prefix = "" if row["after"] is None else "or: " if row["branch"] else "+ "
+    return f"{prefix}{row['label']}{' (simulated)' if row['simulated'] else ''}"
+
+
+def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The heading and the cells of each step, as text."""
+    texts = list(report["job"]["texts"])
+    heading = ["step"]
+    for text in texts:
+        heading += [text, "x float", "change"]
+    heading += ["bits/weight", f"{report['paper']['model']} (paper)"]
+    rows = []
+    for row in report["steps"]:
+        if "error" in row:
+            rows.append([full_label(row), f"not possible: {row['error']}"] + [""] * (len(heading) - 2))
+            continue
+        cells = [full_label(row)]
+        for text in texts:
+            change = "" if row["change"] is None else f"{row['change'][text]:+.1%}"
+            cells += [_number(row["perplexity"][text]), f"{row['ratio'][text]:.2f}", change]
+        rows.append([*cells, f"{row['bits_per_weight']:.2f}", _paper(row, report["paper"]["float"])])
+    return heading, rows
+
+
+def _paper(row: dict[str, Any], reference: float) -> str:
+    return "" if row["paper"] is None else f"{row['paper']} ({row['paper'] / reference:.2f}x)"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.0f}"

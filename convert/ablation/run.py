@@ -1,0 +1,260 @@
+"""The ablation: every step quantized in memory, layer by layer, and measured on the same texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from atom_jax.checkpoint import layer_specs, linear_spec, shared_specs, stored_form
+from atom_jax.config import ModelConfig, QuantConfig
+from atom_jax.errors import AtomError
+from atom_jax.llama import linear_shapes
+from atom_jax.perplexity import make_windows
+from convert.ablation.results import Results, Row, report_of
+from convert.ablation.simulation import run_simulated, simulate_layer
+from convert.ablation.steps import Step, make_steps, recipes
+from convert.ablation.texts import load_texts
+from convert.calibration import SEQ_LEN, Calibration, load_calibration
+from convert.card import versions
+from convert.float_model import Tree, read_layer, read_shared
+from convert.layerwise import on_device, permute_shared, quantize_on_windows, residual_order
+from convert.pipeline import Progress, calibration_job
+from convert.quantize_layer import check_config, needs_calibration
+from convert.reorder import permute_residual
+from convert.rotate import Rotated
+from convert.sources import Source, open_source
+from convert.streaming import batches, embed, residual_perplexity, run_windows
+
+Windows = Float32[np.ndarray, "windows seq hidden"]
+Order = Int32[np.ndarray, " hidden"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AblationOptions:
+    """What the steps share; those of ``ConvertOptions`` mean the same.
+
+    Attributes:
+      texts: files to measure perplexity on; none for those of ``convert.ablation.texts``.
+      eval_tokens: how many tokens of each text, from its start.
+    """
+
+    group_size: int = 128
+    num_outliers: int = 128
+    calibration: str | None = None
+    calibration_tokens: int = 8192
+    seed: int = 0
+    texts: tuple[Path, ...] = ()
+    eval_tokens: int = 4096
+    revision: str | None = None
+
+
+def ablate(
+    src: str | Path,
+    out: str | Path,
+    options: AblationOptions,
+    progress: Progress | None = None,
+    steps: Sequence[Step] | None = None,
+) -> dict[str, Any]:
+    """Measures every step and writes ``out/ablation.json`` after each, so that an interrupted run goes on.
+
+    No checkpoint is written, and one layer is in memory at a time. A step's perplexity is that of the
+    checkpoint which ``convert`` makes of the same recipe and calibration text.
+
+    Args:
+      src: what ``convert.sources.open_source`` takes.
+      out: folder, made if it is not there.
+      progress: called with (stage, done, total).
+      steps: those of ``make_steps`` if None.
+
+    Returns:
+      What is in ``ablation.json``, see ``convert.ablation.results.report_of``.
+
+    Raises:
+      AtomError: the source, an option or a text cannot be used, or ``out`` holds the ablation of something
+        else.
+    """
+    source = open_source(src, revision=options.revision)
+    if steps is None:
+        steps = make_steps(options.group_size, options.num_outliers)
+    wanted = recipes(steps)
+    misfits = _misfits(source.config, steps, wanted)
+    with tempfile.TemporaryDirectory(prefix="atom-jax-ablation-") as tokenizer:
+        source.write_tokenizer(Path(tokenizer))
+        texts = load_texts(options.texts, Path(tokenizer), options.eval_tokens)
+        job = _job(source, options, texts)
+        results = Results(Path(out), job)
+        run = _Ablation(source, options, texts, Path(tokenizer), results, progress or (lambda *_: None))
+        for step in steps:
+            recipe = wanted[step.name]
+            if step.name not in misfits and results.get(step, recipe) is None:
+                results.put(run.measure(step, recipe))
+    report = report_of(job, steps, wanted, results, misfits)
+    results.write_report(report)
+    return report
+
+
+def _misfits(config: ModelConfig, steps: Sequence[Step], wanted: dict[str, QuantConfig]) -> dict[str, str]:
+    """Why a branch is not possible for the model's sizes, by name; AtomError if it is a step of the chain."""
+    found = {}
+    for step in steps:
+        try:
+            check_config(config.replace(quantization=wanted[step.name]))
+        except AtomError as error:
+            if step.after is None:
+                raise
+            found[step.name] = str(error)
+    return found
+
+
+def _job(source: Source, options: AblationOptions, texts: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Everything that a row depends on besides its recipe."""
+    return {
+        "architecture": source.config.architecture,
+        "source_sha256": source.fingerprint(),
+        "calibration": calibration_job(options.calibration, options.calibration_tokens, options.seed),
+        "texts": {
+            name: {
+                "tokens": tokens.size,
+                "sha256": hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(),
+            }
+            for name, tokens in texts.items()
+        },
+        "versions": versions(),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ablation:
+    """What the steps of one ablation share; each part is made when a step first needs it."""
+
+    source: Source
+    options: AblationOptions
+    texts: dict[str, Int32[np.ndarray, " tokens"]]
+    tokenizer: Path
+    results: Results
+    progress: Progress
+    orders: dict[bool, Order] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        """The calibration windows, the same for all steps; kept beside the results."""
+        kept = self.results.read_calibration()
+        if kept is not None:
+            return kept
+        calibration = load_calibration(
+            self.source,
+            self.tokenizer,
+            self.options.calibration,
+            num_tokens=self.options.calibration_tokens,
+            seed=self.options.seed,
+            report=lambda done, total: self.progress("sample calibration text", done, total),
+        )
+        self.results.write_calibration(calibration)
+        return calibration
+
+    @functools.cached_property
+    def eval_windows(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The windows and their lengths of each text."""
+        config = self.source.config
+        seq_len = min(SEQ_LEN, config.max_position_embeddings)
+        return {
+            name: make_windows(tokens, config=config, seq_len=seq_len, max_tokens=None)
+            for name, tokens in self.texts.items()
+        }
+
+    def measure(self, step: Step, recipe: QuantConfig) -> Row:
+        """Quantizes the model as the step says, running all windows through each layer as it is made."""
+        started = time.perf_counter()
+        source = Rotated(self.source) if recipe.rotate else self.source
+        config = source.config.replace(quantization=recipe)
+        shared, order, calibration = self._start(source, config)
+        if recipe.quantizes_linears:  # as a checkpoint stores it
+            stored = stored_form(shared, shared_specs(config))
+            shared = {name: value.astype(np.float32) for name, value in stored.items()}
+        evaluated = {
+            name: embed(shared["embedding"], windows) for name, (windows, _) in self.eval_windows.items()
+        }
+        run = run_simulated if step.simulated else run_windows
+        for layer in range(config.num_layers):
+            tree = read_layer(source, layer)
+            if order is not None:
+                tree = permute_residual(tree, order)
+            try:
+                params = _layer_params(step, tree, calibration, source.config, config)
+            except AtomError as error:
+                raise AtomError(f"step {step.name}: layer {layer}: {error}") from error
+            for stream in (calibration, *evaluated.values()):
+                for batch in batches(stream):
+                    batch[...] = run(params, batch, config=config)
+                if not np.isfinite(stream).all():
+                    raise AtomError(f"step {step.name}: the output of layer {layer} is not finite")
+            self.progress(step.name, layer + 1, config.num_layers)
+        perplexity = {
+            name: residual_perplexity(x, *self.eval_windows[name], shared, config=config).perplexity
+            for name, x in evaluated.items()
+        }
+        return Row(
+            name=step.name,
+            recipe=dataclasses.asdict(recipe),
+            simulated=step.simulated,
+            perplexity=perplexity,
+            bits_per_weight=_bits_per_weight(config, simulated=step.simulated),
+            bytes=_stored_bytes([shared_specs(config), *[layer_specs(config)] * config.num_layers]),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _start(self, source: Source, config: ModelConfig) -> tuple[Tree, Order | None, Windows]:
+        """Embedding, norm, head; the order of the residual stream; that stream of the calibration windows."""
+        shared = read_shared(source)
+        if not needs_calibration(config):
+            return shared, None, np.zeros((0, 1, config.hidden_size), np.float32)
+        tokens = self.calibration.tokens
+        windows = embed(shared["embedding"], tokens)
+        if config.quantization.reorder != "folded":
+            return shared, None, windows
+        rotated = config.quantization.rotate
+        if rotated not in self.orders:
+            self.orders[rotated] = residual_order(
+                source,
+                shared["embedding"],
+                tokens,
+                lambda done, total: self.progress(
+                    f"measure outliers{' after rotation' if rotated else ''}", done, total
+                ),
+            )
+        order = self.orders[rotated]
+        return permute_shared(shared, order), order, np.ascontiguousarray(windows[..., order])
+
+
+def _layer_params(
+    step: Step, tree: Tree, windows: Windows, float_config: ModelConfig, config: ModelConfig
+) -> dict[str, Any]:
+    if step.simulated:
+        return simulate_layer(tree, windows, float_config=float_config, config=config)
+    if config.quantization.quantizes_linears:
+        return quantize_on_windows(tree, windows, float_config=float_config, config=config)[0]
+    return on_device(tree)
+
+
+def _stored_bytes(specs: Any) -> int:
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in jax.tree.leaves(specs))
+
+
+def _bits_per_weight(config: ModelConfig, *, simulated: bool) -> float:
+    """Of the linears in the layers, scales and padding included."""
+    shapes = linear_shapes(config).values()
+    size = sum(_stored_bytes(linear_spec(shape, config)) for shape in shapes)
+    if simulated:  # two bytes an outlier instead of one
+        size += sum(rows * config.quantization.num_outliers for rows, _ in shapes)
+    return 8 * size / sum(math.prod(shape) for shape in shapes)

@@ -1,0 +1,97 @@
+"""The paper's step "outliers in FP16" (section 4.1), simulated in floating point.
+
+No checkpoint type stores it and no kernel multiplies it: the body of weights and activations is rounded to
+INT4 as ever and made float again, the outliers are left as they are, and XLA multiplies floats. It is here to
+tell what INT8 outliers cost, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int32
+
+from atom_jax.config import ModelConfig, QuantConfig
+from atom_jax.kv_cache import init_cache
+from atom_jax.layers import linear
+from atom_jax.llama import linear_shapes, make_step
+from convert.float_model import Tree
+from convert.layerwise import mean_hessians
+from convert.quantize_layer import order_channels
+from convert.rtn import quantize_weight
+from pallas_kernels import ActivationFormat, kv_append, paged_attention, quantize
+from pallas_kernels.norm_quantize.reference import rms_norm
+from pallas_kernels.silu_quantize.reference import silu_mul
+
+
+def simulate_layer(
+    tree: Tree,
+    windows: Float32[np.ndarray, "windows seq hidden"],
+    *,
+    float_config: ModelConfig,
+    config: ModelConfig,
+) -> dict[str, Any]:
+    """A float layer whose linears are rounded to nearest in all but their outlier channels.
+
+    Arguments are those of ``convert.layerwise.quantize_on_windows``; what ``run_simulated`` takes.
+    """
+    quantization = config.quantization
+    layer, _ = order_channels(dict(tree), mean_hessians(tree, windows, float_config), config)
+    for name, (_, channels) in linear_shapes(config).items():
+        body = channels - quantization.num_outliers
+        stored = quantize_weight(
+            layer[name][:, :body],
+            group_size=quantization.group_size,
+            num_outliers=0,
+            clip_w=quantization.clip_w,
+        )
+        layer[name] = np.concatenate([np.asarray(stored.dequantize()), layer[name][:, body:]], axis=1)
+    return {name: jnp.asarray(value) for name, value in layer.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def run_simulated(
+    params: Mapping[str, Array], x: Float32[Array, "batch seq hidden"], *, config: ModelConfig
+) -> Float32[Array, "batch seq hidden"]:
+    """``convert.streaming.run_windows`` for a layer of ``simulate_layer``."""
+    batch, seq, hidden = x.shape
+    cache = init_cache(config.replace(num_layers=1), batch, seq, dtype=x.dtype)
+    step = make_step(jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq)), cache, config)
+
+    def project(name: str, inputs: Array, residual: Array | None = None) -> Array:
+        rounded = _round_body(inputs, params.get(f"{name}_indices"), config.quantization)
+        return linear(rounded, params[f"{name}_proj"], params.get(f"{name}_bias"), x.dtype, residual)
+
+    rows = x.reshape(batch * seq, hidden)
+    q, cache = kv_append(
+        project("qkv", rms_norm(rows, params["input_norm"], config.rms_norm_eps)),
+        cache,
+        layer=jnp.int32(0),
+        slots=step.slots,
+        cos=step.cos,
+        sin=step.sin,
+        num_heads=config.num_heads,
+        q_norm=params.get("q_norm"),
+        k_norm=params.get("k_norm"),
+        eps=config.rms_norm_eps,
+    )
+    q = q.reshape(batch, seq, config.num_heads, config.head_dim)
+    attended = paged_attention(q, cache, layer=jnp.int32(0), positions=step.positions, key_rope=step.key_rope)
+    rows = project("o", attended.reshape(batch * seq, config.q_size), rows)
+    gate_up = project("gate_up", rms_norm(rows, params["post_attention_norm"], config.rms_norm_eps))
+    return project("down", silu_mul(gate_up), rows).reshape(x.shape)
+
+
+def _round_body(
+    x: Float32[Array, "m k"], indices: Int32[Array, " k"] | None, quantization: QuantConfig
+) -> Float32[Array, "m k"]:
+    """``x`` in stored order, rounded to INT4 in all but the outliers."""
+    ordered = x if indices is None else jnp.take(x, indices, axis=-1)
+    body = x.shape[-1] - quantization.num_outliers
+    fmt = ActivationFormat(quantization.group_size or body, 0, quantization.clip_a)
+    return jnp.concatenate([quantize(ordered[:, :body], fmt).dequantize(), ordered[:, body:]], axis=-1)

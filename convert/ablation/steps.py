@@ -1,0 +1,106 @@
+"""The steps of the ablation, as data: what each changes, and what the paper measured for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from atom_jax.config import QuantConfig, preset
+
+# Perplexity of WikiText2 under Llama-7B, with groups of 128 and 128 outliers (Atom, arXiv 2310.19102).
+PAPER_MODEL = "Llama-7B"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One idea, on top of another step.
+
+    Attributes:
+      name: in the JSON; unique.
+      label: what is new, in a few words.
+      changes: settings of ``QuantConfig``.
+      after: the step that it is added to and compared with; None for the one before it in the chain, which is
+        all steps that do not name one. A step that names one is a branch: nothing follows it.
+      paper: the paper's perplexity of the same step, see ``PAPER_MODEL``.
+      simulated: outliers stay in floating point, which no checkpoint stores and no kernel multiplies
+        (``convert.ablation.simulation``).
+    """
+
+    name: str
+    label: str
+    changes: Mapping[str, Any]
+    after: str | None = None
+    paper: float | None = None
+    simulated: bool = False
+
+
+FLOAT = Step("float", "float", {}, paper=5.68)
+
+# Every setting is named: one that is new in QuantConfig must not enter the first step by its default.
+_NAIVE: dict[str, Any] = {
+    "scheme": "w4a4kv4",
+    "group_size": None,
+    "num_outliers": 0,
+    "clip_w": 1.0,
+    "clip_a": 1.0,
+    "gptq": False,
+    "reorder": "none",
+    "rotate": False,
+    "smooth_keys": 0.0,
+    "kv_bits": 16,
+    "kv_groups": 1,
+    "kv_rope": "pre",
+}
+
+
+def make_steps(group_size: int, num_outliers: int) -> tuple[Step, ...]:
+    """The paper's ideas in the paper's order, then this project's, then what was tried instead."""
+    outliers = {"num_outliers": num_outliers, "reorder": "per_layer"}
+    clip = {"clip_w": 0.85, "clip_a": 0.9}
+    return (
+        FLOAT,
+        Step("naive", "W4A4, one scale a row", _NAIVE, paper=2315.5),
+        Step("outliers-fp16", f"{num_outliers} outliers in FP16", outliers, paper=11.34, simulated=True),
+        Step("outliers-int8", "outliers in INT8", {}, paper=11.39),
+        Step("groups", f"groups of {group_size}", {"group_size": group_size}, paper=6.22),
+        Step("clip", "clipping", clip, paper=6.13),
+        Step("gptq", "GPTQ", {"gptq": True}, paper=6.04),
+        Step("kv4", "INT4 KV cache", {"kv_bits": 4}, paper=6.16),
+        # This project's.
+        Step("folded", "one order for all layers, folded", {"reorder": "folded"}),
+        Step("post-rope", "keys quantized after RoPE", {"kv_rope": "post"}),
+        Step("kv-groups", "two scales for each cached head", {"kv_groups": 2}),
+        Step("smooth-keys", "key channels evened out", {"smooth_keys": 0.5}),
+        # Instead.
+        Step("rotated", "rotated first", {"rotate": True}, after="smooth-keys"),
+        Step(
+            "rotated-only",
+            "rotated, no outliers",
+            {"rotate": True, "num_outliers": 0},
+            after="smooth-keys",
+        ),
+    )
+
+
+def recipes(steps: Sequence[Step]) -> dict[str, QuantConfig]:
+    """The whole recipe of each step, by name."""
+    found: dict[str, QuantConfig] = {}
+    for step, base in zip(steps, bases(steps), strict=True):
+        if step.name == FLOAT.name:
+            found[step.name] = preset("bf16")
+        elif base is None or base == FLOAT.name:
+            found[step.name] = QuantConfig(**step.changes)
+        else:
+            found[step.name] = dataclasses.replace(found[base], **step.changes)
+    return found
+
+
+def bases(steps: Sequence[Step]) -> list[str | None]:
+    """The name of the step that each is compared with; None for the first."""
+    found: list[str | None] = []
+    last = None
+    for step in steps:
+        found.append(step.after or last)
+        last = last if step.after else step.name
+    return found

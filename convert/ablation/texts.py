@@ -1,0 +1,49 @@
+"""The texts that perplexity is measured on: given files, or two that every CPython has."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+
+from atom_jax.errors import AtomError
+from convert.calibration import encode, read_text
+
+# Generous characters a token: no more of a text than is needed is tokenized.
+_CHARACTERS_PER_TOKEN = 16
+
+
+def default_texts() -> dict[str, str]:
+    """English prose, Python's help topics, and program code, the module argparse; each from its middle."""
+    from pydoc_data.topics import topics
+
+    texts = {
+        "prose": "\n\n".join(topics[name] for name in sorted(topics)),
+        "code": inspect.getsource(argparse),
+    }
+    return {name: text[len(text) // 2 :] for name, text in texts.items()}
+
+
+def load_texts(
+    files: Sequence[Path], tokenizer_folder: Path, num_tokens: int
+) -> dict[str, Int32[np.ndarray, " tokens"]]:
+    """The first ``num_tokens`` tokens of each text by its name: of ``files``, or of ``default_texts``.
+
+    Raises:
+      AtomError: a file cannot be read, is too short, or has the name of another.
+    """
+    texts: dict[str, str] = {} if files else default_texts()
+    for file in files:
+        if file.name in texts:
+            raise AtomError(f"{file}: another text is called {file.name}, too; rename one of them")
+        texts[file.name] = read_text(file)
+    longest = _CHARACTERS_PER_TOKEN * num_tokens
+    tokens = {name: encode(tokenizer_folder, text[:longest])[:num_tokens] for name, text in texts.items()}
+    for name, ids in tokens.items():
+        if ids.size < 2:
+            raise AtomError(f"{name}: fewer than two tokens to measure perplexity on")
+    return tokens

@@ -1,0 +1,295 @@
+"""The ablation: its steps are complete, its numbers are those of checkpoints, and it goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from atom_jax.cli import app
+from atom_jax.config import QuantConfig, preset
+from atom_jax.llama import linear_shapes
+from convert.ablation import run
+from convert.ablation.plot import PLOT_FILE, can_plot, plot
+from convert.ablation.results import RESULTS_FILE, table
+from convert.ablation.run import AblationOptions, ablate
+from convert.ablation.simulation import run_simulated, simulate_layer
+from convert.ablation.steps import FLOAT, Step, bases, make_steps, recipes
+from convert.ablation.texts import default_texts
+from convert.float_model import read_layer
+from convert.layerwise import quantize_on_windows
+from convert.pipeline import ConvertOptions, convert
+from convert.sources import open_source
+from convert.streaming import run_windows
+from tests.convert.jobs import contents, prose, save_text
+from tests.convert.tiny import fails, save_tiny
+
+# A short chain: an integer step after the simulated one it differs from in the outliers alone, and a branch.
+GROUPS = {"group_size": 32, "num_outliers": 32, "reorder": "per_layer", "gptq": False, "kv_bits": 16}
+STEPS = (
+    FLOAT,
+    Step("simulated", "32 outliers in FP16", GROUPS, simulated=True, paper=11.34),
+    Step("stored", "outliers in INT8", {}, paper=11.39),
+    Step("rotated", "rotated", {"rotate": True, "reorder": "folded"}, after="stored"),
+    Step("misfit", "groups of 128", {"group_size": 128}, after="stored"),
+)
+MEASURED = ["float", "simulated", "stored", "rotated"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("source"), tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> AblationOptions:
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "other.txt").write_text(prose(9000)[5000:], encoding="utf-8")
+    texts = (save_text(folder / "text.txt"), folder / "other.txt")
+    return AblationOptions(
+        calibration=str(texts[1]), calibration_tokens=256, texts=texts, eval_tokens=300, group_size=32
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(source: Path, options: AblationOptions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished ablation."""
+    out = tmp_path_factory.mktemp("ablation")
+    ablate(source, out, options, steps=STEPS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / RESULTS_FILE).read_text())
+
+
+def rows(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in report["steps"]}
+
+
+# The steps.
+
+
+def test_steps_lead_from_naive_to_the_default() -> None:
+    steps = make_steps(64, 32)
+    names = [step.name for step in steps]
+    assert len(set(names)) == len(names)
+    found = recipes(steps)
+    naive, chain = steps[1], [step for step in steps if step.after is None]
+    assert naive.changes.keys() == {field.name for field in dataclasses.fields(QuantConfig)}
+    assert found[chain[-1].name] == preset("w4a4kv4", group_size=64, num_outliers=32)
+    assert found["float"] == preset("bf16")
+    assert [step.paper for step in steps if step.paper] == [
+        5.68,
+        2315.5,
+        11.34,
+        11.39,
+        6.22,
+        6.13,
+        6.04,
+        6.16,
+    ]
+    # Each changes something; only what INT8 costs the outliers is invisible in a recipe.
+    for step, base in zip(steps, bases(steps), strict=True):
+        if base is not None:
+            assert (found[step.name] != found[base]) is (step.name != "outliers-int8"), step.name
+
+
+def test_a_branch_is_compared_with_its_base_and_nothing_follows_it() -> None:
+    chain = (FLOAT, Step("a", "", {}), Step("b", "", {}, after="float"), Step("c", "", {"gptq": False}))
+    assert bases(chain) == [None, "float", "float", "a"]
+    assert recipes(chain)["c"] == preset("w4a4kv4", gptq=False)
+
+
+# The numbers.
+
+
+def test_perplexity_is_that_of_the_checkpoint(
+    source: Path, options: AblationOptions, report: dict[str, Any], tmp_path: Path
+) -> None:
+    for name in ("stored", "rotated"):
+        row = rows(report)[name]
+        card = convert(
+            source,
+            tmp_path / name,
+            ConvertOptions(
+                QuantConfig(**row["recipe"]),
+                calibration=options.calibration,
+                calibration_tokens=256,
+                eval_text=options.texts[0],
+                eval_tokens=300,
+            ),
+        )
+        assert row["perplexity"]["text.txt"] == pytest.approx(card["perplexity"]["after"], rel=1e-4)
+        before = rows(report)["float"]["perplexity"]["text.txt"]
+        assert before == pytest.approx(card["perplexity"]["before"], rel=1e-4)
+        stored = contents(tmp_path / name)["params"]
+        assert row["bytes"] == sum(array.nbytes for array in jax.tree.leaves(stored))
+
+
+def test_report(report: dict[str, Any], options: AblationOptions) -> None:
+    found = rows(report)
+    assert list(found) == [step.name for step in STEPS]
+    for name in MEASURED:
+        row, base = found[name], found.get(found[name]["after"] or "")
+        assert row["perplexity"].keys() == {"text.txt", "other.txt"}
+        for text, perplexity in row["perplexity"].items():
+            assert row["ratio"][text] == perplexity / found["float"]["perplexity"][text]
+            if base is not None:
+                assert row["change"][text] == perplexity / base["perplexity"][text] - 1
+    assert found["float"]["change"] is None
+    assert (found["stored"]["after"], found["rotated"]["after"]) == ("simulated", "stored")
+    assert [name for name, row in found.items() if row["simulated"]] == ["simulated"]
+    assert found["float"]["bits_per_weight"] == 16
+    assert 4 < found["stored"]["bits_per_weight"] < found["simulated"]["bits_per_weight"] < 16
+    assert found["rotated"]["bytes"] > found["stored"]["bytes"]  # its head is no longer the embedding
+    assert "128" in found["misfit"]["error"] and "perplexity" not in found["misfit"]
+    assert report["calibration"]["name"] == Path(options.calibration or "").name
+    assert report["job"]["texts"]["text.txt"]["tokens"] == 300
+
+
+def test_simulation_differs_from_what_is_stored_by_the_rounding_of_outliers(source: Path) -> None:
+    opened = open_source(source)
+    tree, config = read_layer(opened, 0), opened.config
+    windows = np.random.default_rng(0).normal(size=(2, 64, 64)).astype(np.float32)
+    expected = np.asarray(run_windows(tree, windows, config=config))
+    quantized = config.replace(quantization=recipes(STEPS)["simulated"])
+    simulated = simulate_layer(tree, windows, float_config=config, config=quantized)
+    stored, _ = quantize_on_windows(tree, windows, float_config=config, config=quantized)
+    assert simulated.keys() == stored.keys() >= linear_shapes(config).keys()
+    one = np.asarray(run_simulated(simulated, jnp.asarray(windows), config=quantized)) - expected
+    other = np.asarray(run_windows(stored, windows, config=quantized)) - expected
+    size = np.linalg.norm(expected - windows)
+    assert 0.02 < np.linalg.norm(one) / size < 0.3
+    # Where INT8 moves a value, an INT4 rounding after it may flip; unrelated errors would be at 1.4.
+    assert 0 < np.linalg.norm(one - other) < 0.5 * np.linalg.norm(one)
+
+
+def test_table(report: dict[str, Any]) -> None:
+    heading, cells = table(report)
+    assert heading[:4] == ["step", "text.txt", "x float", "change"]
+    assert heading[-1] == "Llama-7B (paper)"
+    assert [row[0] for row in cells] == [
+        "float",
+        "+ 32 outliers in FP16 (simulated)",
+        "+ outliers in INT8",
+        "or: rotated",
+        "or: groups of 128",
+    ]
+    assert cells[1][-1] == "11.34 (2.00x)"
+    assert cells[0][2] == "1.00" and cells[0][3] == ""
+    assert cells[2][3].endswith("%") and cells[2][3][0] in "+-"
+    assert cells[4][1].startswith("not possible:")
+    assert {len(row) for row in cells} == {len(heading)}
+
+
+def test_plot(report: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot(report, tmp_path / PLOT_FILE)
+    assert (tmp_path / PLOT_FILE).read_bytes().startswith(b"\x89PNG")
+
+
+# Going on.
+
+
+def test_finished_steps_are_not_measured_again(
+    source: Path, options: AblationOptions, report: dict[str, Any], folder: Path
+) -> None:
+    measured: list[str] = []
+    changed = (*STEPS[:3], Step("rotated", "rotated", {"rotate": True, "clip_w": 1.0}, after="stored"))
+    again = ablate(
+        source, folder, options, lambda stage, done, total: measured.append(stage), steps=STEPS[:2]
+    )
+    assert not measured and rows(again)["simulated"] == rows(report)["simulated"]
+    before = (folder / RESULTS_FILE).read_text()
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        measured.append(stage)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ablate(source, folder, options, interrupt, steps=changed)
+    assert measured == ["stored"]  # the report of two steps had no more
+    assert (folder / RESULTS_FILE).read_text() == before
+
+
+def test_another_job_is_refused(source: Path, options: AblationOptions, folder: Path) -> None:
+    before = (folder / RESULTS_FILE).read_text()
+    for other in (
+        dataclasses.replace(options, eval_tokens=200),
+        dataclasses.replace(options, calibration_tokens=128),
+        dataclasses.replace(options, texts=options.texts[:1]),
+    ):
+        with fails(folder / RESULTS_FILE, "another text"):
+            ablate(source, folder, other, steps=STEPS)
+    assert (folder / RESULTS_FILE).read_text() == before
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"group_size": 128}, ("qkv_proj", "64 input channels")),
+        ({"calibration_tokens": 64, "group_size": 32, "num_outliers": 32}, ("64 calibration tokens",)),
+        ({"texts": ("missing.txt",), "group_size": 32, "num_outliers": 32}, ("missing.txt", "No such file")),
+        ({"texts": ("a/x.txt", "b/x.txt"), "group_size": 32, "num_outliers": 32}, ("b/x.txt", "rename")),
+        ({"texts": ("short.txt",), "group_size": 32, "num_outliers": 32}, ("short.txt", "fewer than two")),
+    ],
+)
+def test_bad_options(changes: dict[str, Any], says: tuple[str, ...], source: Path, tmp_path: Path) -> None:
+    for name in ("a/x.txt", "b/x.txt", "short.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("12" if name == "short.txt" else "in the inn")
+    texts = tuple(tmp_path / name for name in changes.get("texts", ("a/x.txt",)))
+    with fails(*says):
+        ablate(source, tmp_path / "out", AblationOptions(**{**changes, "texts": texts}), steps=None)
+
+
+def test_damaged_results(source: Path, options: AblationOptions, tmp_path: Path) -> None:
+    (tmp_path / RESULTS_FILE).write_text("{")
+    with fails(tmp_path / RESULTS_FILE, "remove it"):
+        ablate(source, tmp_path, options, steps=STEPS)
+
+
+def test_default_texts_are_different_and_long() -> None:
+    texts = default_texts()
+    assert list(texts) == ["prose", "code"]
+    assert all(len(text) > 40_000 for text in texts.values())
+    assert "    def " in texts["code"] and "    def __init__" not in texts["prose"][:1000]
+
+
+# The command.
+
+
+def test_command(source: Path, options: AblationOptions, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(run, "make_steps", lambda group_size, num_outliers: STEPS[:1])
+    text, out = options.texts[0], tmp_path / "out"
+    args = ["ablate", str(source), str(out), "--text", str(text), "--eval-tokens", "300"]
+    result = CliRunner().invoke(app, [*args, "--json"])
+    assert result.exit_code == 0, result.output
+    got = json.loads(result.stdout)
+    assert got == json.loads((out / RESULTS_FILE).read_text())
+    assert math.isfinite(got["steps"][0]["perplexity"]["text.txt"])
+    assert (out / PLOT_FILE).exists() == can_plot()
+    assert f"written: {out / RESULTS_FILE}" in result.stderr
+
+    monkeypatch.setattr("convert.ablation.plot.can_plot", lambda: False)
+    shown = CliRunner().invoke(app, args)
+    assert shown.exit_code == 0, shown.output
+    assert f"{got['steps'][0]['perplexity']['text.txt']:.2f}" in shown.stdout
+    assert "pip install 'atom-jax[bench]'" in shown.stderr
+
+    refused = CliRunner().invoke(app, [*args, "--text", str(tmp_path / "no.txt")])
+    assert refused.exit_code == 2 and "no.txt" in refused.stderr
