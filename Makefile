@@ -29,7 +29,8 @@ demo: $(VENV)/.stamp-base ## Convert a real model to 4 bits, compare it with the
 
 .PHONY: test
 test: $(VENV)/.stamp-test ## Run the tests (those marked cuda are skipped without a GPU)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=15 $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 \
+	  $(ARGS)
 
 .PHONY: test-kernels
 test-kernels: $(KERNELS_VENV)/.stamp ## Compile the GPU kernels for an H200 and run them interpreted, on the CPU

@@ -39,6 +39,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(_CUDA_TESTS):
             item.add_marker(pytest.mark.cuda)
+    # Files that take minutes first: a worker that began one last would end long after the others.
+    long = {item.path for item in items if item.get_closest_marker("smollm2")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
