@@ -177,7 +177,7 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             continue
         cells = [full_label(row)]
         for text in texts:
-            change = "" if row["change"] is None else f"{row['change'][text]:+.1%}"
+            change = "" if row["change"] is None else _change(row["change"][text])
             cells += [_number(row["perplexity"][text]), f"{row['ratio'][text]:.2f}", change]
         rows.append([*cells, f"{row['bits_per_weight']:.2f}", _paper(row, report["paper"]["float"])])
     return heading, rows
@@ -185,6 +185,10 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _paper(row: dict[str, Any], reference: float) -> str:
     return "" if row["paper"] is None else f"{row['paper']} ({row['paper'] / reference:.2f}x)"
+
+
+def _change(value: float) -> str:
+    return f"{value:+.1%}" if value < 1 else f"x{value + 1:.1f}"
 
 
 def _number(value: float) -> str:
