@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from atom_jax.cli import ablate, compare, convert, demo, evaluate, explain, generate, inspect
+from atom_jax.cli import ablate, batch, compare, convert, demo, evaluate, explain, generate, inspect, serve
 from atom_jax.cli.console import ReportingCommand
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 app.command("convert", cls=ReportingCommand)(convert.convert)
 app.command("generate", cls=ReportingCommand)(generate.generate)
+app.command("serve", cls=ReportingCommand)(serve.serve)
+app.command("batch", cls=ReportingCommand)(batch.batch)
 app.command("eval", cls=ReportingCommand)(evaluate.evaluate)
 app.command("compare", cls=ReportingCommand)(compare.compare)
 app.command("ablate", cls=ReportingCommand)(ablate.ablate)

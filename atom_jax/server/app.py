@@ -41,6 +41,7 @@ class Service:
 
     Attributes:
       engine: the thread that answers.
+      max_model_len: the most tokens of a prompt and its answer together.
       draining: new work is refused.
       on_failure: called when the engine has failed.
     """
@@ -50,6 +51,7 @@ class Service:
         self.on_failure: Callable[[], None] = lambda: None
         self.engine = EngineThread(engine, on_progress=self._observe, on_failure=lambda: self.on_failure())
         self.metrics = Metrics(lambda: self.engine.stats)
+        self.max_model_len = engine.max_model_len
         self.draining = False
         self.created = int(time.time())
 
@@ -64,7 +66,7 @@ class Service:
         if request.model != config.model_name:
             message = f"the model {request.model!r} does not exist; this server has {config.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
-        job = await asyncio.to_thread(make_job, request, self._tokenizer, max_model_len=config.max_model_len)
+        job = await asyncio.to_thread(make_job, request, self._tokenizer, max_model_len=self.max_model_len)
         choices = job.choices
         if len(choices) > config.max_in_flight:
             raise ApiError(400, f"n: this server gives at most {config.max_in_flight} answers", param="n")
@@ -151,7 +153,7 @@ def _model(service: Service) -> dict[str, Any]:
         "object": "model",
         "created": service.created,
         "owned_by": "atom-jax",
-        "max_model_len": config.max_model_len,
+        "max_model_len": service.max_model_len,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from atom_jax.errors import AtomError
 
@@ -13,7 +14,6 @@ class ServerConfig:
 
     Attributes:
       model_name: what requests call the model.
-      max_model_len: the most tokens of a prompt and its answer together.
       max_in_flight: answers that run or wait at once; requests beyond are refused with 429.
       api_key: without it in the header ``Authorization: Bearer KEY``, /v1 answers 401. None: open to all.
       max_body_bytes: of a request.
@@ -23,7 +23,6 @@ class ServerConfig:
     """
 
     model_name: str
-    max_model_len: int
     max_in_flight: int = 288
     api_key: str | None = None
     max_body_bytes: int = 2**21
@@ -32,10 +31,10 @@ class ServerConfig:
     drain_timeout: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_in_flight", "max_body_bytes", "read_timeout", "request_timeout"):
-            if not getattr(self, name) > 0:
+        for name in ("max_in_flight", "max_body_bytes", "read_timeout", "request_timeout"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise AtomError(f"{name} must be positive, found {getattr(self, name)}")
-        if not self.drain_timeout >= 0:
+        if not 0 <= self.drain_timeout < math.inf:
             raise AtomError(f"drain_timeout must be 0 or more, found {self.drain_timeout}")
         if self.api_key == "":
             raise AtomError("the API key must not be empty")

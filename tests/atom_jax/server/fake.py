@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from atom_jax.engine import Engine, EngineConfig, EngineStats, Output, RequestParams, TokenLogprobs
+from atom_jax.engine import Engine, EngineStats, Output, RequestParams, TokenLogprobs
 from atom_jax.errors import AtomError
 from atom_jax.server.app import Service
 from atom_jax.server.config import ServerConfig
@@ -32,7 +32,7 @@ class FakeEngine(Engine):
     """
 
     def __init__(self, num_pages: int = 4, step_seconds: float = 0.0) -> None:
-        self.config = EngineConfig(num_pages=num_pages, max_model_len=MAX_MODEL_LEN)
+        self.max_model_len = MAX_MODEL_LEN
         self.requests: dict[str, _Request] = {}
         self.num_pages = num_pages
         self.step_seconds = step_seconds
@@ -148,4 +148,4 @@ def until(condition: Any, seconds: float = 20) -> None:
 
 
 def config(**changes: Any) -> ServerConfig:
-    return ServerConfig(**({"model_name": "tiny", "max_model_len": MAX_MODEL_LEN} | changes))
+    return dataclasses.replace(ServerConfig("tiny"), **changes)

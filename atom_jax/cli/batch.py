@@ -1,0 +1,101 @@
+"""``atom-jax batch``: answers to a file of requests in OpenAI's batch format."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from atom_jax.cli.console import JsonOption, note, print_json, stderr
+from atom_jax.cli.engine import (
+    CheckpointArgument,
+    DeterministicOption,
+    MaxModelLenOption,
+    MaxNumSeqsOption,
+    MemoryOption,
+    ModelNameOption,
+    PrefixCachingOption,
+    TokenBudgetOption,
+    load_engine,
+    served_name,
+)
+
+if TYPE_CHECKING:
+    from atom_jax.batch import BatchProgress
+
+
+def batch(
+    checkpoint: CheckpointArgument,
+    requests: Annotated[
+        Path, typer.Argument(metavar="IN", help="Requests, a JSON object a line.", show_default=False)
+    ],
+    results: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Results; continued if it is there.", show_default=False)
+    ],
+    model_name: ModelNameOption = None,
+    memory_gb: MemoryOption = None,
+    max_num_seqs: MaxNumSeqsOption = 32,
+    max_model_len: MaxModelLenOption = None,
+    token_budget: TokenBudgetOption = 512,
+    prefix_caching: PrefixCachingOption = True,
+    deterministic: DeterministicOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Answer the requests in IN (OpenAI's batch format); an interrupted run goes on where it was."""
+    from atom_jax.batch import check_requests, run_batch
+
+    name = served_name(checkpoint, model_name)
+    check_requests(requests, name)  # before the minutes of loading and compiling
+    model, engine = load_engine(
+        checkpoint,
+        memory_gb=memory_gb,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        token_budget=token_budget,
+        prefix_caching=prefix_caching,
+        deterministic=deterministic,
+    )
+    started = time.perf_counter()
+    with _bar() as report:
+        end = run_batch(
+            engine,
+            model.tokenizer,
+            requests,
+            results,
+            model_name=name,
+            ahead=2 * max_num_seqs,
+            report=report,
+        )
+    seconds = time.perf_counter() - started
+    rate = end.tokens / seconds
+    if json_output:
+        print_json({**dataclasses.asdict(end), "seconds": seconds, "tokens_per_second": rate})
+    note(f"{end.done} results; {end.failed} errors and {end.tokens} tokens of this run")
+    note(f"{seconds:.1f} s: {rate:.1f} tokens/s")
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[BatchProgress], None]]:
+    """Draws results done and tokens per second on stderr while the block runs; nothing in a log."""
+    columns = (
+        TextColumn("requests"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress:
+        task = progress.add_task("", rate=0.0)
+        started = time.perf_counter()
+
+        def report(now: BatchProgress) -> None:
+            rate = now.tokens / (time.perf_counter() - started)
+            progress.update(task, completed=now.done, total=now.total, rate=rate)
+
+        yield report

@@ -1,0 +1,113 @@
+"""The engine as the commands that serve make it: its options, its memory, its compilation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from atom_jax.cli.console import format_bytes, note, progress_bars, stderr
+
+if TYPE_CHECKING:
+    from atom_jax.checkpoint import Model
+    from atom_jax.engine import Engine
+
+_ENGINE = "Engine"
+
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="CKPT", help="Converted checkpoint.", show_default=False)
+]
+ModelNameOption = Annotated[
+    str | None,
+    typer.Option(help="What requests call the model; the folder's name if not given.", show_default=False),
+]
+MemoryOption = Annotated[
+    float | None,
+    typer.Option(
+        help="For weights and cache together; what the weights leave becomes cache pages.",
+        show_default=False,
+        rich_help_panel=_ENGINE,
+    ),
+]
+MaxNumSeqsOption = Annotated[
+    int, typer.Option(help="Answers that run at once.", min=1, rich_help_panel=_ENGINE)
+]
+MaxModelLenOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Most tokens of a prompt and its answer together.",
+        min=2,
+        show_default=False,
+        rich_help_panel=_ENGINE,
+    ),
+]
+TokenBudgetOption = Annotated[
+    int, typer.Option(help="Most tokens that one step computes.", min=1, rich_help_panel=_ENGINE)
+]
+PrefixCachingOption = Annotated[
+    bool,
+    typer.Option(
+        help="Keep the pages of ended answers for prompts that begin alike.", rich_help_panel=_ENGINE
+    ),
+]
+DeterministicOption = Annotated[
+    bool,
+    typer.Option(
+        help="The same answer, bit for bit, whatever is served beside it; slower.", rich_help_panel=_ENGINE
+    ),
+]
+
+
+def load_engine(
+    checkpoint: Path,
+    *,
+    memory_gb: float | None,
+    max_num_seqs: int,
+    max_model_len: int | None,
+    token_budget: int,
+    prefix_caching: bool,
+    deterministic: bool,
+) -> tuple[Model, Engine]:
+    """A checkpoint and an engine that serves it, with everything compiled.
+
+    Raises:
+      AtomError: no checkpoint, or sizes that do not fit it or each other.
+    """
+    import jax
+
+    from atom_jax import load
+    from atom_jax.compilation_cache import enable_compilation_cache
+    from atom_jax.engine import Engine, EngineConfig
+    from atom_jax.errors import AtomError
+
+    enable_compilation_cache()
+    with stderr.status("Loading the checkpoint"):
+        model = load(checkpoint)
+        model.tokenizer  # noqa: B018  a checkpoint without one fails now, not at the first request
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    memory = None if memory_gb is None else int(memory_gb * 1e9) - weights
+    if memory is not None and memory <= 0:
+        raise AtomError(f"--memory-gb {memory_gb:g}: the weights alone take {format_bytes(weights)}")
+    config = EngineConfig(
+        memory_bytes=memory,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        token_budget=token_budget,
+        prefix_caching=prefix_caching,
+        deterministic=deterministic,
+    )
+    engine = Engine(model, config)
+    stats = engine.stats()
+    note(
+        f"weights {format_bytes(weights)}; {stats.num_pages} cache pages of {config.page_size} tokens; "
+        f"up to {max_num_seqs} answers of {engine.max_model_len} tokens at once"
+    )
+    with progress_bars() as report:
+        engine.warm_up(lambda done, total: report("programs compiled", done, total))
+    return model, engine
+
+
+def served_name(checkpoint: Path, model_name: str | None) -> str:
+    """What requests call the model."""
+    return model_name or checkpoint.resolve().name
