@@ -2,9 +2,9 @@
 
     python -m bench.ablation [--dir FOLDER]
 
-Writes bench/results/ablation.json, docs/ablation.png (with matplotlib: ``pip install .[bench]``) and the table
-in docs/accuracy.md. FOLDER keeps the finished steps: an interrupted run goes on, and a step whose recipe
-changed is measured again. After any other change of the program remove FOLDER.
+Writes bench/results/ablation.json, the table in docs/accuracy.md and, with matplotlib (``pip install
+.[bench]``), docs/ablation.png. FOLDER keeps the finished steps: an interrupted run goes on, and a step whose recipe changed
+is measured again. After any other change of the program remove FOLDER.
 """
 
 from __future__ import annotations

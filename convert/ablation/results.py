@@ -46,17 +46,19 @@ class Results:
     A row is found again only if all that it depends on is the same: the job and its recipe.
 
     Raises:
-      AtomError: the folder holds an ablation with another job, or one that cannot be read.
+      AtomError: the folder cannot be made or read, or holds an ablation with another job.
     """
 
     def __init__(self, folder: Path, job: dict[str, Any]) -> None:
         self.folder = folder
         self.path = folder / RESULTS_FILE
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             self._data: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             self._data = {"job": job, "calibration": None, "steps": []}
+        except OSError as error:
+            raise AtomError(f"{error.filename or folder}: {error.strerror or error}") from error
         except ValueError as error:
             raise AtomError(f"{self.path}: is not valid JSON: {error}; remove it") from error
         if self._data.get("job") != job:

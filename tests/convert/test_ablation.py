@@ -42,6 +42,7 @@ STEPS = (
     Step("rotated", "rotated", {"rotate": True, "reorder": "folded"}, after="stored"),
     Step("misfit", "groups of 128", {"group_size": 128}, after="stored"),
 )
+ABOUT = ("label", "after", "branch", "paper", "ratio", "change")  # what the report adds to a row
 MEASURED = ["float", "simulated", "stored", "rotated"]
 
 
@@ -158,8 +159,11 @@ def test_report(report: dict[str, Any], options: AblationOptions) -> None:
     assert report["job"]["texts"]["text.txt"]["tokens"] == 300
 
 
-def test_simulation_differs_from_what_is_stored_by_the_rounding_of_outliers(source: Path) -> None:
-    opened = open_source(source)
+@pytest.mark.parametrize(("family", "overrides"), [("llama", {"attention_bias": True}), ("qwen3", {})])
+def test_simulation_differs_from_what_is_stored_by_the_rounding_of_outliers(
+    family: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    opened = open_source(save_tiny(tmp_path, family, **overrides))
     tree, config = read_layer(opened, 0), opened.config
     windows = np.random.default_rng(0).normal(size=(2, 64, 64)).astype(np.float32)
     expected = np.asarray(run_windows(tree, windows, config=config))
@@ -202,25 +206,37 @@ def test_plot(report: dict[str, Any], tmp_path: Path) -> None:
 # Going on.
 
 
-def test_finished_steps_are_not_measured_again(
+def test_nothing_is_measured_twice(
     source: Path, options: AblationOptions, report: dict[str, Any], folder: Path
 ) -> None:
-    measured: list[str] = []
-    changed = (*STEPS[:3], Step("rotated", "rotated", {"rotate": True, "clip_w": 1.0}, after="stored"))
-    again = ablate(
-        source, folder, options, lambda stage, done, total: measured.append(stage), steps=STEPS[:2]
-    )
-    assert not measured and rows(again)["simulated"] == rows(report)["simulated"]
-    before = (folder / RESULTS_FILE).read_text()
+    stages: list[str] = []
+    assert ablate(source, folder, options, lambda stage, *_: stages.append(stage), steps=STEPS) == report
+    assert not stages
+
+
+def test_interrupted_run_goes_on(
+    source: Path, options: AblationOptions, report: dict[str, Any], tmp_path: Path
+) -> None:
+    stages: list[str] = []
 
     def interrupt(stage: str, done: int, total: int) -> None:
-        measured.append(stage)
-        raise KeyboardInterrupt
+        if (stage, done) == ("stored", 2):
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ablate(source, folder, options, interrupt, steps=changed)
-    assert measured == ["stored"]  # the report of two steps had no more
-    assert (folder / RESULTS_FILE).read_text() == before
+        ablate(source, tmp_path, options, interrupt, steps=STEPS)
+    kept = json.loads((tmp_path / RESULTS_FILE).read_text())["steps"]
+    assert [row["name"] for row in kept] == ["float", "simulated"]
+    # Another recipe of a finished step: only that step is measured again.
+    changed = (STEPS[0], dataclasses.replace(STEPS[1], changes={**GROUPS, "clip_w": 0.7}), *STEPS[2:])
+    other = ablate(source, tmp_path, options, lambda stage, *_: stages.append(stage), steps=changed[:2])
+    assert set(stages) == {"simulated"}
+    assert rows(other)["float"] == kept[0] | {key: rows(other)["float"][key] for key in ABOUT}
+    stages.clear()
+    again = ablate(source, tmp_path, options, lambda stage, *_: stages.append(stage), steps=STEPS)
+    assert set(stages) == {"simulated", "stored", "measure outliers after rotation", "rotated"}
+    for name in MEASURED:
+        assert rows(again)[name]["perplexity"] == rows(report)[name]["perplexity"]
 
 
 def test_another_job_is_refused(source: Path, options: AblationOptions, folder: Path) -> None:
@@ -257,7 +273,10 @@ def test_bad_options(changes: dict[str, Any], says: tuple[str, ...], source: Pat
         ablate(source, tmp_path / "out", AblationOptions(**{**changes, "texts": texts}), steps=None)
 
 
-def test_damaged_results(source: Path, options: AblationOptions, tmp_path: Path) -> None:
+def test_folder_that_cannot_be_used(source: Path, options: AblationOptions, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with fails(tmp_path / "file", "exists"):
+        ablate(source, tmp_path / "file", options, steps=STEPS)
     (tmp_path / RESULTS_FILE).write_text("{")
     with fails(tmp_path / RESULTS_FILE, "remove it"):
         ablate(source, tmp_path, options, steps=STEPS)
