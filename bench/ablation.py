@@ -3,8 +3,8 @@
     python -m bench.ablation [--dir FOLDER]
 
 Writes bench/results/ablation.json, the table in docs/accuracy.md and, with matplotlib (``pip install
-.[bench]``), docs/ablation.png. FOLDER keeps the finished steps: an interrupted run goes on, and a step whose recipe changed
-is measured again. After any other change of the program remove FOLDER.
+.[bench]``), docs/ablation.png. FOLDER keeps the finished steps: an interrupted run goes on, and a step whose
+recipe changed is measured again. After any other change of the program remove FOLDER.
 """
 
 from __future__ import annotations
