@@ -1,0 +1,133 @@
+"""The server with the engine and a tiny model: what only both together can show."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+
+import httpx
+import numpy as np
+import pytest
+from openai import OpenAI
+
+import atom_jax
+from atom_jax.engine import Engine, EngineConfig
+from atom_jax.server.app import Service
+from atom_jax.server.config import ServerConfig
+from bench.soak import MAX_BODY_KB, MODEL, soak
+from tests.atom_jax.command import ROOT, fails
+from tests.atom_jax.server.fake import running, until
+
+PROMPT = "the tin"
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return atom_jax.load(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    """A server that is used to its limits: 2 answers at once, and pages for little more than one."""
+    settings = EngineConfig(
+        num_pages=9, page_size=16, max_num_seqs=2, max_model_len=128, token_budget=32, deterministic=True
+    )
+    engine = Engine(model, settings)
+    limits = ServerConfig(MODEL, max_body_bytes=MAX_BODY_KB * 1024)
+    with running(Service(limits, engine, model.tokenizer)) as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def complete(client, **changes):
+    options = {"model": MODEL, "prompt": PROMPT, "max_tokens": 12, "temperature": 0} | changes
+    return client.completions.create(**options)
+
+
+def test_greedy_answers_are_generates(client, model):
+    ids = model.tokenizer(PROMPT).input_ids
+    out = atom_jax.generate(
+        model.params, np.asarray([ids]), np.asarray([len(ids)]), config=model.config, max_new_tokens=12
+    )
+    tokens = np.asarray(out.tokens)[0, : int(out.lengths[0])].tolist()
+    answer = complete(client)
+    assert answer.choices[0].text == model.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert answer.usage.completion_tokens == len(tokens)
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_part_of_it(client):
+    whole = complete(client).choices[0].text
+    stop = whole[4:6]
+    (choice,) = complete(client, stop=[stop]).choices
+    assert (choice.text, choice.finish_reason) == (whole[: whole.index(stop)], "stop")
+    streamed = "".join(chunk.choices[0].text for chunk in complete(client, stop=stop, stream=True))
+    assert streamed == choice.text
+
+
+def test_a_seed_repeats_its_answers(client):
+    def texts(**changes):
+        return [choice.text for choice in complete(client, temperature=1, n=3, **changes).choices]
+
+    first = texts(seed=5)
+    assert texts(seed=5) == first != texts(seed=6)
+    assert len(set(first)) == 3
+
+
+def test_logprobs_are_those_of_the_greedy_choice(client):
+    logprobs = complete(client, logprobs=3, max_tokens=4).choices[0].logprobs
+    assert len(logprobs.tokens) == 4
+    for token, logprob, top in zip(
+        logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
+    ):
+        assert top[token] == logprob == max(top.values()) < 0
+
+
+def test_soak(server):
+    """bench/soak.py says what it does; here with more clients than the engine can serve at once."""
+    result = asyncio.run(soak(server, requests=150, clients=16, prompts=8, max_words=20, max_tokens=12))
+    assert result["wrong"] == []
+    assert result["free_pages"] == [9, 9]
+    assert result["preemptions"] > 0
+    assert sum(result["requests"].values()) == 150
+
+
+class TestCommand:
+    def test_wrong_options(self, checkpoint, monkeypatch):
+        fails("serve", checkpoint, "--request-timeout", 0, parts=["request_timeout"])
+        fails("serve", checkpoint, "--host", "256.0.0.1", parts=["256.0.0.1"])
+        fails("serve", checkpoint, "--port", 0, "--memory-gb", 1e-6, parts=["--memory-gb", "weights"])
+        monkeypatch.setitem(sys.modules, "fastapi", None)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        fails("serve", checkpoint, parts=["fastapi", "pip install 'atom-jax[serve]'"])
+
+    @pytest.mark.slow
+    def test_sigterm_lets_answers_end(self, checkpoint):
+        options = ("--port", 0, "--max-num-seqs", 1, "--max-model-len", 128, "--deterministic")
+        command = [sys.executable, "-m", "atom_jax", "serve", checkpoint, *options]
+        with subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                self.drain(process)
+                assert process.wait(60) == 0
+            finally:
+                process.kill()
+
+    def drain(self, process):
+        """Sends SIGTERM while an answer is streamed."""
+        url = next(line.split()[-1] for line in process.stderr if " at http://" in line)
+        with httpx.Client(base_url=url, timeout=60) as http:
+            body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 100, "stream": True, "ignore_eos": True}
+            with http.stream("POST", "/v1/completions", json=body) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                until(lambda: http.get("/health").status_code == 503)
+                refused = http.post("/v1/completions", json=body)
+                assert refused.status_code == 503 and "shutting down" in refused.text
+                assert list(lines)[-2:] == ["data: [DONE]", ""]
