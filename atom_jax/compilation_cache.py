@@ -12,8 +12,8 @@ def enable_compilation_cache() -> Path | None:
     """Keeps compiled programs on disk, so that the next process need not compile them. For entry points.
 
     A folder that was configured already (``JAX_COMPILATION_CACHE_DIR`` or ``jax.config``) is kept as it is;
-    otherwise it is ``atom-jax/xla`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``). Setting
-    ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off.
+    otherwise it is ``atom-jax/xla`` in the cache folder of the user (``XDG_CACHE_HOME`` or ``~/.cache``).
+    Setting ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off.
 
     Returns:
       The folder; None if the cache is turned off.
@@ -26,5 +26,5 @@ def enable_compilation_cache() -> Path | None:
     folder = Path(home) / "atom-jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # By default only what takes a second to compile is kept; an engine's many programs may each take less.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder

@@ -225,13 +225,13 @@ class Engine:
         if self._requests:
             raise AtomError("generate needs an engine without other requests in progress")
         ids = [f"prompt {number}" for number in range(len(prompts))]
-        try:
-            for request_id, prompt, settings in zip(ids, prompts, each, strict=True):
+        for request_id, prompt, settings in zip(ids, prompts, each, strict=True):
+            try:
                 self.add(request_id, prompt, settings)
-        except AtomError as error:
-            for request_id in list(self._requests):
-                self.abort(request_id)
-            raise AtomError(f"{request_id}: {error}") from error
+            except AtomError as error:
+                for added in list(self._requests):
+                    self.abort(added)
+                raise AtomError(f"{request_id}: {error}") from error
         outputs: dict[str, list[Output]] = {request_id: [] for request_id in ids}
         while self.has_work:
             for output in self.step():

@@ -135,7 +135,8 @@ class Runner:
 
     def __init__(self, model: Model, *, num_pages: int, page_size: int, slots: int, buckets: Buckets) -> None:
         self._params = model.params
-        self._config = model.config
+        # What ends an answer is the host's business: programs do not depend on it.
+        self._config = model.config.replace(eos_token_ids=())
         self._page_size = page_size
         self._slots = slots
         self._buckets = buckets

@@ -1,0 +1,145 @@
+"""A device that computes no model: it runs plans on pages that remember which prefix was written to them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from atom_jax.engine.buckets import make_buckets
+from atom_jax.engine.requests import EngineConfig, RequestParams, SequenceState
+from atom_jax.engine.scheduler import Plan, Scheduler
+
+EOS = 0
+VOCABULARY = 40
+
+
+def extended(prefix: int, token: int) -> int:
+    """Stands for the keys and values of ``token`` after ``prefix``: another number for any other history."""
+    return hash((prefix, token))
+
+
+def chosen(prefix: int) -> int:
+    """The next token; a model's greedy choice."""
+    return hash((prefix, -7)) % VOCABULARY
+
+
+def answer(prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+    """What a prompt must be answered with, whatever happens on the way."""
+    prefix, out = 0, []
+    for token in prompt:
+        prefix = extended(prefix, token)
+    while len(out) < max_new_tokens and EOS not in out:
+        out.append(chosen(prefix))
+        prefix = extended(prefix, out[-1])
+    return out
+
+
+@dataclasses.dataclass
+class Server:
+    """A scheduler with this device, and results that come one step late, as in the engine."""
+
+    config: EngineConfig
+    max_model_len: int
+
+    def __post_init__(self) -> None:
+        assert self.config.num_pages is not None
+        self.buckets = make_buckets(self.config, self.max_model_len)
+        self.scheduler = Scheduler(
+            num_pages=self.config.num_pages,
+            page_size=self.config.page_size,
+            max_num_seqs=self.config.max_num_seqs,
+            buckets=self.buckets,
+            prefix_caching=self.config.prefix_caching,
+            deterministic=self.config.deterministic,
+        )
+        self.contents = np.zeros((self.config.num_pages, self.config.page_size), object)
+        self.last_tokens = [0] * self.config.max_num_seqs
+        self.pending: deque[list[tuple[SequenceState, int]]] = deque()
+        self.ended: list[SequenceState] = []
+        self.admitted: list[int] = []
+        self.arrivals = 0
+
+    def add(self, prompt: Sequence[int], max_new_tokens: int) -> SequenceState:
+        params = RequestParams(max_new_tokens=max_new_tokens)
+        sequence = SequenceState(str(self.arrivals), params, self.arrivals, list(prompt), len(prompt))
+        self.arrivals += 1
+        self.scheduler.add(sequence)
+        return sequence
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting or self.pending)
+
+    def step(self) -> Plan:
+        """Dispatches one step and reads the one before."""
+        before = {sequence.arrival for sequence in self.scheduler.running}
+        plan = self.scheduler.schedule()
+        self.check(plan)
+        new = sorted({s.arrival for s in self.scheduler.running} - before - set(self.admitted))
+        self.admitted += new
+        if plan.pieces:
+            self.pending.append(self.run(plan))
+        if self.pending and (len(self.pending) > 1 or not plan.pieces):
+            self.read()
+        return plan
+
+    def run(self, plan: Plan) -> list[tuple[SequenceState, int]]:
+        """What the device does, in the order of dispatch; the host sees it later."""
+        results = []
+        for piece in plan.pieces:
+            sequence, size = piece.sequence, self.config.page_size
+            known = sequence.tokens[piece.start : piece.start + piece.count]
+            if not known:
+                known = [self.last_tokens[sequence.slot]]
+            assert len(known) == piece.count
+            prefix = 0
+            for position, token in enumerate(sequence.tokens[: piece.start]):  # what attention reads
+                prefix = extended(prefix, token)
+                assert self.contents[sequence.pages[position // size], position % size] == prefix
+            if piece.start > len(sequence.tokens):
+                page, offset = divmod(piece.start - 1, size)
+                prefix = self.contents[sequence.pages[page], offset]
+            for position, token in enumerate(known, start=piece.start):
+                page = sequence.pages[position // size]
+                assert self.scheduler.pool.users(page) == 1, "a shared page is written"
+                prefix = extended(prefix, token)
+                self.contents[page, position % size] = prefix
+            if piece.chooses:
+                self.last_tokens[sequence.slot] = chosen(prefix)
+                results.append((sequence, chosen(prefix)))
+        return results
+
+    def read(self) -> None:
+        for sequence, token in self.pending.popleft():
+            if sequence.ended:
+                continue
+            self.scheduler.receive(sequence, token)
+            generated = len(sequence.tokens) - sequence.prompt_tokens
+            if token == EOS or generated == sequence.params.max_new_tokens:
+                self.scheduler.remove(sequence)
+                self.ended.append(sequence)
+
+    def check(self, plan: Plan) -> None:
+        """The invariants of a step."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        tokens = sum(piece.count for piece in plan.pieces)
+        assert tokens <= self.config.token_budget
+        assert len(plan.decode) <= self.config.max_num_seqs
+        assert all(piece.count == 1 for piece in plan.decode)
+        if plan.prefill:
+            width = self.buckets.width(max(piece.count for piece in plan.prefill))
+            assert len(plan.prefill) <= self.buckets.prefill_rows(width)
+        sequences = [piece.sequence for piece in plan.pieces]
+        assert len({id(sequence) for sequence in sequences}) == len(sequences)
+        assert all(sequence.slot >= 0 and not sequence.ended for sequence in sequences)
+
+        order = [s.arrival for s in (*scheduler.running, *scheduler.waiting)]
+        assert order == sorted(order), "first come, first served"
+        assert len({s.slot for s in scheduler.running}) == len(scheduler.running) <= self.config.max_num_seqs
+        users = [sum(page in s.pages for s in scheduler.running) for page in range(pool.num_pages)]
+        assert users == [pool.users(page) for page in range(pool.num_pages)]
+        assert pool.available == users.count(0)
+        assert not any(s.pages for s in scheduler.waiting)

@@ -1,0 +1,206 @@
+"""The scheduler on a simulated device: random traffic, and each rule on its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from atom_jax.engine.requests import EngineConfig, SequenceState
+from tests.atom_jax.engine.device import EOS, VOCABULARY, Server, answer
+
+MAX_LENGTH = 40
+
+
+def server(**settings: Any) -> Server:
+    """Pages of 4 tokens, chunks of 16, four sequences at once, few pages."""
+    defaults = {"num_pages": 14, "page_size": 4, "max_num_seqs": 4, "token_budget": 20}
+    return Server(EngineConfig(**{**defaults, **settings}), MAX_LENGTH)
+
+
+def drain(served: Server, limit: int = 2000) -> None:
+    for _ in range(limit):
+        if not served.busy:
+            return
+        served.step()
+    raise AssertionError(f"not done after {limit} steps")
+
+
+def answered(sequence: SequenceState) -> list[int]:
+    return sequence.tokens[sequence.prompt_tokens :]
+
+
+class Traffic:
+    """Random requests, many of which begin alike, and aborts."""
+
+    def __init__(self, served: Server, seed: int) -> None:
+        self.served, self.rng = served, np.random.default_rng(seed)
+        self.prefixes = [list(self.rng.integers(1, VOCABULARY, 24)) for _ in range(3)]
+        self.prompts: dict[int, list[int]] = {}
+        self.aborted: set[int] = set()
+
+    def arrive(self) -> None:
+        rng = self.rng
+        shared = self.prefixes[rng.integers(3)][: rng.integers(0, 25)]
+        prompt = [int(token) for token in (*shared, *rng.integers(1, VOCABULARY, rng.integers(1, 6)))]
+        sequence = self.served.add(prompt, int(rng.integers(1, MAX_LENGTH - len(prompt) + 1)))
+        self.prompts[sequence.arrival] = prompt
+
+    def abort(self) -> None:
+        scheduler = self.served.scheduler
+        candidates = (*scheduler.running, *scheduler.waiting)
+        if candidates:
+            sequence = candidates[self.rng.integers(len(candidates))]
+            scheduler.remove(sequence)
+            self.aborted.add(sequence.arrival)
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            for _ in range(self.rng.poisson(0.2)):
+                self.arrive()
+            if self.rng.random() < 0.03:
+                self.abort()
+            self.served.step()
+        drain(self.served)
+
+    def check(self) -> None:
+        """Everyone got the right answer, in turn, and all pages came back."""
+        served = self.served
+        assert {s.arrival for s in served.ended} | self.aborted == set(self.prompts)
+        for sequence in served.ended:
+            prompt = self.prompts[sequence.arrival]
+            assert answered(sequence) == answer(prompt, sequence.params.max_new_tokens)
+        assert served.admitted == sorted(served.admitted)
+        pool = served.scheduler.pool
+        assert pool.available == pool.num_pages
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("prefix_caching", [False, True])
+@hypothesis.given(st.integers(0, 2**32), st.integers(10, 40))
+@hypothesis.settings(max_examples=10)
+def test_random_traffic(deterministic: bool, prefix_caching: bool, seed: int, num_pages: int) -> None:
+    served = server(num_pages=num_pages, deterministic=deterministic, prefix_caching=prefix_caching)
+    traffic = Traffic(served, seed)
+    traffic.run(120)
+    traffic.check()
+
+
+def test_random_traffic_for_thousands_of_steps_meets_everything() -> None:
+    served = server()
+    traffic = Traffic(served, 0)
+    traffic.run(3000)
+    traffic.check()
+    assert served.scheduler.preemptions > 20
+    assert sum((s.cached_tokens or 0) > 0 for s in served.ended) > 100
+    assert len(traffic.aborted) > 20
+    early = [s for s in served.ended if len(answered(s)) < s.params.max_new_tokens]
+    assert early and all(answered(s)[-1] == EOS for s in early)  # surplus tokens were dropped
+
+
+def test_decode_goes_on_while_a_long_prompt_is_prefilled_in_chunks() -> None:
+    served = server(num_pages=40)
+    first = served.add([1, 2, 3], 30)
+    served.step()
+    served.add(list(range(1, 36)), 5)
+    for expected in (16, 16, 3):
+        plan = served.step()
+        assert [piece.sequence for piece in plan.decode] == [first]
+        assert [piece.count for piece in plan.prefill] == [expected]
+
+
+def test_short_prompts_share_a_program_long_ones_do_not() -> None:
+    served = server(num_pages=40)
+    for first, length in enumerate((4, 3, 2, 20, 1), start=1):
+        served.add([first] * length, 5)
+    assert [piece.count for piece in served.step().prefill] == [4, 3, 2]
+    assert [piece.count for piece in served.step().prefill] == [16]
+    served.step()
+
+
+def test_the_head_of_the_queue_is_not_overtaken() -> None:
+    served = server(num_pages=10, max_num_seqs=4)
+    served.add([1] * 30, 2)  # 8 of 10 pages
+    drained = served.add([2] * 12, 2)  # does not fit beside it
+    small = served.add([3], 2)  # would
+    served.step()
+    served.step()
+    assert [s.arrival for s in served.scheduler.waiting] == [drained.arrival, small.arrival]
+
+
+def test_the_last_to_arrive_is_preempted_and_goes_on_where_it_was() -> None:
+    prompts = [[token] * 8 for token in range(1, 40) if len(answer([token] * 8, 20)) == 20][:3]
+    served = server(num_pages=10, prefix_caching=False)
+    sequences = [served.add(prompt, 20) for prompt in prompts]
+    preempted = set()
+    while served.busy:
+        served.step()
+        preempted |= {sequence.arrival for sequence in served.scheduler.waiting if answered(sequence)}
+    assert 2 in preempted and 0 not in preempted
+    for prompt, sequence in zip(prompts, sequences, strict=True):
+        assert answered(sequence) == answer(prompt, 20)
+
+
+def test_a_repeated_prompt_computes_its_last_token_only() -> None:
+    served = server(num_pages=20)
+    prompt = list(range(1, 17))
+    served.add(prompt, 2)
+    drain(served)
+    again = served.add([*prompt, 30], 2)
+    (piece,) = served.step().prefill
+    assert (piece.start, piece.count, again.cached_tokens) == (16, 1, 16)
+    same = served.add(prompt, 2)
+    served.step()
+    assert same.cached_tokens == 12  # the last token is computed for its logits, and its page with it
+
+
+def test_answers_are_cached_too() -> None:
+    served = server(num_pages=20)
+    prompt = [3] * 10
+    first = served.add(prompt, 12)
+    drain(served)
+    turn = served.add([*first.tokens, 5, 6], 2)
+    served.step()
+    assert turn.cached_tokens == (len(first.tokens) - 1) // 4 * 4
+
+
+def test_deterministic_reuses_whole_chunks_of_prompts() -> None:
+    served = server(num_pages=30, deterministic=True)
+    served.add(list(range(1, 31)), 2)
+    drain(served)
+    again = served.add(list(range(1, 31)), 2)
+    served.step()
+    assert again.cached_tokens == 16
+
+
+def test_an_abort_frees_pages_at_once_and_what_arrives_for_it_is_dropped() -> None:
+    served = server()
+    sequence = served.add([1] * 9, 10)
+    served.step()
+    served.step()
+    assert sequence.in_flight and served.scheduler.pool.available < 14
+    served.scheduler.remove(sequence)
+    assert served.scheduler.pool.available == 14
+    drain(served)
+    assert served.ended == []
+
+
+def test_pages_of_an_ended_sequence_go_to_another_while_its_surplus_step_is_in_flight() -> None:
+    """The surplus write comes before the new owner's: the device runs programs in order of dispatch."""
+    prompt = next([i, j] for i in range(1, 40) for j in range(1, 40) if answer([i, j], 4)[1:2] == [EOS])
+    served = server(num_pages=2, prefix_caching=False)
+    first = served.add(prompt, 6)
+    page: int | None = None
+    while not first.ended:
+        page = first.pages[0] if first.pages else page
+        served.step()
+    (surplus,) = served.pending[0][0][:1]  # dispatched before the end was known
+    assert surplus is first
+    second = served.add([9] * 6, 3)
+    served.step()
+    assert page in second.pages
+    drain(served)
+    assert answered(second) == answer([9] * 6, 3)
