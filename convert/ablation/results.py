@@ -137,7 +137,7 @@ def report_of(
             "name": step.name,
             "label": step.label,
             "after": base,
-            "branch": step.after is not None,
+            "branch": step.branch,
             "simulated": step.simulated,
             "paper": step.paper,
         }

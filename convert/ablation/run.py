@@ -111,7 +111,7 @@ def _misfits(config: ModelConfig, steps: Sequence[Step], wanted: dict[str, Quant
         try:
             check_config(config.replace(quantization=wanted[step.name]))
         except AtomError as error:
-            if step.after is None:
+            if not step.branch:
                 raise
             found[step.name] = str(error)
     return found

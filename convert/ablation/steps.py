@@ -20,8 +20,7 @@ class Step:
       name: in the JSON; unique.
       label: what is new, in a few words.
       changes: settings of ``QuantConfig``.
-      after: the step that it is added to and compared with; None for the one before it in the chain, which is
-        all steps that do not name one. A step that names one is a branch: nothing follows it.
+      branch: nothing is added to it; the next step is compared with what this one is, the last that is none.
       paper: the paper's perplexity of the same step, see ``PAPER_MODEL``.
       simulated: outliers stay in floating point, which no checkpoint stores and no kernel multiplies
         (``convert.ablation.simulation``).
@@ -30,7 +29,7 @@ class Step:
     name: str
     label: str
     changes: Mapping[str, Any]
-    after: str | None = None
+    branch: bool = False
     paper: float | None = None
     simulated: bool = False
 
@@ -73,13 +72,8 @@ def make_steps(group_size: int, num_outliers: int) -> tuple[Step, ...]:
         Step("kv-groups", "two scales for each cached head", {"kv_groups": 2}),
         Step("smooth-keys", "key channels evened out", {"smooth_keys": 0.5}),
         # Instead.
-        Step("rotated", "rotated first", {"rotate": True}, after="smooth-keys"),
-        Step(
-            "rotated-only",
-            "rotated, no outliers",
-            {"rotate": True, "num_outliers": 0},
-            after="smooth-keys",
-        ),
+        Step("rotated", "rotated first", {"rotate": True}, branch=True),
+        Step("rotated-only", "rotated, no outliers", {"rotate": True, "num_outliers": 0}, branch=True),
     )
 
 
@@ -97,10 +91,10 @@ def recipes(steps: Sequence[Step]) -> dict[str, QuantConfig]:
 
 
 def bases(steps: Sequence[Step]) -> list[str | None]:
-    """The name of the step that each is compared with; None for the first."""
+    """The name of the step that each is added to and compared with; None for the first."""
     found: list[str | None] = []
     last = None
     for step in steps:
-        found.append(step.after or last)
-        last = last if step.after else step.name
+        found.append(last)
+        last = last if step.branch else step.name
     return found

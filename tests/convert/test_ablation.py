@@ -39,8 +39,8 @@ STEPS = (
     FLOAT,
     Step("simulated", "32 outliers in FP16", GROUPS, simulated=True, paper=11.34),
     Step("stored", "outliers in INT8", {}, paper=11.39),
-    Step("rotated", "rotated", {"rotate": True, "reorder": "folded"}, after="stored"),
-    Step("misfit", "groups of 128", {"group_size": 128}, after="stored"),
+    Step("rotated", "rotated", {"rotate": True, "reorder": "folded"}, branch=True),
+    Step("misfit", "groups of 128", {"group_size": 128}, branch=True),
 )
 ABOUT = ("label", "after", "branch", "paper", "ratio", "change")  # what the report adds to a row
 MEASURED = ["float", "simulated", "stored", "rotated"]
@@ -86,7 +86,7 @@ def test_steps_lead_from_naive_to_the_default() -> None:
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
     found = recipes(steps)
-    naive, chain = steps[1], [step for step in steps if step.after is None]
+    naive, chain = steps[1], [step for step in steps if not step.branch]
     assert naive.changes.keys() == {field.name for field in dataclasses.fields(QuantConfig)}
     assert found[chain[-1].name] == preset("w4a4kv4", group_size=64, num_outliers=32)
     assert found["float"] == preset("bf16")
@@ -107,8 +107,10 @@ def test_steps_lead_from_naive_to_the_default() -> None:
 
 
 def test_a_branch_is_compared_with_its_base_and_nothing_follows_it() -> None:
-    chain = (FLOAT, Step("a", "", {}), Step("b", "", {}, after="float"), Step("c", "", {"gptq": False}))
-    assert bases(chain) == [None, "float", "float", "a"]
+    clip, gptq = {"clip_w": 0.7}, {"gptq": False}
+    chain = (FLOAT, Step("a", "", {}), Step("b", "", clip, branch=True), Step("c", "", gptq))
+    assert bases(chain) == [None, "float", "a", "a"]
+    assert recipes(chain)["b"] == preset("w4a4kv4", clip_w=0.7)
     assert recipes(chain)["c"] == preset("w4a4kv4", gptq=False)
 
 
