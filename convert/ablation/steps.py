@@ -20,7 +20,7 @@ class Step:
       name: in the JSON; unique.
       label: what is new, in a few words.
       changes: settings of ``QuantConfig``.
-      branch: nothing is added to it; the next step is compared with what this one is, the last that is none.
+      branch: nothing is added to it; the next step goes on from the last one that is no branch, as this does.
       paper: the paper's perplexity of the same step, see ``PAPER_MODEL``.
       simulated: outliers stay in floating point, which no checkpoint stores and no kernel multiplies
         (``convert.ablation.simulation``).
