@@ -20,3 +20,22 @@ def llama_3_8b(quantization: QuantConfig | None = None) -> ModelConfig:
         rope=RopeConfig(theta=500_000.0),
         quantization=quantization or preset("w4a4kv4"),
     )
+
+
+def llama_2_7b(quantization: QuantConfig | None = None) -> ModelConfig:
+    """Llama-2-7b; w4a4kv4 unless told otherwise."""
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=11_008,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        max_position_embeddings=4096,
+        quantization=quantization or preset("w4a4kv4"),
+    )
+
+
+SHAPES = {"llama-2-7b": llama_2_7b, "llama-3-8b": llama_3_8b}

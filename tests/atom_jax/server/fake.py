@@ -40,6 +40,9 @@ class FakeEngine(Engine):
         self.steps = self.aborted = self.generated = self.prompt_tokens = 0
         self.threads: set[int] = set()
 
+    def warm_up(self, report: Any = None) -> None:
+        """There is nothing to compile."""
+
     def add(self, request_id: str, prompt: Sequence[int], params: RequestParams) -> None:
         self.threads.add(threading.get_ident())
         if max(prompt) >= 1000:

@@ -89,7 +89,7 @@ def test_logprobs_are_those_of_the_greedy_choice(client):
 
 def test_soak(server):
     """bench/soak.py says what it does; here with more clients than the engine can serve at once."""
-    result = asyncio.run(soak(server, requests=150, clients=16, prompts=8, max_words=20, max_tokens=12))
+    result = asyncio.run(soak(server, requests=150, clients=16, prompts=8, max_words=16, max_tokens=40))
     assert result["wrong"] == []
     assert result["free_pages"] == [9, 9]
     assert result["preemptions"] > 0
