@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -35,7 +35,7 @@ class _Dispatched(NamedTuple):
     """A step that the device works on, or has done."""
 
     plan: Plan
-    reports: list[jax.Array]
+    reports: list[Any]  # arrays; the types of jax.Array lack is_ready
 
 
 class Engine:

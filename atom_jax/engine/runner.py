@@ -95,7 +95,8 @@ def advance(
 
     keys = jax.random.wrap_key_data(jnp.asarray(rows.seed), impl="threefry2x32")
     keys = jax.vmap(jax.random.fold_in)(keys, rows.index)
-    token = sample(logits, keys, rows.temperature, rows.top_k, rows.top_p)
+    sampling = map(jnp.asarray, (rows.temperature, rows.top_k, rows.top_p))
+    token = sample(logits, keys, *sampling)
     last_tokens = state.last_tokens.at[rows.slot].set(token, mode="drop")
     cache = dataclasses.replace(cache, block_tables=state.cache.block_tables)
 
@@ -177,22 +178,22 @@ class Runner:
     def _rows(self, shape: Shape, pieces: Sequence[Piece]) -> Rows:
         """The arrays of a program; new ones each time, because the device may still read the last step's."""
 
-        def full(value: float, dtype: type, *more: int) -> np.ndarray:
-            return np.full((shape.rows, *more), value, dtype)
+        def zeros(dtype: type, *more: int) -> np.ndarray:
+            return np.zeros((shape.rows, *more), dtype)
 
         rows = Rows(
-            tokens=full(0, np.int32, shape.width),
-            tables=full(0, np.int32, shape.blocks),
-            start=full(0, np.int32),
-            count=full(0, np.int32),
-            slot=full(self._slots, np.int32),
-            source=full(0, np.int32),
-            index=full(0, np.int32),
-            seed=full(0, np.uint32, 2),
-            temperature=full(0.0, np.float32),
-            top_k=full(0, np.int32),
-            top_p=full(1.0, np.float32),
-            logprobs=full(False, np.bool_),
+            tokens=zeros(np.int32, shape.width),
+            tables=zeros(np.int32, shape.blocks),
+            start=zeros(np.int32),
+            count=zeros(np.int32),
+            slot=np.full(shape.rows, self._slots, np.int32),
+            source=zeros(np.int32),
+            index=zeros(np.int32),
+            seed=zeros(np.uint32, 2),
+            temperature=zeros(np.float32),
+            top_k=zeros(np.int32),
+            top_p=np.ones(shape.rows, np.float32),
+            logprobs=zeros(np.bool_),
         )
         for row, piece in enumerate(pieces):
             sequence, sampling = piece.sequence, piece.sequence.params.sampling

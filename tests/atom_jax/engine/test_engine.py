@@ -44,7 +44,7 @@ def compilations() -> Iterator[list[str]]:
     """What XLA compiles during the test."""
     seen: list[str] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             seen.append(event)
 
