@@ -75,7 +75,7 @@ def permute_shared(shared: Tree, order: Int32[np.ndarray, " hidden"]) -> Tree:
 def mean_hessians(
     tree: Tree, windows: Float32[np.ndarray, "windows seq hidden"], config: ModelConfig
 ) -> Statistics:
-    """Mean of x x^T over the inputs x of each projection of a float layer.
+    """Mean of x x^T over the inputs x of each projection of a float layer (see ``add_windows_to_hessians``).
 
     Args:
       windows: the residual stream before the layer.

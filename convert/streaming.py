@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from atom_jax.config import ModelConfig
@@ -24,6 +25,8 @@ Params = Mapping[str, Any]
 Report = Callable[[int, int], None]
 # By the name of a projection without "_proj": "qkv", "o", "gate_up", "down".
 Statistics = dict[str, Array]
+# The projections whose output is added to the residual stream.
+_ADDED = ("o", "down")
 # Tokens one call runs.
 _BATCH_TOKENS = 512
 
@@ -75,10 +78,22 @@ def run_windows_with_energies(
 def add_windows_to_hessians(
     params: Params, x: Float32[Array, "batch seq hidden"], hessians: Statistics, *, config: ModelConfig
 ) -> Statistics:
-    """``hessians`` plus X^T X of the inputs of each projection of a float layer."""
+    """``hessians`` plus X^T X of the inputs of each projection of a float layer.
+
+    What o_proj and down_proj read is divided by the size (root mean square) of the token's residual stream
+    after the layer, because the norm that reads the sum divides by it: an error counts as large as it is
+    there. Without this the few tokens of massive activations, a thousand times the others, are all that
+    GPTQ sees. The other projections read normalized inputs as it is.
+    """
     capture: Capture = {}
-    _run(config, params, x, capture)
-    return {name: total + capture[name].T @ capture[name] for name, total in hessians.items()}
+    out = _run(config, params, x, capture).reshape(-1, x.shape[-1])
+    weights = lax.rsqrt(jnp.mean(jnp.square(out), axis=-1, keepdims=True) + config.rms_norm_eps)
+
+    def gram(name: str) -> Float32[Array, "k k"]:
+        rows = capture[name] * weights if name in _ADDED else capture[name]
+        return rows.T @ rows
+
+    return {name: total + gram(name) for name, total in hessians.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
