@@ -4,9 +4,9 @@
     python -m bench.serving --shape llama-2-7b --memory-gb 24                # random weights, on a GPU
 
 Weights and cache share the budget: what the weights leave becomes cache pages. Both are counted in the
-formats that a GPU holds (bfloat16, also where a CPU computes in float32). All schemes answer the same requests,
-which come at the same times. The time to a first token counts from the moment at which the request comes, so it
-includes the queue. The JSON is complete after every figure.
+formats that a GPU holds (bfloat16, also where a CPU computes in float32). All schemes answer the same
+requests, which come at the same times. The time to a first token counts from the moment at which the request
+comes, so it includes the queue. The JSON is complete after every figure.
 """
 
 from __future__ import annotations

@@ -298,13 +298,18 @@ def main(
     checkpoint: Path,
     requests: int = 2000,
     clients: int = 64,
-    memory_gb: Annotated[float, typer.Option(help="Weights and cache; little, so that pages run out.")] = 0.2,
+    max_words: Annotated[int, typer.Option(help="Of a prompt.")] = 50,
+    memory_gb: Annotated[
+        float, typer.Option(help="Weights and cache; little, so that pages run out.")
+    ] = 0.188,
 ) -> None:
     """Runs it, saves bench/results/soak.json and fails if anything was wrong."""
     where = record.environment()
+    asked = {"requests": requests, "clients": clients, "max_words": max_words}
     memory: list[int] = []
     options = ["--model-name", MODEL, "--deterministic", "--max-num-seqs", "16", "--log-level", "warning"]
     options += ["--max-model-len", str(MAX_MODEL_LEN), "--max-body-kb", str(MAX_BODY_KB)]
+    options += ["--token-budget", "128"]  # the deterministic engine computes whole chunks: short ones
     with server(checkpoint, *options, "--memory-gb", str(memory_gb)) as (url, process):
 
         def sample(done: int) -> None:
@@ -312,7 +317,7 @@ def main(
                 memory.append(resident_bytes(process.pid))
                 print(f"{done} requests, {memory[-1] / 1e6:.0f} MB", flush=True)
 
-        result = asyncio.run(soak(url, requests=requests, clients=clients, sample=sample))
+        result = asyncio.run(soak(url, **asked, sample=sample))
         process.send_signal(signal.SIGTERM)
         result |= {"resident_bytes": memory, "exit_status": process.wait(60)}
     print(json.dumps(result, indent=2))
