@@ -11,6 +11,7 @@ from rich.table import Table
 from atom_jax.cli.console import JsonOption, note, print_json, progress_bars, stdout
 
 _DATA = "Data and evaluation"
+_WIDEST = 300  # characters of the table
 
 
 def ablate(
@@ -73,7 +74,7 @@ def ablate(
     if json_output:
         print_json(result)
     else:
-        stdout.print(_table(result))
+        stdout.print(_table(result), crop=False)
     note(f"written: {out / RESULTS_FILE}")
     if can_plot():
         plot(result, out / PLOT_FILE)
@@ -86,9 +87,9 @@ def _table(result: dict[str, Any]) -> Table:
     from convert.ablation.results import table
 
     heading, rows = table(result)
-    shown = Table(heading[0])
-    for name in heading[1:]:
-        shown.add_column(name, justify="right")
+    shown = Table()
+    for name in heading:
+        shown.add_column(name, justify="right" if shown.columns else "left", no_wrap=True)
     part = None
     for row, step in zip(rows, result["steps"], strict=True):
         # The paper's steps, this project's, the branches.
@@ -96,4 +97,6 @@ def _table(result: dict[str, Any]) -> Table:
         if before not in (None, part):
             shown.add_section()
         shown.add_row(*row)
+    # As wide as it needs: a terminal that is narrower breaks its lines, but no number is cut off.
+    shown.width = stdout.measure(shown, options=stdout.options.update(max_width=_WIDEST)).maximum
     return shown

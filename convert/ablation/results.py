@@ -180,18 +180,18 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells = [full_label(row)]
         for text in texts:
             change = "" if row["change"] is None else _change(row["change"][text])
-            cells += [_number(row["perplexity"][text]), f"{row['ratio'][text]:.2f}", change]
+            cells += [_number(row["perplexity"][text]), _number(row["ratio"][text]), change]
         rows.append([*cells, f"{row['bits_per_weight']:.2f}", _paper(row, report["paper"]["float"])])
     return heading, rows
 
 
 def _paper(row: dict[str, Any], reference: float) -> str:
-    return "" if row["paper"] is None else f"{row['paper']} ({row['paper'] / reference:.2f}x)"
+    return "" if row["paper"] is None else f"{row['paper']} ({_number(row['paper'] / reference)}x)"
 
 
 def _change(value: float) -> str:
-    return f"{value:+.1%}" if value < 1 else f"x{value + 1:.1f}"
+    return f"{value:+.1%}" if value < 1 else f"x{_number(value + 1)}"
 
 
 def _number(value: float) -> str:
-    return f"{value:.2f}" if value < 1000 else f"{value:.0f}"
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"

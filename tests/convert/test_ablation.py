@@ -309,7 +309,8 @@ def test_command(source: Path, options: AblationOptions, tmp_path: Path, monkeyp
     monkeypatch.setattr("convert.ablation.plot.can_plot", lambda: False)
     shown = CliRunner().invoke(app, args)
     assert shown.exit_code == 0, shown.output
-    assert f"{got['steps'][0]['perplexity']['text.txt']:.2f}" in shown.stdout
+    assert "Llama-7B (paper)" in shown.stdout and "…" not in shown.stdout
+    assert f"{got['steps'][0]['perplexity']['text.txt']:.0f} " in shown.stdout
     assert "pip install 'atom-jax[bench]'" in shown.stderr
 
     refused = CliRunner().invoke(app, [*args, "--text", str(tmp_path / "no.txt")])
