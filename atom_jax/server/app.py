@@ -66,13 +66,14 @@ class Service:
         if request.model != config.model_name:
             message = f"the model {request.model!r} does not exist; this server has {config.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
+        count = request.num_choices
+        if count > config.max_in_flight:
+            message = f"{count} answers are more than this server gives at once, {config.max_in_flight}"
+            raise ApiError(400, message, param="n")
         job = await asyncio.to_thread(make_job, request, self._tokenizer, max_model_len=self.max_model_len)
-        choices = job.choices
-        if len(choices) > config.max_in_flight:
-            raise ApiError(400, f"n: this server gives at most {config.max_in_flight} answers", param="n")
-        if self.engine.in_flight + len(choices) > config.max_in_flight:
+        if self.engine.in_flight + count > config.max_in_flight:
             raise ApiError(429, "the queue is full; try again later", headers={"Retry-After": "1"})
-        answers = await self.engine.submit(choices, config.request_timeout)
+        answers = await self.engine.submit(job.choices, config.request_timeout)
         return Answer(request, job, self._tokenizer), answers
 
     def _observe(self, latency: Latency) -> None:

@@ -16,6 +16,7 @@ from atom_jax.sampling import SamplingParams
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
 _SEED_RANGE = 2**64
 # Odd, and far from small numbers: seeds s and s + 1 of two requests share no choice.
 _SEED_STEP = 0x9E3779B97F4A7C15
@@ -49,7 +50,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 _UNSUPPORTED_COMPLETION = {"best_of": (None, 1), "echo": (None, False), "suffix": (None, "")}
 
 Temperature = Annotated[float, Field(ge=0, le=2)]
-TokenId = Annotated[int, Field(ge=0)]
+# One error in a list says enough; a large body could be wrong a million times.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+Stop = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
 
 
 class _Strict(BaseModel):
@@ -74,8 +77,8 @@ class _Request(_Strict):
     top_k: Annotated[int, Field(ge=-1)] | None = 0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=_SEED_RANGE)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = False
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -116,6 +119,11 @@ class _Request(_Strict):
         raise NotImplementedError
 
     @property
+    def num_choices(self) -> int:
+        """How many answers it asks for."""
+        return self.n or 1
+
+    @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with the number of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -124,7 +132,12 @@ class _Request(_Strict):
 class CompletionRequest(_Request):
     """``POST /v1/completions``: continues text, or token ids; several prompts are several answers."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: (
+        str
+        | Annotated[list[str], Field(fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(fail_fast=True)]
+    )
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -136,6 +149,10 @@ class CompletionRequest(_Request):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * (self.n or 1)
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -158,7 +175,7 @@ class Message(_Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     def for_template(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -170,7 +187,7 @@ class Message(_Strict):
 class ChatCompletionRequest(_Request):
     """``POST /v1/chat/completions``: the next message of a conversation."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None  # its older name
     logprobs: bool | None = False

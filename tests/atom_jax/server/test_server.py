@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import socket
+import time
 from typing import Any
 
 import openai
@@ -176,6 +177,14 @@ class TestLimits:
         assert answer.status_code == 413
         assert answer.json()["error"]["message"] == "the body is longer than 1000 bytes"
 
+    def test_a_body_of_the_largest_size_costs_little(self, serve):
+        server = serve()
+        for prompt in ([[1]] * 400_000, [True] * 300_000, ["a"] * 400_000):
+            started = time.perf_counter()
+            answer = server.http.post("/v1/completions", json={"model": "tiny", "prompt": prompt, "n": 128})
+            assert answer.status_code == 400
+            assert len(answer.text) < 1000 and time.perf_counter() - started < 5
+
     def test_slow_body(self, serve):
         server = serve(read_timeout=0.1)
         with socket.create_connection(("127.0.0.1", server.http.base_url.port)) as connection:
@@ -200,7 +209,7 @@ class TestLimits:
             stream.close()
         until(lambda: server.service.engine.in_flight == 0)
         complete(server)
-        with pytest.raises(openai.BadRequestError, match="at most 2"):
+        with pytest.raises(openai.BadRequestError, match="more than this server gives"):
             complete(server, n=3)
 
     def test_time(self, serve, engine):
