@@ -89,7 +89,7 @@ class PagePool:
 
     def publish(self, page: int, digest: bytes) -> None:
         """Makes a full page known; one of two pages that hold the same stays private."""
-        if digest not in self._page_of and page not in self._hash_of:
+        if digest not in self._page_of:
             self._page_of[digest] = page
             self._hash_of[page] = digest
 

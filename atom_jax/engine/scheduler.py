@@ -218,4 +218,4 @@ class Scheduler:
         self._slots.append(sequence.slot)
         sequence.pages = []
         sequence.slot = -1
-        sequence.computed = sequence.published = 0
+        sequence.computed = 0

@@ -134,7 +134,9 @@ class Server:
             assert len(plan.prefill) <= self.buckets.prefill_rows(width)
         sequences = [piece.sequence for piece in plan.pieces]
         assert len({id(sequence) for sequence in sequences}) == len(sequences)
-        assert all(sequence.slot >= 0 and not sequence.ended for sequence in sequences)
+        for sequence in sequences:
+            assert sequence.slot >= 0 and not sequence.ended
+            assert sequence.generated <= sequence.params.max_new_tokens
 
         order = [s.arrival for s in (*scheduler.running, *scheduler.waiting)]
         assert order == sorted(order), "first come, first served"

@@ -157,14 +157,26 @@ def test_a_repeated_prompt_computes_its_last_token_only() -> None:
     assert same.cached_tokens == 12  # the last token is computed for its logits, and its page with it
 
 
-def test_answers_are_cached_too() -> None:
+def test_answers_are_cached_too_up_to_the_last_full_page() -> None:
+    prompt = next([token] * 10 for token in range(1, 40) if len(answer([token] * 10, 11)) == 11)
     served = server(num_pages=20)
-    prompt = [3] * 10
-    first = served.add(prompt, 12)
+    first = served.add(prompt, 11)
     drain(served)
     turn = served.add([*first.tokens, 5, 6], 2)
     served.step()
-    assert turn.cached_tokens == (len(first.tokens) - 1) // 4 * 4
+    assert turn.cached_tokens == 20  # the last of 21 tokens was never computed
+
+
+def test_a_prompt_that_was_aborted_between_chunks_is_cached_as_far_as_it_was_computed() -> None:
+    served = server(num_pages=20)
+    prompt = list(range(1, 31))
+    aborted = served.add(prompt, 2)
+    served.step()
+    served.scheduler.remove(aborted)
+    again = served.add(prompt, 2)
+    drain(served)
+    assert again.cached_tokens == 16
+    assert answered(again) == answer(prompt, 2)
 
 
 def test_deterministic_reuses_whole_chunks_of_prompts() -> None:
