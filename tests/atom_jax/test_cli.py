@@ -161,9 +161,10 @@ class TestInspect:
 class TestProgram:
     def test_help_names_every_command(self):
         shown = run("--help").stdout
-        for command in ("convert", "generate", "eval", "compare", "inspect", "explain", "demo"):
+        for command in ("convert", "generate", "batch", "eval", "compare", "ablate", "inspect", "explain", "demo"):
             assert command in shown
             assert "--json" in run(command, "--help").stdout
+        assert "serve" in shown
 
     def test_version(self):
         assert run("--version").stdout == f"atom-jax {atom_jax.__version__}\n"
