@@ -161,7 +161,8 @@ class TestInspect:
 class TestProgram:
     def test_help_names_every_command(self):
         shown = run("--help").stdout
-        for command in ("convert", "generate", "batch", "eval", "compare", "ablate", "inspect", "explain", "demo"):
+        commands = "convert", "generate", "batch", "eval", "compare", "ablate", "inspect", "explain", "demo"
+        for command in commands:
             assert command in shown
             assert "--json" in run(command, "--help").stdout
         assert "serve" in shown
