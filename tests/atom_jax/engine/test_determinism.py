@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from atom_jax.checkpoint import Model
 from atom_jax.engine import Engine, EngineConfig, RequestParams
@@ -13,6 +14,7 @@ SIZES = EngineConfig(
 )
 
 
+@pytest.mark.slow
 def test_answers_alone_and_in_a_crowd_are_equal(quantized: Model) -> None:
     rng = np.random.default_rng(0)
     beginnings = [rng.integers(3, 265, 40).tolist() for _ in range(2)]
