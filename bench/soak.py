@@ -30,6 +30,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 
+from atom_jax.checkpoint import read_config
 from bench import record
 
 MODEL = "soak"
@@ -195,7 +196,7 @@ async def soak(
     *,
     requests: int,
     clients: int,
-    prompts: int = 40,
+    prompts: int = 20,
     max_words: int = 100,
     max_tokens: int = 24,
     seed: int = 0,
@@ -320,6 +321,12 @@ def main(
         result = asyncio.run(soak(url, **asked, sample=sample))
         process.send_signal(signal.SIGTERM)
         result |= {"resident_bytes": memory, "exit_status": process.wait(60)}
+    config = read_config(checkpoint)
+    result["model"] = {
+        "scheme": config.quantization.scheme,
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+    }
     print(json.dumps(result, indent=2))
     print(record.save("soak", where, result))
     before, after = result["free_pages"]
