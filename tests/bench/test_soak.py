@@ -1,4 +1,4 @@
-"""When bench.soak says that an answer is wrong. The soak itself is in tests/atom_jax/server/test_real_engine.py."""
+"""When bench.soak calls an answer wrong. tests/atom_jax/server/test_real_engine.py runs a small soak."""
 
 import pytest
 
