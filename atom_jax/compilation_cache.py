@@ -18,9 +18,9 @@ def enable_compilation_cache() -> Path | None:
     Returns:
       The folder; None if the cache is turned off.
     """
-    if not jax.config.jax_enable_compilation_cache:
+    if not jax.config.values["jax_enable_compilation_cache"]:
         return None
-    if configured := jax.config.jax_compilation_cache_dir:
+    if configured := jax.config.values["jax_compilation_cache_dir"]:
         return Path(configured)
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(home) / "atom-jax" / "xla"
