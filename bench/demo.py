@@ -1,4 +1,4 @@
-"""The figures of the demo, for the README: runs ``atom-jax demo --json`` from the beginning, saves what it prints.
+"""The figures of the demo: runs ``atom-jax demo --json`` from the beginning and saves what it prints.
 
 python -m bench.demo, which writes bench/results/demo.json.
 """
