@@ -88,7 +88,7 @@ def serve(
             deterministic=deterministic,
         )
         service = Service(config, engine, model.tokenizer)
-        note(f"{config.model_name} at http://{host}:{sock.getsockname()[1]}")
-        run(service, sock, log_level=log_level)
+        address = f"http://{host}:{sock.getsockname()[1]}"
+        run(service, sock, log_level=log_level, on_started=lambda: note(f"{config.model_name} at {address}"))
     if service.engine.failure is not None:
         raise typer.Exit(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -35,24 +36,36 @@ def bind(host: str, port: int) -> socket.socket:
         raise AtomError(f"{host}:{port}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def serve(service: Service, sock: socket.socket, *, log_level: str = "info") -> None:
+def serve(
+    service: Service,
+    sock: socket.socket,
+    *,
+    log_level: str = "info",
+    on_started: Callable[[], None] = lambda: None,
+) -> None:
     """Serves until SIGTERM or SIGINT, or until the engine fails (``service.engine.failure``).
 
     A signal ends it gently: new work is refused with 503, and what runs may end within the drain timeout. A
     second signal does not wait.
+
+    Args:
+      on_started: called as soon as clients can connect.
     """
-    DrainingServer(service, log_level=log_level).run(sockets=[sock])
+    DrainingServer(service, log_level=log_level, on_started=on_started).run(sockets=[sock])
 
 
 class DrainingServer(uvicorn.Server):
     """uvicorn's server with another end: see ``serve``."""
 
-    def __init__(self, service: Service, *, log_level: str = "info") -> None:
+    def __init__(
+        self, service: Service, *, log_level: str = "info", on_started: Callable[[], None] = lambda: None
+    ) -> None:
         app = create_app(service)
         super().__init__(
             uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=_SEND_TIMEOUT, ws="none")
         )
         self._service = service
+        self._on_started = on_started
         self._signals = 0
         service.on_failure = self._leave
 
@@ -67,6 +80,8 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        if self.started:
+            self._on_started()
 
     def _start_draining(self) -> None:
         self._draining = self._loop.create_task(self._drain())

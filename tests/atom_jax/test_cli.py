@@ -208,9 +208,16 @@ class TestProgram:
         """A real SIGINT while the program waits for a prompts file that is a pipe nobody writes to."""
         pipe = tmp_path / "pipe"
         os.mkfifo(pipe)
-        command = [sys.executable, "-m", "atom_jax", "generate", checkpoint, "--prompts-file", pipe]
+        # A test run in the background of a shell ignores the signal, and its children inherit that.
+        listen = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        listen += "os.execv(sys.argv[1], sys.argv[1:])"
+        program = [sys.executable, "-m", "atom_jax", "generate", checkpoint, "--prompts-file", pipe]
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", listen, *program],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         with pipe.open("wb"):  # opens when the program does
             process.send_signal(signal.SIGINT)
