@@ -73,3 +73,13 @@ def loop_bodies(hlo: str) -> list[list[Instruction]]:
 def launches(instructions: list[Instruction]) -> list[Instruction]:
     """Those that start a kernel or a copy on the device."""
     return [i for i in instructions if i.opcode not in _FREE and not i.opcode.endswith("-done")]
+
+
+def runs_kernel(launch: Instruction, found: dict[str, list[Instruction]]) -> bool:
+    """Whether ``launch`` is a custom call, itself or in a "dynamic slice fusion" of ``found``.
+
+    XLA wraps a kernel that reads slices of stacked arrays in such a fusion, which hands it their addresses:
+    nothing is copied, and the bytes of its result are the kernel's output.
+    """
+    called = found.get(launch.target, []) if launch.opcode == "fusion" else [launch]
+    return any(instruction.opcode == "custom-call" for instruction in called)

@@ -70,14 +70,17 @@ def test_step_copies_nothing_large_and_launches_little(batch, seq, record_proper
     smallest = (
         min(leaf.size for leaf in jax.tree.leaves(params) if leaf.dtype == jnp.int8) // CONFIG.num_layers
     )
-    large = [launch for launch in launched if launch.opcode != "custom-call" and launch.bytes >= smallest]
+    found = hlo.computations(text)
+    large = [launch for launch in launched if launch.bytes >= smallest and not hlo.runs_kernel(launch, found)]
     assert large == []
     copies = [
         instruction
-        for instructions in hlo.computations(text).values()
+        for instructions in found.values()
         for instruction in instructions
         if instruction.opcode in ("copy", "copy-start") and instruction.bytes >= MIB
     ]
     assert copies == []
-    # Room for activations, logits and the float keys and values of a prefilled sequence; not for a cache.
-    assert memory.temp_size_in_bytes < tree_bytes(cache) // 4
+    # Room for activations (the largest, gate_up's output in bfloat16, and what is made of it), logits and the
+    # float keys and values of a prefilled sequence; not for a cache.
+    gate_up = batch * seq * 2 * CONFIG.intermediate_size * 2
+    assert memory.temp_size_in_bytes < 1.5 * gate_up + tree_bytes(cache) // 8
