@@ -11,6 +11,9 @@ from pallas_kernels.qarrays import PACK_TILE
 # One warpgroup's wgmma covers this many output channels; one pipeline step this many bytes of each.
 ROWS = 64
 STEP_BYTES = 64
+# As many warpgroups as there are registers for, by tokens: 75, 127, 168 a thread with 32, 64, 128 (else 4).
+_MOST_WARPGROUPS = {64: 3, 128: 2}
+_MOST_CANDIDATES = 12
 
 # Rates of ``_decode_clocks``, per clock: estimates from data sheets and the machine code, without a GPU.
 _MEMORY_BYTES = 2450
@@ -69,12 +72,31 @@ class Config:
 @functools.cache
 def heuristics(m: int, n: int, k: int, group_size: int) -> Config:
     """The configuration for an activation [m, k] and a weight [n, k]."""
+    tokens = _tokens(m, group_size)
+    return _prefill(n, tokens) if m > 128 else _decode(tokens, n, k)[0]
+
+
+def candidates(m: int, n: int, k: int, group_size: int) -> list[Config]:
+    """What a sweep times: for decode the cheapest by estimate, for prefill what is near the default."""
+    tokens = _tokens(m, group_size)
+    if m <= 128:
+        return _decode(tokens, n, k)[:_MOST_CANDIDATES]
+    found = [
+        Config(size, warpgroups, stages, sharers=sharers)
+        for size in (tokens, tokens // 2)
+        for warpgroups in range(2, min(_MOST_WARPGROUPS.get(size, 4), 3) + 1)
+        for stages in (4, 6)
+        for sharers in (1, 2, 4)
+        if -(-n // (warpgroups * ROWS)) % sharers == 0
+    ]
+    return [config for config in found if config.smem_bytes <= MAX_SMEM_BYTES]
+
+
+def _tokens(m: int, group_size: int) -> int:
+    """Rows a CTA multiplies."""
     # Smaller groups keep more operands in registers beside the accumulators.
-    most_tokens = 128 if group_size == 128 else 64
-    if m > 128:
-        return _prefill(n, most_tokens)
-    tokens = next(size for size in (8, 16, 32, 64, 128) if min(m, most_tokens) <= size)
-    return _decode(tokens, n, k)
+    most = 128 if group_size == 128 else 64
+    return next(size for size in (8, 16, 32, 64, 128) if min(m, most) <= size)
 
 
 def _prefill(n: int, tokens: int) -> Config:
@@ -90,20 +112,18 @@ def _prefill(n: int, tokens: int) -> Config:
     return Config(tokens, warpgroups=2, stages=4, sharers=sharers)
 
 
-def _decode(tokens: int, n: int, k: int) -> Config:
-    """Bound by the weights' bytes: the cheapest of the candidates that fit."""
-    # As many warpgroups as there are registers for: 75, 127, 168 a thread with 32, 64, 128 tokens.
-    most_warpgroups = {64: 3, 128: 2}.get(tokens, 4)
-    candidates = [
+def _decode(tokens: int, n: int, k: int) -> list[Config]:
+    """Bound by the weights' bytes: all that fit, the cheapest first."""
+    found = [
         Config(tokens, warpgroups, stages, splits, sharers)
-        for warpgroups in sorted({2, most_warpgroups})
+        for warpgroups in sorted({2, _MOST_WARPGROUPS.get(tokens, 4)})
         for stages in (8, 4)
         for splits in (1, 2, 3, 4, 6, 8)
         for sharers in ((1, 2) if tokens >= 64 else (1,))
         if (splits * sharers <= 8 and n % (warpgroups * ROWS * sharers) == 0) or splits == sharers == 1
     ]
-    fitting = [config for config in candidates if config.smem_bytes <= MAX_SMEM_BYTES]
-    return min(fitting, key=lambda config: _decode_clocks(config, n, k))
+    fitting = [config for config in found if config.smem_bytes <= MAX_SMEM_BYTES]
+    return sorted(fitting, key=lambda config: _decode_clocks(config, n, k))
 
 
 def _decode_clocks(config: Config, n: int, k: int) -> float:

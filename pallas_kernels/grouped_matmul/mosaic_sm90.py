@@ -15,8 +15,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels import mosaic
+from pallas_kernels.grouped_matmul import config as tiles
 from pallas_kernels.grouped_matmul import mosaic_leaves as leaves
-from pallas_kernels.grouped_matmul.config import ROWS, STEP_BYTES, Config, heuristics
+from pallas_kernels.grouped_matmul.config import ROWS, STEP_BYTES, Config
 from pallas_kernels.grouped_matmul.mosaic_kernel import Problem, body, scratch
 from pallas_kernels.qarrays import QuantizedActivation, QuantizedWeight
 
@@ -50,7 +51,12 @@ def unsupported(
 
 def configuration(x: QuantizedActivation, w: QuantizedWeight, *_: Any) -> Config:
     """See ``dispatch``."""
-    return heuristics(x.body.shape[0], *w.shape, w.group_size)
+    return tiles.heuristics(x.body.shape[0], *w.shape, w.group_size)
+
+
+def candidates(x: QuantizedActivation, w: QuantizedWeight, *_: Any) -> list[Config]:
+    """What a sweep times."""
+    return tiles.candidates(x.body.shape[0], *w.shape, w.group_size)
 
 
 def run(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.mosaic import MAX_SMEM_BYTES
@@ -19,6 +21,19 @@ def run(
 ) -> tuple[QuantizedActivation, Float[Array, "m k"]]:
     """See ``api.norm_quantize``."""
     config = configuration(x, weight, residual, indices, eps, fmt)
+    return run_with(config, x, weight, residual, indices, eps, fmt)
+
+
+def run_with(
+    config: mosaic_rows.Config,
+    x: Float[Array, "m k"],
+    weight: Float[Array, " k"],
+    residual: Float[Array, "m k"] | None,
+    indices: Int32[Array, " k"] | None,
+    eps: float,
+    fmt: ActivationFormat,
+) -> tuple[QuantizedActivation, Float[Array, "m k"]]:
+    """``run`` with a chosen configuration."""
     return mosaic_rows.quantize_rows(
         x, fmt, config, weight=weight, eps=eps, residual=residual, indices=indices
     )
@@ -55,3 +70,8 @@ def configuration(
 ) -> mosaic_rows.Config:
     """What ``run`` runs with."""
     return mosaic_rows.heuristics(x.shape[-1])
+
+
+def candidates(x: Float[Array, "m k"], *_: Any) -> list[mosaic_rows.Config]:
+    """What a sweep times."""
+    return mosaic_rows.candidates(x.shape[-1])

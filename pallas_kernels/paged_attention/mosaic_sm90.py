@@ -65,6 +65,14 @@ def configuration(
     return heuristics(q.shape[0], cache.num_kv_heads, cache.block_tables.shape[1], kv_bits)
 
 
+def candidates(q: Any, cache: PagedKVCache, *arguments: Any) -> list[Config]:
+    """What a sweep times: half and twice as many CTAs, more and fewer pages in flight."""
+    default = configuration(q, cache, *arguments).splits
+    most = min(cache.block_tables.shape[1], _MAX_SPLITS)
+    splits = {default} | {other for other in (default // 2, 2 * default) if 1 <= other <= most}
+    return [Config(number, stages) for number in sorted(splits) for stages in (2, 3, 4, 6)]
+
+
 def unsupported(
     q: Float[Array, "batch seq heads head_dim"],
     cache: PagedKVCache,
@@ -100,6 +108,18 @@ def run(
 ) -> Float[Array, "batch 1 heads head_dim"]:
     """See ``api.paged_attention``."""
     config = configuration(q, cache, layer, positions, key_rope)
+    return run_with(config, q, cache, layer, positions, key_rope)
+
+
+def run_with(
+    config: Config,
+    q: Float[Array, "batch 1 heads head_dim"],
+    cache: PagedKVCache,
+    layer: Int32[Array, ""],
+    positions: Int32[Array, "batch 1"],
+    key_rope: None,
+) -> Float[Array, "batch 1 heads head_dim"]:
+    """``run`` with a chosen configuration."""
     out, lse = _decode(q[:, 0], cache, layer, positions[:, 0], config)
     if config.splits > 1:
         out = combine(out, lse, q.shape[2], q.dtype)

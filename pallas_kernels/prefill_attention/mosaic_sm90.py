@@ -29,6 +29,16 @@ def configuration(q: Any, *arguments: Any) -> flash.Config:
     return heuristics(q.shape[1], q.shape[3])
 
 
+def candidates(q: Any, *arguments: Any) -> list[flash.Config]:
+    """What a sweep times."""
+    consumers = {1, heuristics(q.shape[1], q.shape[3]).consumers}
+    return [
+        flash.Config(number, block_keys, stages)
+        for number in sorted(consumers)
+        for block_keys, stages in ((64, 2), (64, 4), (64, 6), (128, 2), (128, 3))
+    ]
+
+
 def unsupported(q: Any, cache: PagedKVCache, *arguments: Any) -> str | None:
     """Why ``run`` cannot serve these arguments; None if it can."""
     if q.dtype != jnp.bfloat16:
@@ -50,8 +60,19 @@ def run(
     key_rope: tuple[Float32[Array, "keys half"], Float32[Array, "keys half"]] | None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """See ``paged_attention.api.paged_attention``."""
+    return run_with(configuration(q), q, cache, layer, positions, key_rope)
+
+
+def run_with(
+    config: flash.Config,
+    q: Float[Array, "batch seq heads head_dim"],
+    cache: PagedKVCache,
+    layer: Int32[Array, ""],
+    positions: Int32[Array, "batch seq"],
+    key_rope: tuple[Float32[Array, "keys half"], Float32[Array, "keys half"]] | None,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """``run`` with a chosen configuration."""
     seq = positions.shape[1]
-    config = heuristics(seq, q.shape[3])
     if padding := -seq % config.block_queries:
         q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
         positions = jnp.pad(positions, ((0, 0), (0, padding)), constant_values=-1)

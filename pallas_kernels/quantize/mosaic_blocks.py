@@ -24,6 +24,7 @@ from pallas_kernels.quantize.mosaic_leaves import load, store, store_below
 
 # From float32 parts in a layout (the second argument) to the values that are quantized.
 Combine = Callable[[list[Float32[Array, "..."]], Any], Float32[Array, "..."]]
+_MOST_SLABS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,14 @@ class Config:
 def heuristics(rows: int, channels: int) -> Config:
     """The least work of which each SM has 4 CTAs, where a CTA's fixed costs are about those of a slab."""
     slabs = -(-channels // groups.SLAB)
-    enough = [b for b in range(1, 9) if b == 1 or rows * -(-slabs // b) >= 4 * mosaic.NUM_SMS]
+    enough = [b for b in range(1, _MOST_SLABS + 1) if b == 1 or rows * -(-slabs // b) >= 4 * mosaic.NUM_SMS]
     return Config(block_slabs=min(enough, key=lambda b: -(-slabs // b) * (b + 1)))
+
+
+def candidates(channels: int) -> list[Config]:
+    """What a sweep times."""
+    slabs = -(-channels // groups.SLAB)
+    return [Config(block_slabs) for block_slabs in range(1, min(slabs, _MOST_SLABS) + 1)]
 
 
 def quantize_blocks(

@@ -39,6 +39,12 @@ def heuristics(channels: int) -> Config:
     return Config(slabs_per_step=min(2, -(-channels // groups.SLAB)))
 
 
+def candidates(channels: int) -> list[Config]:
+    """What a sweep times."""
+    slabs = -(-channels // groups.SLAB)
+    return [Config(slabs_per_step) for slabs_per_step in range(1, min(slabs, 4) + 1)]
+
+
 def smem_bytes(channels: int, *dtypes: Any) -> int:
     """Shared memory of a CTA whose operands, each as long as a row, have ``dtypes``."""
     padded = _padded(channels)

@@ -15,7 +15,16 @@ def run(
     x: Float[Array, "m k"], fmt: ActivationFormat, indices: Int32[Array, " k"] | None
 ) -> QuantizedActivation:
     """See ``api.quantize``."""
-    config = configuration(x, fmt, indices)
+    return run_with(configuration(x, fmt, indices), x, fmt, indices)
+
+
+def run_with(
+    config: mosaic_blocks.Config | mosaic_rows.Config,
+    x: Float[Array, "m k"],
+    fmt: ActivationFormat,
+    indices: Int32[Array, " k"] | None,
+) -> QuantizedActivation:
+    """``run`` with a chosen configuration."""
     if isinstance(config, mosaic_rows.Config):
         quantized, _ = mosaic_rows.quantize_rows(x, fmt, config, indices=indices)
         return quantized
@@ -44,6 +53,13 @@ def configuration(
     if indices is None:
         return mosaic_blocks.heuristics(*x.shape)
     return mosaic_rows.heuristics(x.shape[-1])
+
+
+def candidates(
+    x: Float[Array, "m k"], fmt: ActivationFormat, indices: Int32[Array, " k"] | None
+) -> list[mosaic_blocks.Config] | list[mosaic_rows.Config]:
+    """What a sweep times."""
+    return (mosaic_blocks if indices is None else mosaic_rows).candidates(x.shape[-1])
 
 
 def _only(parts: list[Float32[Array, "*s"]], layout: Any) -> Float32[Array, "*s"]:

@@ -149,6 +149,27 @@ class Config:
     scale: float
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.matmul("Llama-3-8B", "o_proj", 16),
+        cases.matmul("Llama-3-8B", "o_proj", 4096),
+        cases.norm("Llama-3-8B", 64),
+        cases.attention_output("Llama-3-8B", 64),
+        cases.silu("Llama-3-8B", 64),
+        cases.attention("Llama-3-8B", 16, 1, 2048),
+        cases.attention("Llama-3-8B", 1, 512, 2048),
+    ],
+    ids=lambda case: case.name,
+)
+def test_kernels_offer_configurations_to_sweep(case: Case):
+    module = sweep.tunable(case)
+    assert module is not None
+    default, others = sweep.candidates(case, module)
+    assert others and len({default, *others}) == 1 + len(others)
+    assert {type(config) for config in others} == {type(default)}
+
+
 def test_sweep_takes_the_fastest_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Protocol of a tunable op, with the reference in the place of a kernel."""
     from pallas_kernels.silu_quantize import reference

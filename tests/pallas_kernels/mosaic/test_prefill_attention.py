@@ -11,7 +11,7 @@ import pytest
 
 from bench.shapes import MODELS, LayerShape
 from pallas_kernels import PagedKVCache, dispatch, paged_attention
-from pallas_kernels.prefill_attention import mosaic_sm90
+from pallas_kernels.prefill_attention import flash, mosaic_sm90
 from pallas_kernels.prefill_attention.cost import cost
 from pallas_kernels.prefill_attention.gather import gather
 from tests.pallas_kernels import bridge, oracle
@@ -175,6 +175,24 @@ def test_equals_the_oracle(
     for sequence, real in enumerate(positions >= 0):
         error = oracle.relative_error(np.asarray(out[sequence])[real], expected[sequence][real])
         assert error < 1e-2, sequence
+
+
+@needs_interpret_mode
+def test_other_tiles(monkeypatch: pytest.MonkeyPatch):
+    """Steps of more keys than a page or a tile of queries has."""
+    config = flash.Config(consumers=1, block_keys=128, stages=2)
+    monkeypatch.setattr(mosaic_sm90, "heuristics", lambda *_: config)
+    rng = np.random.default_rng(9)
+    cache, _ = make_cache(rng, [150, 20], 5, kv_rope="post", dtype="int4x2", head_dim=64, page_size=32)
+    positions = np.array([[*range(140, 150)], [*range(10, 20)]])
+    q = rng.normal(size=(2, 10, 2, 64)).astype(oracle.BF16)
+
+    def attend_layer(q, cache, positions):
+        return attend(q, cache, jnp.int32(1), positions, None)
+
+    out = interpreted(attend_layer, q, bridge.cache(cache), jnp.asarray(positions, jnp.int32))
+    expected = oracle.attention(q, cache, 1, positions)
+    assert oracle.relative_error(np.asarray(out), expected) < 1e-2
 
 
 def test_says_what_it_does_not_support():
