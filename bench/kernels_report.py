@@ -47,6 +47,8 @@ quarter at 1.75 GHz. **None of it is a measurement on a GPU**: `make gpu` makes 
 serializes wgmma, and checks their numerics in GPU interpret mode; CI runs it with jax 0.11.2. Another jax:
 `make test-kernels KERNELS_JAX=0.12.0.1`. What was checked with which version is in [testing.md](testing.md).
 
+A shape that models share is listed under the first of them.
+
 """
 
 
@@ -70,7 +72,7 @@ def report_cases() -> Iterator[cases.Case]:
                 yield cases.matmul(model, linear, rows)
         for rows in (64, 4096):
             yield from (cases.norm(model, rows), cases.attention_output(model, rows), cases.silu(model, rows))
-        yield cases.append(model, 64)
+            yield cases.append(model, rows)
         for kv_bits in (4, 16):
             yield cases.attention(model, 128, 1, 2048, kv_bits)
         yield cases.attention(model, 1, 512, 2048)

@@ -17,6 +17,9 @@ from pallas_kernels.mosaic import MAX_SMEM_BYTES, UPDATES_IN_PLACE
 # run other tests too, whose subprocesses would inherit it, and compute other sums in more memory.
 _INTERPRETER_THREADS = 16
 
+# With this jax, CI's, machine code must be there to be looked at.
+CHECKED_JAX = (0, 11)
+
 _unavailable = aot.unavailable()
 needs_cuda_compiler = pytest.mark.skipif(_unavailable is not None, reason=_unavailable or "")
 _threads = int(os.environ.get("NPROC") or os.cpu_count() or 1)
@@ -44,6 +47,7 @@ def compile_and_check(
     _, kernels = aot.compile_for_h200(function, *arguments, **jit_options)
     assert kernels, "no Mosaic kernel was compiled"
     for kernel in kernels:
+        assert kernel.instructions is not None or jax.__version_info__[:2] != CHECKED_JAX, "no disassembly"
         assert kernel.spill_bytes == 0 and kernel.stack_bytes == 0, kernel
         assert not kernel.serialized_wgmma, kernel
         assert (kernel.smem_bytes or 0) <= MAX_SMEM_BYTES, kernel
