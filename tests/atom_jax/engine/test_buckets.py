@@ -44,7 +44,7 @@ def test_a_full_step_is_within_the_budget(case: tuple[EngineConfig, int, Buckets
 
 
 def test_there_are_few() -> None:
-    assert len(list(make_buckets(EngineConfig(), 4096).shapes())) == 21
+    assert len(list(make_buckets(EngineConfig(), 4096).shapes())) == 27
 
 
 def test_deterministic_decodes_with_one_shape_and_prefills_prompts_alone() -> None:
