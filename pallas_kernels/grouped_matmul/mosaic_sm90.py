@@ -56,7 +56,8 @@ def configuration(x: QuantizedActivation, w: QuantizedWeight, *_: Any) -> Config
 
 def candidates(x: QuantizedActivation, w: QuantizedWeight, *_: Any) -> list[Config]:
     """What a sweep times."""
-    return tiles.candidates(x.body.shape[0], *w.shape, w.group_size)
+    n, k = w.shape
+    return tiles.candidates(x.body.shape[0], n, k, w.group_size)
 
 
 def run(
