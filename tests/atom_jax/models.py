@@ -18,7 +18,7 @@ TINY_GROUPS = {"group_size": 32, "num_outliers": 32}
 
 
 def tiny_config(quantization: QuantConfig | None = None, **changes: Any) -> ModelConfig:
-    """Two layers of grouped-query attention with q/k norm and biases; 64 channels, 160 tokens."""
+    """Two layers of grouped-query attention with biases of q, k and v; 64 channels, 160 tokens."""
     config = ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=160,
