@@ -162,12 +162,13 @@ def append(model: str, rows: int, kv_bits: int = 4) -> Case:
     length = 2 * PAGE_SIZE
 
     def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(key, 5)
         width = (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
         angle = jax.random.uniform(keys[1], (rows, layer.head_dim // 2), maxval=2 * jnp.pi)
         pages = -(-rows // length)
         slots = jax.random.permutation(keys[2], pages * length)[:rows].astype(jnp.int32)
         norms = [jnp.ones((layer.head_dim,), jnp.float32)] * 2 if layer.qk_norm else [None, None]
+        mean = jax.random.normal(keys[4], (layer.num_kv_heads, layer.head_dim)) if kv_bits == 4 else None
         return (
             jax.random.normal(keys[0], (rows, width), jnp.bfloat16),
             random_cache(keys[3], layer, pages, length, kv_bits),
@@ -176,9 +177,10 @@ def append(model: str, rows: int, kv_bits: int = 4) -> Case:
             jnp.cos(angle),
             jnp.sin(angle),
             *norms,
+            mean,
         )
 
-    def call(qkv, cache, index, slots, cos, sin, q_norm, k_norm):
+    def call(qkv, cache, index, slots, cos, sin, q_norm, k_norm, k_mean):
         return kv_append(
             qkv,
             cache,
@@ -189,6 +191,7 @@ def append(model: str, rows: int, kv_bits: int = 4) -> Case:
             num_heads=layer.num_heads,
             q_norm=q_norm,
             k_norm=k_norm,
+            k_mean=k_mean,
             eps=EPS,
         )
 

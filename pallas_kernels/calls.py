@@ -82,7 +82,19 @@ def _silu_quantize(gate_up: Any, fmt: Any) -> Cost:
     return silu_quantize_cost(rows, columns // 2, fmt, in_bytes=gate_up.dtype.itemsize)
 
 
-def _kv_append(qkv: Any, cache: Any, layer: Any, slots: Any, cos: Any, sin: Any, heads: int, *_: Any) -> Cost:
+def _kv_append(
+    qkv: Any,
+    cache: Any,
+    layer: Any,
+    slots: Any,
+    cos: Any,
+    sin: Any,
+    heads: int,
+    q_norm: Any,
+    k_norm: Any,
+    k_mean: Any,
+    eps: float,
+) -> Cost:
     return kv_append_cost(
         qkv.shape[0],
         heads,
@@ -91,6 +103,7 @@ def _kv_append(qkv: Any, cache: Any, layer: Any, slots: Any, cos: Any, sin: Any,
         cache.kv_groups,
         row_bytes=qkv.dtype.itemsize,
         page_bytes=cache.k_pages.dtype.itemsize,
+        mean_bytes=0 if k_mean is None else k_mean.dtype.itemsize,
     )
 
 

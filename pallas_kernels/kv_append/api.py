@@ -19,6 +19,7 @@ def kv_append(
     num_heads: int,
     q_norm: Float[Array, " head_dim"] | None = None,
     k_norm: Float[Array, " head_dim"] | None = None,
+    k_mean: Float[Array, "kv_heads head_dim"] | None = None,
     eps: float = 1e-6,
 ) -> tuple[Float[Array, "m heads head_dim"], PagedKVCache]:
     """Writes the tokens' keys and values into the cache and returns the rotated queries.
@@ -34,12 +35,33 @@ def kv_append(
       cos, sin: RoPE table at each token's position.
       num_heads: query heads.
       q_norm, k_norm: weights of the per-head RMSNorm (Qwen3), both or neither.
+      k_mean: subtracted from every key of a head, so that INT4 has less to span. The rotated key is rounded
+        to the type of ``qkv``; it less the mean is a float32 that the quantizer takes unrounded. Attention
+        needs no correction: all logits of a query lose the same number, which softmax does not see.
       eps: of that norm.
 
     Raises:
-      ValueError: the row is not num_heads + 2 * num_kv_heads heads, or only one norm is given.
+      ValueError: the row is not num_heads + 2 * num_kv_heads heads, only one norm is given, or ``k_mean`` has
+        another shape or the cache stores other than INT4 keys after RoPE.
     """
     expected = (num_heads + 2 * cache.num_kv_heads) * cache.head_dim
     if qkv.shape[-1] != expected or (q_norm is None) != (k_norm is None):
         raise ValueError(f"kv_append: rows of {expected} expected, found {qkv.shape}; norms come in pairs")
-    return dispatch.run("kv_append", qkv, cache, layer, slots, cos, sin, num_heads, q_norm, k_norm, eps)
+    if k_mean is not None:
+        _check_mean(k_mean, cache)
+    return dispatch.run(
+        "kv_append", qkv, cache, layer, slots, cos, sin, num_heads, q_norm, k_norm, k_mean, eps
+    )
+
+
+def _check_mean(k_mean: Float[Array, "kv_heads head_dim"], cache: PagedKVCache) -> None:
+    if not cache.quantized:
+        raise ValueError("kv_append: k_mean is for INT4 keys; those of a float cache are not rounded")
+    if cache.kv_rope != "post":
+        raise ValueError(
+            "kv_append: k_mean needs keys stored after RoPE; one taken off before is rotated differently for "
+            "each key, and attention would have to add it back"
+        )
+    if k_mean.shape != (cache.num_kv_heads, cache.head_dim):
+        expected = (cache.num_kv_heads, cache.head_dim)
+        raise ValueError(f"kv_append: k_mean of {expected} expected, found {k_mean.shape}")

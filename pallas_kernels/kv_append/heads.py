@@ -1,4 +1,4 @@
-"""A few heads of one token in the registers of a warpgroup: norm, RoPE and INT4 quantization.
+"""A few heads of one token in the registers of a warpgroup: norm, RoPE, centering, INT4 quantization.
 
 A thread holds the same channels of the low and of the high half of a head: the two RoPE rotates together,
 and the two that share a byte of a page. Only reductions over a head talk to other threads.
@@ -131,6 +131,11 @@ def rope(heads: Halves, cos_smem: Any, sin_smem: Any, dtype: Any) -> Halves:
     cos, sin = load_channels(cos_smem, 0, heads), load_channels(sin_smem, 0, heads)
     low, high = heads
     return _rounded_to(dtype, Halves(low * cos - high * sin, high * cos + low * sin))
+
+
+def center(heads: Halves, mean: Halves) -> Halves:
+    """Subtracts a mean; not rounded."""
+    return Halves(heads.low - mean.low, heads.high - mean.high)
 
 
 def quantize(heads: Halves, groups: int) -> Quantized:

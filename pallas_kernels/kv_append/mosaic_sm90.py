@@ -5,8 +5,9 @@ leave by another; a token's packed keys, and its values, are one strided box of 
 Only scales and zero points, 2 bytes at a stride of page_size, are plain stores.
 
 Roofline of Llama-3-8B, a token: 12.8 KB read, 9.4 KB written; at 20 bytes a clock and SM 1100 clocks, that is
-4400 issue slots. The kernel has 780 instructions for each of the four warps, 3100 slots, and blocks small
-enough (18 KB of shared memory) that a dozen share an SM and hide each other's latency.
+4400 issue slots. The kernel has 780 instructions for each of the four warps, 3100 slots (200 more where keys
+are centered), and blocks small enough (18 KB of shared memory, or 22) that nine share an SM and hide each
+other's latency.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def run(
     num_heads: int,
     q_norm: Float[Array, " head_dim"] | None,
     k_norm: Float[Array, " head_dim"] | None,
+    k_mean: Float[Array, "kv_heads head_dim"] | None,
     eps: float,
 ) -> tuple[Float[Array, "m heads head_dim"], PagedKVCache]:
     """See ``api.kv_append``. Slots past the last page write nothing, as in the reference."""
@@ -91,29 +93,30 @@ def run(
     num_slots = cache.k_pages.shape[1] * cache.page_size
     config = heuristics(num_heads, num_kv_heads, head_dim)
     per_token = {"row": qkv.reshape(tokens, -1, head_dim), "cos": cos, "sin": sin}
-    norms = {} if q_norm is None or k_norm is None else {"q": q_norm, "k": k_norm}
+    constants = {"q_norm": q_norm, "k_norm": k_norm, "k_mean": k_mean}
+    constants = {name: x for name, x in constants.items() if x is not None}
     names = [f"{x}_{kind}" for x in "kv" for kind in (("pages", "scales") if cache.quantized else ("pages",))]
     # The kernel writes to the cache through these; XLA copies it first only if its old value is used again.
     refs = {name: jax.new_ref(getattr(cache, name)) for name in names}
 
     def body(
         per_token_gmem: Refs,
-        norms_gmem: Refs,
+        constants_gmem: Refs,
         slots_gmem: Any,
         layer_gmem: Any,
         cache_gmem: Refs,
         q_gmem: Any,
         *,
         per_token_smem: Refs,
-        norms_smem: Refs,
+        constants_smem: Refs,
         stored_smem: Refs,
         barrier: Any,
     ) -> None:
         token = lax.axis_index("token")
         for name, ref in per_token_gmem.items():
             plgpu.copy_gmem_to_smem(ref.at[token], per_token_smem[name], barrier)
-        for name, ref in norms_gmem.items():
-            plgpu.copy_gmem_to_smem(ref, norms_smem[name], barrier)
+        for name, ref in constants_gmem.items():
+            plgpu.copy_gmem_to_smem(ref, constants_smem[name], barrier)
         slot, layer = slots_gmem[token], layer_gmem[0]
         page, offset = lax.div(slot, cache.page_size), lax.rem(slot, cache.page_size)
         plgpu.barrier_wait(barrier)
@@ -123,10 +126,13 @@ def run(
             """Heads of the row as attention or the cache wants them."""
             start = {"q": 0, "k": num_heads, "v": num_heads + num_kv_heads}[name]
             heads = registers.load(row_smem, start + first, count)
-            if name in norms_smem:
-                heads = registers.rms_norm(heads, norms_smem[name], eps, qkv.dtype)
+            if f"{name}_norm" in constants_smem:
+                heads = registers.rms_norm(heads, constants_smem[f"{name}_norm"], eps, qkv.dtype)
             if name == "q" or (name == "k" and cache.kv_rope == "post"):
                 heads = registers.rope(heads, cos_smem, sin_smem, qkv.dtype)
+            if f"{name}_mean" in constants_smem:
+                mean = registers.load(constants_smem[f"{name}_mean"], first, count)
+                heads = registers.center(heads, mean)
             return heads
 
         for first, count in config.query_tiles:
@@ -163,12 +169,12 @@ def run(
         grid_names=("token",),
         scratch_types={
             "per_token_smem": {name: plgpu.SMEM(x.shape[1:], x.dtype) for name, x in per_token.items()},
-            "norms_smem": {name: plgpu.SMEM(x.shape, x.dtype) for name, x in norms.items()},
+            "constants_smem": {name: plgpu.SMEM(x.shape, x.dtype) for name, x in constants.items()},
             "stored_smem": {"k": stored, "v": stored},
-            "barrier": plgpu.Barrier(num_arrivals=len(per_token) + len(norms)),
+            "barrier": plgpu.Barrier(num_arrivals=len(per_token) + len(constants)),
         },
         # A thread reads from shared memory what TMA brought (``barrier``) or what it wrote itself, and TMA
         # stores follow commit_smem, a barrier: more of them, around every load and store, are not needed.
         compiler_options={"unsafe_no_auto_barriers": True},
-    )(per_token, norms, slots, layer.reshape(1), refs)
+    )(per_token, constants, slots, layer.reshape(1), refs)
     return q, dataclasses.replace(cache, **{name: jax.freeze(ref) for name, ref in refs.items()})

@@ -1,4 +1,4 @@
-"""q/k norm, RoPE, asymmetric INT4 quantization and the scatter into pages, in plain jax.numpy."""
+"""q/k norm, RoPE, centering, asymmetric INT4 quantization and the scatter into pages, in plain jax.numpy."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def run(
     num_heads: int,
     q_norm: Float[Array, " head_dim"] | None,
     k_norm: Float[Array, " head_dim"] | None,
+    k_mean: Float[Array, "kv_heads head_dim"] | None,
     eps: float,
 ) -> tuple[Float[Array, "m heads head_dim"], PagedKVCache]:
     """See ``api.kv_append``."""
@@ -71,6 +72,8 @@ def run(
     q = rope(q, cos, sin)
     if cache.kv_rope == "post":
         k = rope(k, cos, sin)
+    if k_mean is not None:
+        k = k.astype(jnp.float32) - k_mean.astype(jnp.float32)
 
     # A slot of -1 (padding) becomes a page past the end, which the scatter drops.
     pages = jnp.where(slots < 0, cache.k_pages.shape[1], slots // cache.page_size)

@@ -69,7 +69,7 @@ def test_cache_carried_through_a_scan():
 
         def body(cache, index):
             slots = cache.slots(positions)
-            q, cache = append.call(qkv, cache, index, slots, cos, sin, None, None)
+            q, cache = append.call(qkv, cache, index, slots, cos, sin, None, None, None)
             return cache, attend(q[:, None], cache, index, positions)
 
         cache, outputs = jax.lax.scan(body, cache, jnp.arange(2, dtype=jnp.int32))

@@ -224,14 +224,21 @@ def split_heads(
     cos: np.ndarray,
     sin: np.ndarray,
     kv_rope: str,
+    k_mean: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rotated queries, the keys as the cache stores them, values: float64, [tokens, heads, head_dim]."""
+    """Rotated queries, the keys as the cache stores them, values: float64, [tokens, heads, head_dim].
+
+    With a mean, keys are rounded to the type of ``qkv`` before it comes off, as the op documents.
+    """
     heads = qkv.astype(F64).reshape(len(qkv), num_heads + 2 * num_kv_heads, -1)
     q, k, v = np.split(heads, [num_heads, num_heads + num_kv_heads], axis=1)
     if norms is not None:
         q, k = rms_norm(q, norms[0], norms[2]), rms_norm(k, norms[1], norms[2])
     cos, sin = cos[:, None], sin[:, None]
-    return rope(q, cos, sin), rope(k, cos, sin) if kv_rope == "post" else k, v
+    k = rope(k, cos, sin) if kv_rope == "post" else k
+    if k_mean is not None:
+        k = k.astype(qkv.dtype).astype(F64) - k_mean.astype(F64)
+    return rope(q, cos, sin), k, v
 
 
 def store(cache: Cache, k: np.ndarray, v: np.ndarray, layer: int, slots: np.ndarray) -> Cache:

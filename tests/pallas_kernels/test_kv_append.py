@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pallas_kernels import kv_append
+from pallas_kernels import kv_append, paged_attention
 from tests.pallas_kernels import bridge, oracle
 
 HEADS, KV_HEADS, DIM, PAGE, PAGES = 4, 2, 32, 8, 16
@@ -116,6 +116,78 @@ def test_bfloat16_rows(kv_rope: str):
         assert oracle.relative_error(scales, expected_scales(expected)) < 1e-2
 
 
+def make_mean(rng: np.random.Generator) -> np.ndarray:
+    """Larger than the keys: left in, or taken off twice, it would change every integer."""
+    return (3 * rng.normal(size=(KV_HEADS, DIM))).astype(np.float32)
+
+
+@pytest.mark.parametrize("rows", [np.float32, oracle.BF16])
+@pytest.mark.parametrize("dtype", ["int4", "int4x2"])
+def test_centered_keys_are_exact_where_nothing_turns(dtype: str, rows: npt.DTypeLike):
+    rng = np.random.default_rng(6)
+    before = bridge.random_cache(rng, make_tables(rng), kv_rope="post", dtype=dtype)
+    qkv, mean = make_qkv(rng, POSITIONS.size, rows), make_mean(rng)
+    cos, sin = oracle.rope_table(np.zeros(POSITIONS.size), DIM)
+    slots = oracle.slots(before.block_tables, PAGE, POSITIONS)
+    q, after = append(qkv, before, slots, cos, sin, k_mean=jnp.asarray(mean))
+    expected_q, k, v = oracle.split_heads(qkv, HEADS, KV_HEADS, None, cos, sin, "post", mean)
+    np.testing.assert_array_equal(np.asarray(q, np.float64), expected_q)
+    assert_pages(after, oracle.store(before, k, v, 1, slots), exact_keys=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "norm", "rows"),
+    [("int4", False, np.float32), ("int4x2", True, np.float32), ("int4x2", False, oracle.BF16)],
+)
+def test_centered_keys(dtype: str, norm: bool, rows: npt.DTypeLike):
+    """The mean comes off after norm, RoPE and the rounding to the type of the row."""
+    rng = np.random.default_rng(7)
+    before = bridge.random_cache(rng, make_tables(rng), kv_rope="post", dtype=dtype)
+    qkv, mean = make_qkv(rng, POSITIONS.size, rows), make_mean(rng)
+    weights = rng.uniform(0.5, 2, (2, DIM)).astype(np.float32)
+    cos, sin = oracle.rope_table(POSITIONS.reshape(-1), DIM)
+    slots = oracle.slots(before.block_tables, PAGE, POSITIONS)
+    norms = dict(zip(("q_norm", "k_norm"), map(jnp.asarray, weights), strict=True)) if norm else {}
+    _, after = append(qkv, before, slots, cos, sin, k_mean=jnp.asarray(mean), **norms)
+    oracle_norms = (weights[0], weights[1], 1e-6) if norm else None
+    _, k, v = oracle.split_heads(qkv, HEADS, KV_HEADS, oracle_norms, cos, sin, "post", mean)
+    assert_pages(after, oracle.store(before, k, v, 1, slots), exact_keys=False)
+
+
+def test_attention_does_not_see_the_mean():
+    """Keys and values that INT4 holds without loss, with the mean removed: attention of the float cache."""
+    rng = np.random.default_rng(8)
+    tables, positions = bridge.block_tables(rng, [9, 9], 2, PAGE, PAGES), np.tile(np.arange(9), (2, 1))
+    heads = rng.integers(0, 8, (18, HEADS + 2 * KV_HEADS, DIM)).astype(np.float32)
+    # Each head spans 0 to 15, so its scale is 1; the mean leaves 0 and 15 where they are.
+    heads[:, HEADS:, :2] = 0, 15
+    mean = rng.integers(-8, 9, (KV_HEADS, DIM)).astype(np.float32)
+    mean[:, :2] = 0
+    keys = heads[:, HEADS : HEADS + KV_HEADS]
+    keys += mean
+    heads[:, :HEADS] = rng.normal(size=heads[:, :HEADS].shape)
+    cos, sin = oracle.rope_table(np.zeros(18), DIM)
+
+    def attend(dtype: str, **more: jax.Array) -> np.ndarray:
+        """The first eight tokens as a chunk, the last one on its own."""
+        before = bridge.random_cache(rng, tables, kv_rope="post", dtype=dtype)
+        slots = oracle.slots(tables, PAGE, positions)
+        q, cache = append(heads.reshape(18, -1), before, slots, cos, sin, **more)
+        q = q.reshape(2, 9, HEADS, DIM)
+        return np.concatenate(
+            [
+                paged_attention(
+                    q[:, part], cache, layer=jnp.int32(1), positions=jnp.asarray(positions[:, part])
+                )
+                for part in (slice(8), slice(8, 9))
+            ],
+            axis=1,
+        )
+
+    assert oracle.relative_error(attend("int4", k_mean=jnp.asarray(mean)), attend("float32")) < 1e-5
+    assert oracle.relative_error(attend("int4"), attend("float32")) > 1e-3  # with it they do not fit
+
+
 def expected_scales(cache: oracle.Cache) -> np.ndarray:
     assert cache.k_scales is not None
     return cache.k_scales[:, :, :, 0].astype(np.float32)
@@ -209,3 +281,19 @@ def test_rejects_rows_of_another_width():
         kv_append(jnp.ones((3, 224)), cache, num_heads=HEADS, **arguments)
     with pytest.raises(ValueError, match="norms come in pairs"):
         kv_append(jnp.ones((3, 256)), cache, num_heads=HEADS, q_norm=jnp.ones(DIM), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_rope", "shape", "message"),
+    [
+        ("float32", "post", (KV_HEADS, DIM), "k_mean is for INT4 keys"),
+        ("int4", "pre", (KV_HEADS, DIM), "k_mean needs keys stored after RoPE"),
+        ("int4", "post", (HEADS, DIM), r"k_mean of \(2, 32\) expected, found \(4, 32\)"),
+    ],
+)
+def test_rejects_a_mean(dtype: str, kv_rope: str, shape: tuple[int, int], message: str):
+    rng = np.random.default_rng(9)
+    cache = bridge.random_cache(rng, make_tables(rng), kv_rope=kv_rope, dtype=dtype)
+    cos, sin = oracle.rope_table(np.arange(3), DIM)
+    with pytest.raises(ValueError, match=message):
+        append(make_qkv(rng, 3), cache, np.arange(3), cos, sin, k_mean=jnp.zeros(shape))

@@ -41,12 +41,13 @@ class Arguments(NamedTuple):
     sin: Any
     q_norm: Any
     k_norm: Any
+    k_mean: Any
 
 
 def appender(num_heads: int) -> Callable[..., tuple[jax.Array, PagedKVCache]]:
     """``kv_append`` on the fields of ``Arguments``."""
 
-    def append(qkv, cache, layer, slots, cos, sin, q_norm, k_norm):
+    def append(qkv, cache, layer, slots, cos, sin, q_norm, k_norm, k_mean):
         return kv_append(
             qkv,
             cache,
@@ -57,6 +58,7 @@ def appender(num_heads: int) -> Callable[..., tuple[jax.Array, PagedKVCache]]:
             num_heads=num_heads,
             q_norm=q_norm,
             k_norm=k_norm,
+            k_mean=k_mean,
             eps=1e-3,
         )
 
@@ -64,7 +66,13 @@ def appender(num_heads: int) -> Callable[..., tuple[jax.Array, PagedKVCache]]:
 
 
 def abstract_arguments(
-    shape: LayerShape, tokens: int, *, kv_groups: int = 2, kv_rope: str = "post", dtype: Any = BF16
+    shape: LayerShape,
+    tokens: int,
+    *,
+    kv_groups: int = 2,
+    kv_rope: str = "post",
+    dtype: Any = BF16,
+    mean: bool = False,
 ) -> Arguments:
     """Of one layer of a model; ``kv_groups`` 0 stands for bfloat16 pages."""
     layers, pages, page_size = 4, 128, 64
@@ -89,6 +97,7 @@ def abstract_arguments(
         angles,
         norm,
         norm,
+        struct((shape.num_kv_heads, shape.head_dim), F32) if mean else None,
     )
 
 
@@ -113,32 +122,47 @@ def test_compiles(model: str, tokens: int):
 @needs_updates_in_place
 @pytest.mark.parametrize("model", ["SmolLM2-135M", "Qwen3-8B"])
 @pytest.mark.parametrize(
-    ("kv_groups", "kv_rope", "dtype"),
-    [(1, "pre", BF16), (0, "post", BF16), (0, "pre", BF16), (1, "post", F32)],
+    ("kv_groups", "kv_rope", "dtype", "mean"),
+    [
+        (1, "pre", BF16, False),
+        (0, "post", BF16, False),
+        (0, "pre", BF16, False),
+        (1, "post", F32, False),
+        (1, "post", F32, True),
+    ],
 )
-def test_compiles_other_formats(model: str, kv_groups: int, kv_rope: str, dtype: Any):
+def test_compiles_other_formats(model: str, kv_groups: int, kv_rope: str, dtype: Any, mean: bool):
     shape = MODELS[model]
-    arguments = abstract_arguments(shape, 64, kv_groups=kv_groups, kv_rope=kv_rope, dtype=dtype)
+    arguments = abstract_arguments(shape, 64, kv_groups=kv_groups, kv_rope=kv_rope, dtype=dtype, mean=mean)
     check_compiled(shape, arguments)
 
 
 @needs_cuda_compiler
 @needs_updates_in_place
-@pytest.mark.parametrize("kv_groups", [0, 2])
-def test_scan_over_layers_updates_the_cache_in_place(kv_groups: int):
-    shape = MODELS["Llama-3-8B"]
+@pytest.mark.parametrize("model", MODELS)
+def test_compiles_with_centered_keys(model: str):
+    check_compiled(MODELS[model], abstract_arguments(MODELS[model], 64, mean=True))
+
+
+@needs_cuda_compiler
+@needs_updates_in_place
+@pytest.mark.parametrize(("kv_groups", "mean"), [(0, False), (2, False), (2, True)])
+def test_scan_over_layers_updates_the_cache_in_place(kv_groups: int, mean: bool):
+    shape, layers = MODELS["Llama-3-8B"], 4
     arguments = abstract_arguments(shape, 64, kv_groups=kv_groups)
     append = appender(shape.num_heads)
+    means = jax.ShapeDtypeStruct((layers, shape.num_kv_heads * shape.head_dim), F32) if mean else None
 
-    def step(qkv, cache, slots, cos, sin):
-        def layer(carry, index):
-            rows, cache = carry
-            q, cache = append(rows, cache, index, slots, cos, sin, None, None)
-            return (rows.at[:, : q[0].size].set(q.reshape(len(q), -1)), cache), None
+    def step(qkv, cache, slots, cos, sin, means):
+        def layer(carry, layer_mean):
+            rows, cache, index = carry
+            k_mean = layer_mean.reshape(-1, shape.head_dim) if mean else None
+            q, cache = append(rows, cache, index, slots, cos, sin, None, None, k_mean)
+            return (rows.at[:, : q[0].size].set(q.reshape(len(q), -1)), cache, index + 1), None
 
-        return lax.scan(layer, (qkv, cache), jnp.arange(4, dtype=jnp.int32))[0]
+        return lax.scan(layer, (qkv, cache, jnp.int32(0)), means, layers)[0][:2]
 
-    compiled, kernels = aot.compile_for_h200(step, *arguments[:2], *arguments[3:6], donate_argnums=1)
+    compiled, kernels = aot.compile_for_h200(step, *arguments[:2], *arguments[3:6], means, donate_argnums=1)
     assert len(kernels) == 1
     cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arguments.cache))
     memory = compiled.memory_analysis()
@@ -161,11 +185,16 @@ def random_arguments(
     kv_rope: str,
     dtype: Any,
     norm: bool = False,
+    mean: bool = False,
+    turned: bool = True,
     page_dtype: Any = BF16,
     pages: int = 24,
     page_size: int = 8,
 ) -> Arguments:
-    """Slots in no order, some negative, one past the last page; a cache full of noise."""
+    """Slots in no order, some negative, one past the last page; a cache full of noise.
+
+    ``turned`` false: RoPE with angles of zero, which changes no bit.
+    """
     half, lead = head_dim // 2, (2, pages, num_kv_heads)
     k_scales = v_scales = None
     if kv_groups:
@@ -184,7 +213,7 @@ def random_arguments(
     scale = rng.uniform(0.1, 10, (tokens, num_heads + 2 * num_kv_heads, 1))
     qkv = rng.normal(size=(*scale.shape[:2], head_dim)) * scale
     qkv[0, -1], qkv[-1, num_heads] = 0, np.abs(qkv[-1, num_heads])  # a head of zeros, one of one sign
-    angles = rng.uniform(0, 2 * np.pi, (tokens, half))
+    angles = rng.uniform(0, 2 * np.pi, (tokens, half)) * turned
     q_norm, k_norm = (jnp.asarray(rng.uniform(0.5, 2, head_dim), BF16) if norm else None for _ in range(2))
     return Arguments(
         jnp.asarray(qkv.reshape(tokens, -1), dtype),
@@ -195,6 +224,7 @@ def random_arguments(
         jnp.asarray(np.sin(angles), F32),
         q_norm,
         k_norm,
+        jnp.asarray(5 * rng.normal(size=(num_kv_heads, head_dim)), F32) if mean else None,
     )
 
 
@@ -224,7 +254,7 @@ def check(arguments: Arguments, num_heads: int) -> None:
     if q.dtype == BF16:
         ulps = np.asarray(q).view(np.int16).astype(int) - np.asarray(expected_q).view(np.int16)
         assert np.abs(ulps).max() <= 1
-    exact = arguments.q_norm is None and cache.kv_rope == "pre"
+    exact = arguments.q_norm is None and (cache.kv_rope == "pre" or not np.any(arguments.sin))
     assert_pages(cache.v_pages, expected.v_pages, exact=True)
     assert_pages(cache.k_pages, expected.k_pages, exact=exact)
     if cache.k_scales is not None and cache.v_scales is not None:
@@ -255,6 +285,10 @@ def check(arguments: Arguments, num_heads: int) -> None:
         (9, 4, 2, 128, {"kv_groups": 2, "kv_rope": "pre", "dtype": F32, "norm": True}),
         (9, 32, 8, 64, {"kv_groups": 1, "kv_rope": "post", "dtype": BF16, "norm": True}),
         (130, 2, 1, 64, {"kv_groups": 2, "kv_rope": "post", "dtype": BF16}),
+        (3, 9, 3, 64, {"kv_groups": 2, "kv_rope": "post", "dtype": BF16, "mean": True, "turned": False}),
+        (9, 20, 5, 128, {"kv_groups": 1, "kv_rope": "post", "dtype": F32, "mean": True, "turned": False}),
+        (9, 4, 1, 128, {"kv_groups": 2, "kv_rope": "post", "dtype": BF16, "mean": True}),
+        (9, 32, 8, 64, {"kv_groups": 1, "kv_rope": "post", "dtype": BF16, "mean": True, "norm": True}),
         (9, 4, 2, 64, {"kv_groups": 0, "kv_rope": "pre", "dtype": BF16}),
         (9, 4, 2, 128, {"kv_groups": 0, "kv_rope": "post", "dtype": BF16, "norm": True}),
         (9, 4, 2, 64, {"kv_groups": 0, "kv_rope": "post", "dtype": F32, "page_dtype": F32}),
@@ -291,13 +325,13 @@ def test_tiles_cover_all_heads_once(half: int):
 
 def test_says_what_it_does_not_support():
     arguments = abstract_arguments(MODELS["Llama-3-8B"], 3)
-    call = (*arguments[:6], 32, None, None, 1e-6)
+    call = (*arguments[:6], 32, None, None, None, 1e-6)
     assert (mosaic_sm90.unsupported(*call) is None) == UPDATES_IN_PLACE
     assert mosaic_sm90.configuration(*call) == mosaic_sm90.heuristics(32, 8, 128)
     rows = jax.ShapeDtypeStruct(arguments.qkv.shape, jnp.float16)
     assert "float16" in str(mosaic_sm90.unsupported(rows, *call[1:]))
     small = abstract_arguments(LayerShape(576, 1536, 9, 3, 32), 3)
-    assert "head_dim 32" in str(mosaic_sm90.unsupported(*small[:6], 9, None, None, 1e-6))
+    assert "head_dim 32" in str(mosaic_sm90.unsupported(*small[:6], 9, None, None, None, 1e-6))
 
 
 def test_cost_counts_arrays():
@@ -308,6 +342,9 @@ def test_cost_counts_arrays():
     query = 5 * shape.num_heads * shape.head_dim * 2
     inputs = (arguments.qkv, arguments.cos, arguments.sin, arguments.slots)
     read = sum(x.size * x.dtype.itemsize for x in inputs)
-    assert cost(5, shape.num_heads, shape.num_kv_heads, shape.head_dim, 2).bytes == read + query + stored
+    whole = cost(5, shape.num_heads, shape.num_kv_heads, shape.head_dim, 2).bytes
+    assert whole == read + query + stored
+    centered = cost(5, shape.num_heads, shape.num_kv_heads, shape.head_dim, 2, mean_bytes=4).bytes
+    assert centered == whole + 4 * shape.num_kv_heads * shape.head_dim
     whole_heads = cost(5, shape.num_heads, shape.num_kv_heads, shape.head_dim, 0).bytes
     assert whole_heads == 2 * arguments.qkv.size * 2 + read - arguments.qkv.size * 2
