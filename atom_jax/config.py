@@ -67,6 +67,8 @@ class QuantConfig:
 
     ``smooth_keys`` is how far key channels are evened out before INT4 rounds them: 0 not at all, 1 fully.
 
+    ``center_keys`` removes the mean of each key channel, measured at calibration, before INT4 rounds the key.
+
     ``kv_groups`` is how many scales an INT4 head of the cache has: 1 (the paper) or 2, one a half.
 
     ``group_size=None`` is one group over the whole row and ``num_outliers=0`` keeps no outliers: together
@@ -82,6 +84,7 @@ class QuantConfig:
     reorder: Reorder = "folded"
     rotate: bool = False
     smooth_keys: float = 0.5
+    center_keys: bool = False
     kv_bits: Literal[4, 16] = 4
     kv_groups: Literal[1, 2] = 2
     kv_rope: KvRope = "post"
@@ -111,6 +114,11 @@ class QuantConfig:
         ):
             if getattr(self, name) not in typing.get_args(values):
                 raise AtomError(f"{name} {getattr(self, name)!r} is not one of {typing.get_args(values)}")
+        if self.center_keys and (self.kv_bits, self.kv_rope) != (4, "post"):
+            raise AtomError(
+                "center_keys needs kv_bits 4 and kv_rope 'post', "
+                f"found kv_bits {self.kv_bits} and kv_rope {self.kv_rope!r}"
+            )
 
     @property
     def quantizes_linears(self) -> bool:

@@ -52,11 +52,13 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def vector_shapes(config: ModelConfig) -> dict[str, tuple[int]]:
-    """Shape of each float vector of a layer: norms, and the biases this family has."""
+    """Shape of each float vector of a layer: norms, the mean of its keys, the biases this family has."""
     hidden = config.hidden_size
     shapes = {"input_norm": (hidden,), "post_attention_norm": (hidden,)}
     if config.qk_norm:
         shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
+    if config.quantization.center_keys:
+        shapes["k_mean"] = (config.kv_size,)
     for name, present in (
         ("qkv", config.qkv_bias),
         ("o", config.o_bias),
@@ -110,6 +112,7 @@ class Layer(nnx.Module):
             return linear(inputs, param(f"{name}_proj"), param(f"{name}_bias"), x.dtype, residual)
 
         normed = norm_input(x, param("input_norm"), param("qkv_proj"), param("qkv_indices"), config)
+        k_mean = param("k_mean")
         q, cache = kv_append(
             project("qkv", normed),
             cache,
@@ -120,6 +123,7 @@ class Layer(nnx.Module):
             num_heads=config.num_heads,
             q_norm=param("q_norm"),
             k_norm=param("k_norm"),
+            k_mean=None if k_mean is None else k_mean.reshape(config.num_kv_heads, config.head_dim),
             eps=config.rms_norm_eps,
         )
         q = q.reshape(*step.positions.shape, config.num_heads, config.head_dim)

@@ -25,6 +25,7 @@ CONFIGS = {
     "groups": tiny_config(
         preset("w4a4kv4", group_size=32, num_outliers=32, reorder="per_layer"), o_bias=True
     ),
+    "centered": tiny_config(preset("w4a4kv4", group_size=32, num_outliers=32, center_keys=True)),
     "per-channel": tiny_config(preset("w4a4kv4", group_size=None, num_outliers=0), tie_word_embeddings=True),
 }
 
@@ -212,6 +213,8 @@ def quantization(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (edited(quantization=None), "configuration is not readable"),
         (quantization(scheme="w2a2"), "scheme 'w2a2' is not supported"),
         (quantization(group_size=48), "group size 48 is not supported"),
+        (quantization(center_keys=True, kv_bits=16), "center_keys needs kv_bits 4 and kv_rope 'post', found"),
+        (quantization(center_keys=True, kv_rope="pre"), "found kv_bits 4 and kv_rope 'pre'"),
         (quantization(num_outliers=64), "64 input channels are not 64 outliers and whole groups of 32"),
         (quantization(num_outliers=1), "64 input channels are not 1 outliers and whole groups of 32"),
         (lambda data: [1], "a JSON object expected, found list"),
@@ -222,6 +225,15 @@ def test_bad_configuration(edit: Callable[[dict[str, Any]], Any], part: str, dam
     file.write_text(json.dumps(edit(json.loads(file.read_text()))))
     with fails(file, part):
         checkpoint.load(damaged)
+
+
+def test_configuration_from_before_keys_were_centered(damaged: Path) -> None:
+    file = damaged / checkpoint.CONFIG_FILE
+    data = json.loads(file.read_text())
+    del data["quantization"]["center_keys"]
+    file.write_text(json.dumps(data))
+    model = checkpoint.load(damaged)
+    assert model.config == CONFIGS["groups"] and "k_mean" not in checkpoint.layer_specs(model.config)
 
 
 @pytest.mark.parametrize("content", [b"", b'{"format_version": 1,', b"\xff\xfe", b"[" * 100_000])

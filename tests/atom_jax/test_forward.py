@@ -12,9 +12,16 @@ import pytest
 
 from atom_jax.config import ModelConfig, preset
 from atom_jax.kv_cache import init_cache
-from atom_jax.llama import forward
+from atom_jax.llama import forward, make_params
 from pallas_kernels import PagedKVCache
-from tests.atom_jax.models import TINY_GROUPS, ragged_prompts, relative_error, tiny_config, tiny_params
+from tests.atom_jax.models import (
+    TINY_GROUPS,
+    ragged_prompts,
+    relative_error,
+    tiny_config,
+    tiny_params,
+    tiny_tree,
+)
 
 LENGTHS = [40, 23]
 PAGE = 8
@@ -36,6 +43,7 @@ CASES = {
         ("int4", 4, "post"),
     )
 }
+CASES["float-kv4-centered"] = tiny_config(preset("bf16", kv_bits=4, center_keys=True))
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -168,3 +176,26 @@ def test_pages_of_a_float_cache_keep_their_type() -> None:
     rounded, cache = run(config, params, 48, init_cache(config, len(LENGTHS), 48, page_size=PAGE))
     assert cache.k_pages.dtype == jnp.bfloat16
     assert 0 < relative_error(valid(rounded), valid(expected)) < 2e-2
+
+
+def test_keys_lose_the_mean_of_their_layer() -> None:
+    """Pages change by all of it, logits by the rounding of keys alone."""
+    config = CASES["float-kv4-centered"]
+    tree = tiny_tree(config)
+    without = config.replace(quantization=dataclasses.replace(config.quantization, center_keys=False))
+
+    def run_with(mean: np.ndarray) -> tuple[np.ndarray, PagedKVCache]:
+        layers = {**tree["layers"], "k_mean": mean}
+        params = make_params(config, jax.tree.map(jnp.asarray, {**tree, "layers": layers}))
+        return run(config, params, 48)
+
+    expected, expected_cache = run(without, make_params(without, jax.tree.map(jnp.asarray, tree)), 48)
+    mean = tree["layers"]["k_mean"]
+    logits, cache = run_with(np.zeros_like(mean))
+    np.testing.assert_array_equal(valid(logits), valid(expected))
+    np.testing.assert_array_equal(cache.k_pages, expected_cache.k_pages)
+    mean[0], mean[1] = 0, 2
+    logits, cache = run_with(mean)
+    np.testing.assert_array_equal(cache.k_pages[0], expected_cache.k_pages[0])
+    assert (cache.k_pages[1] == expected_cache.k_pages[1]).mean() < 0.9
+    assert 0 < relative_error(valid(logits), valid(expected)) < 0.1
