@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from atom_jax.detokenize import StreamingDetokenizer
 from atom_jax.engine.requests import FinishReason, RequestParams
+
+# Tokens of a prompt's end that tell how its text goes on; no character has more bytes.
+_CONTEXT = 4
 
 
 class StopStrings:
@@ -42,10 +46,12 @@ class StopStrings:
 class Answer:
     """Of one request: takes its tokens, gives its text, says when it ends."""
 
-    def __init__(self, params: RequestParams, eos_ids: tuple[int, ...], tokenizer: Any) -> None:
+    def __init__(
+        self, params: RequestParams, eos_ids: tuple[int, ...], tokenizer: Any, prompt: Sequence[int] = ()
+    ) -> None:
         self._params = params
         self._stop_ids = {*params.stop_ids, *(() if params.ignore_eos else eos_ids)}
-        self._detokenizer = StreamingDetokenizer(tokenizer)
+        self._detokenizer = _detokenizer(tokenizer, prompt if params.continues else ())
         self._stop = StopStrings(params.stop)
         self.tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -68,3 +74,12 @@ class Answer:
         """What the detokenizer and the stop strings hold back, which may complete a stop string after all."""
         text = self._stop.add(self._detokenizer.finish())
         return text if self._stop.found else text + self._stop.finish()
+
+
+def _detokenizer(tokenizer: Any, prompt: Sequence[int]) -> StreamingDetokenizer:
+    """For what follows ``prompt``, whose own text is not given out."""
+    detokenizer = StreamingDetokenizer(tokenizer)
+    for token in prompt[-_CONTEXT:]:
+        detokenizer.add(token)
+    within_character = detokenizer.finish()
+    return StreamingDetokenizer(tokenizer) if within_character else detokenizer

@@ -10,9 +10,8 @@ from typing import NamedTuple
 from atom_jax.engine.requests import EngineConfig
 from atom_jax.errors import AtomError
 
-# Each bucket is so many times the one before. Padding rows cost a CPU as much as real ones, and decode steps
-# are most of the work; padding of chunks and tables is masked or rare. 32 sequences of 4096 tokens need 27
-# programs.
+# Each bucket is so many times the one before. Rows are finer: decode steps are most of the work, and a CPU
+# computes their padding rows like any other. 32 sequences of 4096 tokens need 27 programs.
 _ROWS_FACTOR = 2
 _FACTOR = 4
 _MIN_PAGES = 4

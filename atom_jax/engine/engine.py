@@ -43,6 +43,9 @@ class Engine:
 
     ``step`` plans and dispatches a step, then reads the results of the one before: the host plans while the
     device computes. The engine belongs to one thread.
+
+    Attributes:
+      max_model_len: most tokens of a prompt and its answer together; no more than the cache holds.
     """
 
     def __init__(self, model: Model, config: EngineConfig = EngineConfig()) -> None:
@@ -56,8 +59,10 @@ class Engine:
         self.max_model_len = config.max_model_len or min(positions, _MAX_MODEL_LEN)
         if self.max_model_len > positions:
             raise AtomError(f"max_model_len {self.max_model_len} exceeds the model's {positions} positions")
-        buckets = make_buckets(config, self.max_model_len)
         self._num_pages = _num_pages(model, config, self.max_model_len)
+        # No request may be longer than the cache.
+        self.max_model_len = min(self.max_model_len, self._num_pages * config.page_size)
+        buckets = make_buckets(config, self.max_model_len)
         self._scheduler = Scheduler(
             num_pages=self._num_pages,
             page_size=config.page_size,
@@ -89,12 +94,12 @@ class Engine:
 
         Raises:
           AtomError: the id is in use, the prompt is empty or has ids that the model does not know, or prompt
-            and answer together can never fit.
+            and answer together are longer than ``max_model_len``.
         """
         tokens = [int(token) for token in prompt]
         self._check(request_id, tokens, params)
         sequence = SequenceState(request_id, params, self._arrivals, tokens, len(tokens))
-        answer = Answer(params, self._model.config.eos_token_ids, self._model.tokenizer)
+        answer = Answer(params, self._model.config.eos_token_ids, self._model.tokenizer, tokens)
         self._requests[request_id] = sequence, answer
         self._scheduler.add(sequence)
         self._arrivals += 1
@@ -113,12 +118,6 @@ class Engine:
             raise AtomError(
                 f"a prompt of {len(tokens)} tokens and {params.max_new_tokens} new ones are more than "
                 f"max_model_len, {self.max_model_len}"
-            )
-        pages = self._scheduler.pages(length - 1)  # the last token is never cached
-        if pages > self._num_pages:
-            raise AtomError(
-                f"a prompt of {len(tokens)} tokens and {params.max_new_tokens} new ones need {pages} pages, "
-                f"the cache has {self._num_pages}"
             )
 
     def abort(self, request_id: str) -> bool:

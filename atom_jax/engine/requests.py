@@ -26,6 +26,8 @@ class RequestParams:
       stop_ids: tokens that end the answer, besides the model's own end-of-sequence ids.
       ignore_eos: the model's own end-of-sequence ids end nothing (benchmarks).
       logprobs: None for none, else the chosen token's and those of so many most likely ones, at most 20.
+      continues: the answer goes on with the prompt's text, and has the space that SentencePiece puts before
+        its first word. False: it is a text of its own, as in a chat.
 
     Raises:
       AtomError: a value that is out of range.
@@ -38,6 +40,7 @@ class RequestParams:
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    continues: bool = True
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -140,7 +143,8 @@ class EngineConfig:
         of ``max_model_len`` tokens, at most 4 GiB.
       page_size: tokens a page.
       max_num_seqs: requests that run at once.
-      max_model_len: prompt and answer together. None: the model's positions, at most 4096.
+      max_model_len: prompt and answer together, at most what the cache holds. None: the model's positions, at
+        most 4096.
       token_budget: tokens that one step computes at most, decode and prefill together.
       prefix_caching: keep the pages of ended requests for prompts that begin alike.
       deterministic: an answer is the same, bit for bit, whatever is served beside it. One decode shape of

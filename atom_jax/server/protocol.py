@@ -109,6 +109,7 @@ class _Request(_Strict):
                 stop_ids=tuple(self.stop_token_ids or ()),
                 ignore_eos=bool(self.ignore_eos),
                 logprobs=self.num_logprobs,
+                continues=isinstance(self, CompletionRequest),
             )
             for choice in range(self.n or 1)
         ]

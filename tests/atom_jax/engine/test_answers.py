@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from atom_jax.engine.answers import Answer, StopStrings
 from atom_jax.engine.requests import RequestParams
+from tests.atom_jax.test_detokenize import sentencepiece
 from tests.convert.tiny import SPECIAL, save_tokenizer, tiny_vocabulary
 
 EOS = tiny_vocabulary().index(SPECIAL[1])
@@ -69,6 +70,22 @@ def test_characters_are_whole(tokenizer: Any) -> None:
     assert len(tokens) == 3
     answer = Answer(RequestParams(), (EOS,), tokenizer)
     assert [answer.add(token) for token in tokens] == ["", "é", "!"]
+
+
+def test_the_space_between_prompt_and_answer_is_the_answers() -> None:
+    tokenizer: Any = sentencepiece()
+    prompt, answer = (tokenizer.convert_tokens_to_ids(tokens) for tokens in (["<s>", "▁a"], ["▁b", "▁a"]))
+    for continues, text in ((True, " b a"), (False, "b a")):
+        of_prompt = Answer(RequestParams(continues=continues), (), tokenizer, prompt)
+        assert "".join(map(of_prompt.add, answer)) == text
+    at_the_beginning = Answer(RequestParams(), (), tokenizer, prompt[:1])
+    assert at_the_beginning.add(answer[0]) == "b"
+
+
+def test_a_prompt_that_ends_within_a_character_leaves_no_trace(tokenizer: Any) -> None:
+    prompt = tokenizer("aé").input_ids[:2]
+    answer = Answer(RequestParams(), (EOS,), tokenizer, prompt)
+    assert "".join(map(answer.add, tokenizer("xyz").input_ids)) == "xyz"
 
 
 def test_an_answer_that_ends_within_a_character_says_so(tokenizer: Any) -> None:

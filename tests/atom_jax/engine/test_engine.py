@@ -99,7 +99,7 @@ def test_nothing_compiles_after_warm_up_and_each_step_is_read_once(
     engine = Engine(model, SIZES)
     progress: list[tuple[int, int]] = []
     engine.warm_up(lambda done, total: progress.append((done, total)))
-    assert progress == [(done, 5) for done in range(6)]
+    assert progress == [(done, 6) for done in range(7)]
     engine.generate(prompts_of(model, [3]), GREEDY)  # what the process does for the first time
     reads: list[Any] = []
     device_get = jax.device_get
@@ -273,9 +273,15 @@ def test_bad_sizes(model: Model) -> None:
         Engine(model, EngineConfig(max_model_len=500))
     with fails("memory_bytes 10"):
         Engine(model, EngineConfig(memory_bytes=10))
-    engine = Engine(model, dataclasses.replace(SIZES, num_pages=1))
-    with fails("need 2 pages", 1):
-        engine.add("a", [4] * 16, RequestParams(max_new_tokens=2))
+
+
+def test_no_request_is_longer_than_the_cache(model: Model) -> None:
+    engine = Engine(model, dataclasses.replace(SIZES, num_pages=2))
+    assert engine.max_model_len == 32
+    with fails(16, 17, "max_model_len", 32):
+        engine.add("a", [4] * 16, RequestParams(max_new_tokens=17))
+    (longest,) = engine.generate([[4] * 16], dataclasses.replace(GREEDY, max_new_tokens=16))
+    assert len(longest.token_ids) == 16
 
 
 def test_memory_is_counted_in_pages(model: Model) -> None:
