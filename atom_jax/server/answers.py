@@ -134,7 +134,11 @@ class Answer:
         return {"token": text, "logprob": _finite(logprob), "bytes": known}
 
     def _text(self, token: int) -> str:
-        return self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        """What a token adds to a text. At the beginning of one, SentencePiece drops a space."""
+        once, twice = (
+            self._tokenizer.decode([token] * count, clean_up_tokenization_spaces=False) for count in (1, 2)
+        )
+        return twice[len(once) :]
 
 
 def _choice(index: int, content: dict[str, Any], logprobs: Any, finish: str | None) -> dict[str, Any]:

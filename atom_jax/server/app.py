@@ -70,11 +70,16 @@ class Service:
         if count > config.max_in_flight:
             message = f"{count} answers are more than this server gives at once, {config.max_in_flight}"
             raise ApiError(400, message, param="n")
+        self._check_queue(count)  # before the work of tokenizing
         job = await asyncio.to_thread(make_job, request, self._tokenizer, max_model_len=self.max_model_len)
-        if self.engine.in_flight + count > config.max_in_flight:
-            raise ApiError(429, "the queue is full; try again later", headers={"Retry-After": "1"})
+        self._check_queue(count)  # others were faster, perhaps
         answers = await self.engine.submit(job.choices, config.request_timeout)
         return Answer(request, job, self._tokenizer), answers
+
+    def _check_queue(self, count: int) -> None:
+        if self.engine.in_flight + count > self.config.max_in_flight:
+            message = "the queue is full; try again later"
+            raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
 
     def _observe(self, latency: Latency) -> None:
         metrics = self.metrics

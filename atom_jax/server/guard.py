@@ -58,10 +58,8 @@ def error_response(error: ApiError) -> JSONResponse:
 def _refusal(scope: Scope, config: ServerConfig, *, draining: bool) -> ApiError | None:
     if not scope["path"].startswith("/v1/"):
         return None
-    given = Headers(scope=scope).get("authorization", "")
-    if config.api_key is not None and not hmac.compare_digest(
-        given.encode(), f"Bearer {config.api_key}".encode()
-    ):
+    given = Headers(scope=scope).get("authorization", "").encode("latin-1")  # the bytes that were sent
+    if config.api_key is not None and not hmac.compare_digest(given, f"Bearer {config.api_key}".encode()):
         message = "the API key is missing or wrong: send 'Authorization: Bearer KEY'"
         return ApiError(401, message, code="invalid_api_key", headers=_CLOSE)
     if draining and scope["method"] == "POST":

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import signal
 import socket
 import time
 from typing import Any
@@ -205,6 +206,7 @@ class TestLimits:
         with pytest.raises(openai.RateLimitError) as caught:
             complete(server)
         assert int(caught.value.response.headers["retry-after"]) >= 1
+        assert caught.value.code == "rate_limit_exceeded"
         for stream in streams:
             stream.close()
         until(lambda: server.service.engine.in_flight == 0)
@@ -230,6 +232,54 @@ class TestLimits:
             answer = server.http.get("/v1/models", headers=headers)
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
         assert server.http.get("/health").status_code == 200
+
+    def test_a_key_may_have_any_characters(self, serve):
+        server = serve(api_key="schlüssel")
+        answer = server.http.get("/v1/models", headers={"Authorization": "Bearer schlüssel".encode()})
+        assert answer.status_code == 200
+
+
+class TestEnd:
+    """What a signal does; tests/atom_jax/server/test_real_engine.py sends a real one."""
+
+    def terminate(self, server):
+        server.server.handle_exit(signal.SIGTERM, None)
+        until(lambda: server.service.draining)
+
+    def test_answers_end_and_new_ones_are_refused(self, serve, engine):
+        engine.step_seconds = 0.005
+        server = serve()
+        stream = complete(server, **LONG, stream=True)
+        next(stream)
+        self.terminate(server)
+        assert server.http.get("/health").status_code == 503
+        with pytest.raises(openai.InternalServerError, match="shutting down") as caught:
+            complete(server)
+        assert caught.value.response.headers["retry-after"]
+        assert list(stream)[-1].choices[0].finish_reason == "length"
+        until(lambda: server.server.should_exit)
+
+    def test_what_takes_too_long_is_told_so(self, serve, engine):
+        engine.step_seconds = 0.02
+        server = serve(drain_timeout=0.1)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            whole = pool.submit(complete, server, **LONG)
+            stream = complete(server, **LONG, stream=True)
+            until(lambda: server.service.engine.in_flight == 2)
+            self.terminate(server)
+            with pytest.raises(openai.APIError, match="shutting down"):
+                list(stream)
+            assert isinstance(whole.exception(), openai.InternalServerError)
+        until(lambda: server.server.should_exit)
+
+    def test_a_second_signal_does_not_wait(self, serve, engine):
+        engine.step_seconds = 0.02
+        server = serve(drain_timeout=1000)
+        stream = complete(server, **LONG, stream=True)
+        self.terminate(server)
+        self.terminate(server)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
 
 
 class TestDisconnect:
