@@ -184,6 +184,8 @@ def _read_requests(path: Path, model_name: str) -> Iterator[tuple[str, str, Any]
             custom_id, url, body = (record.get(key) for key in ("custom_id", "url", "body"))
             if not isinstance(custom_id, str) or not custom_id:
                 raise AtomError(f'{where} has no "custom_id" string')
+            if not _is_unicode(custom_id):  # half of a pair, which JSON can write and no file contains
+                raise AtomError(f"{where}: custom_id {custom_id!r} is not valid Unicode")
             if custom_id in seen:
                 raise AtomError(f"{where}: custom_id {custom_id!r} is there twice")
             if record.get("method") != "POST" or url not in _REQUESTS:
@@ -195,6 +197,14 @@ def _read_requests(path: Path, model_name: str) -> Iterator[tuple[str, str, Any]
                 raise AtomError(f"{where} is for model {model!r}; give --model-name to call this model so")
             seen.add(custom_id)
             yield custom_id, url, body
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:

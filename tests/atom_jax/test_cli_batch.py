@@ -110,6 +110,7 @@ def test_a_bad_request_costs_only_itself(go, change, param):
         ([[1]], ["line 1", "object expected"]),
         ([line(0), line(0)], ["line 2", "'r0'", "twice"]),
         ([line(0, custom_id="")], ["line 1", "custom_id"]),
+        ([line(0), line(1, custom_id="\ud800")], ["line 2", "custom_id", "Unicode"]),
         ([line(0), line(1, url="/v1/embeddings")], ["line 2", "/v1/chat/completions"]),
         ([line(0, body=None)], ["line 1", "body"]),
         ([line(0, body={"model": "gpt"})], ["line 1", "'gpt'", "--model-name"]),
