@@ -16,7 +16,7 @@ import pytest
 from bench import cases, gpu_generate
 from bench.cases import Case
 from bench.gpu.random_model import random_params
-from tests.cuda import support, test_model
+from tests.cuda import support, test_model, test_variants
 
 MODEL = "SmolLM2-135M"
 
@@ -44,6 +44,26 @@ def rejects(case: Case, *wrong: Callable[[Any], Any]) -> None:
 def test_reference_equals_itself():
     support.check_case(cases.matmul(MODEL, "o_proj", 3), kernels="auto")
     support.check_case(cases.append(MODEL, 3), kernels="auto")
+
+
+@pytest.mark.slow
+def test_variants_are_calls_of_the_ops():
+    for case in (
+        test_variants.epilogue(3, 64, 352, 32, 96),
+        test_variants.reordered_norm(3, 512),
+        test_variants.reordered(3, 512),
+        test_variants.one_scale(1, 1, 100, "post"),
+        test_variants.one_scale(1, 5, 100, "pre"),
+    ):
+        support.check_case(case, kernels="auto")
+
+
+def test_norm_with_residual():
+    rejects(
+        test_variants.reordered_norm(3, 512),
+        lambda result: (result[0], bump(result[1], (1, 5), 0.5)),
+        lambda result: (dataclasses.replace(result[0], body=bump(result[0].body, (0, 0), 2)), result[1]),
+    )
 
 
 def test_matmul():
