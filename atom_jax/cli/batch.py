@@ -20,6 +20,7 @@ from atom_jax.cli.engine import (
     MaxNumSeqsOption,
     MemoryOption,
     ModelNameOption,
+    PageSizeOption,
     PrefixCachingOption,
     TokenBudgetOption,
     load_engine,
@@ -40,6 +41,7 @@ def batch(
     ],
     model_name: ModelNameOption = None,
     memory_gb: MemoryOption = None,
+    page_size: PageSizeOption = 64,
     max_num_seqs: MaxNumSeqsOption = 32,
     max_model_len: MaxModelLenOption = None,
     token_budget: TokenBudgetOption = 512,
@@ -55,6 +57,7 @@ def batch(
     model, engine = load_engine(
         checkpoint,
         memory_gb=memory_gb,
+        page_size=page_size,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         token_budget=token_budget,

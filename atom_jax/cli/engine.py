@@ -30,6 +30,9 @@ MemoryOption = Annotated[
         rich_help_panel=_ENGINE,
     ),
 ]
+PageSizeOption = Annotated[
+    int, typer.Option(help="Tokens a cache page; GPU kernels want 64.", min=1, rich_help_panel=_ENGINE)
+]
 MaxNumSeqsOption = Annotated[
     int, typer.Option(help="Answers that run at once.", min=1, rich_help_panel=_ENGINE)
 ]
@@ -63,6 +66,7 @@ def load_engine(
     checkpoint: Path,
     *,
     memory_gb: float | None,
+    page_size: int,
     max_num_seqs: int,
     max_model_len: int | None,
     token_budget: int,
@@ -91,6 +95,7 @@ def load_engine(
         raise AtomError(f"--memory-gb {memory_gb:g}: the weights alone take {format_bytes(weights)}")
     config = EngineConfig(
         memory_bytes=memory,
+        page_size=page_size,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         token_budget=token_budget,

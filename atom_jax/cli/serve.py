@@ -15,6 +15,7 @@ from atom_jax.cli.engine import (
     MaxNumSeqsOption,
     MemoryOption,
     ModelNameOption,
+    PageSizeOption,
     PrefixCachingOption,
     TokenBudgetOption,
     load_engine,
@@ -39,6 +40,7 @@ def serve(
         ),
     ] = None,
     memory_gb: MemoryOption = None,
+    page_size: PageSizeOption = 64,
     max_num_seqs: MaxNumSeqsOption = 32,
     max_model_len: MaxModelLenOption = None,
     token_budget: TokenBudgetOption = 512,
@@ -81,6 +83,7 @@ def serve(
         model, engine = load_engine(
             checkpoint,
             memory_gb=memory_gb,
+            page_size=page_size,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             token_budget=token_budget,

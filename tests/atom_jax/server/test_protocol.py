@@ -103,6 +103,7 @@ def test_defaults_are_openais(tokenizer):
     assert (params.max_new_tokens, params.sampling, params.logprobs) == (16, SamplingParams(1.0), None)
     job = make_job(chat(), tokenizer, max_model_len=64)
     assert job.params[0].max_new_tokens == 64 - len(job.prompts[0])
+    assert params.continues and not job.params[0].continues
 
 
 def test_seeds_that_are_not_given_differ(tokenizer):
