@@ -1,12 +1,13 @@
 """Serving under load at a fixed memory budget: throughput and latency of each scheme, side by side.
 
-    python -m bench.serving FLOAT W4A4KV4 --memory-gb 0.3 --max-total 256    # converted checkpoints
-    python -m bench.serving --shape llama-2-7b --memory-gb 24                # random weights, on a GPU
+    python -m bench.serving FLOAT W4A4KV4 --memory-gb 0.29 --max-total 192    # converted checkpoints
+    python -m bench.serving --shape llama-2-7b --memory-gb 24                 # random weights, on a GPU
 
 Weights and cache share the budget: what the weights leave becomes cache pages. Both are counted in the
 formats that a GPU holds (bfloat16, also where a CPU computes in float32). All schemes answer the same
 requests, which come at the same times. The time to a first token counts from the moment at which the request
-comes, so it includes the queue. The JSON is complete after every figure.
+comes, so it includes the queue. The JSON is complete after every figure; ``python -m bench.serving_report``
+makes the table and the plot of it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ import collections
 import dataclasses
 import functools
 import gc
-import importlib
-import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,9 +28,10 @@ import typer
 
 import atom_jax
 from atom_jax.checkpoint import Model, abstract_params, read_config
+from atom_jax.compilation_cache import enable_compilation_cache
 from atom_jax.config import ModelConfig, preset
 from atom_jax.engine import Engine, EngineConfig, RequestParams
-from atom_jax.kv_cache import init_cache
+from atom_jax.engine.runner import page_bytes
 from bench import record
 from bench.gpu.random_model import random_params
 from bench.models import SHAPES
@@ -54,18 +54,17 @@ class _Times:
 
 def num_pages(config: ModelConfig, memory_bytes: float, page_size: int) -> int:
     """Cache pages that the weights leave of ``memory_bytes``."""
-    weights = _bytes(abstract_params(config, jnp.bfloat16))
-    page = _bytes(
-        jax.eval_shape(lambda: init_cache(config, 1, page_size, page_size=page_size, dtype=jnp.bfloat16))
-    )
-    pages = int((memory_bytes - weights) // page)
+    weights = weight_bytes(config, jnp.bfloat16)
+    pages = int((memory_bytes - weights) // page_bytes(config, page_size, jnp.bfloat16))
     if pages < 1:
         raise SystemExit(f"{memory_bytes / 1e9:g} GB leave no page after {weights / 1e9:.2f} GB of weights")
     return pages
 
 
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def weight_bytes(config: ModelConfig, dtype: Any) -> int:
+    """Of all parameters; ``dtype`` is that of those that are not quantized."""
+    leaves = jax.tree.leaves(abstract_params(config, dtype))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def drive(engine: Engine, requests: Sequence[Request], load: Load, arrivals: np.ndarray) -> Result:
@@ -163,6 +162,7 @@ def measure(
     engine.warm_up()
     labels = {
         "scheme": model.config.quantization.scheme,
+        "weight_bytes": weight_bytes(model.config, jnp.bfloat16),
         "num_pages": settings.num_pages,
         "max_num_seqs": settings.max_num_seqs,
     }
@@ -180,29 +180,6 @@ def line(row: Result) -> str:
         f"{'/'.join(f'{1e3 * value:.0f}' for value in ttft.values())}, "
         f"each later one {'/'.join(f'{1e3 * value:.1f}' for value in tpot.values())}"
     )
-
-
-def plot(rows: list[Result], path: Path) -> None:
-    """Throughput over the median time of a token, a line for each scheme."""
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")  # optional
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for scheme in dict.fromkeys(row["scheme"] for row in rows):
-        points = [
-            (1e3 * row["tpot_seconds"]["p50"], row["tokens_per_second"], row["load"])
-            for row in rows
-            if row["scheme"] == scheme
-        ]
-        x, y, loads = zip(*points, strict=True)
-        axes.plot(x, y, marker="o", label=scheme)
-        for point in zip(loads, zip(x, y, strict=True), strict=True):
-            axes.annotate(*point, fontsize=7, xytext=(4, 4), textcoords="offset points")
-    axes.set(xlabel="milliseconds a token (median)", ylabel="tokens per second")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def _models(
@@ -239,22 +216,25 @@ def main(
     page_size: int = 64,
     dataset: Annotated[Path | None, typer.Option(help="Conversations in ShareGPT's format.")] = None,
     seed: int = 0,
-    out: Annotated[Path, typer.Option(help="The result; the plot has the ending .svg.")] = OUT,
+    out: Annotated[Path, typer.Option(help="The result.")] = OUT,
 ) -> None:
-    """Measures, prints, saves the JSON and, with matplotlib, the plot."""
+    """Measures, prints and saves the JSON."""
+    enable_compilation_cache()
     loads = [Load(rate=float(rate)) for rate in rates.split(",") if rate]
     loads += [Load(clients=int(count)) for count in clients.split(",") if count]
     loads = loads or [Load(clients=1), Load(clients=max_num_seqs)]
     where, rows = record.environment(), []
     asked = {"memory_gb": memory_gb, "requests": requests, "max_total": max_total, "seed": seed}
     asked |= {
-        "dataset": str(dataset) if dataset else None,
+        "dataset": dataset.name if dataset else None,
         "page_size": page_size,
         "token_budget": token_budget,
     }
-    for config, load_model in _models(checkpoints or [], shape, schemes):
+    models = _models(checkpoints or [], shape, schemes)
+    pages = [num_pages(config, 1e9 * memory_gb, page_size) for config, _ in models]  # what fails, fails now
+    for (config, load_model), count in zip(models, pages, strict=True):
         settings = EngineConfig(
-            num_pages=num_pages(config, 1e9 * memory_gb, page_size),
+            num_pages=count,
             page_size=page_size,
             max_num_seqs=max_num_seqs,
             max_model_len=max_total,
@@ -275,10 +255,6 @@ def main(
         del model
         gc.collect()
     print(out)
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed (pip install .[bench])")
-    else:
-        plot(rows, out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

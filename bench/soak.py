@@ -6,7 +6,10 @@ Starts ``atom-jax serve CHECKPOINT --deterministic`` with few cache pages, asks 
 sends a random mixture: whole and streamed answers, streams that are dropped, clients that leave, bodies that
 are too large, malformed or half sent, prompts that are too long. It checks that every answer is the one that
 was computed alone, that every bad request has its status, that the free pages come back to their number at
-the start, that the memory does not grow, and that the server ends with status 0 on SIGTERM.
+the start, that the memory does not grow, and that the server ends with status 0 on SIGTERM. After that it
+gives the same prompts to ``atom-jax batch``, ends it with SIGKILL several times, starts it again each time,
+and checks that every request has one result, the answer alone. ``python -m bench.serving_report`` makes the
+table of it.
 """
 
 from __future__ import annotations
@@ -22,20 +25,39 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 import typer
 
-from atom_jax.checkpoint import read_config
+from atom_jax.checkpoint import default_dtype, read_config
+from atom_jax.config import ModelConfig
+from atom_jax.engine.runner import page_bytes
 from bench import record
+from bench.serving import weight_bytes
 
 MODEL = "soak"
 MAX_MODEL_LEN = 256
 MAX_BODY_KB = 64
+PAGE_SIZE = 8
+# Of the engine, in the server and in the batch command. The deterministic engine computes whole chunks of
+# prompts: short ones.
+OPTIONS = (
+    *(
+        "--model-name",
+        MODEL,
+        "--deterministic",
+        "--max-num-seqs",
+        "16",
+        "--max-model-len",
+        str(MAX_MODEL_LEN),
+    ),
+    *("--page-size", str(PAGE_SIZE), "--token-budget", "128"),
+)
 _WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "12", "red", "birds", "in", "one", "tree")
 
 
@@ -114,9 +136,13 @@ class Client:
 
     async def _events(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         async with self.http.stream("POST", "/v1/completions", json=body) as response:
+            response.raise_for_status()
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):
-                    yield json.loads(line.removeprefix("data: "))
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise httpx.HTTPError(event["error"]["message"])
+                    yield event
 
     async def impatient(self) -> None:
         """Leaves before the answer."""
@@ -201,7 +227,7 @@ async def soak(
     max_tokens: int = 24,
     seed: int = 0,
     sample: Callable[[int], None] = lambda done: None,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[Case]]:
     """Runs the mixture against a server, and waits until it is idle again.
 
     Args:
@@ -212,7 +238,7 @@ async def soak(
       sample: told the number of requests done after each.
 
     Returns:
-      What was sent, what was wrong, and the free pages before and after.
+      What was sent, what was wrong, and the free pages before and after; what each prompt is answered with.
     """
     rng = random.Random(seed)
     limits = httpx.Limits(max_connections=None)
@@ -238,7 +264,7 @@ async def soak(
         seconds = time.perf_counter() - started
         after = await _idle(http)
     pages = "atom_jax_free_pages"
-    return {
+    result = {
         "requests": dict(done),
         "clients": clients,
         "seconds": seconds,
@@ -248,6 +274,7 @@ async def soak(
         "generated_tokens": after["atom_jax_generated_tokens_total"],
         "prefix_cache_hit_ratio": after["atom_jax_prefix_cache_hit_ratio"],
     }
+    return result, client.cases
 
 
 async def metrics(http: httpx.AsyncClient) -> dict[str, float]:
@@ -289,6 +316,72 @@ def server(checkpoint: Path, *options: str) -> Iterator[tuple[str, subprocess.Po
         process.wait()
 
 
+def killed_batch(
+    command: Sequence[str | Path],
+    cases: Sequence[Case],
+    *,
+    folder: Path,
+    requests: int,
+    kills: int,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Runs a batch to its end, although it is killed ``kills`` times on the way; checks its results.
+
+    Args:
+      command: to which the names of the two files are appended.
+      cases: what is asked again and again, and what the answers must be.
+      folder: for the files.
+    """
+    rng = random.Random(seed)
+    asked = [(rng.choice(cases), rng.randint(1, cases[0].max_tokens)) for _ in range(requests)]
+    source, results = folder / "in.jsonl", folder / "out.jsonl"
+    with source.open("w") as file:
+        for number, (case, tokens) in enumerate(asked):
+            body = {"model": MODEL, "prompt": case.prompt, "max_tokens": tokens, "temperature": 0}
+            record = {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body}
+            file.write(json.dumps(record) + "\n")
+
+    def done() -> int:
+        return results.read_bytes().count(b"\n") if results.exists() else 0
+
+    at_kills = []
+    for kill in range(1, kills + 1):
+        process = subprocess.Popen([*command, source, results])
+        while done() < requests * kill // (kills + 1):
+            if process.poll() is not None:
+                raise SystemExit(f"the batch ended early (status {process.returncode})")
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        at_kills.append(done())
+        print(f"batch killed with {at_kills[-1]} of {requests} results", flush=True)
+    subprocess.run([*command, source, results], check=True)
+
+    found = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    ids = {answer["custom_id"] for answer in found}
+    wrong = 0
+    for answer in found:
+        case, tokens = asked[int(answer["custom_id"])]
+        body = answer["response"]["body"]
+        right = answer["response"]["status_code"] == 200 and case.holds(
+            body["choices"][0]["text"], body["usage"]["completion_tokens"], tokens
+        )
+        wrong += not right
+    return {
+        "requests": requests,
+        "results_at_kills": at_kills,
+        "lost": requests - len(ids),
+        "repeated": len(found) - len(ids),
+        "wrong": wrong,
+    }
+
+
+def memory_gb(config: ModelConfig, pages: int) -> float:
+    """What --memory-gb must say for so many cache pages; half a page more, lest rounding takes one."""
+    dtype = default_dtype()
+    return (weight_bytes(config, dtype) + (pages + 0.5) * page_bytes(config, PAGE_SIZE, dtype)) / 1e9
+
+
 def resident_bytes(pid: int) -> int:
     """Memory of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
@@ -300,28 +393,32 @@ def main(
     requests: int = 2000,
     clients: int = 64,
     max_words: Annotated[int, typer.Option(help="Of a prompt.")] = 50,
-    memory_gb: Annotated[
-        float, typer.Option(help="Weights and cache; little, so that pages run out.")
-    ] = 0.188,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 24,
+    pages: Annotated[int, typer.Option(help="Of the cache; few, so that they run out.")] = 72,
+    batch_requests: Annotated[int, typer.Option(help="Of the batch that is killed.")] = 200,
+    kills: Annotated[int, typer.Option(help="Of the batch.")] = 3,
 ) -> None:
     """Runs it, saves bench/results/soak.json and fails if anything was wrong."""
     where = record.environment()
-    asked = {"requests": requests, "clients": clients, "max_words": max_words}
+    config = read_config(checkpoint)
+    asked = {"requests": requests, "clients": clients, "max_words": max_words, "max_tokens": max_tokens}
     memory: list[int] = []
-    options = ["--model-name", MODEL, "--deterministic", "--max-num-seqs", "16", "--log-level", "warning"]
-    options += ["--max-model-len", str(MAX_MODEL_LEN), "--max-body-kb", str(MAX_BODY_KB)]
-    options += ["--token-budget", "128"]  # the deterministic engine computes whole chunks: short ones
-    with server(checkpoint, *options, "--memory-gb", str(memory_gb)) as (url, process):
+    options = (*OPTIONS, "--memory-gb", f"{memory_gb(config, pages):.9f}")
+    limits = ("--max-body-kb", str(MAX_BODY_KB), "--log-level", "warning")
+    with server(checkpoint, *options, *limits) as (url, process):
 
         def sample(done: int) -> None:
             if done % max(requests // 10, 1) == 0:
                 memory.append(resident_bytes(process.pid))
                 print(f"{done} requests, {memory[-1] / 1e6:.0f} MB", flush=True)
 
-        result = asyncio.run(soak(url, **asked, sample=sample))
+        result, cases = asyncio.run(soak(url, **asked, sample=sample))
         process.send_signal(signal.SIGTERM)
         result |= {"resident_bytes": memory, "exit_status": process.wait(60)}
-    config = read_config(checkpoint)
+    with tempfile.TemporaryDirectory(prefix="atom-jax-soak-") as folder:
+        command = [sys.executable, "-m", "atom_jax", "batch", checkpoint, *options]
+        batch = killed_batch(command, cases, folder=Path(folder), requests=batch_requests, kills=kills)
+    result["batch"] = batch
     result["model"] = {
         "scheme": config.quantization.scheme,
         "layers": config.num_layers,
@@ -332,7 +429,8 @@ def main(
     before, after = result["free_pages"]
     # The first tenth warms caches up, in the allocator and in Python.
     flat = memory[-1] < 1.02 * memory[len(memory) // 2]
-    if result["wrong"] or before != after or result["exit_status"] != 0 or not flat:
+    batch_is_right = not (batch["lost"] or batch["repeated"] or batch["wrong"])
+    if result["wrong"] or before != after or result["exit_status"] != 0 or not flat or not batch_is_right:
         raise typer.Exit(1)
 
 

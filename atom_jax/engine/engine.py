@@ -24,6 +24,7 @@ from atom_jax.engine.requests import (
 from atom_jax.engine.runner import Chosen, Runner, page_bytes, unpack
 from atom_jax.engine.scheduler import Plan, Scheduler
 from atom_jax.errors import AtomError
+from atom_jax.generation import activation_dtype
 
 _MAX_MODEL_LEN = 4096
 _MAX_DEFAULT_BYTES = 4 * 2**30
@@ -260,7 +261,7 @@ def _num_pages(model: Model, config: EngineConfig, max_model_len: int) -> int:
     """Pages of the cache, from whichever size the configuration gives."""
     if config.num_pages is not None:
         return config.num_pages
-    size = page_bytes(model, config.page_size)
+    size = page_bytes(model.config, config.page_size, activation_dtype(model.params, model.config))
     if config.memory_bytes is not None:
         if config.memory_bytes < size:
             raise AtomError(f"memory_bytes {config.memory_bytes} is less than a page, {size} bytes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,10 +116,9 @@ def _logprobs(
     return jnp.concatenate([bits(chosen), ids.astype(jnp.int32), bits(top)], axis=1)
 
 
-def page_bytes(model: Model, page_size: int) -> int:
-    """Bytes that a page of all layers takes."""
-    dtype = activation_dtype(model.params, model.config)
-    page = jax.eval_shape(lambda: init_cache(model.config, 1, page_size, page_size=page_size, dtype=dtype))
+def page_bytes(config: ModelConfig, page_size: int, dtype: Any) -> int:
+    """Bytes that a page of all layers takes; ``dtype`` is that of pages that are not quantized."""
+    page = jax.eval_shape(lambda: init_cache(config, 1, page_size, page_size=page_size, dtype=dtype))
     fields = (page.k_pages, page.v_pages, page.k_scales, page.v_scales)
     return sum(field.size * field.dtype.itemsize for field in fields if field is not None)
 

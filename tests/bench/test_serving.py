@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -84,7 +85,7 @@ def test_pages_are_what_the_weights_leave():
         config = tiny_config(preset(scheme, **(TINY_GROUPS if scheme == "w4a4kv4" else {})))
         pages[scheme] = serving.num_pages(config, 400_000, 16)
     # 2 layers, keys and values, 2 heads, 16 tokens, 16 channels of 2 bytes.
-    weights = serving._bytes(serving.abstract_params(tiny_config(), serving.jnp.bfloat16))
+    weights = serving.weight_bytes(tiny_config(), jnp.bfloat16)
     assert pages["bf16"] == (400_000 - weights) // (2 * 2 * 2 * 16 * 16 * 2)
     assert pages["w4a4kv4"] > 2 * pages["bf16"]
     with pytest.raises(SystemExit, match="leave no page"):
@@ -108,14 +109,6 @@ def test_a_row_for_each_load(monkeypatch):
     assert "2 clients" in serving.line(rows[0])
 
 
-def test_plot(tmp_path):
-    pytest.importorskip("matplotlib")
-    row = {"tpot_seconds": {"p50": 0.02}, "tokens_per_second": 50.0, "load": "1 clients"}
-    path = tmp_path / "docs" / "serving.svg"
-    serving.plot([row | {"scheme": "bf16"}, row | {"scheme": "w4a4kv4"}], path)
-    assert "w4a4kv4" in path.read_text() or path.stat().st_size > 1000
-
-
 @pytest.mark.parametrize(
     ("checkpoints", "shape", "schemes"),
     [
@@ -132,5 +125,4 @@ def test_wrong_options(checkpoints, shape, schemes):
 
 def test_shapes_are_those_of_the_models():
     config = serving.SHAPES["llama-2-7b"](preset("bf16"))
-    weights = serving._bytes(serving.abstract_params(config, serving.jnp.bfloat16))
-    assert weights == pytest.approx(2 * 6.74e9, rel=0.001)
+    assert serving.weight_bytes(config, jnp.bfloat16) == pytest.approx(2 * 6.74e9, rel=0.001)

@@ -285,7 +285,7 @@ def test_no_request_is_longer_than_the_cache(model: Model) -> None:
 
 
 def test_memory_is_counted_in_pages(model: Model) -> None:
-    size = page_bytes(model, 16)
+    size = page_bytes(model.config, 16, jnp.float32)
     assert size == 2 * 2 * 16 * 16 * 4  # keys and values, heads, tokens, channels, float32
     config = dataclasses.replace(SIZES, num_pages=None, memory_bytes=10 * size - 1)
     assert Engine(model, config).stats().num_pages == 9

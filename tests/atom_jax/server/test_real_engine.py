@@ -89,8 +89,9 @@ def test_logprobs_are_those_of_the_greedy_choice(client):
 
 def test_soak(server):
     """bench/soak.py says what it does; here with more clients than the engine can serve at once."""
-    result = asyncio.run(soak(server, requests=150, clients=16, prompts=8, max_words=20, max_tokens=12))
-    assert result["wrong"] == []
+    run = soak(server, requests=150, clients=16, prompts=8, max_words=20, max_tokens=12)
+    result, cases = asyncio.run(run)
+    assert result["wrong"] == [] and len(cases) == 8
     assert result["free_pages"] == [9, 9]
     assert sum(result["requests"].values()) == 150
 
