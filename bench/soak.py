@@ -15,9 +15,7 @@ table of it.
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
-import dataclasses
 import json
 import os
 import random
@@ -27,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,259 +37,15 @@ from atom_jax.config import ModelConfig
 from atom_jax.engine.runner import page_bytes
 from bench import record
 from bench.serving import weight_bytes
+from bench.soak_clients import MAX_BODY_KB, MAX_MODEL_LEN, MODEL, Case, answer_length, soak
 
-MODEL = "soak"
-MAX_MODEL_LEN = 256
-MAX_BODY_KB = 64
-PAGE_SIZE = 8
-# Of the engine, in the server and in the batch command. The deterministic engine computes whole chunks of
-# prompts: short ones.
+PAGE_SIZE = 4
+# Of the engine, in the server and in the batch command. Answers grow by many small pages, which run out; the
+# deterministic engine always computes whole decode steps and chunks, so both are small.
 OPTIONS = (
-    *(
-        "--model-name",
-        MODEL,
-        "--deterministic",
-        "--max-num-seqs",
-        "16",
-        "--max-model-len",
-        str(MAX_MODEL_LEN),
-    ),
-    *("--page-size", str(PAGE_SIZE), "--token-budget", "128"),
+    *("--model-name", MODEL, "--deterministic", "--max-num-seqs", "8", "--max-model-len", str(MAX_MODEL_LEN)),
+    *("--page-size", str(PAGE_SIZE), "--token-budget", "72"),
 )
-_WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "12", "red", "birds", "in", "one", "tree")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A prompt and what the server answers to it alone."""
-
-    prompt: str
-    text: str
-    tokens: int
-    max_tokens: int
-
-    def holds(self, text: str, tokens: int, max_tokens: int) -> bool:
-        """Whether this is the beginning of the answer that ``max_tokens`` allow."""
-        if tokens != min(self.tokens, max_tokens):
-            return False
-        # A cut answer may end in the middle of a character.
-        return text == self.text if tokens == self.tokens else self.text.startswith(text.rstrip("\ufffd"))
-
-
-@dataclasses.dataclass
-class Client:
-    """Sends requests to one server and notes what was wrong with the answers."""
-
-    http: httpx.AsyncClient
-    cases: list[Case]
-    rng: random.Random
-    wrong: list[str] = dataclasses.field(default_factory=list)
-
-    def _body(self, **changes: Any) -> tuple[Case, dict[str, Any]]:
-        case = self.rng.choice(self.cases)
-        count = self.rng.randint(1, case.max_tokens)
-        body = {"model": MODEL, "prompt": case.prompt, "max_tokens": count, "temperature": 0}
-        return case, body | changes
-
-    async def _post(self, **options: Any) -> httpx.Response:
-        return await self.http.post("/v1/completions", **options)
-
-    def _expect(self, response: httpx.Response, status: int) -> None:
-        if response.status_code != status or "message" not in response.json().get("error", {}):
-            self.wrong.append(f"{status} expected, found {response.status_code} {response.text[:200]}")
-
-    def _check(self, case: Case, body: dict[str, Any], text: str, tokens: int) -> None:
-        if not case.holds(text, tokens, body["max_tokens"]):
-            self.wrong.append(f"{body}: {text!r} ({tokens} tokens), alone {case.text!r} ({case.tokens})")
-
-    async def whole(self) -> None:
-        case, body = self._body()
-        response = await self._post(json=body)
-        if response.status_code != 200:
-            self.wrong.append(f"{response.status_code} {response.text[:200]}")
-            return
-        answer = response.json()
-        self._check(case, body, answer["choices"][0]["text"], answer["usage"]["completion_tokens"])
-
-    async def streamed(self) -> None:
-        case, body = self._body(stream=True, stream_options={"include_usage": True})
-        text, tokens = "", 0
-        async for event in self._events(body):
-            text += "".join(choice["text"] for choice in event["choices"])
-            tokens = (event["usage"] or {}).get("completion_tokens", 0)
-        self._check(case, body, text, tokens)
-
-    async def dropped(self) -> None:
-        """Leaves a stream after some of it."""
-        case, body = self._body(stream=True)
-        remaining = self.rng.randint(1, 6)
-        text = ""
-        async for event in self._events(body):
-            text += event["choices"][0]["text"]
-            remaining -= 1
-            if not remaining:
-                break
-        if not case.text.startswith(text.rstrip("\ufffd")):
-            self.wrong.append(f"{body}: {text!r}, alone {case.text!r}")
-
-    async def _events(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        async with self.http.stream("POST", "/v1/completions", json=body) as response:
-            response.raise_for_status()
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    event = json.loads(line.removeprefix("data: "))
-                    if "error" in event:
-                        raise httpx.HTTPError(event["error"]["message"])
-                    yield event
-
-    async def impatient(self) -> None:
-        """Leaves before the answer."""
-        _, body = self._body()
-        with contextlib.suppress(httpx.TimeoutException):
-            await self._post(json=body, timeout=self.rng.uniform(0.001, 0.5))
-
-    async def oversized(self) -> None:
-        _, body = self._body(prompt="a" * (MAX_BODY_KB * 1024))
-        self._expect(await self._post(json=body), 413)
-
-    async def oversized_chunks(self) -> None:
-        async def chunks() -> AsyncIterator[bytes]:
-            for _ in range(MAX_BODY_KB + 1):
-                yield b" " * 1024
-
-        self._expect(await self._post(content=chunks()), 413)
-
-    async def malformed(self) -> None:
-        content = self.rng.choice([b"", b"{", b"[]", b"\xff", b"[" * 50_000, b'{"model": "soak"}'])
-        headers = {"content-type": "application/json"}
-        self._expect(await self._post(content=content, headers=headers), 400)
-
-    async def refused(self) -> None:
-        wrong = [
-            {"echo": True},
-            {"temperature": -1},
-            {"n": 0},
-            {"prompt": "a b " * MAX_MODEL_LEN},
-            {"seed": "x"},
-        ]
-        _, body = self._body(**self.rng.choice(wrong))
-        self._expect(await self._post(json=body), 400)
-
-    async def half_sent(self) -> None:
-        """Promises more than it sends, and leaves."""
-        url = self.http.base_url
-        _, writer = await asyncio.open_connection(url.host, url.port)
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        writer.write(head + b'Content-Length: 1000\r\n\r\n{"model":')
-        await writer.drain()
-        await asyncio.sleep(self.rng.uniform(0, 0.1))
-        writer.close()
-
-    @property
-    def kinds(self) -> dict[Callable[[], Awaitable[None]], int]:
-        """What a client does, and how often in a hundred."""
-        return {
-            self.whole: 40,
-            self.streamed: 20,
-            self.dropped: 14,
-            self.impatient: 10,
-            self.oversized: 3,
-            self.oversized_chunks: 3,
-            self.malformed: 4,
-            self.refused: 3,
-            self.half_sent: 3,
-        }
-
-
-async def ask_alone(
-    http: httpx.AsyncClient, rng: random.Random, count: int, max_words: int, max_tokens: int
-) -> list[Case]:
-    """``count`` prompts of different lengths, each asked while nothing else runs."""
-    cases = []
-    for number in range(count):
-        prompt = f"{number} " + " ".join(rng.choices(_WORDS, k=rng.randint(1, max_words)))
-        body = {"model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
-        response = (await http.post("/v1/completions", json=body)).raise_for_status().json()
-        tokens = response["usage"]["completion_tokens"]
-        cases.append(Case(prompt, response["choices"][0]["text"], tokens, max_tokens))
-    return cases
-
-
-async def soak(
-    url: str,
-    *,
-    requests: int,
-    clients: int,
-    prompts: int = 20,
-    max_words: int = 100,
-    max_tokens: int = 24,
-    seed: int = 0,
-    sample: Callable[[int], None] = lambda done: None,
-) -> tuple[dict[str, Any], list[Case]]:
-    """Runs the mixture against a server, and waits until it is idle again.
-
-    Args:
-      url: of a server whose model is called ``MODEL``, with the limits of this module.
-      prompts: how many different ones.
-      max_words: of a prompt.
-      max_tokens: of an answer.
-      sample: told the number of requests done after each.
-
-    Returns:
-      What was sent, what was wrong, and the free pages before and after; what each prompt is answered with.
-    """
-    rng = random.Random(seed)
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
-        before = await metrics(http)
-        client = Client(http, await ask_alone(http, rng, prompts, max_words, max_tokens), rng)
-        kinds = client.kinds
-        todo = rng.choices(list(kinds), list(kinds.values()), k=requests)
-        done: collections.Counter[str] = collections.Counter()
-        started = time.perf_counter()
-
-        async def work() -> None:
-            while todo:
-                act = todo.pop()
-                try:
-                    await act()
-                except (httpx.HTTPError, OSError) as error:
-                    client.wrong.append(f"{act.__name__}: {error!r}")
-                done[act.__name__] += 1
-                sample(done.total())
-
-        await asyncio.gather(*(work() for _ in range(clients)))
-        seconds = time.perf_counter() - started
-        after = await _idle(http)
-    pages = "atom_jax_free_pages"
-    result = {
-        "requests": dict(done),
-        "clients": clients,
-        "seconds": seconds,
-        "wrong": client.wrong,
-        "free_pages": [before[pages], after[pages]],
-        "preemptions": after["atom_jax_preemptions_total"],
-        "generated_tokens": after["atom_jax_generated_tokens_total"],
-        "prefix_cache_hit_ratio": after["atom_jax_prefix_cache_hit_ratio"],
-    }
-    return result, client.cases
-
-
-async def metrics(http: httpx.AsyncClient) -> dict[str, float]:
-    """What /metrics shows, by name."""
-    lines = (await http.get("/metrics")).text.splitlines()
-    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    return {name: float(value) for name, value in pairs}
-
-
-async def _idle(http: httpx.AsyncClient) -> dict[str, float]:
-    """The metrics once nothing runs or waits any more."""
-    for _ in range(300):
-        found = await metrics(http)
-        if found["atom_jax_requests_running"] == found["atom_jax_requests_waiting"] == 0:
-            return found
-        await asyncio.sleep(0.1)
-    raise SystemExit("the server has requests although all clients have left")
 
 
 @contextlib.contextmanager
@@ -333,7 +87,7 @@ def killed_batch(
       folder: for the files.
     """
     rng = random.Random(seed)
-    asked = [(rng.choice(cases), rng.randint(1, cases[0].max_tokens)) for _ in range(requests)]
+    asked = [(rng.choice(cases), answer_length(rng, cases[0].max_tokens)) for _ in range(requests)]
     source, results = folder / "in.jsonl", folder / "out.jsonl"
     with source.open("w") as file:
         for number, (case, tokens) in enumerate(asked):
@@ -393,8 +147,8 @@ def main(
     requests: int = 2000,
     clients: int = 64,
     max_words: Annotated[int, typer.Option(help="Of a prompt.")] = 50,
-    max_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 24,
-    pages: Annotated[int, typer.Option(help="Of the cache; few, so that they run out.")] = 72,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 48,
+    pages: Annotated[int, typer.Option(help="Of the cache; few, so that they run out.")] = 88,
     batch_requests: Annotated[int, typer.Option(help="Of the batch that is killed.")] = 200,
     kills: Annotated[int, typer.Option(help="Of the batch.")] = 3,
 ) -> None:

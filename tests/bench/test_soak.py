@@ -5,7 +5,8 @@ import textwrap
 
 import pytest
 
-from bench.soak import Case, killed_batch
+from bench.soak import killed_batch
+from bench.soak_clients import Case
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import atom_jax
 from atom_jax.engine import Engine, EngineConfig
 from atom_jax.server.app import Service
 from atom_jax.server.config import ServerConfig
-from bench.soak import MAX_BODY_KB, MODEL, soak
+from bench.soak_clients import MAX_BODY_KB, MODEL, soak
 from tests.atom_jax.command import ROOT, fails
 from tests.atom_jax.server.fake import running, until
 
@@ -88,7 +88,7 @@ def test_logprobs_are_those_of_the_greedy_choice(client):
 
 
 def test_soak(server):
-    """bench/soak.py says what it does; here with more clients than the engine can serve at once."""
+    """bench/soak_clients.py says what they do; here with more clients than the engine can serve at once."""
     run = soak(server, requests=150, clients=16, prompts=8, max_words=20, max_tokens=12)
     result, cases = asyncio.run(run)
     assert result["wrong"] == [] and len(cases) == 8
