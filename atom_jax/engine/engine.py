@@ -87,7 +87,11 @@ class Engine:
         self._last_read = 0.0
 
     def warm_up(self, report: Callable[[int, int], None] | None = None) -> None:
-        """Compiles every program, so that nothing compiles afterwards; ``report`` is told (done, all)."""
+        """Compiles every program, so that nothing compiles afterwards; ``report`` is told (done, all).
+
+        Loads the tokenizer, too: the first request would wait for it.
+        """
+        self._model.tokenizer  # noqa: B018
         self._runner.warm_up(report)
 
     def add(self, request_id: str, prompt: Sequence[int], params: RequestParams) -> None:

@@ -118,6 +118,12 @@ def test_nothing_compiles_after_warm_up_and_each_step_is_read_once(
     assert len(reads) == engine.stats().steps - before
 
 
+def test_warm_up_loads_the_tokenizer(warm: Engine, model: Model) -> None:
+    fresh = dataclasses.replace(model)
+    Engine(fresh, SIZES).warm_up()
+    assert "tokenizer" in fresh.__dict__
+
+
 def test_streams_one_token_at_a_time(engine: Engine, model: Model) -> None:
     (prompt,) = prompts_of(model, [9])
     engine.add("a", prompt, GREEDY)
