@@ -116,7 +116,7 @@ class EngineStats:
       cached_tokens: prompt tokens that the prefix cache spared.
       preemptions: requests that lost their pages to older ones and were computed again.
       steps: that were dispatched.
-      host_seconds: of the host's work in steps, as far as the device may have waited for it.
+      host_seconds: of the host's work in and between steps, as far as the device may have waited for it.
       step_seconds: spent in ``Engine.step``.
     """
 

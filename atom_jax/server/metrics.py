@@ -33,7 +33,11 @@ _COUNTERS: tuple[tuple[str, str, _Read], ...] = (
     ("preemptions", "Requests that lost their pages for a while.", lambda stats: stats.preemptions),
     ("steps", "Steps of the engine.", lambda stats: stats.steps),
     ("step_seconds", "Seconds in steps.", lambda stats: stats.step_seconds),
-    ("host_seconds", "Seconds of them that the device may have waited.", lambda stats: stats.host_seconds),
+    (
+        "host_seconds",
+        "Seconds that the device may have waited.",
+        lambda stats: stats.host_seconds,
+    ),
 )
 
 

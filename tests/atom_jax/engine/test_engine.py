@@ -90,7 +90,7 @@ def test_answers_are_those_of_generate(engine: Engine, model: Model) -> None:
     stats = engine.stats()
     assert (stats.prompt_tokens, stats.generated_tokens, stats.running, stats.waiting) == (52, 36, 0, 0)
     assert stats.free_pages == stats.num_pages == 9
-    assert 0 <= stats.host_seconds <= stats.step_seconds
+    assert stats.host_seconds > 0 and stats.step_seconds > 0
 
 
 def test_nothing_compiles_after_warm_up_and_each_step_is_read_once(
