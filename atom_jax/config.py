@@ -27,14 +27,21 @@ FIXED: dict[str, dict[str, Any]] = {
         "gptq": False,
         "reorder": "folded",
         "rotate": False,
+        "migrate": False,
+        "center_keys": False,
     },
-    "w8a8": {**_NO_OUTLIERS, "group_size": None, "gptq": False},
-    "w4a16": _NO_OUTLIERS,
-    "w4a8kv4": _NO_OUTLIERS,
+    "w8a8": {**_NO_OUTLIERS, "group_size": None, "gptq": False, "migrate": True},
+    "w4a16": {**_NO_OUTLIERS, "migrate": False},
+    "w4a8kv4": {**_NO_OUTLIERS, "migrate": False},
     "w4a4kv4": {},
 }
 # Defaults of a scheme that are not QuantConfig's.
-_DEFAULTS: dict[str, dict[str, Any]] = {name: {"kv_bits": 16} for name in ("bf16", "w8a8", "w4a16")}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "bf16": {"kv_bits": 16},
+    "w8a8": {"kv_bits": 16},
+    "w4a16": {"kv_bits": 16},
+    "w4a4kv4": {"migrate": True},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +72,10 @@ class QuantConfig:
 
     ``rotate`` spreads hot channels of the residual stream and of the values over all of them.
 
-    ``smooth_keys`` is how far key channels are evened out before INT4 rounds them: 0 not at all, 1 fully.
+    ``migrate`` moves scales from activations to weights, or back, where that makes a linear's error smaller.
+
+    ``smooth_keys`` is how far key channels are evened out before INT4 rounds them: 0 not at all, 1 fully,
+    None as far as it pays, searched for each kv head.
 
     ``center_keys`` removes the mean of each key channel, measured at calibration, before INT4 rounds the key.
 
@@ -83,7 +93,8 @@ class QuantConfig:
     gptq: bool = True
     reorder: Reorder = "folded"
     rotate: bool = False
-    smooth_keys: float = 0.5
+    migrate: bool = False
+    smooth_keys: float | None = None
     center_keys: bool = False
     kv_bits: Literal[4, 16] = 4
     kv_groups: Literal[1, 2] = 2
@@ -104,7 +115,7 @@ class QuantConfig:
         for name in ("clip_w", "clip_a"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise AtomError(f"{name} must be in (0, 1], found {getattr(self, name)}")
-        if not 0.0 <= self.smooth_keys <= 1.0:
+        if self.smooth_keys is not None and not 0.0 <= self.smooth_keys <= 1.0:
             raise AtomError(f"smooth_keys must be in [0, 1], found {self.smooth_keys}")
         for name, values in (
             ("reorder", Reorder),
@@ -124,6 +135,11 @@ class QuantConfig:
     def quantizes_linears(self) -> bool:
         return self.scheme != "bf16"
 
+    @property
+    def fits_keys(self) -> bool:
+        """Whether keys are looked at before the conversion decides how to cache them."""
+        return self.quantizes_linears and self.kv_bits == 4 and (self.smooth_keys != 0.0 or self.center_keys)
+
 
 def preset(scheme: str, **changes: Any) -> QuantConfig:
     """The named scheme with ``changes`` applied.
@@ -132,6 +148,9 @@ def preset(scheme: str, **changes: Any) -> QuantConfig:
       AtomError: the scheme, or a changed value, is not supported.
     """
     settings = {**_DEFAULTS.get(scheme, {}), **FIXED.get(scheme, {}), **changes}
+    # Keys are centred wherever that is possible.
+    cache = (settings.get("kv_bits", 4), settings.get("kv_rope", "post"))
+    settings.setdefault("center_keys", cache == (4, "post"))
     return QuantConfig(scheme=typing.cast(Scheme, scheme), **settings)
 
 

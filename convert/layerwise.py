@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int32
 
 from atom_jax.config import ModelConfig
 from convert.float_model import Tree, read_layer
-from convert.quantize_layer import migrates, needs_calibration, quantize_layer
+from convert.quantize_layer import LayerStatistics, needs_calibration, needs_inputs, quantize_layer
 from convert.reorder import energy_order, permute_ends
 from convert.sources import Source
 from convert.streaming import (
@@ -28,7 +28,8 @@ from convert.streaming import (
 # The order of the residual stream needs the energies of every layer before the first is quantized: a second
 # pass over the float model, for which this many windows are enough.
 _ENERGY_WINDOWS = 4
-# Tokens on which scale migration is searched: each candidate multiplies them by all linears.
+# Tokens on which is searched how scales migrate (each candidate multiplies them by all linears) and how keys
+# are evened out.
 _SEARCH_TOKENS = 1024
 
 
@@ -109,10 +110,11 @@ def quantize_on_windows(
     Raises:
       AtomError: a linear that cannot be quantized; the message names it.
     """
-    hessians = inputs = None
+    statistics = None
     if needs_calibration(config):
-        if migrates(config):
+        inputs = {}
+        if needs_inputs(config):
             some = windows[: max(1, _SEARCH_TOKENS // windows.shape[1])]
             inputs = projection_inputs(on_device(tree), some, config=float_config)
-        hessians = mean_hessians(tree, windows, float_config)
-    return quantize_layer(tree, hessians, config, inputs)
+        statistics = LayerStatistics(mean_hessians(tree, windows, float_config), inputs)
+    return quantize_layer(tree, statistics, config)

@@ -1,21 +1,23 @@
 """Scale migration: an input channel is divided by a factor and its column of the weight multiplied by it.
 
 SmoothQuant (arXiv 2211.10438, section 4): what a layer computes stays as it is, but a channel that is large
-in the activation and would decide the scale of the whole row becomes smaller there and larger in the weight,
+in the activation and would decide the scale of its row or group becomes smaller there and larger in the
+weight,
 
-    factor_j = max|X_j|^a / max|W_j|^(1 - a),
+    factor_j = |X_j|^a / |W_j|^b,
 
 at no run-time cost: the division folds into what produces the channel. That is the norm (inputs of qkv and
 gate_up), the rows of up (down_proj), and the rows of v, shared by the query heads of a kv head (o_proj). Rows
 are scaled as a whole, which their own scales undo: the four linears do not disturb each other.
 
-The strength ``a`` is searched for each linear, among ``STRENGTHS`` and no migration at all, by the error of
-the quantized linear's output on some of the calibration tokens. It is computed outright: the scale of a token
-is that of its largest channel, which no average over tokens (such as the Hessian) knows.
+The exponents are searched for each linear, no migration at all among them, by the error of the quantized
+linear's output on some of the calibration tokens. It is computed outright: the scale of a group is that of a
+token's largest channel, which no average over tokens (such as the Hessian) knows.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -23,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from atom_jax.config import ModelConfig
 from pallas_kernels import quantize
@@ -32,7 +34,11 @@ Layer = dict[str, np.ndarray]
 # By the name of a projection without "_proj"; the factor of each of its input channels.
 Factors = dict[str, Float[np.ndarray, "k"]]
 
-STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+# The exponents (a, b) that are tried. Where a scale serves a whole row, as in w8a8, a channel's size is its
+# largest magnitude and a + b = 1 (SmoothQuant). Where a scale serves a group of channels that are alike, the
+# root mean square says more, and of a from 0 to 1 nearly every linear of SmolLM2 took 0.5.
+ROW_EXPONENTS = tuple((a, 1.0 - a) for a in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
+GROUP_EXPONENTS = tuple(itertools.product((0.5,), (0.0, 0.25, 0.5, 0.75)))
 
 
 def search_factors(
@@ -40,17 +46,27 @@ def search_factors(
     inputs: Mapping[str, Float32[Array, "tokens k"]],
     config: ModelConfig,
     round_weight: Callable[[Float32[Array, "n k"]], Any],
+    indices: Mapping[str, Int32[np.ndarray, " k"]] | None = None,
 ) -> Factors:
     """The best factors of each linear; all ones where migration does not pay.
 
     Args:
       layer: float layer.
       inputs: of each projection, on some calibration tokens.
-      config: heads.
+      config: heads, and the clipping of activations.
       round_weight: the scheme's quantized weight of a float one, rounded to nearest; hashable, jitted here.
+      indices: the order in which the input channels of a projection are quantized, where it is another.
     """
+    orders = indices or {}
     return {
-        name: _search(jnp.asarray(layer[f"{name}_proj"]), x, _heads(name, config), round_weight)
+        name: _search(
+            jnp.asarray(layer[f"{name}_proj"]),
+            x,
+            None if name not in orders else jnp.asarray(orders[name]),
+            _heads(name, config),
+            partial(_output_error, round_weight=round_weight, clip_a=config.quantization.clip_a),
+            rows=config.quantization.scheme == "w8a8",
+        )
         for name, x in inputs.items()
     }
 
@@ -63,42 +79,52 @@ def _heads(name: str, config: ModelConfig) -> tuple[int, int]:
 def _search(
     weight: Float32[Array, "n k"],
     inputs: Float32[Array, "tokens k"],
+    order: Int32[Array, " k"] | None,
     heads: tuple[int, int],
-    round_weight: Callable[[Float32[Array, "n k"]], Any],
+    output_error: Callable[..., Array],
+    *,
+    rows: bool,
 ) -> Float[np.ndarray, "k"]:
-    largest_input = _shared_maximum(inputs, heads)
-    largest_weight = _shared_maximum(weight, heads)
+    size_x, size_w = (_shared_size(x, heads, largest=rows) for x in (inputs, weight))
     best = np.ones(weight.shape[1], np.float32)
-    least = float(_output_error(weight, inputs, best, round_weight))
-    for strength in STRENGTHS:
-        log_factor = strength * np.log(largest_input) - (1.0 - strength) * np.log(largest_weight)
+    least = float(output_error(weight, inputs, best, order))
+    for a, b in ROW_EXPONENTS if rows else GROUP_EXPONENTS:
+        log_factor = a * np.log(size_x) - b * np.log(size_w)
         # Geometric mean 1: only ratios matter, and norms and rows keep their size.
         factor = np.exp(log_factor - log_factor.mean()).astype(np.float32)
-        error = float(_output_error(weight, inputs, factor, round_weight))
+        error = float(output_error(weight, inputs, factor, order))
         if error < least:
             best, least = factor, error
     return best
 
 
-def _shared_maximum(x: Float32[Array, "rows k"], heads: tuple[int, int]) -> Float[np.ndarray, "k"]:
-    """Largest magnitude of each channel, that of all query heads together where they share a kv head."""
-    largest = np.asarray(jnp.max(jnp.abs(x), axis=0), np.float64)
+def _shared_size(
+    x: Float32[Array, "rows k"], heads: tuple[int, int], *, largest: bool
+) -> Float[np.ndarray, "k"]:
+    """Largest magnitude or root mean square of each channel, of all query heads that share its kv head."""
+    squares = jnp.square(x).reshape(-1, *heads, x.shape[1] // (heads[0] * heads[1]))
+    size = (jnp.max if largest else jnp.mean)(squares, axis=(0, 2), keepdims=True)
+    size = np.sqrt(np.asarray(jnp.broadcast_to(size, (1, *squares.shape[1:])), np.float64)).reshape(-1)
     # A channel that is (nearly) never used must not get a factor near zero.
-    largest = np.maximum(largest, 1e-5 * largest.max() + 1e-30)
-    by_head = largest.reshape(*heads, -1)
-    return np.broadcast_to(by_head.max(axis=1, keepdims=True), by_head.shape).reshape(-1)
+    return np.maximum(size, 1e-5 * size.max() + 1e-30)
 
 
-@partial(jax.jit, static_argnames=("round_weight",))
+@partial(jax.jit, static_argnames=("round_weight", "clip_a"))
 def _output_error(
     weight: Float32[Array, "n k"],
     inputs: Float32[Array, "tokens k"],
     factor: Float32[Array, "k"],
+    order: Int32[Array, " k"] | None,
+    *,
     round_weight: Callable[[Float32[Array, "n k"]], Any],
+    clip_a: float,
 ) -> Float32[Array, ""]:
     """Squared error of the quantized linear's output, both operands quantized."""
-    rounded = round_weight(weight * factor)
-    x = quantize(inputs / factor, rounded.activation_format(1.0)).dequantize()
+    scaled_weight, scaled_inputs = weight * factor, inputs / factor
+    if order is not None:
+        scaled_weight, scaled_inputs = scaled_weight[:, order], scaled_inputs[:, order]
+    rounded = round_weight(scaled_weight)
+    x = quantize(scaled_inputs, rounded.activation_format(clip_a)).dequantize()
     return jnp.sum(jnp.square(x @ rounded.dequantize().T - inputs @ weight.T))
 
 

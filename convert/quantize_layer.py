@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,11 +19,10 @@ from atom_jax.llama import linear_shapes, vector_shapes
 from atom_jax.weights import FORMATS
 from convert.gptq import gptq
 from convert.group_gptq import quantize_two_level, quantize_weight_only
+from convert.keys import fit_keys, scale_keys
 from convert.migrate import fold_factors, search_factors
 from convert.reorder import energy_order, head_order, permute_heads, permute_inputs, permute_mlp
 from convert.rtn import check_groups, quantize_int8, quantize_weight
-from convert.smooth import smooth_keys
-from convert.streaming import Statistics
 from pallas_kernels import QuantizedWeight, TwoLevelWeight, WeightOnlyInt4
 
 Layer = dict[str, np.ndarray]
@@ -62,16 +63,24 @@ QUANTIZERS: dict[str, Quantizer] = {
 }
 
 
-def migrates(config: ModelConfig) -> bool:
-    """Whether scales are moved from activations to weights first (``convert.migrate``)."""
-    return config.quantization.scheme == "w8a8"
+@functools.cache  # one object for each recipe: what is compiled for it serves all layers
+def _round_to_nearest(quantization: QuantConfig) -> Callable[[Array], Any]:
+    def round_weight(weight: Array) -> Any:
+        return QUANTIZERS[quantization.scheme](weight, None, quantization)
+
+    return round_weight
+
+
+def needs_inputs(config: ModelConfig) -> bool:
+    """Whether the recipe looks at the activations of single tokens: to migrate scales, to fit the keys."""
+    return config.quantization.migrate or config.quantization.fits_keys
 
 
 def needs_calibration(config: ModelConfig) -> bool:
-    """Whether the recipe looks at activations: to find the outliers, for GPTQ, or to migrate scales."""
+    """Whether the recipe looks at activations at all: also to find the outliers, and for GPTQ."""
     quantization = config.quantization
     return quantization.quantizes_linears and (
-        quantization.gptq or quantization.num_outliers > 0 or migrates(config)
+        quantization.gptq or quantization.num_outliers > 0 or needs_inputs(config)
     )
 
 
@@ -84,47 +93,97 @@ def check_config(config: ModelConfig) -> None:
             check_groups(name, channels, quantization.group_size, outliers)
 
 
-def order_channels(layer: Layer, hessians: Statistics, config: ModelConfig) -> tuple[Layer, Statistics]:
-    """Brings each linear's hottest input channels last (paper section 4.1).
+@dataclasses.dataclass(frozen=True)
+class LayerStatistics:
+    """What calibration knows of the inputs of a layer's projections, in the order of the layer's channels.
 
-    The inner channels of the MLP always fold into gate and up. With ``reorder="folded"`` heads are
-    reordered and the residual stream is taken as it comes (it was permuted as a whole); with "per_layer"
-    the other three linears get indices, by which their input is gathered at run time.
-
-    Returns:
-      The layer, with index vectors if per layer, and the Hessians in the new orders.
+    Attributes:
+      hessians: mean of x x^T over the inputs x of each projection.
+      inputs: themselves, on some tokens; empty if the recipe has no use for them (``needs_inputs``).
     """
-    hessians = dict(hessians)
 
-    def reorder_hessian(name: str, perm: np.ndarray) -> None:
-        hessians[name] = hessians[name][jnp.asarray(perm)][:, jnp.asarray(perm)]
+    hessians: dict[str, Array]
+    inputs: dict[str, Array]
 
-    def order_of(name: str) -> np.ndarray:
-        return energy_order(np.diagonal(np.asarray(hessians[name])))
+    def energy(self, name: str) -> np.ndarray:
+        """Of each input channel of a projection."""
+        return np.diagonal(np.asarray(self.hessians[name]))
 
-    mlp_order = order_of("down")
-    layer = permute_mlp(layer, mlp_order)
-    reorder_hessian("down", mlp_order)
+    def permuted(self, perms: Mapping[str, np.ndarray]) -> LayerStatistics:
+        """With the channels of some projections in another order."""
+        hessians, inputs = dict(self.hessians), dict(self.inputs)
+        for name, perm in perms.items():
+            hessians[name] = hessians[name][jnp.asarray(perm)][:, jnp.asarray(perm)]
+            if name in inputs:
+                inputs[name] = inputs[name][..., jnp.asarray(perm)]
+        return LayerStatistics(hessians, inputs)
+
+    def divided(self, factors: Mapping[str, np.ndarray]) -> LayerStatistics:
+        """With each channel divided by its factor."""
+        return LayerStatistics(
+            {
+                name: hessian / np.outer(factors[name], factors[name])
+                for name, hessian in self.hessians.items()
+            },
+            {name: x / factors[name] for name, x in self.inputs.items()},
+        )
+
+
+def fold_order(
+    layer: Layer, statistics: LayerStatistics, config: ModelConfig
+) -> tuple[Layer, LayerStatistics]:
+    """Brings hot input channels last where their producers can be permuted alike (paper section 4.1).
+
+    The inner channels of the MLP always fold into gate and up. With ``reorder="folded"`` heads are reordered,
+    too, and the residual stream is taken as it comes (it was permuted as a whole).
+    """
+    if config.quantization.reorder == "none":
+        return layer, statistics
+    perms = {"down": energy_order(statistics.energy("down"))}
+    layer = permute_mlp(layer, perms["down"])
     if config.quantization.reorder == "folded":
-        heads = head_order(np.diagonal(np.asarray(hessians["o"])), config.num_heads, config.num_kv_heads)
+        heads = head_order(statistics.energy("o"), config.num_heads, config.num_kv_heads)
         layer = permute_heads(layer, heads, config)
-        reorder_hessian("o", heads.input_perm)
-    else:
-        for name in ("qkv", "o", "gate_up"):
-            indices = order_of(name)
-            layer[f"{name}_indices"] = indices
-            layer[f"{name}_proj"] = permute_inputs(layer[f"{name}_proj"], indices)
-            reorder_hessian(name, indices)
-    return layer, hessians
+        perms["o"] = heads.input_perm
+    return layer, statistics.permuted(perms)
 
 
-def _migrate(
-    layer: Layer, hessians: Statistics, inputs: Statistics, config: ModelConfig
-) -> tuple[Layer, Statistics]:
-    """The layer after scale migration, and the Hessians of its linears' new inputs."""
-    factors = search_factors(layer, inputs, config, quantize_int8)
-    hessians = {name: hessian / np.outer(factors[name], factors[name]) for name, hessian in hessians.items()}
-    return fold_factors(layer, factors, config), hessians
+def input_orders(statistics: LayerStatistics, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The order by which the input of a projection is gathered at run time, with ``reorder="per_layer"``."""
+    if config.quantization.reorder != "per_layer":
+        return {}
+    return {name: energy_order(statistics.energy(name)) for name in ("qkv", "o", "gate_up")}
+
+
+def gather_inputs(layer: Layer, orders: Mapping[str, np.ndarray]) -> Layer:
+    """The layer with the input channels of these projections in these orders, which it holds."""
+    layer = dict(layer)
+    for name, order in orders.items():
+        layer[f"{name}_proj"] = permute_inputs(layer[f"{name}_proj"], order)
+        layer[f"{name}_indices"] = order
+    return layer
+
+
+def prepare_layer(
+    layer: Layer, statistics: LayerStatistics, config: ModelConfig
+) -> tuple[Layer, dict[str, Array]]:
+    """A layer that computes the same and loses less when it is rounded; the Hessians of its linears.
+
+    Channels are ordered, scales migrate, keys are evened out and centred: each as the recipe says.
+    """
+    quantization = config.quantization
+    layer, statistics = fold_order(layer, statistics, config)
+    orders = input_orders(statistics, config)
+    if quantization.migrate:
+        round_weight = _round_to_nearest(quantization)
+        factors = search_factors(layer, statistics.inputs, config, round_weight, orders)
+        layer, statistics = fold_factors(layer, factors, config), statistics.divided(factors)
+    if quantization.fits_keys:
+        keys = fit_keys(layer, statistics.inputs["qkv"], config)
+        layer = scale_keys(layer, keys.factor, config)
+        if quantization.center_keys:
+            layer["k_mean"] = keys.mean.reshape(-1)
+    return gather_inputs(layer, orders), statistics.permuted(orders).hessians
 
 
 @jax.jit
@@ -136,18 +195,14 @@ def _relative_error(weight: Array, quantized: Any, hessian: Array | None) -> Flo
 
 
 def quantize_layer(
-    layer: Mapping[str, np.ndarray],
-    hessians: Statistics | None,
-    config: ModelConfig,
-    inputs: Statistics | None = None,
+    layer: Mapping[str, np.ndarray], statistics: LayerStatistics | None, config: ModelConfig
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Quantizes the linears of a float layer whose residual stream is in its final order.
 
     Args:
       layer: under the names of ``convert.float_model.read_layer``.
-      hessians: mean of x x^T over the inputs x of each projection; None without calibration.
+      statistics: of its projections; None without calibration.
       config: of the checkpoint, quantization included.
-      inputs: of each projection on some tokens, if the recipe ``migrates``.
 
     Returns:
       The parameters of ``atom_jax.llama.Layer``, and for each linear the relative error of its output on
@@ -157,21 +212,16 @@ def quantize_layer(
       AtomError: a linear that cannot be quantized; the message names it.
     """
     quantization = config.quantization
-    layer = dict(layer)
-    if hessians is not None:
-        if quantization.reorder != "none":
-            layer, hessians = order_channels(layer, hessians, config)
-        if inputs is not None:
-            layer, hessians = _migrate(layer, hessians, inputs, config)
-        if quantization.kv_bits == 4 and quantization.smooth_keys:
-            layer = smooth_keys(layer, np.asarray(hessians["qkv"]), config, quantization.smooth_keys)
+    layer, hessians = dict(layer), {}
+    if statistics is not None:
+        layer, hessians = prepare_layer(layer, statistics, config)
     params: dict[str, Any] = {
         name: jnp.asarray(layer[name]) for name in layer if name in vector_shapes(config) or "indices" in name
     }
     errors = {}
     for name in linear_shapes(config):
         weight = jnp.asarray(layer.pop(name))
-        hessian = None if hessians is None else hessians.pop(name.removesuffix("_proj"))
+        hessian = hessians.pop(name.removesuffix("_proj"), None)
         try:
             params[name] = QUANTIZERS[quantization.scheme](weight, hessian, quantization)
         except AtomError as error:

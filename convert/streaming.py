@@ -74,11 +74,11 @@ def run_windows_with_energies(
     return x, {name: total + jnp.sum(jnp.square(capture[name]), axis=0) for name, total in energies.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("hessians",))
-def add_windows_to_hessians(
-    params: Params, x: Float32[Array, "batch seq hidden"], hessians: Statistics, *, config: ModelConfig
-) -> Statistics:
-    """``hessians`` plus X^T X of the inputs of each projection of a float layer.
+@functools.partial(jax.jit, static_argnames=("config",))
+def projection_inputs(
+    params: Params, x: Float32[Array, "batch seq hidden"], *, config: ModelConfig
+) -> dict[str, Float32[Array, "tokens k"]]:
+    """The input of each projection of a float layer, a row for each token, by how much its errors count.
 
     What o_proj and down_proj read is divided by the size (root mean square) of the token's residual stream
     after the layer, because the norm that reads the sum divides by it: an error counts as large as it is
@@ -88,22 +88,16 @@ def add_windows_to_hessians(
     capture: Capture = {}
     out = _run(config, params, x, capture).reshape(-1, x.shape[-1])
     weights = lax.rsqrt(jnp.mean(jnp.square(out), axis=-1, keepdims=True) + config.rms_norm_eps)
-
-    def gram(name: str) -> Float32[Array, "k k"]:
-        rows = capture[name] * weights if name in _ADDED else capture[name]
-        return rows.T @ rows
-
-    return {name: total + gram(name) for name, total in hessians.items()}
+    return {name: rows * weights if name in _ADDED else rows for name, rows in capture.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def projection_inputs(
-    params: Params, x: Float32[Array, "batch seq hidden"], *, config: ModelConfig
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("hessians",))
+def add_windows_to_hessians(
+    params: Params, x: Float32[Array, "batch seq hidden"], hessians: Statistics, *, config: ModelConfig
 ) -> Statistics:
-    """The input of each projection of a float layer, a row for each token."""
-    capture: Capture = {}
-    _run(config, params, x, capture)
-    return capture
+    """``hessians`` plus X^T X of the inputs of each projection, rows as in ``projection_inputs``."""
+    inputs = projection_inputs(params, x, config=config)
+    return {name: total + inputs[name].T @ inputs[name] for name, total in hessians.items()}
 
 
 def advance(params: Params, windows: Float32[np.ndarray, "windows seq hidden"], config: ModelConfig) -> None:

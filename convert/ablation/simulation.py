@@ -22,7 +22,7 @@ from atom_jax.layers import linear
 from atom_jax.llama import linear_shapes, make_step
 from convert.float_model import Tree
 from convert.layerwise import mean_hessians
-from convert.quantize_layer import order_channels
+from convert.quantize_layer import LayerStatistics, fold_order, gather_inputs, input_orders
 from convert.rtn import quantize_weight
 from pallas_kernels import ActivationFormat, kv_append, paged_attention, quantize
 from pallas_kernels.norm_quantize.reference import rms_norm
@@ -41,7 +41,9 @@ def simulate_layer(
     Arguments are those of ``convert.layerwise.quantize_on_windows``; what ``run_simulated`` takes.
     """
     quantization = config.quantization
-    layer, _ = order_channels(dict(tree), mean_hessians(tree, windows, float_config), config)
+    statistics = LayerStatistics(mean_hessians(tree, windows, float_config), {})
+    layer, statistics = fold_order(dict(tree), statistics, config)
+    layer = gather_inputs(layer, input_orders(statistics, config))
     for name, (_, channels) in linear_shapes(config).items():
         body = channels - quantization.num_outliers
         stored = quantize_weight(

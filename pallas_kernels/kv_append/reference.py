@@ -50,6 +50,17 @@ def quantize_kv(
     return pack_int4(q.reshape(*lead, head_dim), head_dim).astype(jnp.uint8), scale, zero.astype(jnp.float16)
 
 
+def dequantize_kv(
+    packed: UInt8[Array, "*lead half"],
+    scale: Float16[Array, "*lead groups"],
+    zero: Float16[Array, "*lead groups"],
+) -> Float32[Array, "*lead head_dim"]:
+    """The heads that ``quantize_kv`` made these of, as attention reads them."""
+    halves = jnp.stack([packed & 0x0F, packed >> 4], axis=-2).astype(jnp.float32)
+    scale, zero = (x.astype(jnp.float32)[..., None] for x in (scale, zero))  # one group serves both halves
+    return ((halves - zero) * scale).reshape(*packed.shape[:-1], -1)
+
+
 def run(
     qkv: Float[Array, "m heads_times_dim"],
     cache: PagedKVCache,

@@ -110,8 +110,8 @@ def test_a_branch_is_compared_with_its_base_and_nothing_follows_it() -> None:
     clip, gptq = {"clip_w": 0.7}, {"gptq": False}
     chain = (FLOAT, Step("a", "", {}), Step("b", "", clip, branch=True), Step("c", "", gptq))
     assert bases(chain) == [None, "float", "a", "a"]
-    assert recipes(chain)["b"] == preset("w4a4kv4", clip_w=0.7)
-    assert recipes(chain)["c"] == preset("w4a4kv4", gptq=False)
+    assert recipes(chain)["b"] == QuantConfig(clip_w=0.7)
+    assert recipes(chain)["c"] == QuantConfig(gptq=False)
 
 
 # The numbers.

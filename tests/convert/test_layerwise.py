@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from convert.layerwise import mean_hessians
-from convert.streaming import projection_inputs, run_windows
+from convert.streaming import _run, projection_inputs
 from tests.atom_jax.models import tiny_config, tiny_tree
 
 WINDOWS, SEQ = 9, 24
@@ -28,10 +29,18 @@ def hessians() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", ["qkv", "gate_up", "o", "down"])
 def test_equals_float64(name: str, hessians: dict[str, np.ndarray]) -> None:
-    x = residual()
-    inputs = np.asarray(projection_inputs(LAYER, x, config=CONFIG)[name], np.float64)
-    if name in ("o", "down"):
-        after = np.asarray(run_windows(LAYER, x, config=CONFIG), np.float64).reshape(WINDOWS * SEQ, -1)
-        inputs = inputs / np.sqrt(np.square(after).mean(axis=1, keepdims=True) + CONFIG.rms_norm_eps)
+    inputs = np.asarray(projection_inputs(LAYER, residual(), config=CONFIG)[name], np.float64)
     expected = inputs.T @ inputs / (WINDOWS * SEQ)
     assert np.linalg.norm(hessians[name] - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("name", ["qkv", "gate_up", "o", "down"])
+def test_inputs_count_relative_to_the_stream_they_are_added_to(name: str) -> None:
+    x, capture = residual(), {}
+    layer = {name: jnp.asarray(value) for name, value in LAYER.items()}
+    after = np.asarray(_run(CONFIG, layer, jnp.asarray(x), capture), np.float64).reshape(WINDOWS * SEQ, -1)
+    expected = np.asarray(capture[name], np.float64)
+    if name in ("o", "down"):
+        expected = expected / np.sqrt(np.square(after).mean(axis=1, keepdims=True) + CONFIG.rms_norm_eps)
+    found = np.asarray(projection_inputs(LAYER, x, config=CONFIG)[name])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
