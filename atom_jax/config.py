@@ -40,7 +40,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "bf16": {"kv_bits": 16},
     "w8a8": {"kv_bits": 16},
     "w4a16": {"kv_bits": 16},
-    "w4a4kv4": {"migrate": True},
+    "w4a4kv4": {"clip_w": None, "migrate": True},
 }
 
 
@@ -72,6 +72,9 @@ class QuantConfig:
 
     ``rotate`` spreads hot channels of the residual stream and of the values over all of them.
 
+    ``clip_w`` and ``clip_a`` are the fractions of a group's range that INT4 spans in weights and activations;
+    ``clip_w=None`` searches it for each group and output channel.
+
     ``migrate`` moves scales from activations to weights, or back, where that makes a linear's error smaller.
 
     ``smooth_keys`` is how far key channels are evened out before INT4 rounds them: 0 not at all, 1 fully,
@@ -88,7 +91,7 @@ class QuantConfig:
     scheme: Scheme = "w4a4kv4"
     group_size: int | None = 128
     num_outliers: int = 128
-    clip_w: float = 0.85
+    clip_w: float | None = 0.85
     clip_a: float = 0.9
     gptq: bool = True
     reorder: Reorder = "folded"
@@ -113,8 +116,9 @@ class QuantConfig:
             if getattr(self, name) != value:
                 raise AtomError(f"{self.scheme} has no setting {name}; leave it out")
         for name in ("clip_w", "clip_a"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise AtomError(f"{name} must be in (0, 1], found {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (value is None and name == "clip_w") and not 0.0 < value <= 1.0:
+                raise AtomError(f"{name} must be in (0, 1], found {value}")
         if self.smooth_keys is not None and not 0.0 <= self.smooth_keys <= 1.0:
             raise AtomError(f"smooth_keys must be in [0, 1], found {self.smooth_keys}")
         for name, values in (

@@ -14,6 +14,7 @@ that writes only that block.
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,28 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int8, Int32
 
 from atom_jax.errors import AtomError
-from convert.rtn import BODY_MAX, TAIL_MAX, check_groups, pack_weight, storage_scale
+from convert.rtn import BODY_MAX, TAIL_MAX, check_groups, fit_scale, pack_weight, storage_scale
 from pallas_kernels.qarrays import QuantizedWeight
 from pallas_kernels.quantize.reference import round_clip
 
 # Factorizations tried, each with ten times the damping of the one before.
 MAX_ATTEMPTS = 5
 _PANEL = 64  # rows of the Cholesky factor between two matmuls
+# Of the mean energy, that much of a channel's own: one that is (nearly) never used must not be asked to make
+# up for the others with a huge weight.
+_FLOOR = 1e-4
+
+
+class Factors(NamedTuple):
+    """The damped Hessian as M D M^T.
+
+    Attributes:
+      feedback: the strictly lower part of M^T: what channel i takes of the error of channel j.
+      costs: D, what the squared rounding error of a channel costs.
+    """
+
+    feedback: Float32[Array, "k k"]
+    costs: Float32[Array, " k"]
 
 
 def gptq(
@@ -37,23 +53,26 @@ def gptq(
     *,
     group_size: int | None,
     num_outliers: int,
-    clip_w: float,
+    clip_w: float | None,
     damping: float = 0.01,
     block_size: int = 128,
 ) -> QuantizedWeight:
     """Quantizes ``weight`` so that ``||X (W - Wq)^T||`` is small, given H = X^T X (paper section 4.5).
 
-    The format is that of ``convert.rtn.quantize_weight``. Channels are taken in stored order, the INT8 tail
-    last; the scales of a group come from its weights as they are when its first channel is reached. A dead
-    channel (zero row of H) is rounded to nearest: nothing is known about its inputs. The same arguments give
-    the same bits.
+    The format is that of ``convert.rtn.quantize_weight``. The body is taken backwards, because its channels
+    are stored by ascending energy: the hottest, whose errors cost most, while all the others can still make
+    up for them. The INT8 tail comes last and takes up what is left in fine steps. The scales of a group come
+    from its weights as they are when its first channel is reached. A dead channel (zero row of H) is rounded
+    to nearest: nothing is known about its inputs. The same arguments give the same bits.
 
     Args:
       weight: input channels in stored order, the ``num_outliers`` outliers last.
       hessian: in the same order; any positive multiple of it gives the same result up to rounding.
       group_size: channels a group of the body, or None for one group over all of it.
-      clip_w: the fraction of a group's largest magnitude that INT4 spans; the tail is not clipped.
-      damping: fraction of the mean diagonal added to the diagonal; raised tenfold, ``MAX_ATTEMPTS - 1``
+      clip_w: the fraction of a group's largest magnitude that INT4 spans, or None to search it for each group
+        and row; the tail is not clipped.
+      damping: fraction of each channel's energy added to the diagonal. Relative to its own, not the mean: a
+        few hot channels are the mean, and would damp all others away. Raised tenfold, ``MAX_ATTEMPTS - 1``
         times at most, while the Hessian is not positive definite in float32.
       block_size: channels whose errors are exchanged before the next matmul; affects speed only.
 
@@ -68,30 +87,32 @@ def gptq(
     if damping <= 0.0 or block_size < 1:
         raise AtomError(f"damping {damping} and block size {block_size} must be positive")
     weight, hessian = jnp.asarray(weight, jnp.float32), jnp.asarray(hessian, jnp.float32)
-    feedback = feedback_matrix(hessian, damping)
-    quantized = _sweep(weight, feedback, clip_w, group_size, num_outliers, block_size)
+    body = channels - num_outliers
+    order = np.concatenate([np.arange(body)[::-1], np.arange(body, channels)])
+    factors = factorize(hessian[order][:, order], damping)
+    quantized = _sweep(weight[:, order], factors, clip_w, group_size, num_outliers, block_size)
     # NaN or infinity in a weight reaches the scale of its group, so this checks input and result.
     if not bool(jnp.all(jnp.isfinite(quantized.scales))):
         raise AtomError(f"weight [{rows}, {channels}] holds NaN or infinity, or values too large to quantize")
     return quantized
 
 
-def feedback_matrix(hessian: Float32[Array, "k k"], damping: float) -> Float32[Array, "k k"]:
-    """The strictly lower part of M^T for the damped Hessian: what channel i takes of the error of channel j.
+def factorize(hessian: Float32[Array, "k k"], damping: float) -> Factors:
+    """Factors of the Hessian with ``damping``, or the least of its tenfold multiples that is enough.
 
     Raises:
       AtomError: no damping tried makes the Hessian positive definite; it may hold NaN or infinity.
     """
     for attempt in range(MAX_ATTEMPTS):
-        feedback, ok = _factorize(hessian, damping * 10.0**attempt)
+        factors, ok = _factorize(hessian, damping * 10.0**attempt)
         if ok:
-            return feedback
+            return factors
     shape = f"Hessian {list(hessian.shape)}"
     if not bool(jnp.all(jnp.isfinite(hessian))):
         raise AtomError(f"{shape} holds NaN or infinity")
     most = damping * 10.0 ** (MAX_ATTEMPTS - 1)
     raise AtomError(
-        f"{shape} is not positive definite, even with {most:g} of its mean diagonal added; "
+        f"{shape} is not positive definite, even with {most:g} of its diagonal added; "
         "calibrate with more text, or convert without GPTQ"
     )
 
@@ -99,18 +120,24 @@ def feedback_matrix(hessian: Float32[Array, "k k"], damping: float) -> Float32[A
 @jax.jit
 def _factorize(
     hessian: Float32[Array, "k k"], damping: Float32[Array, ""]
-) -> tuple[Float32[Array, "k k"], Bool[Array, ""]]:
-    """The strictly lower part of M^T, and whether it is usable."""
+) -> tuple[Factors, Bool[Array, ""]]:
+    """The factors, and whether they are usable."""
     # The scale of H does not matter: bring the diagonal to at most 1, where nothing can overflow.
     largest = jnp.max(jnp.diagonal(hessian))
     scaled = hessian / jnp.where(largest > 0, largest, 1.0)
-    mean = jnp.mean(jnp.diagonal(scaled))
-    # Damping is also what makes the diagonal of dead channels positive, with nothing beside it.
-    damped = scaled + damping * jnp.where(mean > 0, mean, 1.0) * jnp.eye(hessian.shape[0])
-    # The upper factor with H = R R^T is the lower one of the reversed matrix, reversed.
-    upper_t = _cholesky(damped[::-1, ::-1])[::-1, ::-1]
-    feedback = jnp.tril(upper_t / jnp.diagonal(upper_t)[:, None], -1)
-    return feedback, jnp.all(jnp.isfinite(feedback))
+    energy = jnp.diagonal(scaled)
+    mean = jnp.mean(energy)
+    # The floor is also what makes the diagonal of dead channels positive, with nothing beside it.
+    added = damping * (energy + _FLOOR * jnp.where(mean > 0, mean, 1.0))
+    damped = scaled + jnp.diag(added)
+    # Factorized as correlations, which float32 can hold however much hotter one channel is than another.
+    size = jnp.sqrt(jnp.diagonal(damped))
+    correlations = damped / (size[:, None] * size)
+    # The upper factor with C = R R^T is the lower one of the reversed matrix, reversed.
+    upper_t = _cholesky(correlations[::-1, ::-1])[::-1, ::-1]
+    pivots = jnp.diagonal(upper_t)
+    feedback = jnp.tril(upper_t * (size / (pivots * size)[:, None]), -1)
+    return Factors(feedback, jnp.square(pivots * size)), jnp.all(jnp.isfinite(feedback))
 
 
 def _cholesky(matrix: Float32[Array, "k k"]) -> Float32[Array, "k k"]:
@@ -144,16 +171,19 @@ def _cholesky(matrix: Float32[Array, "k k"]) -> Float32[Array, "k k"]:
 @partial(jax.jit, static_argnums=(3, 4, 5))
 def _sweep(
     weight: Float32[Array, "n k"],
-    feedback: Float32[Array, "k k"],
-    clip_w: float,
+    factors: Factors,
+    clip_w: float | None,
     group_size: int,
     num_outliers: int,
     block_size: int,
 ) -> QuantizedWeight:
-    """Quantizes group by group, then the tail. Channel-major inside, so that a channel is contiguous."""
+    """Quantizes group by group, then the tail. Channel-major inside, so that a channel is contiguous.
+
+    The body is given backwards and returned forwards.
+    """
     rows, channels = weight.shape
     body = channels - num_outliers
-    span = partial(_quantize_span, weight.T, feedback, block_size=block_size)
+    span = partial(_quantize_span, weight.T, factors, block_size=block_size)
     errors = jnp.zeros((channels, rows), jnp.float32)
 
     def step(errors: Array, start: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -162,17 +192,17 @@ def _sweep(
 
     errors, (values, scales) = lax.scan(step, errors, jnp.arange(0, body, group_size))
     _, outliers, tail_scale = span(errors, jnp.int32(body), num_outliers, 1.0, TAIL_MAX, first=False)
-    scales = jnp.concatenate([scales, tail_scale[None]])
-    return pack_weight(values.reshape(body, rows).T, outliers.T, scales, group_size)
+    scales = jnp.concatenate([scales[::-1], tail_scale[None]])
+    return pack_weight(values.reshape(body, rows)[::-1].T, outliers.T, scales, group_size)
 
 
 def _quantize_span(
     weight: Float32[Array, "k n"],
-    feedback: Float32[Array, "k k"],
+    factors: Factors,
     errors: Float32[Array, "k n"],
     start: Int32[Array, ""],
     size: int,
-    clip: float,
+    clip: float | None,
     max_value: int,
     *,
     first: bool,
@@ -187,6 +217,7 @@ def _quantize_span(
     Returns:
       ``errors`` with this span's; the integers; the scale.
     """
+    feedback, costs = factors
 
     def taken(errors: Array, start: Array, size: int) -> Array:
         """What these channels take from the earlier ones."""
@@ -208,7 +239,7 @@ def _quantize_span(
 
     if size == 0:  # a tail without outliers
         nothing = jnp.zeros((0, weight.shape[1]))
-        scale = storage_scale(jnp.max(nothing, axis=0, initial=0.0), clip, max_value)
+        scale = storage_scale(jnp.zeros(weight.shape[1]), 1.0, max_value)
         return errors, nothing.astype(jnp.int8), scale
     whole = taken(errors, start, size)
     updated = lax.dynamic_slice_in_dim(weight, start, size)
@@ -217,7 +248,7 @@ def _quantize_span(
         # channel takes from the shifts of those before it in the span, too.
         inverse = _unit_lower_inverse(inner_feedback(start, size))
         updated += jnp.matmul(inverse, whole, precision=lax.Precision.HIGHEST)
-    scale = storage_scale(jnp.max(jnp.abs(updated), axis=0), clip, max_value)
+    scale = fit_scale(updated, lax.dynamic_slice_in_dim(costs, start, size), clip, max_value)
     if size <= block_size:
         return *block(errors, start, whole, size), scale
     rest = size % block_size

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int8, Int32
 
 from atom_jax.errors import AtomError
-from convert.gptq import feedback_matrix
+from convert.gptq import factorize
 from convert.grids import Grid, channel_scales, fit_groups
 from convert.rtn import check_groups, pack_values
 from pallas_kernels import TwoLevelWeight, WeightOnlyInt4
@@ -70,7 +70,7 @@ def _quantize(
     else:
         hessian = jnp.asarray(hessian, jnp.float32)
         order = jnp.argsort(-jnp.diagonal(hessian), stable=True)
-        feedback = feedback_matrix(hessian[order][:, order], _DAMPING)
+        feedback = factorize(hessian[order][:, order], _DAMPING).feedback
         grids = fit_groups(weight, _relative(jnp.diagonal(hessian)), group_size, two_level=two_level)
         values = _sweep(weight, feedback, order, grids, group_size)
     # NaN or infinity in a weight reaches the scale of its group.

@@ -65,6 +65,9 @@ QUANTIZERS: dict[str, Quantizer] = {
 
 @functools.cache  # one object for each recipe: what is compiled for it serves all layers
 def _round_to_nearest(quantization: QuantConfig) -> Callable[[Array], Any]:
+    if quantization.clip_w is None:  # a search in the search would take long and change little
+        quantization = dataclasses.replace(quantization, clip_w=0.85)
+
     def round_weight(weight: Array) -> Any:
         return QUANTIZERS[quantization.scheme](weight, None, quantization)
 

@@ -17,6 +17,8 @@ from pallas_kernels.quantize.reference import round_clip, symmetric_scale
 
 BODY_MAX = 7
 TAIL_MAX = 127
+# What a searched clipping ratio is chosen from.
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 
 def check_groups(name: str, channels: int, group_size: int | None, num_outliers: int | None) -> int:
@@ -89,6 +91,32 @@ def storage_scale(amax: Float32[Array, "*s"], clip: float, max_value: int) -> Fl
     return lax.reduce_precision(symmetric_scale(amax, clip, max_value), exponent_bits=8, mantissa_bits=7)
 
 
+def fit_scale(
+    x: Float32[Array, "size n"], costs: Float32[Array, " size"], clip: float | None, max_value: int
+) -> Float32[Array, " n"]:
+    """The scale of ``size`` channels of each row: integers to ``max_value`` span ``clip`` of their range.
+
+    Args:
+      costs: what the squared error of each channel counts, where ``clip`` is None: then it is the one of
+        ``CLIPS`` that leaves the least.
+    """
+    largest = jnp.max(jnp.abs(x), axis=0)
+    if clip is not None:
+        return storage_scale(largest, clip, max_value)
+
+    def candidate(clip: Array) -> tuple[Array, Array]:
+        scale = storage_scale(largest, clip, max_value)
+        error = round_clip(x, scale, max_value).astype(jnp.float32) * scale - x
+        return scale, costs @ jnp.square(error)
+
+    def better(best: tuple[Array, Array], clip: Array) -> tuple[tuple[Array, Array], None]:
+        new = candidate(clip)
+        return jax.tree.map(lambda a, b: jnp.where(new[1] < best[1], b, a), best, new), None
+
+    clips = jnp.asarray(CLIPS, jnp.float32)
+    return lax.scan(better, candidate(clips[0]), clips[1:])[0][0]
+
+
 def pack_weight(
     body: Int8[Array, "n body"],
     outliers: Int8[Array, "n num_outliers"],
@@ -106,14 +134,19 @@ def pack_values(values: Int8[Array, "n k"]) -> Int8[Array, "n halfk"]:
 
 
 def quantize_weight(
-    weight: Float32[Array | np.ndarray, "n k"], *, group_size: int | None, num_outliers: int, clip_w: float
+    weight: Float32[Array | np.ndarray, "n k"],
+    *,
+    group_size: int | None,
+    num_outliers: int,
+    clip_w: float | None,
 ) -> QuantizedWeight:
     """Rounds a weight to the nearest INT4 value (body) or INT8 value (tail); paper sections 4.1 and 4.2.
 
     Args:
       weight: input channels in stored order, the ``num_outliers`` outliers last.
       group_size: channels a group of the body, or None for one group over all of it.
-      clip_w: the fraction of a group's largest magnitude that INT4 spans; the tail is not clipped.
+      clip_w: the fraction of a group's largest magnitude that INT4 spans, or None for the one that leaves
+        the least squared error, of each group and row; the tail is not clipped.
 
     Raises:
       AtomError: the body is not made of whole groups (see ``check_groups``).
@@ -133,13 +166,14 @@ def quantize_int8(weight: Float32[Array | np.ndarray, "n k"]) -> QuantizedWeight
 
 @partial(jax.jit, static_argnums=(1, 2))  # clip_w is traced: another value compiles nothing
 def _quantize_weight(
-    weight: Float32[Array, "n k"], group_size: int, num_outliers: int, clip_w: float
+    weight: Float32[Array, "n k"], group_size: int, num_outliers: int, clip_w: float | None
 ) -> QuantizedWeight:
     rows, channels = weight.shape
     body = channels - num_outliers
     groups = weight[:, :body].reshape(rows, -1, group_size)
     tail = weight[:, body:]
-    scales = storage_scale(jnp.max(jnp.abs(groups), axis=-1), clip_w, BODY_MAX)
+    channels_first = groups.reshape(-1, group_size).T
+    scales = fit_scale(channels_first, jnp.ones(group_size), clip_w, BODY_MAX).reshape(rows, -1)
     tail_scale = storage_scale(jnp.max(jnp.abs(tail), axis=-1, initial=0.0), 1.0, TAIL_MAX)
     return pack_weight(
         round_clip(groups, scales[..., None], BODY_MAX).reshape(rows, body),

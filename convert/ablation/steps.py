@@ -75,6 +75,7 @@ def make_steps(group_size: int, num_outliers: int) -> tuple[Step, ...]:
         Step("smooth-keys", "key channels evened out", {"smooth_keys": None}),
         Step("center-keys", "mean of the keys removed", {"center_keys": True}),
         Step("migrate", "scales migrated", {"migrate": True}),
+        Step("clip-search", "clipping of weights searched", {"clip_w": None}),
         # Instead.
         Step("rotated", "rotated first", {"rotate": True}, branch=True),
         Step("rotated-only", "rotated, no outliers", {"rotate": True, "num_outliers": 0}, branch=True),

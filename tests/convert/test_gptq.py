@@ -46,7 +46,8 @@ def paper_targets(
     """
     weight, hessian = weight.astype(np.float64), hessian.astype(np.float64)
     channels = weight.shape[1]
-    hessian = hessian + 0.01 * np.diag(hessian).mean() * np.eye(channels)
+    energy = np.diag(hessian)
+    hessian = hessian + np.diag(0.01 * (energy + 1e-4 * energy.mean()))
     inverse_factor = np.linalg.cholesky(np.linalg.inv(hessian)).T
     targets, blocks = np.zeros_like(weight), []
     for i in range(channels):
@@ -78,9 +79,12 @@ def test_follows_the_algorithm_of_the_paper(group_size: int | None) -> None:
     hessian = hessian_of(inputs)
     body = CHANNELS - 64
     quantized = gptq(weight, hessian, group_size=group_size, num_outliers=64, clip_w=0.85)
-    chosen, scales = np.asarray(quantized.dequantize()), np.asarray(quantized.scales)
+    # The body backwards, then the tail.
+    order = np.concatenate([np.arange(body)[::-1], np.arange(body, CHANNELS)])
+    chosen = np.asarray(quantized.dequantize())[:, order]
+    scales = np.concatenate([np.asarray(quantized.scales)[:-1][::-1], np.asarray(quantized.scales)[-1:]])
     starts = [*range(0, body, group_size or body), body]
-    targets, blocks = paper_targets(weight, hessian, chosen, starts)
+    targets, blocks = paper_targets(weight[:, order], hessian[order][:, order], chosen, starts)
     for start, end, block, scale in zip(starts, [*starts[1:], CHANNELS], blocks, scales, strict=True):
         clip, bound = (1.0, 127) if end == CHANNELS else (0.85, 7)
         expected = np.abs(block[:, : end - start]).max(axis=1) * clip / bound
@@ -89,6 +93,18 @@ def test_follows_the_algorithm_of_the_paper(group_size: int | None) -> None:
         found = chosen[:, start:end] / scale[:, None]
         assert np.abs(found - np.clip(steps, -bound - 1, bound)).max() < 0.51
         assert np.isclose(found, np.clip(np.rint(steps), -bound - 1, bound)).mean() > 0.995
+
+
+@pytest.mark.parametrize(("group_size", "num_outliers"), [(64, 64), (None, 0)])
+def test_searched_clipping_is_better_than_any_fixed(group_size: int | None, num_outliers: int) -> None:
+    weight, inputs = problem()
+    hessian = hessian_of(inputs)
+
+    def error(clip_w: float | None) -> float:
+        options = {"group_size": group_size, "num_outliers": num_outliers, "clip_w": clip_w}
+        return output_error(inputs, weight, gptq(weight, hessian, **options))
+
+    assert error(None) < min(error(clip_w) for clip_w in (1.0, 0.9, 0.85, 0.8))
 
 
 def test_same_input_gives_same_bits_and_the_scale_of_the_hessian_is_free() -> None:
@@ -138,7 +154,7 @@ def test_fewer_tokens_than_channels() -> None:
 def test_indefinite_hessian_gets_more_damping() -> None:
     weight, inputs = problem()
     hessian = hessian_of(inputs)
-    hessian -= 0.3 * np.float32(np.diag(hessian).mean()) * np.eye(CHANNELS, dtype=np.float32)
+    hessian -= 0.3 * np.diag(np.diag(hessian))
     assert np.linalg.eigvalsh(hessian)[0] < 0
     options = {"group_size": 64, "num_outliers": 64, "clip_w": 0.85}
     quantized = gptq(weight, hessian, **options)

@@ -113,7 +113,8 @@ def test_follows_the_algorithm_of_the_paper() -> None:
     quantized = quantize_weight_only(weight, hessian_of(inputs), 64)
     chosen, q = np.asarray(quantized.dequantize(), np.float64), integers(quantized)
     order = np.argsort(-np.diag(hessian_of(inputs)), kind="stable")
-    hessian = hessian + 0.01 * np.diag(hessian).mean() * np.eye(len(hessian))
+    energy = np.diag(hessian)
+    hessian = hessian + np.diag(0.01 * (energy + 1e-4 * energy.mean()))
     factor = np.linalg.cholesky(np.linalg.inv(hessian[order][:, order])).T
     left = weight[:, order].astype(np.float64)
     scales, zeros = (np.asarray(a, np.float64) for a in (quantized.scales, quantized.zeros))
