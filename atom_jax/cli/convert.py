@@ -45,7 +45,12 @@ def convert(
         int | None, typer.Option(help="Channels kept in 8 bits.", rich_help_panel=_WEIGHTS)
     ] = None,
     clip_w: Annotated[
-        float | None, typer.Option(help="Clipping of weights, (0, 1].", rich_help_panel=_WEIGHTS)
+        float | None,
+        typer.Option(
+            help="Clipping of weights, (0, 1]; w4a4kv4 searches it for each group and output channel "
+            "if not given.",
+            rich_help_panel=_WEIGHTS,
+        ),
     ] = None,
     clip_a: Annotated[
         float | None, typer.Option(help="Clipping of activations, (0, 1].", rich_help_panel=_WEIGHTS)
@@ -53,6 +58,14 @@ def convert(
     gptq: Annotated[
         bool | None,
         typer.Option("--gptq/--no-gptq", help="Compensate rounding errors.", rich_help_panel=_WEIGHTS),
+    ] = None,
+    migrate: Annotated[
+        bool | None,
+        typer.Option(
+            "--migrate/--no-migrate",
+            help="Move scales between activations and weights where that makes the error smaller.",
+            rich_help_panel=_WEIGHTS,
+        ),
     ] = None,
     reorder: Annotated[
         Reorder | None,
@@ -76,7 +89,18 @@ def convert(
     ] = None,
     smooth_keys: Annotated[
         float | None,
-        typer.Option(help="Even out key channels, from 0 (off) to 1.", rich_help_panel=_CACHE),
+        typer.Option(
+            help="Even out key channels, from 0 (off) to 1; searched for each kv head if not given.",
+            rich_help_panel=_CACHE,
+        ),
+    ] = None,
+    center_keys: Annotated[
+        bool | None,
+        typer.Option(
+            "--center-keys/--no-center-keys",
+            help="Remove the mean of the keys before INT4; needs --kv-bits 4 and --kv-rope post.",
+            rich_help_panel=_CACHE,
+        ),
     ] = None,
     calib: Annotated[
         str | None,
@@ -112,12 +136,14 @@ def convert(
         clip_w=clip_w,
         clip_a=clip_a,
         gptq=gptq,
+        migrate=migrate,
         reorder=None if reorder is None else reorder.value,
         rotate=rotate,
         kv_bits=kv_bits,
         kv_groups=kv_groups,
-        smooth_keys=smooth_keys,
         kv_rope=None if kv_rope is None else kv_rope.value,
+        smooth_keys=smooth_keys,
+        center_keys=center_keys,
     )
     quantization = preset(scheme, **changes)
 

@@ -41,6 +41,7 @@ class TestConvert:
     def test_all_options(self, made, tmp_path, text):
         options = "--scheme w4a4kv4 --group-size 32 --num-outliers 64 --clip-w 0.8 --clip-a 0.7 --no-gptq "
         options += (
+            "--no-migrate --smooth-keys 0.3 --no-center-keys "
             "--reorder per_layer --kv-bits 16 --kv-rope pre --calib org/data --calib-tokens 1024 --seed 3 "
         )
         options += f"--eval-text {text} --eval-tokens 77 --revision main"
@@ -53,9 +54,12 @@ class TestConvert:
             clip_w=0.8,
             clip_a=0.7,
             gptq=False,
+            migrate=False,
             reorder="per_layer",
             kv_bits=16,
             kv_rope="pre",
+            smooth_keys=0.3,
+            center_keys=False,
         )
         want = ConvertOptions(recipe, "org/data", 1024, 3, text, 77, "main")
         assert made == [("org/model", tmp_path / "out", want)]
@@ -68,6 +72,8 @@ class TestConvert:
             ("--group-size 48", ["48", "128"]),
             ("--kv-bits 8", ["kv_bits", "8"]),
             ("--clip-w 1.5", ["clip_w", "1.5"]),
+            ("--smooth-keys 1.5", ["smooth_keys", "1.5"]),
+            ("--center-keys --kv-rope pre", ["center_keys", "kv_rope 'pre'"]),
         ],
     )
     def test_unsupported_options(self, made, tmp_path, options, parts):
