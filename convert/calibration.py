@@ -1,4 +1,4 @@
-"""The tokens a conversion calibrates on: sampled from the model, from a file, or from a data set."""
+"""The tokens a conversion calibrates on: English and text sampled from the model, a file, or a data set."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from jaxtyping import Int32
 from tokenizers import Tokenizer
 
 from atom_jax.errors import AtomError
+from convert.help_topics import help_topics
 from convert.self_sampling import sample_tokens
 from convert.sources import Source
 from convert.streaming import Report
 
 SEQ_LEN = 512
+# Instead of a file: text sampled from the model, and nothing else.
+SAMPLED = "sampled"
 _DATASET_FIELDS = ("text", "content", "document")
 # A missing file of these is a missing file; anything else may be a data set id, in which dots are common.
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".md")
@@ -135,29 +138,48 @@ def load_calibration(
     seed: int,
     report: Report | None = None,
 ) -> Calibration:
-    """The calibration windows for ``calibration``: None for sampled, else a file or a data set id.
+    """The calibration windows for ``calibration``: a file, a data set id, ``SAMPLED``, or None.
+
+    None is English (``help_topics``) and text sampled from the model in turns: the one is what real text is
+    like, the other what the model knows besides English prose.
 
     Raises:
       AtomError: the text cannot be had, is too short, or num_tokens is below one window.
     """
     seq_len = min(SEQ_LEN, source.config.max_position_embeddings)
-    if num_tokens < seq_len:
+    num_windows = num_tokens // seq_len
+    if num_windows == 0:
         raise AtomError(f"{num_tokens} calibration tokens are less than one window of {seq_len}")
-    if calibration is None:
-        tokens = sample_tokens(source, num_tokens, seed, report).reshape(-1)
-        return Calibration(
-            spread_windows(tokens, num_tokens, seq_len, "the sampled text"), "sampled", f"seed {seed}"
-        )
+    if calibration in (None, SAMPLED):
+        num_english = num_windows // 2 if calibration is None else 0
+        wanted = (num_windows - num_english) * seq_len
+        tokens = sample_tokens(source, wanted, seed, report).reshape(-1)
+        sampled = spread_windows(tokens, wanted, seq_len, "the sampled text")
+        if num_english == 0:
+            return Calibration(sampled, "sampled", f"seed {seed}")
+        tokens = _encode(source, tokenizer_folder, help_topics()[0])
+        english = spread_windows(tokens, num_english * seq_len, seq_len, "Python's help topics")
+        # In turns, because some things are measured on the first few windows alone.
+        places = np.argsort([*range(1, 2 * len(english), 2), *range(0, 2 * len(sampled), 2)], kind="stable")
+        windows = np.concatenate([english, sampled])[places]
+        return Calibration(windows, "mixed", f"Python's help topics, sampled with seed {seed}")
+    assert calibration is not None
     path = Path(calibration)
     if path.exists() or path.suffix.lower() in _TEXT_SUFFIXES:
         text, kind, name = read_text(path), "file", path.name
     else:
         text = _dataset_text(calibration, num_tokens * _CHARACTERS_PER_TOKEN)
         kind, name = "dataset", calibration
+    tokens = _encode(source, tokenizer_folder, text)
+    return Calibration(spread_windows(tokens, num_tokens, seq_len, name), kind, name)
+
+
+def _encode(source: Source, tokenizer_folder: Path, text: str) -> Int32[np.ndarray, " tokens"]:
+    """Token ids that the model knows; AtomError if the tokenizer has others."""
     tokens = encode(tokenizer_folder, text)
     if tokens.size and tokens.max() >= source.config.vocab_size:
         raise AtomError(
             f"{tokenizer_folder}: token id {tokens.max()} is outside the vocabulary of "
             f"{source.config.vocab_size}"
         )
-    return Calibration(spread_windows(tokens, num_tokens, seq_len, name), kind, name)
+    return tokens

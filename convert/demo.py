@@ -19,6 +19,7 @@ from atom_jax.errors import AtomError
 from atom_jax.perplexity import perplexity
 from convert.calibration import encode
 from convert.card import versions
+from convert.help_topics import help_topics
 from convert.pipeline import ConvertOptions, Progress, convert
 from convert.smollm2 import SHA256, smollm2_gguf
 
@@ -158,10 +159,6 @@ def _partial(out: Path) -> Path:
 
 
 def eval_tokens(checkpoint: Path) -> Int32[np.ndarray, " tokens"]:
-    """English prose that every CPython has: the second half of the help topics, from its start."""
-    from pydoc_data.topics import topics
-
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    # No more of it is tokenized than is needed.
-    start, longest = len(text) // 2, 16 * EVAL_TOKENS
-    return encode(checkpoint / TOKENIZER_FOLDER, text[start : start + longest])[:EVAL_TOKENS]
+    """The start of the help topics that calibration does not see."""
+    text = help_topics()[1][: 16 * EVAL_TOKENS]  # no more of it is tokenized than is needed
+    return encode(checkpoint / TOKENIZER_FOLDER, text)[:EVAL_TOKENS]

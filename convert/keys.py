@@ -34,7 +34,7 @@ from pallas_kernels.norm_quantize.reference import rms_norm
 Layer = dict[str, np.ndarray]
 
 # Keys are fitted as if they stood anywhere up to here: what RoPE turns on the way has no mean to take off.
-POSITIONS = 4096
+POSITIONS = 2048
 # The exponents that are tried, of keys and of queries.
 KEY_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 QUERY_STRENGTHS = (0.0, 0.25, 0.5)

@@ -12,20 +12,16 @@ from jaxtyping import Int32
 
 from atom_jax.errors import AtomError
 from convert.calibration import encode, read_text
+from convert.help_topics import help_topics
 
 # Generous characters a token: no more of a text than is needed is tokenized.
 _CHARACTERS_PER_TOKEN = 16
 
 
 def default_texts() -> dict[str, str]:
-    """English prose, Python's help topics, and program code, the module argparse; each from its middle."""
-    from pydoc_data.topics import topics
-
-    texts = {
-        "prose": "\n\n".join(topics[name] for name in sorted(topics)),
-        "code": inspect.getsource(argparse),
-    }
-    return {name: text[len(text) // 2 :] for name, text in texts.items()}
+    """English prose and program code: the help topics that calibration does not see, half of argparse."""
+    code = inspect.getsource(argparse)
+    return {"prose": help_topics()[1], "code": code[len(code) // 2 :]}
 
 
 def load_texts(

@@ -18,6 +18,7 @@ from atom_jax.config import preset
 from convert import self_sampling
 from convert.calibration import encode, load_calibration
 from convert.float_model import load_float
+from convert.help_topics import help_topics
 from convert.pipeline import ConvertOptions, convert
 from convert.self_sampling import sample_tokens
 from convert.sources import Source, open_source
@@ -160,3 +161,22 @@ def test_sampled_text_is_likely(llama: tuple[Source, Path]) -> None:
         for ids in (tokens.reshape(-1), other)
     ]
     assert results[0] < 0.9 * results[1], results
+
+
+def test_default_is_english_and_sampled_text_in_turns(llama: tuple[Source, Path]) -> None:
+    source, tokenizer = llama
+    calibration = load_calibration(source, tokenizer, None, num_tokens=5 * 128, seed=3)
+    alone = load_calibration(source, tokenizer, "sampled", num_tokens=3 * 128, seed=3)
+    assert (calibration.kind, alone.kind) == ("mixed", "sampled")
+    np.testing.assert_array_equal(calibration.tokens[0::2], alone.tokens)
+    english = encode(tokenizer, help_topics()[0])
+    half = english.size // 128 // 2 * 128
+    np.testing.assert_array_equal(calibration.tokens[1::2], [english[:128], english[half : half + 128]])
+    one = load_calibration(source, tokenizer, None, num_tokens=128, seed=3)
+    assert one.kind == "sampled" and one.tokens.shape == (1, 128)
+
+
+def test_help_topics_are_cut_in_two() -> None:
+    first, second = help_topics()
+    assert abs(len(first) - len(second)) <= 1 and len(first) > 100_000
+    assert second[:1000] not in first
