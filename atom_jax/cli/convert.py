@@ -106,7 +106,7 @@ def convert(
         str | None,
         typer.Option(
             help="Calibration text: a file (text or JSON Lines) or an org/name data set; "
-            "text sampled from the model if not given.",
+            "built-in English and text sampled from the model if not given, 'sampled' for the latter alone.",
             rich_help_panel=_DATA,
         ),
     ] = None,
