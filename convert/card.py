@@ -34,6 +34,7 @@ def make_card(
     job: dict[str, Any],
     *,
     calibration: dict[str, Any] | None,
+    outliers: dict[str, Any] | None,
     relative_error: list[dict[str, float]],
     before: PerplexityResult | None,
     after: PerplexityResult | None,
@@ -43,6 +44,7 @@ def make_card(
     Args:
       job: everything the result depends on: recipe, versions, hashes of source and texts.
       calibration: kind, name, tokens and sha256 of the tokens calibrated on.
+      outliers: number chosen, budget, and error by number, where the number was to be chosen.
       relative_error: by layer and linear, see ``convert.quantize_layer.quantize_layer``.
       before: perplexity of the float model, where a text was given.
       after: of the checkpoint, on the same text.
@@ -50,6 +52,7 @@ def make_card(
     card: Card = {
         "job": job,
         "calibration": calibration,
+        "outliers": outliers,
         "relative_error": relative_error,
         "perplexity": None,
     }

@@ -25,13 +25,14 @@ from atom_jax.checkpoint import (
     write_config,
     write_tree,
 )
-from atom_jax.config import ModelConfig, QuantConfig
+from atom_jax.config import FIXED, ModelConfig, QuantConfig
 from atom_jax.errors import AtomError
 from atom_jax.perplexity import PerplexityResult
 from convert.calibration import SEQ_LEN, encode, load_calibration, read_text
 from convert.card import Card, make_card, read_card, versions, write_card
 from convert.float_model import read_layer, read_shared
 from convert.layerwise import on_device, permute_shared, quantize_on_windows, residual_order
+from convert.outliers import BUDGET, candidates, choose_outliers, outlier_errors, with_outliers
 from convert.quantize_layer import check_config, needs_calibration
 from convert.reorder import permute_residual
 from convert.rotate import Rotated
@@ -54,6 +55,10 @@ class ConvertOptions:
       eval_text: file whose perplexity before and after goes into the accuracy card.
       eval_tokens: how many of its tokens, from the start.
       revision: of a model on the Hub.
+      auto_outliers: how many outliers there are is measured (``convert.outliers``), whatever the recipe says.
+
+    Raises:
+      AtomError: outliers are to be chosen, and the scheme has none.
     """
 
     quantization: QuantConfig
@@ -63,6 +68,18 @@ class ConvertOptions:
     eval_text: Path | None = None
     eval_tokens: int = 8192
     revision: str | None = None
+    auto_outliers: bool = False
+
+    def __post_init__(self) -> None:
+        scheme = self.quantization.scheme
+        if self.auto_outliers and "num_outliers" in FIXED[scheme]:
+            raise AtomError(f"{scheme} has no setting num_outliers; leave it out")
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe as it was asked for."""
+        recipe = dataclasses.asdict(self.quantization)
+        return recipe | {"num_outliers": "auto"} if self.auto_outliers else recipe
 
 
 def convert(
@@ -92,15 +109,24 @@ def convert(
     if options.quantization.rotate:
         source = Rotated(source)
     config = source.config.replace(quantization=options.quantization)
-    check_config(config)
+    if options.auto_outliers:
+        candidates(config)
+    else:
+        check_config(config)
     job = _job(source, options)
     if (out / CARD_FILE).exists() and read_card(out).get("job") == job:
         remove_workspace(out)
         return read_card(out)
     with open_workspace(out, job) as workspace:
         source.write_tokenizer(_made(workspace.checkpoint / TOKENIZER_FOLDER))
-        card = _Conversion(source, config, options, workspace, report).run(job)
-        write_config(workspace.checkpoint, config)
+        conversion = _Conversion(source, config, options, workspace, report)
+        eval_tokens = conversion.eval_tokens()
+        outliers = None
+        if options.auto_outliers:
+            outliers = conversion.outliers()
+            conversion = dataclasses.replace(conversion, config=with_outliers(config, outliers["chosen"]))
+        card = conversion.run(job, eval_tokens, outliers)
+        write_config(workspace.checkpoint, conversion.config)
         write_card(workspace.checkpoint, card)
         workspace.publish()
     return card
@@ -116,10 +142,11 @@ def _job(source: Source, options: ConvertOptions) -> dict[str, Any]:
     job: dict[str, Any] = {
         "architecture": source.config.architecture,
         "source_sha256": source.fingerprint(),
-        "recipe": dataclasses.asdict(options.quantization),
+        "recipe": options.recipe,
         "versions": versions(),
     }
-    if needs_calibration(source.config.replace(quantization=options.quantization)):
+    config = source.config.replace(quantization=options.quantization)
+    if options.auto_outliers or needs_calibration(config):
         job["calibration"] = calibration_job(options.calibration, options.calibration_tokens, options.seed)
     if options.eval_text is not None:
         job["eval"] = {
@@ -155,8 +182,12 @@ class _Conversion:
     workspace: Workspace
     report: Progress
 
-    def run(self, job: dict[str, Any]) -> Card:
-        eval_tokens = self._eval_tokens()
+    def run(
+        self,
+        job: dict[str, Any],
+        eval_tokens: Int32[np.ndarray, " tokens"] | None,
+        outliers: dict[str, Any] | None,
+    ) -> Card:
         shared = read_shared(self.source)
         calibration = None
         if needs_calibration(self.config):
@@ -175,12 +206,19 @@ class _Conversion:
         if eval_tokens is not None:
             before = self._perplexity("perplexity before", eval_tokens, original=True)
             after = self._perplexity("perplexity after", eval_tokens, original=False)
-        return make_card(job, calibration=calibration, relative_error=errors, before=before, after=after)
+        return make_card(
+            job,
+            calibration=calibration,
+            outliers=outliers,
+            relative_error=errors,
+            before=before,
+            after=after,
+        )
 
     def _stage(self, stage: str) -> Report:
         return lambda done, total: self.report(stage, done, total)
 
-    def _eval_tokens(self) -> Int32[np.ndarray, " tokens"] | None:
+    def eval_tokens(self) -> Int32[np.ndarray, " tokens"] | None:
         """Read first: a text that cannot be used must not cost a conversion."""
         if self.options.eval_text is None:
             return None
@@ -189,6 +227,27 @@ class _Conversion:
         if tokens.size < 2:
             raise AtomError(f"{self.options.eval_text}: fewer than two tokens to measure perplexity on")
         return tokens
+
+    def outliers(self) -> dict[str, Any]:
+        """The number of outliers chosen, and what the card says about it; measured once, then kept."""
+        about = self.workspace.read_json("outliers.json")
+        if about is not None:
+            return about
+        _, tokens = self._calibration()
+        errors = outlier_errors(
+            self.source,
+            self.config.quantization,
+            read_shared(self.source)["embedding"],
+            tokens,
+            self._stage("choose number of outliers"),
+        )
+        about = {
+            "chosen": choose_outliers(errors),
+            "budget": BUDGET,
+            "relative_error": {str(number): error for number, error in errors.items()},
+        }
+        self.workspace.write_json("outliers.json", about)
+        return about
 
     def _calibration(self) -> tuple[dict[str, Any], Int32[np.ndarray, "windows seq"]]:
         """The calibration tokens, and what the card says about them; made once, then kept."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from atom_jax.cli.console import JsonOption, format_bytes, note, print_json, progress_bars
+from atom_jax.errors import AtomError
 
 _WEIGHTS, _CACHE, _DATA = "Weights and activations", "KV cache", "Data and evaluation"
 
@@ -42,7 +43,12 @@ def convert(
         typer.Option(help="Channels that share a scale: 32, 64 or 128.", rich_help_panel=_WEIGHTS),
     ] = None,
     num_outliers: Annotated[
-        int | None, typer.Option(help="Channels kept in 8 bits.", rich_help_panel=_WEIGHTS)
+        str | None,
+        typer.Option(
+            help="Channels kept in 8 bits; auto keeps as few as the activations allow.",
+            metavar="INTEGER|auto",
+            rich_help_panel=_WEIGHTS,
+        ),
     ] = None,
     clip_w: Annotated[
         float | None,
@@ -130,9 +136,10 @@ def convert(
     # First what needs no JAX, so that a wrong option is answered at once.
     from atom_jax.config import preset
 
+    auto_outliers = num_outliers == "auto"
     changes = _given(
         group_size=group_size,
-        num_outliers=num_outliers,
+        num_outliers=None if num_outliers is None or auto_outliers else _number(num_outliers),
         clip_w=clip_w,
         clip_a=clip_a,
         gptq=gptq,
@@ -156,6 +163,7 @@ def convert(
         seed=seed,
         eval_text=eval_text,
         revision=revision,
+        auto_outliers=auto_outliers,
         **_given(calibration_tokens=calib_tokens, eval_tokens=eval_tokens),
     )
     with progress_bars() as report:
@@ -164,7 +172,19 @@ def convert(
         print_json(card)
     else:
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+        if outliers := card.get("outliers"):
+            errors = ", ".join(
+                f"{number}: {error:.4f}" for number, error in outliers["relative_error"].items()
+            )
+            note(f"{outliers['chosen']} outliers chosen; relative error by their number: {errors}")
         note(f"{out}: {scheme} checkpoint, {format_bytes(size)}; details: atom-jax inspect {out}")
+
+
+def _number(outliers: str) -> int:
+    try:
+        return int(outliers)
+    except ValueError:
+        raise AtomError(f"--num-outliers {outliers!r} is neither a number nor 'auto'") from None
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -32,6 +32,8 @@ def inspect(
     stdout.print(_facts("made from", {key: value for key, value in job.items() if key != "recipe"}))
     if card.get("calibration"):
         stdout.print(_facts("calibration", card["calibration"]))
+    if card.get("outliers"):
+        stdout.print(_facts("number of outliers", card["outliers"]))
     if card.get("relative_error"):
         stdout.print(_errors(card["relative_error"]))
     if card.get("perplexity"):

@@ -64,11 +64,23 @@ class TestConvert:
         want = ConvertOptions(recipe, "org/data", 1024, 3, text, 77, "main")
         assert made == [("org/model", tmp_path / "out", want)]
 
+    def test_automatic_number_of_outliers(self, made, monkeypatch, tmp_path):
+        result = run("convert", "SRC", tmp_path / "out", "--num-outliers", "auto")
+        assert made[0][2] == ConvertOptions(atom_jax.preset("w4a4kv4"), auto_outliers=True)
+        assert "outliers chosen" not in result.stderr  # the card of these tests has none
+
+        card = {"outliers": {"chosen": 64, "budget": 0.1, "relative_error": {"0": 0.5, "64": 0.125}}}
+        monkeypatch.setattr("convert.pipeline.convert", lambda src, out, *args: card)
+        result = run("convert", "SRC", tmp_path / "out", "--num-outliers", "auto")
+        assert "64 outliers chosen; relative error by their number: 0: 0.5000, 64: 0.1250" in result.stderr
+
     @pytest.mark.parametrize(
         ("options", "parts"),
         [
             ("--scheme w2a2", ["'w2a2'", "bf16", "w8a8", "w4a4kv4"]),
             ("--scheme w8a8 --num-outliers 64", ["w8a8 has no setting num_outliers"]),
+            ("--scheme w8a8 --num-outliers auto", ["w8a8 has no setting num_outliers"]),
+            ("--num-outliers many", ["--num-outliers", "'many'", "'auto'"]),
             ("--group-size 48", ["48", "128"]),
             ("--kv-bits 8", ["kv_bits", "8"]),
             ("--clip-w 1.5", ["clip_w", "1.5"]),
