@@ -16,7 +16,7 @@ import pytest
 import atom_jax
 from atom_jax.config import preset
 from convert import self_sampling
-from convert.calibration import encode, load_calibration
+from convert.calibration import encode, load_calibration, spread_windows
 from convert.float_model import load_float
 from convert.help_topics import help_topics
 from convert.pipeline import ConvertOptions, convert
@@ -163,15 +163,15 @@ def test_sampled_text_is_likely(llama: tuple[Source, Path]) -> None:
     assert results[0] < 0.9 * results[1], results
 
 
-def test_default_is_english_and_sampled_text_in_turns(llama: tuple[Source, Path]) -> None:
+def test_default_is_english_with_sampled_text_in_it(llama: tuple[Source, Path]) -> None:
     source, tokenizer = llama
-    calibration = load_calibration(source, tokenizer, None, num_tokens=5 * 128, seed=3)
-    alone = load_calibration(source, tokenizer, "sampled", num_tokens=3 * 128, seed=3)
+    calibration = load_calibration(source, tokenizer, None, num_tokens=6 * 128, seed=3)
+    alone = load_calibration(source, tokenizer, "sampled", num_tokens=2 * 128, seed=3)
     assert (calibration.kind, alone.kind) == ("mixed", "sampled")
-    np.testing.assert_array_equal(calibration.tokens[0::2], alone.tokens)
+    np.testing.assert_array_equal(calibration.tokens[0::4], alone.tokens)
     english = encode(tokenizer, help_topics()[0])
-    half = english.size // 128 // 2 * 128
-    np.testing.assert_array_equal(calibration.tokens[1::2], [english[:128], english[half : half + 128]])
+    expected = spread_windows(english, 4 * 128, 128, "")
+    np.testing.assert_array_equal(calibration.tokens[[1, 2, 3, 5]], expected)
     one = load_calibration(source, tokenizer, None, num_tokens=128, seed=3)
     assert one.kind == "sampled" and one.tokens.shape == (1, 128)
 
