@@ -22,7 +22,7 @@ from convert.streaming import Report
 SEQ_LEN = 512
 # Instead of a file: text sampled from the model, and nothing else.
 SAMPLED = "sampled"
-# Of the default windows the first and every fourth are sampled: more of them was worse on all texts tried.
+# Of the default windows the first and every fourth are sampled: of the shares tried the best on average.
 _SAMPLED_EVERY = 4
 _DATASET_FIELDS = ("text", "content", "document")
 # A missing file of these is a missing file; anything else may be a data set id, in which dots are common.
