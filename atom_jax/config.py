@@ -115,10 +115,9 @@ class QuantConfig:
         for name, value in FIXED[self.scheme].items():
             if getattr(self, name) != value:
                 raise AtomError(f"{self.scheme} has no setting {name}; leave it out")
-        for name in ("clip_w", "clip_a"):
-            value = getattr(self, name)
-            if not (value is None and name == "clip_w") and not 0.0 < value <= 1.0:
-                raise AtomError(f"{name} must be in (0, 1], found {value}")
+        for name, clip in (("clip_w", self.clip_w), ("clip_a", self.clip_a)):
+            if clip is not None and not 0.0 < clip <= 1.0:
+                raise AtomError(f"{name} must be in (0, 1], found {clip}")
         if self.smooth_keys is not None and not 0.0 <= self.smooth_keys <= 1.0:
             raise AtomError(f"smooth_keys must be in [0, 1], found {self.smooth_keys}")
         for name, values in (

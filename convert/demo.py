@@ -44,7 +44,16 @@ VARIANTS = (
     Variant(
         "naive-w4a4",
         "naive W4A4",
-        preset("w4a4kv4", group_size=None, num_outliers=0, clip_w=1.0, clip_a=1.0, gptq=False, kv_bits=16),
+        QuantConfig(
+            scheme="w4a4kv4",
+            group_size=None,
+            num_outliers=0,
+            clip_w=1.0,
+            clip_a=1.0,
+            gptq=False,
+            reorder="none",
+            kv_bits=16,
+        ),
     ),
     Variant("atom-w4a4kv4", "Atom W4A4KV4", preset("w4a4kv4", group_size=64, num_outliers=64)),
 )

@@ -83,7 +83,7 @@ def _suggest(channels: int, group_size: int | None, num_outliers: int) -> str:
     return f"try {', or '.join(options)}"
 
 
-def storage_scale(amax: Float32[Array, "*s"], clip: float, max_value: int) -> Float32[Array, "*s"]:
+def storage_scale(amax: Float32[Array, "*s"], clip: float | Array, max_value: int) -> Float32[Array, "*s"]:
     """The scale for values up to ``amax``, rounded to its storage type bfloat16 but kept as float32.
 
     ``reduce_precision`` rather than two casts: inside jit XLA may drop a cast to bfloat16 and back.

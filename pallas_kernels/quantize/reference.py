@@ -11,7 +11,7 @@ from pallas_kernels.qarrays import ActivationFormat, QuantizedActivation
 MIN_AMAX = 1e-5
 
 
-def symmetric_scale(amax: Float32[Array, "*s"], clip: float, max_value: int) -> Float32[Array, "*s"]:
+def symmetric_scale(amax: Float32[Array, "*s"], clip: float | Array, max_value: int) -> Float32[Array, "*s"]:
     """``clip * amax / max_value``, floored at MIN_AMAX; a product so that every backend rounds alike."""
     return jnp.maximum(amax * jnp.float32(clip), MIN_AMAX) * jnp.float32(1.0 / max_value)
 

@@ -86,7 +86,7 @@ def test_bf16_is_the_original_rounded(family: str, sources: Mapping[str, Path], 
 # The recipes, and how far 4 bits may take a random model's logits: unrelated ones would be at 1.4.
 VARIANTS = {
     "llama": (changed(kv_rope="pre", gptq=False), 0.3),
-    "mistral": (changed(reorder="per_layer", kv_rope="pre"), 0.3),
+    "mistral": (changed(reorder="per_layer", kv_rope="pre"), 0.35),
     "qwen2": (changed(num_outliers=0, gptq=False, kv_rope="post"), 0.4),
     "qwen3": (changed(group_size=None, num_outliers=0, gptq=False, kv_bits=16), 0.7),
 }
