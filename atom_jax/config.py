@@ -28,7 +28,6 @@ FIXED: dict[str, dict[str, Any]] = {
         "reorder": "folded",
         "rotate": False,
         "migrate": False,
-        "center_keys": False,
     },
     "w8a8": {**_NO_OUTLIERS, "group_size": None, "gptq": False, "migrate": True},
     "w4a16": {**_NO_OUTLIERS, "migrate": False},
@@ -151,9 +150,9 @@ def preset(scheme: str, **changes: Any) -> QuantConfig:
       AtomError: the scheme, or a changed value, is not supported.
     """
     settings = {**_DEFAULTS.get(scheme, {}), **FIXED.get(scheme, {}), **changes}
-    # Keys are centred wherever that is possible.
+    # Keys are centred wherever that is possible and something is calibrated.
     cache = (settings.get("kv_bits", 4), settings.get("kv_rope", "post"))
-    settings.setdefault("center_keys", cache == (4, "post"))
+    settings.setdefault("center_keys", cache == (4, "post") and scheme != "bf16")
     return QuantConfig(scheme=typing.cast(Scheme, scheme), **settings)
 
 

@@ -44,8 +44,9 @@ def filter_logits(
     descending = jnp.where(rank < k[:, None], descending, -jnp.inf)
     probabilities = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The sum may round to 1 early; a top_p of 1 must keep every token all the same.
-    nucleus = (before < top_p[:, None]) | (top_p[:, None] >= 1.0)
+    # The sum may round to 1 early, where a top_p of 1 must keep every token all the same. One too small for
+    # float32 is 0, where the most likely token must stay.
+    nucleus = (before < top_p[:, None]) | (top_p[:, None] >= 1.0) | (rank == 0)
     keep = nucleus & (rank < k[:, None])
     threshold = jnp.min(jnp.where(keep, descending, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= threshold, logits, -jnp.inf)

@@ -88,8 +88,10 @@ def needs_calibration(config: ModelConfig) -> bool:
 
 
 def check_config(config: ModelConfig) -> None:
-    """AtomError if a linear of the model cannot be cut into outliers and whole groups."""
+    """AtomError for a recipe that does not suit the model, or asks for what is not calibrated."""
     quantization = config.quantization
+    if quantization.center_keys and not quantization.fits_keys:
+        raise AtomError(f"{quantization.scheme} is not calibrated, so center_keys has no mean to remove")
     if quantization.quantizes_linears and FORMATS[quantization.scheme].grouped:
         for name, (_, channels) in linear_shapes(config).items():
             outliers = quantization.num_outliers if quantization.scheme == "w4a4kv4" else None

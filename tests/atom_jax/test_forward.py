@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atom_jax.config import ModelConfig, preset
+from atom_jax.checkpoint import abstract_params
+from atom_jax.config import ModelConfig, QuantConfig, preset
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward, make_params
 from pallas_kernels import PagedKVCache
@@ -199,3 +200,25 @@ def test_keys_lose_the_mean_of_their_layer() -> None:
     np.testing.assert_array_equal(cache.k_pages[0], expected_cache.k_pages[0])
     assert (cache.k_pages[1] == expected_cache.k_pages[1]).mean() < 0.9
     assert 0 < relative_error(valid(logits), valid(expected)) < 0.1
+
+
+def test_what_the_converter_searches_costs_nothing_at_run_time() -> None:
+    """The same operations on the same shapes; the mean of the keys is one vector a layer."""
+    searched = preset("w4a4kv4", **TINY_GROUPS)
+    plain = dataclasses.replace(searched, clip_w=0.85, migrate=False, smooth_keys=0.0)
+
+    def program(quantization: QuantConfig) -> tuple[str, int]:
+        config = tiny_config(quantization)
+        params = abstract_params(config, jnp.float32)
+        cache = jax.eval_shape(lambda: new_cache(config))
+        ids = jax.ShapeDtypeStruct((len(LENGTHS), 1), jnp.int32)
+        graph = jax.make_jaxpr(lambda *args: forward(*args, config=config))(params, ids, ids, cache)
+        return str(graph), sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+    assert program(searched) == program(plain)
+    centred, uncentred = (
+        program(dataclasses.replace(searched, center_keys=center_keys)) for center_keys in (True, False)
+    )
+    config = tiny_config(searched)
+    assert centred[1] - uncentred[1] == 4 * config.num_layers * config.kv_size
+    assert centred[0].count("dot_general") == uncentred[0].count("dot_general")

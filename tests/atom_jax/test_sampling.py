@@ -77,6 +77,12 @@ def test_top_p_of_one_keeps_every_token() -> None:
     assert np.isfinite(top).sum() == 4000
 
 
+def test_top_p_too_small_for_float32_keeps_the_most_likely_token() -> None:
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, VOCAB)), jnp.float32)
+    tokens = draw(logits, jax.random.split(jax.random.key(0), 4), 1.0, top_p=1e-60)
+    np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
+
+
 def test_temperature_zero_and_top_k_one_are_greedy() -> None:
     logits = np.random.default_rng(0).normal(0, 1, (64, VOCAB)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 64)
