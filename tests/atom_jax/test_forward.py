@@ -30,7 +30,7 @@ PAGES = ("k_pages", "v_pages", "k_scales", "v_scales")
 
 
 def make_config(linears: str, kv_bits: int, kv_rope: str) -> ModelConfig:
-    changes = {"kv_bits": kv_bits, "kv_rope": kv_rope}
+    changes = {"kv_bits": kv_bits, "kv_rope": kv_rope, "center_keys": False}  # which has its own case
     scheme = preset("w4a4kv4", **TINY_GROUPS, **changes) if linears == "int4" else preset("bf16", **changes)
     return tiny_config(scheme, qk_norm=linears == "float")
 
