@@ -44,7 +44,10 @@ def residual_order(
     tokens: Int32[np.ndarray, "windows seq"],
     report: Report,
 ) -> Int32[np.ndarray, " hidden"]:
-    """The one order of the residual stream that all layers share (folded), by their mean relative energy.
+    """The one order of the residual stream that all layers share (folded), by their mean relative size.
+
+    The size is the root of the energy, as a scale is that of the largest channel of a group: a channel that
+    is hot in a few layers should not come before one that is warm in all.
 
     Args:
       embedding: of ``source``.
@@ -52,7 +55,7 @@ def residual_order(
       report: called with (layers done, layers in all).
     """
     config = source.config
-    energy = np.zeros(config.hidden_size)
+    total = np.zeros(config.hidden_size)
     x = embed(embedding, tokens[:_ENERGY_WINDOWS])
     for layer in range(config.num_layers):
         params = on_device(read_layer(source, layer))
@@ -61,9 +64,9 @@ def residual_order(
             batch[...], energies = run_windows_with_energies(params, batch, energies, config=config)
         for name in ("qkv", "gate_up"):
             share = np.asarray(energies[name], np.float64)
-            energy += share / max(share.sum(), 1e-30)
+            total += np.sqrt(share / max(share.sum(), 1e-30))
         report(layer + 1, config.num_layers)
-    return energy_order(energy)
+    return energy_order(total)
 
 
 def permute_shared(shared: Tree, order: Int32[np.ndarray, " hidden"]) -> Tree:
