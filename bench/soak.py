@@ -146,7 +146,9 @@ def main(
     checkpoint: Path,
     requests: int = 2000,
     clients: int = 64,
-    max_words: Annotated[int, typer.Option(help="Of a prompt.")] = 50,
+    max_words: Annotated[
+        int, typer.Option(help="Of a prompt; the prefix cache serves those of more than 64 tokens.")
+    ] = 50,
     max_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 48,
     pages: Annotated[int, typer.Option(help="Of the cache; few, so that they run out.")] = 88,
     batch_requests: Annotated[int, typer.Option(help="Of the batch that is killed.")] = 200,
@@ -167,6 +169,7 @@ def main(
                 print(f"{done} requests, {memory[-1] / 1e6:.0f} MB", flush=True)
 
         result, cases = asyncio.run(soak(url, **asked, sample=sample))
+        result["options"] = asked | {"pages": pages}
         process.send_signal(signal.SIGTERM)
         result |= {"resident_bytes": memory, "exit_status": process.wait(60)}
     with tempfile.TemporaryDirectory(prefix="atom-jax-soak-") as folder:
