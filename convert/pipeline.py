@@ -49,8 +49,8 @@ class ConvertOptions:
 
     Attributes:
       quantization: the recipe, see ``atom_jax.preset``.
-      calibration: a text or JSONL file, a data set id, or ``calibration.SAMPLED``; None takes built-in English
-        and text sampled from the model.
+      calibration: a text or JSONL file, a data set id, or ``calibration.SAMPLED``; None takes built-in
+        English and text sampled from the model.
       calibration_tokens: rounded down to whole windows.
       seed: of the sampled text.
       eval_text: file whose perplexity before and after goes into the accuracy card.
