@@ -6,6 +6,7 @@ Import this before anything starts a JAX backend.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -62,6 +63,11 @@ class CompiledKernel:
     @property
     def serialized_wgmma(self) -> bool:
         return bool(_SERIALIZED_WGMMA & set(self.warnings))
+
+
+# Since jax 0.12 a process compiles equal kernels of different programs once, and dumps them that once: what
+# was read then, by the text of the kernel's jaxpr.
+_compiled_before: dict[str, CompiledKernel] = {}
 
 
 def unavailable() -> str | None:
@@ -126,22 +132,45 @@ def compile_for_h200(
         )
         traced = jax.jit(function, **jit_options).trace(*abstract)
         compiled = traced.lower(lowering_platforms=("cuda",)).compile()
-    grids = dict(_grids(traced.jaxpr.jaxpr))
-    kernels = (_read(path, grids) for path in Path(_DUMPS).glob("*.ptxas"))
+    launches = list(_launches(traced.jaxpr.jaxpr))
+    grids = {launch.params["name"]: _ctas(launch.params["meshes"][0]) for launch in launches}
+    kernels = [_read(path, grids) for path in Path(_DUMPS).glob("*.ptxas")]
+    kernels += _known(launches, kernels)
     return compiled, sorted(kernels, key=lambda kernel: kernel.name)
 
 
-def _grids(jaxpr: Any) -> Iterator[tuple[str, int]]:
-    """Name and number of CTAs of each Mosaic kernel in ``jaxpr``."""
+def _launches(jaxpr: Any) -> Iterator[Any]:
+    """The equations of ``jaxpr`` that launch a Mosaic kernel; none are found by jax 0.10."""
     for equation in jaxpr.eqns:
         if "meshes" in equation.params:
-            mesh = equation.params["meshes"][0]
-            yield equation.params["name"], math.prod(mesh.grid) * math.prod(mesh.cluster)
+            yield equation
             continue
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                yield from _grids(inner)
+                yield from _launches(inner)
+
+
+def _ctas(mesh: Any) -> int:
+    return math.prod(mesh.grid) * math.prod(mesh.cluster)
+
+
+def _known(launches: list[Any], dumped: list[CompiledKernel]) -> Iterator[CompiledKernel]:
+    """The kernels of a program that were compiled for an earlier one; remembers those that were not.
+
+    Kernels of one program that share a name are left out: which is which is not known.
+    """
+    by_name = {kernel.name: kernel for kernel in dumped}
+    names = collections.Counter(launch.params["name"] for launch in launches)
+    for launch in launches:
+        name = launch.params["name"]
+        if names[name] > 1:
+            continue
+        text = " ".join(str(launch.params[key]) for key in ("name", "meshes", "jaxprs", "compiler_params"))
+        if name in by_name:
+            _compiled_before[text] = by_name[name]
+        elif text in _compiled_before:
+            yield _compiled_before[text]
 
 
 def _read(ptxas: Path, grids: dict[str, int]) -> CompiledKernel:
