@@ -119,7 +119,6 @@ def soak_table(found: Result) -> str:
             f"{sum(result['requests'].values()):,} requests from {result['clients']} clients",
             ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kinds),
         ),
-        ("Time", f"{result['seconds']:.0f} s"),
         ("Answers that differ from the one alone, or have the wrong status", str(len(result["wrong"]))),
         ("Free pages before and after", f"{before}, {after}"),
         ("Preemptions", f"{result['preemptions']:.0f}"),
