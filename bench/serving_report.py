@@ -149,6 +149,7 @@ def plot(found: Result, path: Path) -> None:
     """Throughput over the median latencies, a color for each scheme; closed loops are joined by a line."""
     # By name: an optional library, absent where types are checked. No pyplot: it would look for a display.
     figures: Any = importlib.import_module("matplotlib.figure")
+    importlib.import_module("matplotlib").rcParams["svg.hashsalt"] = PLOT  # the same figures, the same bytes
     figure = figures.Figure(figsize=(10, 4.2))
     panels = figure.subplots(1, 2, sharey=True)
     latencies = (
