@@ -7,6 +7,7 @@ each of ``CLIPS``, and the one with the smallest squared error is kept, every ch
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -46,6 +47,7 @@ def channel_scales(weight: Float32[Array, "n k"]) -> Float32[Array, "n"]:
     return storage_scale(jnp.max(jnp.abs(weight), axis=1), 1.0, PROTECTIVE_RANGE)
 
 
+@partial(jax.jit, static_argnames=("group_size", "two_level"))
 def fit_groups(
     weight: Float32[Array, "n k"], energy: Float32[Array, "k"], group_size: int, *, two_level: bool
 ) -> Grid:
