@@ -60,12 +60,12 @@ class Case:
 
 def random_weight(key: Key[Array, ""], n: int, k: int, group_size: int, num_outliers: int) -> QuantizedWeight:
     """All integers a weight may hold, padding zero as the format wants it."""
-    body = k - num_outliers
+    body, scale_rows = k - num_outliers, _scale_rows(k, group_size, num_outliers)
     keys = jax.random.split(key, 3)
     values = jax.random.randint(keys[0], (n, body), -8, 8, jnp.int8)
     packed = pack_int4(jnp.pad(values, ((0, 0), (0, -body % PACK_TILE))), PACK_TILE)
     outliers = jax.random.randint(keys[1], (n, num_outliers), -127, 128, jnp.int8)
-    scales = jax.random.uniform(keys[2], (body // group_size + 1, n), minval=0.5, maxval=1.5) / (5 * k**0.5)
+    scales = jax.random.uniform(keys[2], (scale_rows, n), minval=0.5, maxval=1.5) / (5 * k**0.5)
     return QuantizedWeight(packed, outliers, _finer_tail(scales), group_size)
 
 
@@ -78,15 +78,18 @@ def random_activation(
     key: Key[Array, ""], rows: int, k: int, group_size: int, num_outliers: int
 ) -> QuantizedActivation:
     """All integers an activation may hold, scales spread as real ones are."""
-    keys = jax.random.split(key, 3)
+    keys, scale_rows = jax.random.split(key, 3), _scale_rows(k, group_size, num_outliers)
     return QuantizedActivation(
         jax.random.randint(keys[0], (rows, k - num_outliers), -8, 8, jnp.int8),
         jax.random.randint(keys[1], (rows, num_outliers), -127, 128, jnp.int8),
-        _finer_tail(
-            jax.random.uniform(keys[2], ((k - num_outliers) // group_size + 1, rows), minval=0.05, maxval=0.5)
-        ),
+        _finer_tail(jax.random.uniform(keys[2], (scale_rows, rows), minval=0.05, maxval=0.5)),
         group_size,
     )
+
+
+def _scale_rows(k: int, group_size: int, num_outliers: int) -> int:
+    """Of the groups, if there are any, and of the tail."""
+    return 1 + ((k - num_outliers) // group_size if k > num_outliers else 0)
 
 
 def random_cache(
@@ -112,18 +115,18 @@ def random_cache(
     return PagedKVCache(pages[0], pages[1], scales(keys[2]), scales(keys[3]), tables, "post")
 
 
-def matmul(model: str, linear: str, rows: int) -> Case:
+def matmul(model: str, linear: str, rows: int, bits: int = 4) -> Case:
+    """The linear in 4 bits with outliers (w4a4kv4), or all in 8 bits (w8a8)."""
     layer = MODELS[model]
     n, k = layer.linears[linear]
+    fmt = (layer.group_size, layer.num_outliers) if bits == 4 else (0, k)
 
     def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
         first, second = jax.random.split(key)
-        return (
-            random_activation(first, rows, k, layer.group_size, layer.num_outliers),
-            random_weight(second, n, k, layer.group_size, layer.num_outliers),
-        )
+        return random_activation(first, rows, k, *fmt), random_weight(second, n, k, *fmt)
 
-    return Case("grouped_matmul", model, f"{linear} {n}x{k} M={rows}", grouped_matmul, inputs)
+    shape = f"{linear} {n}x{k} M={rows}" + (" 8-bit" if bits == 8 else "")
+    return Case("grouped_matmul", model, shape, grouped_matmul, inputs)
 
 
 def norm(model: str, rows: int) -> Case:
@@ -222,6 +225,9 @@ def all_cases() -> Iterator[Case]:
         for rows in (*DECODE_ROWS, *PREFILL_ROWS):
             for linear in layer.linears:
                 yield matmul(model, linear, rows)
+        for rows in (DECODE_ROWS[1], PREFILL_ROWS[-1]):
+            for linear in layer.linears:
+                yield matmul(model, linear, rows, bits=8)
         for rows in (*DECODE_ROWS, *PREFILL_ROWS):
             yield from (norm(model, rows), attention_output(model, rows), silu(model, rows))
             yield append(model, rows)

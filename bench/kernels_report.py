@@ -70,6 +70,10 @@ def report_cases() -> Iterator[cases.Case]:
         for rows in (16, 64, 4096):
             for linear in layer.linears:
                 yield cases.matmul(model, linear, rows)
+        if model == "Llama-3-8B":  # w8a8
+            for rows in (16, 4096):
+                for linear in layer.linears:
+                    yield cases.matmul(model, linear, rows, bits=8)
         for rows in (64, 4096):
             yield from (cases.norm(model, rows), cases.attention_output(model, rows), cases.silu(model, rows))
             yield cases.append(model, rows)

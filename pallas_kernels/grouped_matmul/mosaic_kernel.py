@@ -1,8 +1,9 @@
 """The body of the Hopper ``grouped_matmul``: a producer and consumer warpgroups around a ring of SMEM slots.
 
 A step of the pipeline is one packing tile of the body (128 input channels) or ``STEP_BYTES`` channels of the
-INT8 tail; both are ``STEP_BYTES`` bytes of each output channel. The CTAs of a cluster share the steps of one
-output tile and then exchange partial sums, so that each finishes some tokens of it.
+INT8 tail, which may be all there is (w8a8); both are ``STEP_BYTES`` bytes of each output channel. The CTAs of
+a cluster share the steps of one output tile and then exchange partial sums, so that each finishes some tokens
+of it.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Problem:
 
     @property
     def groups_per_step(self) -> int:
-        """Rows of scales a packing tile needs."""
-        return PACK_TILE // self.group_size
+        """Rows of scales a step needs."""
+        return PACK_TILE // self.group_size if self.num_groups else 1
 
 
 def scratch(problem: Problem, dtypes: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,9 +191,11 @@ def _produce(
         step = first + index
         filled = smem["filled"].at[slot]
 
-        @pl.when(step < jnp.minimum(last, problem.body_steps))
-        def _() -> None:
-            copy_body(step, slot, filled)
+        if problem.num_groups:
+
+            @pl.when(step < jnp.minimum(last, problem.body_steps))
+            def _() -> None:
+                copy_body(step, slot, filled)
 
         if problem.num_outliers:
 
@@ -247,17 +250,33 @@ def _consume(
             total = rescale(total, product, per_channel * (1 / 16), per_token)
         return total
 
-    def tail_step(index: Any, total: Any) -> Any:
+    def tail_operands(index: Any) -> tuple[Any, Any]:
         slot = lax.rem(index, config.stages)
         plgpu.barrier_wait(smem["filled"].at[slot])
         values = mosaic.load(smem["weights_smem"].at[slot, rows], layout=leaves.OPERAND)
+        return values, smem["tokens_smem"].at[slot, 0]
+
+    def release(index: Any) -> None:
+        plgpu.barrier_arrive(smem["released"].at[lax.rem(index, config.stages)])
+
+    def tail_step(index: Any, total: Any) -> Any:
+        slot = lax.rem(index, config.stages)
+        values, tokens_smem = tail_operands(index)
         per_channel = channel_scales(slot, 0)
-        product = leaves.multiply([values], [smem["tokens_smem"].at[slot, 0]])
+        product = leaves.multiply([values], [tokens_smem])
         per_token = token_scales(slot, 0)
-        plgpu.barrier_arrive(smem["released"].at[slot])
+        release(index)
         return rescale(total, product, per_channel, per_token)
 
     total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _ACCUMULATOR)
+    if not problem.num_groups:
+        # All INT8: one accumulator and one rescaling, with the scales of the last step, whose slot is not
+        # filled again. A CTA without steps has none.
+        count = last - first
+        product = leaves.accumulate(count, config.tokens, tail_operands, release)
+        slot = lax.rem(jnp.maximum(count - 1, 0), config.stages)
+        per_channel = _zero_unless(count > 0, channel_scales(slot, 0))
+        return rescale(total, product, per_channel, _zero_unless(count > 0, token_scales(slot, 0)))
     body_count = jnp.clip(problem.body_steps - first, 0, last - first)
     total = lax.fori_loop(0, body_count, body_step, total)
     if problem.num_outliers:

@@ -93,6 +93,40 @@ def multiply(operands: Sequence[Int8[Array, "n k"]], tokens_smem: Sequence[Any])
     return pl.run_scoped(accumulate, _ACC(shape, jnp.int32))
 
 
+def accumulate(
+    count: Any, tokens: int, load: Callable[[Any], tuple[Any, Any]], release: Callable[[Any], None]
+) -> Int32[Array, "rows tokens"]:
+    """The sum of ``operand @ tokens.T`` over ``count`` steps, all in one accumulator.
+
+    Args:
+      tokens: rows of the right operands.
+      load: waits for a step; gives its operand in registers and its tokens in shared memory.
+      release: told of each step that has been read.
+    """
+    shape = (ROWS, tokens)
+    if dispatch.interpreting():
+
+        def add(step: Any, total: Any) -> Any:
+            operand, tokens_smem = load(step)
+            total = total + multiply([operand], [tokens_smem])
+            release(step)
+            return total
+
+        return lax.fori_loop(0, count, add, jnp.zeros(shape, jnp.int32))
+
+    def run(accumulator: Any) -> Any:
+        def add(step: Any, carry: None) -> None:
+            operand, tokens_smem = load(step)
+            plgpu.wgmma(accumulator, operand, tokens_smem.T)
+            plgpu.wgmma_wait(0)
+            release(step)
+
+        lax.fori_loop(0, count, add, None)
+        return accumulator[...]
+
+    return pl.run_scoped(run, _ACC(shape, jnp.int32))
+
+
 def exchange_scratch(config: Config) -> dict[str, Any]:
     """Scratch memory with which the CTAs of a cluster exchange partial sums."""
     if config.splits == 1:

@@ -2,7 +2,8 @@
 
 Hopper has no INT4 tensor cores: weights stay INT4 in memory and become INT8 in registers, where they are the
 left operand of wgmma; activations [m, k] are INT8 in shared memory and, transposed, its right operand. The
-kernel therefore computes the transposed tile [output channels, tokens].
+kernel therefore computes the transposed tile [output channels, tokens]. A weight that is INT8 throughout
+(w8a8) is a tail without a body.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from pallas_kernels.grouped_matmul import config as tiles
 from pallas_kernels.grouped_matmul import mosaic_leaves as leaves
 from pallas_kernels.grouped_matmul.config import ROWS, STEP_BYTES, Config
 from pallas_kernels.grouped_matmul.mosaic_kernel import Problem, body, scratch
-from pallas_kernels.qarrays import QuantizedActivation, QuantizedWeight
+from pallas_kernels.qarrays import PACK_TILE, QuantizedActivation, QuantizedWeight
+
+# Of a plain INT8 weight, so that a sum of products stays in int32.
+MAX_INT8_CHANNELS = 1 << 17
 
 
 def unsupported(
@@ -33,12 +37,11 @@ def unsupported(
     n = w.shape[0]
     if n % ROWS:
         return f"{n} output channels are no multiple of {ROWS}"
-    if w.group_size not in (32, 64, 128):
+    if w.num_groups and w.group_size not in (32, 64, 128):
         return f"group_size {w.group_size} is none of 32, 64, 128"
-    if w.num_outliers % 32 or w.num_outliers > 256:
-        return f"{w.num_outliers} outliers are no multiple of 32 up to 256"
-    if not w.num_groups:
-        return "no INT4 body"
+    most = 256 if w.num_groups else MAX_INT8_CHANNELS
+    if w.num_outliers % 32 or w.num_outliers > most:
+        return f"{w.num_outliers} outliers are no multiple of 32 up to {most}"
     if x.body.shape[0] < 1:
         return "no tokens"
     if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float32):
@@ -51,13 +54,18 @@ def unsupported(
 
 def configuration(x: QuantizedActivation, w: QuantizedWeight, *_: Any) -> Config:
     """See ``dispatch``."""
-    return tiles.heuristics(x.body.shape[0], *w.shape, w.group_size)
+    return tiles.heuristics(x.body.shape[0], *_shape(w))
+
+
+def _shape(w: QuantizedWeight) -> tuple[int, int, int]:
+    """N, K, group size of the weight in INT4 groups that is as many bytes."""
+    n, k = w.shape
+    return (n, k, w.group_size) if w.num_groups else (n, 2 * k, PACK_TILE)
 
 
 def candidates(x: QuantizedActivation, w: QuantizedWeight, *_: Any) -> list[Config]:
     """What a sweep times."""
-    n, k = w.shape
-    return tiles.candidates(x.body.shape[0], n, k, w.group_size)
+    return tiles.candidates(x.body.shape[0], *_shape(w))
 
 
 def run(
@@ -84,11 +92,12 @@ def run_with(
     # TMA copies whole tiles of 8 tokens unless there are fewer, and rows that are multiples of 16 bytes.
     rows = m if m <= 8 else pl.cdiv(m, 8) * 8
     inputs = {
-        "tokens": _pad(x.body, rows, STEP_BYTES),
         "token_scales": jnp.pad(x.scales, ((0, 0), (0, pl.cdiv(rows, 4) * 4 - m))),
-        "weights": w.packed,
         "weight_scales": w.scales,
     }
+    if w.num_groups:
+        inputs["tokens"] = _pad(x.body, rows, STEP_BYTES)
+        inputs["weights"] = w.packed
     if w.num_outliers:
         inputs["tail_tokens"] = _pad(x.outliers, rows, STEP_BYTES)
         inputs["tail_weights"] = _pad(w.outliers, n, STEP_BYTES)

@@ -20,6 +20,7 @@ def selected() -> Iterator[Case]:
     """Every op, decode and prefill."""
     for rows in (16, 4096, 1):
         yield from (cases.matmul(MODEL, linear, rows) for linear in MODELS[MODEL].linears)
+        yield cases.matmul(MODEL, "down_proj", rows, bits=8)
     for batch, kv_bits in ((128, 4), (16, 4), (1, 4), (128, 16)):
         yield cases.attention(MODEL, batch, 1, 2048, kv_bits)
     yield cases.attention(MODEL, 1, 512, 2048)

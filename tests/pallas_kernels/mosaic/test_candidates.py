@@ -15,6 +15,7 @@ CASES = [
     cases.matmul(MODEL, "gate_up_proj", 64),
     cases.matmul(MODEL, "down_proj", 4096),
     cases.matmul("SmolLM2-135M", "gate_up_proj", 4096),
+    cases.matmul(MODEL, "o_proj", 16, bits=8),
     cases.norm("Llama-3-70B/8", 64),
     cases.attention_output(MODEL, 64),
     cases.silu(MODEL, 4096),

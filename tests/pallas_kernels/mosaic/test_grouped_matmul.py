@@ -39,7 +39,7 @@ def operands(
 ) -> tuple[QuantizedActivation, QuantizedWeight]:
     """Shapes of the two operands of a linear."""
     body = k - num_outliers
-    scale_rows = body // group_size + 1
+    scale_rows = (body // group_size if body else 0) + 1
     array: Any = jax.ShapeDtypeStruct
     x = QuantizedActivation(
         array((m, body), jnp.int8),
@@ -67,6 +67,18 @@ def test_compiles_for_real_layers(m: int, n: int, k: int, group_size: int, num_o
     x, w = operands(m, n, k, group_size, num_outliers)
     (kernel,) = compile_and_check(grouped_matmul, x, w, contains=("IGMMA", "UTMALDG"))
     assert kernel.instructions is None or kernel.instructions.counts["UTMASTG"]
+
+
+@needs_cuda_compiler
+@pytest.mark.parametrize("m", [1, 16, 64, 4096])
+@pytest.mark.parametrize("linear", MODELS["Llama-3-8B"].linears)
+def test_compiles_for_int8(m: int, linear: str):
+    """One accumulator: nothing is rescaled within the loop."""
+    n, k = MODELS["Llama-3-8B"].linears[linear]
+    (kernel,) = compile_and_check(grouped_matmul, *operands(m, n, k, 0, k), contains=("IGMMA", "UTMALDG"))
+    if kernel.instructions is not None:
+        loop = kernel.instructions.main_loop("IGMMA")
+        assert loop is not None and not loop.counts["I2FP"], loop
 
 
 @needs_cuda_compiler
@@ -100,6 +112,8 @@ CASES = [
     (12, 64, 1120, 32, 256),  # six and three quarters
     (16, 64, 1408, 128, 0),  # many groups, no tail
     (130, 128, 384, 128, 128),
+    (3, 64, 576, 0, 576),  # all INT8
+    (130, 192, 352, 0, 352),  # a last step that is not full
 ]
 
 
@@ -159,9 +173,24 @@ def test_split_input_channels(tokens: int, splits: int):
 
 
 @needs_interpret_mode
-def test_shared_tokens():
+@pytest.mark.parametrize("splits", [2, 4])
+def test_split_input_channels_of_int8(splits: int):
+    """Of four CTAs for three steps one has none: its scales are whatever shared memory held."""
+    x, w = random_operands(8, 64, 192, 0, 192)
+    config = Config(tokens=8, warpgroups=1, stages=2, splits=splits)
+    y = interpreted(
+        lambda x, w: mosaic_sm90.run_with(config, x, w, None, None, jnp.float32),
+        bridge.activation(x),
+        bridge.weight(w),
+    )
+    assert oracle.relative_error(y, oracle.grouped_matmul(x, w)) < 1e-6
+
+
+@needs_interpret_mode
+@pytest.mark.parametrize(("group_size", "num_outliers"), [(128, 128), (0, 640)])
+def test_shared_tokens(group_size: int, num_outliers: int):
     """Two CTAs fill each other's slots, more often than there are slots."""
-    x, w = random_operands(16, 128, 640, 128, 128)
+    x, w = random_operands(16, 128, 640, group_size, num_outliers)
     config = Config(tokens=16, warpgroups=1, stages=2, sharers=2)
     y = interpreted(
         lambda x, w: mosaic_sm90.run_with(config, x, w, None, None, jnp.float32),
@@ -216,6 +245,7 @@ def test_configurations_of_real_layers():
         (64, 256, 96, 64, "group_size 96"),
         (64, 176, 128, 48, "48 outliers"),
         (64, 416, 128, 288, "288 outliers"),
+        (64, 1 << 18, 0, 1 << 18, "262144 outliers"),
     ],
 )
 def test_unsupported(n: int, k: int, group_size: int, num_outliers: int, reason: str):
