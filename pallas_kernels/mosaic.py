@@ -23,6 +23,9 @@ from pallas_kernels import dispatch
 # Streaming multiprocessors and shared memory of one CTA on H100 and H200 (SXM).
 NUM_SMS = 132
 MAX_SMEM_BYTES = 232_448
+# Bytes of which the shared memory side of a TMA copy must be a multiple; more where it is swizzled. No
+# compiler checks it, and a GPU stops with a misaligned address.
+TMA_ALIGNMENT = 128
 _VERSION = jax.__version_info__
 # Whether a kernel can write to a Ref from outside (``jax.new_ref``): jax 0.10 fails to trace that.
 UPDATES_IN_PLACE = _VERSION >= (0, 11)

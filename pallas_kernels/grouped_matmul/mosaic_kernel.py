@@ -58,6 +58,8 @@ def scratch(problem: Problem, dtypes: Mapping[str, Any]) -> dict[str, Any]:
     stages, tokens, channels = config.stages, config.tokens, config.channels
     reduced = config.reduced_tokens
     out_tile = (config.warpgroups, reduced, ROWS)
+    # A slot begins at a multiple of what TMA wants, also with few tokens.
+    token_scale_rows = max(problem.groups_per_step, mosaic.TMA_ALIGNMENT // (4 * tokens))
     smem = {
         "weights_smem": plgpu.SMEM(
             (stages, channels, STEP_BYTES), jnp.int8, transforms=mosaic.tiled(8, STEP_BYTES)
@@ -66,7 +68,7 @@ def scratch(problem: Problem, dtypes: Mapping[str, Any]) -> dict[str, Any]:
             (stages, 2, tokens, HALF_TILE), jnp.int8, transforms=mosaic.tiled(8, HALF_TILE)
         ),
         "weight_scales_smem": plgpu.SMEM((stages, problem.groups_per_step, channels), jnp.float32),
-        "token_scales_smem": plgpu.SMEM((stages, problem.groups_per_step, tokens), jnp.float32),
+        "token_scales_smem": plgpu.SMEM((stages, token_scale_rows, tokens), jnp.float32),
         "out_smem": plgpu.SMEM(out_tile, dtypes["out"], transforms=_tile_transforms(dtypes["out"])),
         # A body step takes one copy for the weights, two for the halves of the tokens and two for the scales.
         "filled": plgpu.Barrier(num_arrivals=5, num_barriers=stages),

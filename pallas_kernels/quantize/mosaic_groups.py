@@ -91,7 +91,8 @@ class RowShape:
 def unsupported(fmt: ActivationFormat, *dtypes: Any) -> str | None:
     """Why activations of these types cannot be quantized so on Hopper; None if they can."""
     if fmt.group_size not in GROUP_SIZES:
-        return f"groups of {fmt.group_size}: it has {', '.join(map(str, GROUP_SIZES))}"
+        asked = f"groups of {fmt.group_size}" if fmt.group_size else "one scale for all channels"
+        return f"{asked}: it has groups of {', '.join(map(str, GROUP_SIZES))}"
     if fmt.num_outliers % _LANES or fmt.num_outliers > MAX_OUTLIERS:
         return f"{fmt.num_outliers} outliers: it takes multiples of {_LANES} up to {MAX_OUTLIERS}"
     for dtype in dtypes:
