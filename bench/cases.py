@@ -60,7 +60,7 @@ class Case:
 
 def random_weight(key: Key[Array, ""], n: int, k: int, group_size: int, num_outliers: int) -> QuantizedWeight:
     """All integers a weight may hold, padding zero as the format wants it."""
-    body, scale_rows = k - num_outliers, _scale_rows(k, group_size, num_outliers)
+    body, scale_rows = k - num_outliers, ActivationFormat(group_size, num_outliers).num_groups(k) + 1
     keys = jax.random.split(key, 3)
     values = jax.random.randint(keys[0], (n, body), -8, 8, jnp.int8)
     packed = pack_int4(jnp.pad(values, ((0, 0), (0, -body % PACK_TILE))), PACK_TILE)
@@ -78,18 +78,14 @@ def random_activation(
     key: Key[Array, ""], rows: int, k: int, group_size: int, num_outliers: int
 ) -> QuantizedActivation:
     """All integers an activation may hold, scales spread as real ones are."""
-    keys, scale_rows = jax.random.split(key, 3), _scale_rows(k, group_size, num_outliers)
+    scale_rows = ActivationFormat(group_size, num_outliers).num_groups(k) + 1
+    keys = jax.random.split(key, 3)
     return QuantizedActivation(
         jax.random.randint(keys[0], (rows, k - num_outliers), -8, 8, jnp.int8),
         jax.random.randint(keys[1], (rows, num_outliers), -127, 128, jnp.int8),
         _finer_tail(jax.random.uniform(keys[2], (scale_rows, rows), minval=0.05, maxval=0.5)),
         group_size,
     )
-
-
-def _scale_rows(k: int, group_size: int, num_outliers: int) -> int:
-    """Of the groups, if there are any, and of the tail."""
-    return 1 + ((k - num_outliers) // group_size if k > num_outliers else 0)
 
 
 def random_cache(
@@ -225,7 +221,7 @@ def all_cases() -> Iterator[Case]:
         for rows in (*DECODE_ROWS, *PREFILL_ROWS):
             for linear in layer.linears:
                 yield matmul(model, linear, rows)
-        for rows in (DECODE_ROWS[1], PREFILL_ROWS[-1]):
+        for rows in (16, 4096):
             for linear in layer.linears:
                 yield matmul(model, linear, rows, bits=8)
         for rows in (*DECODE_ROWS, *PREFILL_ROWS):

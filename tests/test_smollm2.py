@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -70,9 +69,8 @@ def checkpoint(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     def make(name: str) -> Path:
         if not (folder / name).exists():
             with mock.patch("convert.calibration.sample_tokens", sample_once):
-                options = ConvertOptions(RECIPES[name])
-                tokens = CALIBRATION_TOKENS.get(name, options.calibration_tokens)
-                convert(gguf, folder / name, dataclasses.replace(options, calibration_tokens=tokens))
+                tokens = CALIBRATION_TOKENS.get(name, ConvertOptions.calibration_tokens)
+                convert(gguf, folder / name, ConvertOptions(RECIPES[name], calibration_tokens=tokens))
         return folder / name
 
     return make

@@ -134,8 +134,8 @@ def compile_for_h200(
         compiled = traced.lower(lowering_platforms=("cuda",)).compile()
     launches = list(_launches(traced.jaxpr.jaxpr))
     grids = {launch.params["name"]: _ctas(launch.params["meshes"][0]) for launch in launches}
-    kernels = [_read(path, grids) for path in Path(_DUMPS).glob("*.ptxas")]
-    kernels += _known(launches, kernels)
+    dumped = [_read(path, grids) for path in Path(_DUMPS).glob("*.ptxas")]
+    kernels = [*dumped, *_known(launches, dumped)]
     return compiled, sorted(kernels, key=lambda kernel: kernel.name)
 
 

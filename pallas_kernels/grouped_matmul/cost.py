@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pallas_kernels.qarrays import PACK_TILE, num_tiles
+from pallas_kernels.qarrays import PACK_TILE, ActivationFormat, num_tiles
 from pallas_kernels.roofline import Cost
 
 
@@ -13,7 +13,7 @@ def cost(x_rows: int, n: int, k: int, group_size: int, num_outliers: int, out_by
       out_bytes: bytes of one output value.
     """
     body = k - num_outliers
-    scale_rows = (body // group_size if body else 0) + 1
+    scale_rows = ActivationFormat(group_size, num_outliers).num_groups(k) + 1
     weight = n * (num_tiles(body) * PACK_TILE // 2 + num_outliers + 4 * scale_rows)
     activation = x_rows * (k + 4 * scale_rows)
     return Cost(bytes=weight + activation + x_rows * n * out_bytes, int8_ops=2 * x_rows * n * k)

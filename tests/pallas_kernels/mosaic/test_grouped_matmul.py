@@ -39,7 +39,7 @@ def operands(
 ) -> tuple[QuantizedActivation, QuantizedWeight]:
     """Shapes of the two operands of a linear."""
     body = k - num_outliers
-    scale_rows = (body // group_size if body else 0) + 1
+    scale_rows = body // group_size + 1 if body else 1
     array: Any = jax.ShapeDtypeStruct
     x = QuantizedActivation(
         array((m, body), jnp.int8),
@@ -156,6 +156,16 @@ def test_bias_and_residual(m: int, dtype: jnp.dtype, tolerance: float, splits: i
     assert oracle.relative_error(y, expected) < tolerance
 
 
+def check_configuration(config: Config, x: oracle.Quantized, w: oracle.Quantized) -> None:
+    """The kernel cut as ``config`` says equals the oracle."""
+    y = interpreted(
+        lambda x, w: mosaic_sm90.run_with(config, x, w, None, None, jnp.float32),
+        bridge.activation(x),
+        bridge.weight(w),
+    )
+    assert oracle.relative_error(y, oracle.grouped_matmul(x, w)) < 1e-6
+
+
 @needs_interpret_mode
 @pytest.mark.parametrize(
     ("tokens", "splits"), [(8, 2), (8, 4), (32, 2), (32, 4)]
@@ -164,12 +174,7 @@ def test_split_input_channels(tokens: int, splits: int):
     """More CTAs than there are body steps: some have only steps of the tail."""
     x, w = random_operands(tokens, 64, 448, 64, 128)
     config = Config(tokens=tokens, warpgroups=1, stages=3, splits=splits)
-    y = interpreted(
-        lambda x, w: mosaic_sm90.run_with(config, x, w, None, None, jnp.float32),
-        bridge.activation(x),
-        bridge.weight(w),
-    )
-    assert oracle.relative_error(y, oracle.grouped_matmul(x, w)) < 1e-6
+    check_configuration(config, x, w)
 
 
 @needs_interpret_mode
@@ -178,12 +183,7 @@ def test_split_input_channels_of_int8(splits: int):
     """Of four CTAs for three steps one has none: its scales are whatever shared memory held."""
     x, w = random_operands(8, 64, 192, 0, 192)
     config = Config(tokens=8, warpgroups=1, stages=2, splits=splits)
-    y = interpreted(
-        lambda x, w: mosaic_sm90.run_with(config, x, w, None, None, jnp.float32),
-        bridge.activation(x),
-        bridge.weight(w),
-    )
-    assert oracle.relative_error(y, oracle.grouped_matmul(x, w)) < 1e-6
+    check_configuration(config, x, w)
 
 
 @needs_interpret_mode
@@ -192,12 +192,7 @@ def test_shared_tokens(group_size: int, num_outliers: int):
     """Two CTAs fill each other's slots, more often than there are slots."""
     x, w = random_operands(16, 128, 640, group_size, num_outliers)
     config = Config(tokens=16, warpgroups=1, stages=2, sharers=2)
-    y = interpreted(
-        lambda x, w: mosaic_sm90.run_with(config, x, w, None, None, jnp.float32),
-        bridge.activation(x),
-        bridge.weight(w),
-    )
-    assert oracle.relative_error(y, oracle.grouped_matmul(x, w)) < 1e-6
+    check_configuration(config, x, w)
 
 
 @needs_interpret_mode

@@ -74,11 +74,11 @@ def check_compiled(shape: LayerShape, batch: int, tokens: int, kv_groups: int) -
         assert kernel.instructions.counts[opcode], (opcode, kernel)
     # One step is one page. Memory gives an SM about 20 bytes a clock, each of its schedulers issues one
     # instruction of one warp: the loop must be shorter than its page takes to arrive. With heads of 64
-    # channels it is not (256 clocks; 322 instructions with jax 0.10, fewer with later ones): what does not
-    # depend on head_dim weighs twice as much there.
+    # channels it is not (256 clocks): what does not depend on head_dim weighs twice as much there. The
+    # compiler of jax 0.10 needs 322 instructions.
     loop = kernel.instructions.main_loop("HMMA")
     page_bytes = cost(1, 0, 1, shape.head_dim, PAGE, 4 if kv_groups else 16, kv_groups).bytes
-    limit = page_bytes / 20 if shape.head_dim == 128 else 330
+    limit = page_bytes / 20 if shape.head_dim == 128 else 320 if jax.__version_info__ >= (0, 11) else 330
     assert loop is not None and loop.size < limit, loop
 
 
