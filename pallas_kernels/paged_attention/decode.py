@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -15,13 +15,17 @@ from jaxtyping import Array, Float32
 
 from pallas_kernels import mosaic
 from pallas_kernels.paged_attention import fragments
-from pallas_kernels.paged_attention.fragments import HIGH_UNIT, LOW_UNIT, STEP, TOKENS_BY_QUERIES
+from pallas_kernels.paged_attention.fragments import HIGH_UNIT, LOW_UNIT, STEP, TOKENS, TOKENS_BY_QUERIES
 
 # Exponent of a key out of sight: it underflows next to any other, and the difference of two such exponents,
 # each rounded on its own, stays small.
 MASKED = -(2.0**26)
 _LOG2_E = 1 / math.log(2)
-_ROW = TOKENS_BY_QUERIES.reduce(1)
+# Weights times scales of INT4 values are float16, of which the greatest are made 2**14 to 2**15 here: the
+# format ends at 2**16, and holds what is 2**28 times smaller without losing digits.
+_WEIGHT_UNIT = 2.0**14
+_SMALLEST_SCALE = 2.0**-24  # of float16
+_LARGEST_QUERY = float(jnp.finfo(jnp.float16).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +109,7 @@ def body(
         slot = lax.rem(step, stages)
         plgpu.barrier_wait(page_barriers.at[slot])
         # All warps are past the previous page, so its slot is free.
-        fragments.synchronize()
+        mosaic.synchronize()
 
         @pl.when(step + ahead < count)
         def _() -> None:
@@ -114,12 +118,12 @@ def body(
         next_page = page_number(step + stages)
         scales = [ref.at[slot] for ref in scales_smem]
         scores = products.scores(k_smem.at[slot], *scales[:1])
-        scores = jnp.where(token < length - (first + step) * STEP, scores, masked)
+        visible = length - (first + step) * STEP
+        scores = jnp.where(token < visible, scores, masked)
         new_greatest = jnp.maximum(greatest, fragments.warp_max(scores))
         decay = jnp.exp2((greatest - new_greatest) * problem.exponent)
         weights = jnp.exp2(scores * problem.exponent - new_greatest * problem.exponent)
-        sums = jax.tree.map(lambda x: x * decay, sums)
-        sums = products.accumulate(sums, weights, v_smem.at[slot], *scales[1:])
+        sums = products.accumulate(sums, decay, weights, visible, v_smem.at[slot], *scales[1:])
         return new_greatest, total * decay + weights, sums, next_page
 
     zeros = _constant(shape, 0.0)
@@ -136,7 +140,7 @@ def body(
         products.outputs(sums, share, normalized),
         quantized=bool(problem.kv_groups),
     )
-    fragments.synchronize()
+    mosaic.synchronize()
     out = _load_rows(tiles_smem.at[0])
     for warp in range(1, fragments.NUM_WARPS):
         out = out + _load_rows(tiles_smem.at[warp])
@@ -170,7 +174,10 @@ class _FloatProducts:
     def zero_sums(self, zeros: Array) -> fragments.Tiles:
         return (zeros,) * self.num_tiles
 
-    def accumulate(self, tiles: fragments.Tiles, weights: Array, v_smem: Any) -> fragments.Tiles:
+    def accumulate(
+        self, tiles: fragments.Tiles, decay: Array, weights: Array, visible: Array, v_smem: Any
+    ) -> fragments.Tiles:
+        tiles = tuple(tile * decay for tile in tiles)
         return fragments.accumulate_float(tiles, v_smem, weights.astype(v_smem.dtype))
 
     def outputs(self, tiles: fragments.Tiles, share: Array, normalized: Array) -> fragments.Tiles:
@@ -181,7 +188,10 @@ class _FloatProducts:
 class _IntProducts:
     """Scores of and sums over INT4 pages whose heads have one or two groups.
 
-    The sums are the tiles and, for each group, the weights times zero points that are still to be subtracted.
+    The sums are the tiles; for each group, the zero points times weights that are still to be subtracted; and
+    the unit of both, ``power / _WEIGHT_UNIT``, where ``power`` is a warp's own: the greatest power of two
+    that is no more than the greatest scale of its values so far. Without it the float16 weights would lose
+    their digits wherever one key (an attention sink) has most of the weight, or values are small.
     """
 
     def __init__(self, problem: Problem, q_smem: Any):
@@ -190,7 +200,8 @@ class _IntProducts:
 
         def load(first: int, factor: float) -> Array:
             queries = _load_queries(q_smem.at[:, pl.ds(first, half)], fragments.QUERIES_INT4)
-            return (queries.astype(jnp.float32) * factor).astype(jnp.float16)
+            queries = jnp.clip(queries.astype(jnp.float32), -_LARGEST_QUERY, _LARGEST_QUERY)
+            return (queries * factor).astype(jnp.float16)
 
         # The same unit for both products.
         self.low, self.high = load(0, 1.0), load(half, LOW_UNIT / HIGH_UNIT)
@@ -204,54 +215,63 @@ class _IntProducts:
             products = (products[0] + products[1],)
         scores = None
         for group, (product, query_sum) in enumerate(zip(products, self.query_sums, strict=True)):
-            scale, zero = self._load_scales(scales_smem, group)
-            part = product * scale - query_sum * (scale * zero)
+            scale, zero = (self._load(scales_smem, row) for row in (group, self.groups + group))
+            offset = self._over_columns(scale * zero)
+            part = product * self._over_columns(scale) - query_sum * offset
             scores = part if scores is None else scores + part
         assert scores is not None
         return scores
 
-    def zero_sums(self, zeros: Array) -> tuple[fragments.Tiles, tuple[Array, ...]]:
-        return (zeros,) * self.num_tiles, (zeros,) * self.groups
+    def zero_sums(self, zeros: Array) -> tuple[fragments.Tiles, tuple[Array, ...], Array]:
+        power = _constant((STEP,), _SMALLEST_SCALE, TOKENS)
+        return (zeros,) * self.num_tiles, (zeros,) * self.groups, power
 
-    def accumulate(self, sums: Any, weights: Array, v_smem: Any, scales_smem: Any) -> Any:
-        tiles, offsets = sums
-        scaled, new_offsets = [], []
-        for group in range(self.groups):
-            scale, zero = self._load_scales(scales_smem, group)
-            product = weights * scale
-            scaled.append(product.astype(jnp.float16))
-            new_offsets.append(offsets[group] + product * zero)
-        return fragments.accumulate_int4(tiles, v_smem, tuple(scaled)), tuple(new_offsets)
+    def accumulate(
+        self, sums: Any, decay: Array, weights: Array, visible: Array, v_smem: Any, scales_smem: Any
+    ) -> Any:
+        tiles, offsets, power = sums
+        # A token that is not there has a weight in warps that see no other, and its page may hold anything.
+        there = plgpu.broadcasted_iota(jnp.int32, (STEP,), 0, layout=TOKENS) < visible
+        scales = [jnp.where(there, self._load(scales_smem, group), 0.0) for group in range(self.groups)]
+        new_power = fragments.warp_scale(power, functools.reduce(jnp.maximum, scales))
+        decay = decay * self._over_columns(_ratio(power, new_power))
+        factor = _ratio(_constant((STEP,), _WEIGHT_UNIT, TOKENS), new_power)
+        scaled = tuple((weights * self._over_columns(scale * factor)).astype(jnp.float16) for scale in scales)
+        tiles, offsets = ([x * decay for x in sums] for sums in (tiles, offsets))
+        # Zero points are multiplied with the rounded weights, too: the errors of both products cancel.
+        offsets = tuple(
+            fragments.accumulate_zeros(offset, scales_smem.at[self.groups + group], scaled[group])
+            for group, offset in enumerate(offsets)
+        )
+        return fragments.accumulate_int4(tuple(tiles), v_smem, scaled), offsets, new_power
 
     def outputs(self, sums: Any, share: Array, normalized: Array) -> fragments.Tiles:
-        tiles, offsets = sums
-        normalized = _over_rows(normalized, share.shape)
-        # A quarter is subtracted from each warp's tiles, which are going to be added.
-        parts = [
-            _over_rows(jnp.sum(offset * share, axis=0), share.shape) * normalized / fragments.NUM_WARPS
-            for offset in offsets
-        ]
+        tiles, offsets, power = sums
+        factor = share * _over_rows(normalized, share.shape)
+        factor = factor * self._over_columns(power * (1 / _WEIGHT_UNIT))
         half = self.num_tiles // 2
-        factors = [share * normalized / unit for unit in (LOW_UNIT, HIGH_UNIT)]
+        units, offsets = (LOW_UNIT, HIGH_UNIT), (offsets[0], offsets[-1])
         return tuple(
-            tile * factors[i // half] - parts[i // half if self.groups == 2 else 0]
-            for i, tile in enumerate(tiles)
+            (tile * (1 / units[i // half]) - offsets[i // half]) * factor for i, tile in enumerate(tiles)
         )
 
-    def _load_scales(self, scales_smem: Any, group: int) -> tuple[Array, Array]:
-        scale, zero = (
-            mosaic.load(scales_smem.at[row], layout=_ROW).astype(jnp.float32)
-            for row in (group, self.groups + group)
-        )
-        return _over_columns(scale, self.low.shape[0]), _over_columns(zero, self.low.shape[0])
+    def _load(self, scales_smem: Any, row: int) -> Array:
+        """A scale or zero point of each token."""
+        return mosaic.load(scales_smem.at[row], layout=TOKENS).astype(jnp.float32)
+
+    def _over_columns(self, per_token: Array) -> Array:
+        return lax.broadcast_in_dim(per_token, (STEP, self.low.shape[0]), [0])
 
 
-def _constant(shape: tuple[int, int], value: float) -> Array:
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), TOKENS_BY_QUERIES)
+def _ratio(a: Array, b: Array) -> Array:
+    """a / b of powers of two, exactly: a written division is approximated."""
+    one = 127 << 23
+    a, b = (lax.bitcast_convert_type(x, jnp.int32) for x in (a, b))
+    return lax.bitcast_convert_type(a - b + one, jnp.float32)
 
 
-def _over_columns(per_token: Array, queries: int) -> Array:
-    return lax.broadcast_in_dim(per_token, (STEP, queries), [0])
+def _constant(shape: tuple[int, ...], value: float, layout: Any = TOKENS_BY_QUERIES) -> Array:
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def _over_rows(per_query: Array, shape: tuple[int, ...]) -> Array:

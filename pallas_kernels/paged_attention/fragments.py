@@ -22,7 +22,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jax.experimental.mosaic import gpu as mgpu
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float16, Float32
 
@@ -35,6 +35,7 @@ LOW_UNIT = 2.0**-24  # what a low nibble of 1 stands for in a product
 HIGH_UNIT = 2.0**-20
 
 TOKENS_BY_QUERIES: Any = plgpu.Layout.WGMMA
+TOKENS: Any = TOKENS_BY_QUERIES.reduce(1)
 # Queries [8 n, channels] as the right operand of a product, the same in every warp. For INT4 keys a lane
 # holds four consecutive channels of a query, as it holds four consecutive bytes of a key ...
 QUERIES_INT4: Any = plgpu.Layout.TILED(
@@ -139,6 +140,24 @@ def accumulate_int4(tiles: Tiles, v_smem: Any, weights: tuple[Float16[Array, "64
     return instructions.inline(emit, types, result)(tiles, v_smem, weights)
 
 
+def accumulate_zeros(offset: PerToken, zeros_smem: Any, weights: Float16[Array, "64 queries"]) -> PerToken:
+    """Adds zero points times weights, summed over the tokens of each warp, to all of its rows.
+
+    Args:
+      zeros_smem: float16 [64].
+    """
+    if dispatch.interpreting():
+        sums = _warp_products(zeros_smem[...][:, None], weights)
+        return offset + jnp.broadcast_to(sums, (NUM_WARPS, 16, sums.shape[2])).reshape(offset.shape)
+
+    def emit(_: Any, accumulator: Any, zeros: Any, p: Any) -> Any:
+        left = instructions.load_column(zeros)
+        return instructions.accumulate(accumulator, left, instructions.transposed(p))
+
+    types = (TOKENS_BY_QUERIES, plgpu.RefType(), TOKENS_BY_QUERIES)
+    return instructions.inline(emit, types, _tile_type(weights.shape[1]))(offset, zeros_smem, weights)
+
+
 def accumulate_float(tiles: Tiles, v_smem: Any, weights: Float[Array, "64 queries"]) -> Tiles:
     """``accumulate_int4`` for values [64, head_dim] of the type of ``weights``."""
     if dispatch.interpreting():
@@ -194,10 +213,22 @@ def store_tiles(out_smem: Any, tiles: Tiles, *, quantized: bool) -> None:
     instructions.inline(emit, types, ())(out_smem, tiles)
 
 
-def synchronize() -> None:
-    """Waits for the four warps. Interpreted, they are one thread."""
-    if not dispatch.interpreting():
-        plgpu.inline_mgpu()(lambda _: mgpu.utils.warpgroup_barrier())()
+def warp_scale(scale: Float32[Array, " 64"], others: Float32[Array, " 64"]) -> Float32[Array, " 64"]:
+    """The greatest power of two that is no more than the greatest of ``scale`` and a warp's ``others``.
+
+    Args:
+      scale: a power of two, the same in all rows of a warp.
+      others: positive or zero; both in the layout ``TOKENS_BY_QUERIES`` reduced over queries.
+    """
+    if dispatch.interpreting():
+        greatest = jnp.max(jnp.maximum(scale, others).reshape(NUM_WARPS, 16), axis=1, keepdims=True)
+        greatest = jnp.broadcast_to(greatest, (NUM_WARPS, 16)).reshape(scale.shape)
+        return lax.bitcast_convert_type(
+            lax.bitcast_convert_type(greatest, jnp.int32) & instructions.EXPONENT_BITS, jnp.float32
+        )
+    emit = lambda _, *arrays: instructions.power_of_greatest(*arrays)  # noqa: E731
+    kind = plgpu.ShapeDtypeStruct(scale.shape, jnp.float32, layout=TOKENS)
+    return instructions.inline(emit, (TOKENS, TOKENS), kind)(scale, others)
 
 
 def swizzle_bytes(row_bytes: int) -> int:

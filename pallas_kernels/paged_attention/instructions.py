@@ -23,6 +23,8 @@ Pairs = Any
 # The low and the high nibbles of two bytes, each in a 16-bit half of a register.
 _LOW, _HIGH = 0x000F000F, 0x00F000F0
 _TWO_HALF_ONES = 0x3C003C00
+# Sign bit cleared, a float32 of these bits alone is a power of two.
+EXPONENT_BITS = 0x7F800000
 
 
 class Nibbles(NamedTuple):
@@ -79,6 +81,19 @@ def load_chunks(page: Any, *, transposed: bool = False) -> list[Registers]:
         )
         chunks += [loaded[:2], loaded[2:]]
     return chunks
+
+
+def load_column(values: Any) -> Registers:
+    """The left operand all of whose 16 rows are a warp's 16 of the values, float16 [64]."""
+    lane, warp = _lane_and_warp()
+    first = arith.addi(
+        arith.muli(warp, _constant(16)), arith.muli(arith.andi(lane, _constant(3)), _constant(2))
+    )
+    start = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(values), [first], ir.F16Type.get())
+    low, high = (
+        llvm.load(_i32(), mgpu.utils.getelementptr(start, [token], ir.F16Type.get())) for token in (0, 8)
+    )
+    return [low, low, high, high]
 
 
 def scores(queries: Any, steps: Sequence[Registers]) -> Pairs:
@@ -140,6 +155,17 @@ def column_max(array: Any) -> Pairs:
             values.append(value)
         out[i, :] = _vector(values)
     return out
+
+
+def power_of_greatest(scale: Any, others: Any) -> Any:
+    """See ``fragments.warp_scale``. Floats that are not negative are ordered as their bits are."""
+    first, second = (_as_i32(register) for register in others.registers.flat)
+    greatest = arith.maxui(arith.maxui(first, second), _as_i32(scale.registers.flat[0]))
+    text = "redux.sync.max.u32 $0, $1, 0xffffffff;"
+    (greatest,) = _assembly(text, "=r,r", [_i32()], greatest)
+    power = arith.andi(greatest, _constant(EXPONENT_BITS))
+    register = mgpu.utils.bitcast(power, scale.registers.flat[0].type)
+    return np.full(scale.registers.shape, register, dtype=object)
 
 
 def first_row(array: Any) -> Pairs:

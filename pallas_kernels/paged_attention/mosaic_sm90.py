@@ -7,8 +7,9 @@ Where there are fewer kv heads than the GPU has room for, sequences are split ov
 joined by their log-sum-exp.
 
 Scales and zero points are applied to the products: score = scale * (q.codes - zero * sum(q)), output =
-sum(p * scale * codes) - sum(p * scale * zero). Queries of INT4 keys and weights of INT4 values are float16
-(more precise than bfloat16; |q| < 65504), sums float32.
+sum(p * scale * codes) - sum(p * scale * zero). Queries of INT4 keys (clipped where float16 ends, at 65504)
+and p * scale, in a unit of its own (see ``decode``), are float16, which is more precise than bfloat16; sums
+are float32.
 """
 
 from __future__ import annotations
