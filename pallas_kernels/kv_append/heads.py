@@ -58,6 +58,11 @@ def tiles(num_heads: int, half: int) -> list[tuple[int, int]]:
     return pieces
 
 
+def replicated(heads: int) -> bool:
+    """Whether several warps hold the same ones of ``heads`` heads."""
+    return heads < _WARPS
+
+
 def layout(heads: int, half: int) -> Any:
     """Warpgroup layout of [heads, half], ``heads`` a count of ``tiles``.
 
@@ -67,7 +72,7 @@ def layout(heads: int, half: int) -> Any:
     if heads > _WARPS:
         tiling = plgpu.Tiling(((heads, half), (heads // _WARPS, heads * half // (_WARPS * _LANES))))
         return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-2, -3), vector_dim=-1)
-    repeats = (plgpu.Replicated(_WARPS // heads),) if heads < _WARPS else ()
+    repeats = (plgpu.Replicated(_WARPS // heads),) if replicated(heads) else ()
     warp_dims = repeats if heads == 1 else (-3, *repeats)
     tiling = plgpu.Tiling(((heads, half), (half // _LANES,)))
     return plgpu.Layout.TILED(tiling, warp_dims=warp_dims, lane_dims=(-2,), vector_dim=-1)

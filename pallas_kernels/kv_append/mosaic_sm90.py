@@ -136,7 +136,11 @@ def run(
             return heads
 
         for first, count in config.query_tiles:
-            registers.store(row_smem, first, count, load("q", first, count))
+            rotated = load("q", first, count)
+            if registers.replicated(count):
+                # Written where they were read: no warp may write what another one has yet to read.
+                mosaic.synchronize()
+            registers.store(row_smem, first, count, rotated)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(row_smem.at[pl.ds(0, num_heads)], q_gmem.at[token])
 
