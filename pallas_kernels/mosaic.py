@@ -37,6 +37,10 @@ _STORE: Any = getattr(plgpu, "store", None)
 def kernel(body: Callable[..., None], *, name: str, **options: Any) -> Callable[..., Any]:
     """``plgpu.kernel`` with this project's compiler settings, interpreted where the context says so.
 
+    Arrays in shared memory are swizzled where their type says so (``tiled``), and nowhere else: left to
+    itself, the compiler swizzles arrays whose rows a warpgroup reads, and then reads parts of them wrongly
+    (docs/mosaic_faults.md).
+
     Args:
       body: the kernel.
       name: shown by profilers and in the compiler's dumps.
@@ -50,7 +54,21 @@ def kernel(body: Callable[..., None], *, name: str, **options: Any) -> Callable[
         if _INTERPRET_PARAMS is None:
             raise NotImplementedError(f"GPU interpret mode needs jax >= 0.11; this is {jax.__version__}")
         options["interpret"] = _INTERPRET_PARAMS()
-    return plgpu.kernel(body, compiler_params=params, kernel_name=name, **options)
+        return plgpu.kernel(body, compiler_params=params, kernel_name=name, **options)
+    scratch_types = options.get("scratch_types", {})
+
+    def body_without_swizzles(*refs: Any, **scratch: Any) -> None:
+        jax.tree.map(_keep_unswizzled, scratch_types, scratch)
+        body(*refs, **scratch)
+
+    return plgpu.kernel(body_without_swizzles, compiler_params=params, kernel_name=name, **options)
+
+
+def _keep_unswizzled(kind: Any, ref: Any) -> None:
+    """Lets the compiler know that ``ref`` lies in memory as it is, if its type declares no transforms."""
+    if getattr(kind, "memory_space", None) is plgpu.SMEM and not kind.transforms:
+        inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+        inline(lambda _, memory: None)(ref)
 
 
 def load(ref: Any, *, layout: Any = None, optimized: bool = True) -> jax.Array:
@@ -65,6 +83,12 @@ def store(ref: Any, value: jax.Array) -> None:
         ref[...] = value
     else:
         _STORE(ref, value, optimized=False)
+
+
+def synchronize() -> None:
+    """Waits for the four warps of this warpgroup. Interpreted, they are one thread."""
+    if not dispatch.interpreting():
+        plgpu.inline_mgpu()(lambda _: mgpu.utils.warpgroup_barrier())()
 
 
 def tiled(bits: int, swizzle: int) -> tuple[Any, Any]:
