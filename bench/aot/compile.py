@@ -26,6 +26,7 @@ import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec  # noqa: E402
 
+from bench.aot import lowering  # noqa: E402
 from bench.aot.sass import Instructions  # noqa: E402
 from pallas_kernels.dispatch import use_implementation  # noqa: E402
 
@@ -123,6 +124,9 @@ def compile_for_h200(
 
     Returns:
       jax's compiled object (HLO text, memory analysis) and the Mosaic kernels that were compiled, by name.
+
+    Raises:
+      lowering.LoweringFault: a kernel would not compute what it says.
     """
     for path in Path(_DUMPS).iterdir():
         path.unlink()
@@ -130,8 +134,10 @@ def compile_for_h200(
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments
         )
-        traced = jax.jit(function, **jit_options).trace(*abstract)
-        compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+        with lowering.checked():
+            traced = jax.jit(function, **jit_options).trace(*abstract)
+            lowered = traced.lower(lowering_platforms=("cuda",))
+        compiled = lowered.compile()
     launches = list(_launches(traced.jaxpr.jaxpr))
     grids = {launch.params["name"]: _ctas(launch.params["meshes"][0]) for launch in launches}
     dumped = [_read(path, grids) for path in Path(_DUMPS).glob("*.ptxas")]

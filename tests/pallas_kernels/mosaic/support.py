@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bench.aot import compile as aot
 from pallas_kernels import use_implementation
-from pallas_kernels.mosaic import MAX_SMEM_BYTES, TMA_ALIGNMENT, UPDATES_IN_PLACE
+from pallas_kernels.mosaic import MAX_SMEM_BYTES, UPDATES_IN_PLACE
 
 # With fewer, a kernel whose threads wait for each other deadlocks. To be set from outside: this process may
 # run other tests too, whose subprocesses would inherit it, and compute other sums in more memory.
@@ -43,14 +38,14 @@ def compile_and_check(
 ) -> list[aot.CompiledKernel]:
     """Compiles ``jit(function)`` for an H200 and asserts what holds for all kernels.
 
-    No spills, no local memory, no serialized wgmma, shared memory within the limit and aligned for TMA.
+    No spills, no local memory, no serialized wgmma, shared memory within the limit; nothing that
+    ``bench.aot.lowering`` refuses.
 
     Args:
       arguments: pytrees of ``jax.ShapeDtypeStruct``.
       contains: opcodes of which each kernel must have at least one.
     """
-    with aligned_copies():
-        _, kernels = aot.compile_for_h200(function, *arguments, **jit_options)
+    _, kernels = aot.compile_for_h200(function, *arguments, **jit_options)
     assert kernels, "no Mosaic kernel was compiled"
     for kernel in kernels:
         assert kernel.instructions is not None or jax.__version_info__[:2] != CHECKED_JAX, "no disassembly"
@@ -62,54 +57,6 @@ def compile_and_check(
             for opcode in contains:
                 assert kernel.instructions.counts[opcode], (opcode, kernel)
     return kernels
-
-
-@contextlib.contextmanager
-def aligned_copies() -> Iterator[None]:
-    """Fails where TMA may meet shared memory that is not aligned, which no compiler checks and a GPU refuses.
-
-    CUDA C++ Programming Guide, "Alignment requirements for multi-dimensional bulk tensor asynchronous copy
-    operations": 128 bytes, and eight rows of a swizzle. Copies that promise to be in bounds may become plain
-    bulk copies (16 bytes) but need not.
-    """
-
-    def checked(copy: Callable[..., Any], smem_argument: int) -> Any:
-        def run(*arguments: Any, **options: Any) -> Any:
-            alignment, needed = _alignment(arguments[smem_argument])
-            assert alignment % needed == 0, (
-                f"{arguments[smem_argument]} is aligned to {alignment}, not {needed}"
-            )
-            return copy(*arguments, **options)
-
-        return mock.patch.object(plgpu, copy.__name__, run)
-
-    with checked(plgpu.copy_gmem_to_smem, 1), checked(plgpu.copy_smem_to_gmem, 0):
-        yield
-
-
-def _alignment(ref: Any) -> tuple[int, int]:
-    """How many bytes the address of a part of an SMEM array is a multiple of, and must be.
-
-    The array itself begins at a multiple of 1024. The parts of a tiled array are taken for whole in its last
-    two dimensions.
-    """
-    alignment, needed, strides = 1024, TMA_ALIGNMENT, None
-    for transform in getattr(ref, "transforms", ()):
-        if hasattr(transform, "swizzle"):
-            needed = max(needed, 8 * transform.swizzle)
-        if not hasattr(transform, "indices"):
-            continue
-        if strides is None:
-            strides = [math.prod(transform.shape[axis + 1 :]) for axis in range(len(transform.shape))]
-        kept = []
-        for index, stride in zip(transform.indices, strides, strict=True):
-            start = getattr(index, "start", index)
-            step = stride * jnp.dtype(ref.dtype).itemsize
-            alignment = math.gcd(alignment, step * start if isinstance(start, int) else step)
-            if hasattr(index, "start"):
-                kept.append(stride)
-        strides = kept
-    return alignment, needed
 
 
 def interpreted(function: Callable[..., Any], *arguments: Any) -> Any:
