@@ -1,4 +1,4 @@
-"""What neither jax nor the assembler checks while a kernel is lowered, and a GPU would answer with wrong numbers.
+"""Checks of lowering kernels that neither jax nor the assembler makes; a GPU would compute something else.
 
 docs/mosaic_faults.md shows the faults of Mosaic GPU that ``_checked_transfer`` looks for.
 """
@@ -29,12 +29,12 @@ class LoweringFault(Exception):
 
 @contextlib.contextmanager
 def checked() -> Iterator[None]:
-    """Within it a kernel that is lowered raises ``LoweringFault`` where
+    """Refuses kernels that are lowered within it, with a ``LoweringFault``, where they would go wrong.
 
     * TMA meets shared memory that is not aligned (CUDA C++ Programming Guide, "Alignment requirements for
       multi-dimensional bulk tensor asynchronous copy operations": 128 bytes, and eight rows of a swizzle;
-      copies that promise to be in bounds may become plain bulk copies of 16 bytes, but need not);
-    * registers are loaded from or stored to a part of a swizzled array that begins within the swizzle's
+      copies that promise to be in bounds may become plain bulk copies of 16 bytes, but need not).
+    * Registers are loaded from or stored to a part of a swizzled array that begins within the swizzle's
       period, or in vectors longer than the pieces it exchanges.
     """
     transfer = fragmented_array.FragmentedArray.transfer_tiled

@@ -1,4 +1,4 @@
-"""What ``bench.aot.lowering`` refuses while kernels are lowered, and that it lets the same kernels pass mended."""
+"""What ``bench.aot.lowering`` refuses, and that the same kernels pass once mended."""
 
 from __future__ import annotations
 
