@@ -7,7 +7,8 @@ there (see ``use_implementation``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -32,10 +33,23 @@ UPDATES_IN_PLACE = _VERSION >= (0, 11)
 # Absent from the oldest supported jax.
 _INTERPRET_PARAMS: Any = getattr(plgpu, "InterpretGPUParams", None)
 _STORE: Any = getattr(plgpu, "store", None)
+# A jax user context, not a module global: functions traced under another launcher are not reused.
+_launcher = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def launched_by(launcher: Callable[[Callable[..., Any], str], Callable[..., Any]]) -> Iterator[None]:
+    """Within the context kernels run where ``launcher`` says, not on a GPU: tests emulate them.
+
+    Args:
+      launcher: given what launches a kernel on a GPU, and its name, returns what is called instead.
+    """
+    with _launcher(launcher):
+        yield
 
 
 def kernel(body: Callable[..., None], *, name: str, **options: Any) -> Callable[..., Any]:
-    """``plgpu.kernel`` with this project's compiler settings, interpreted where the context says so.
+    """``plgpu.kernel`` with this project's compiler settings; runs where the context says.
 
     Args:
       body: the kernel.
@@ -50,7 +64,9 @@ def kernel(body: Callable[..., None], *, name: str, **options: Any) -> Callable[
         if _INTERPRET_PARAMS is None:
             raise NotImplementedError(f"GPU interpret mode needs jax >= 0.11; this is {jax.__version__}")
         options["interpret"] = _INTERPRET_PARAMS()
-    return plgpu.kernel(body, compiler_params=params, kernel_name=name, **options)
+    launch = plgpu.kernel(body, compiler_params=params, kernel_name=name, **options)
+    launcher = _launcher.value
+    return launch if launcher is None else launcher(launch, name)
 
 
 def load(ref: Any, *, layout: Any = None, optimized: bool = True) -> jax.Array:
