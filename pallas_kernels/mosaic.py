@@ -7,7 +7,8 @@ there (see ``use_implementation``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -32,10 +33,23 @@ UPDATES_IN_PLACE = _VERSION >= (0, 11)
 # Absent from the oldest supported jax.
 _INTERPRET_PARAMS: Any = getattr(plgpu, "InterpretGPUParams", None)
 _STORE: Any = getattr(plgpu, "store", None)
+# A jax user context, not a module global: functions traced under another launcher are not reused.
+_launcher = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def launched_by(launcher: Callable[[Callable[..., Any], str], Callable[..., Any]]) -> Iterator[None]:
+    """Within the context kernels run where ``launcher`` says, not on a GPU: tests emulate them.
+
+    Args:
+      launcher: given what launches a kernel on a GPU, and its name, returns what is called instead.
+    """
+    with _launcher(launcher):
+        yield
 
 
 def kernel(body: Callable[..., None], *, name: str, **options: Any) -> Callable[..., Any]:
-    """``plgpu.kernel`` with this project's compiler settings, interpreted where the context says so.
+    """``plgpu.kernel`` with this project's compiler settings; runs where the context says.
 
     Arrays in shared memory are swizzled where their type says so (``tiled``), and nowhere else: left to
     itself, the compiler swizzles arrays whose rows a warpgroup reads, and then reads parts of them wrongly
@@ -54,19 +68,24 @@ def kernel(body: Callable[..., None], *, name: str, **options: Any) -> Callable[
         if _INTERPRET_PARAMS is None:
             raise NotImplementedError(f"GPU interpret mode needs jax >= 0.11; this is {jax.__version__}")
         options["interpret"] = _INTERPRET_PARAMS()
-        return plgpu.kernel(body, compiler_params=params, kernel_name=name, **options)
     scratch_types = options.get("scratch_types", {})
 
-    def body_without_swizzles(*refs: Any, **scratch: Any) -> None:
+    def unswizzled(*refs: Any, **scratch: Any) -> None:
         jax.tree.map(_keep_unswizzled, scratch_types, scratch)
         body(*refs, **scratch)
 
-    return plgpu.kernel(body_without_swizzles, compiler_params=params, kernel_name=name, **options)
+    launch = plgpu.kernel(unswizzled, compiler_params=params, kernel_name=name, **options)
+    launcher = _launcher.value
+    return launch if launcher is None else launcher(launch, name)
 
 
 def _keep_unswizzled(kind: Any, ref: Any) -> None:
     """Lets the compiler know that ``ref`` lies in memory as it is, if its type declares no transforms."""
-    if getattr(kind, "memory_space", None) is plgpu.SMEM and not kind.transforms:
+    if (
+        getattr(kind, "memory_space", None) is plgpu.SMEM
+        and not kind.transforms
+        and not dispatch.interpreting()
+    ):
         inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
         inline(lambda _, memory: None)(ref)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 # XLA's C++ reads this with getenv at each compilation; it must be set before the first.
-_DUMPS = os.environ.setdefault("MOSAIC_GPU_DUMP_TO", tempfile.mkdtemp(prefix="atom-jax-kernels-"))
+DUMPS = os.environ.setdefault("MOSAIC_GPU_DUMP_TO", tempfile.mkdtemp(prefix="atom-jax-kernels-"))
 
 import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
@@ -128,7 +128,7 @@ def compile_for_h200(
     Raises:
       lowering.LoweringFault: a kernel would not compute what it says.
     """
-    for path in Path(_DUMPS).iterdir():
+    for path in Path(DUMPS).iterdir():
         path.unlink()
     with h200() as sharding, use_implementation(implementation):
         abstract = jax.tree.map(
@@ -140,7 +140,7 @@ def compile_for_h200(
         compiled = lowered.compile()
     launches = list(_launches(traced.jaxpr.jaxpr))
     grids = {launch.params["name"]: _ctas(launch.params["meshes"][0]) for launch in launches}
-    dumped = [_read(path, grids) for path in Path(_DUMPS).glob("*.ptxas")]
+    dumped = [_read(path, grids) for path in Path(DUMPS).glob("*.ptxas")]
     kernels = [*dumped, *_known(launches, dumped)]
     return compiled, sorted(kernels, key=lambda kernel: kernel.name)
 

@@ -1,0 +1,195 @@
+"""Runs the project's ops with every Mosaic kernel compiled for an H200 and its PTX emulated on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import mosaic, use_implementation
+from tests.pallas_kernels.ptx.compiled import Compiled, compile_kernel
+from tests.pallas_kernels.ptx.errors import EmulationError, LaunchError
+from tests.pallas_kernels.ptx.host import recover_launch
+from tests.pallas_kernels.ptx.machine import Machine
+from tests.pallas_kernels.ptx.memory import Buffer, Global
+from tests.pallas_kernels.ptx.parse import Kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one emulated launch was.
+
+    Attributes:
+      instructions: executed, of warps.
+      ctas: that ran.
+      kernel: its PTX, parsed.
+      covered: of each instruction, whether some warp executed it.
+      written_outputs: of each array of the result, which elements were written, all their bytes.
+      unwritten: bytes of outputs that the kernel left alone, by the buffer's name.
+      unfinished: mbarriers (offsets in shared memory) that a CTA left within a phase.
+      seconds: that the emulation took.
+    """
+
+    name: str
+    seed: int
+    instructions: int
+    ctas: int
+    kernel: Kernel
+    covered: np.ndarray
+    written_outputs: list[np.ndarray]
+    unwritten: dict[str, int]
+    unfinished: tuple[int, ...]
+    seconds: float
+
+
+@contextlib.contextmanager
+def emulated(
+    seed: int = 0,
+    *,
+    eager: float | None = None,
+    may_be_unwritten: bool = False,
+    clusters: int | None = None,
+    fill: int = 0xFF,
+    change_ptx: Callable[[str], str] | None = None,
+) -> Iterator[list[Run]]:
+    """Within the context ops run the PTX of their kernels, in and outside of ``jax.jit``.
+
+    Results of jitted functions must be waited for (``jax.block_until_ready``) within the context.
+
+    Args:
+      seed: of the order in which warps run and copies happen.
+      eager: how likely an asynchronous copy is done before the next warp runs; None: drawn from the seed.
+      may_be_unwritten: ordinary loads may read shared memory that nobody wrote.
+      clusters: run only so many clusters of each grid, the same for all seeds.
+      fill: the byte that outputs consist of before.
+      change_ptx: applied to the PTX of each kernel: puts faults into it.
+
+    Yields:
+      The launches so far.
+
+    Raises:
+      EmulationError: of a kernel; also where a jitted function raised another error because of it.
+    """
+    how = {"seed": seed, "eager": eager, "may_be_unwritten": may_be_unwritten, "clusters": clusters}
+    emulator = _Emulator(how, fill, change_ptx)
+    try:
+        with mosaic.launched_by(emulator), use_implementation("mosaic_sm90"):
+            yield emulator.runs
+    except EmulationError:
+        raise
+    except Exception as error:
+        if emulator.error is not None:
+            raise emulator.error from error
+        raise
+    if emulator.error is not None:
+        raise emulator.error
+
+
+class _Emulator:
+    """The launcher of ``mosaic.launched_by``: equal to itself only, so that jit traces anew for each."""
+
+    def __init__(self, how: dict[str, Any], fill: int, change_ptx: Callable[[str], str] | None):
+        self.how, self.fill, self.change_ptx = how, fill, change_ptx
+        self.runs: list[Run] = []
+        self.error: EmulationError | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, launch: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            leaves, tree = jax.tree.flatten(arguments)
+            refs = [i for i, leaf in enumerate(leaves) if "Ref" in type(jax.typeof(leaf)).__name__]
+            arrays = [leaf[...] if i in refs else jnp.asarray(leaf) for i, leaf in enumerate(leaves)]
+            shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+            compiled = compile_kernel(launch, name, tree, shapes, refs)
+            if self.change_ptx is not None:
+                compiled = compiled.with_ptx(self.change_ptx(compiled.ptx))
+            outs, out_tree = jax.tree.flatten(compiled.outs)
+
+            def run(*values: Any) -> list[np.ndarray]:
+                return self._run(compiled, [np.asarray(value) for value in values], refs)
+
+            if any(isinstance(a, jax.core.Tracer) for a in arrays):
+                results = jax.pure_callback(run, [*outs, *(shapes[i] for i in refs)], *arrays)
+            else:
+                results = [jnp.asarray(result) for result in run(*arrays)]
+            for i, result in zip(refs, results[len(outs) :], strict=True):
+                leaves[i][...] = result
+            return jax.tree.unflatten(out_tree, results[: len(outs)])
+
+        return call
+
+    def _run(self, compiled: Compiled, values: list[np.ndarray], refs: list[int]) -> list[np.ndarray]:
+        with self._lock:
+            try:
+                results, run = run_kernel(compiled, values, refs, self.fill, **self.how)
+            except EmulationError as error:
+                self.error = self.error or error
+                raise
+            self.runs.append(run)
+            return results
+
+
+def run_kernel(
+    compiled: Compiled,
+    values: Sequence[np.ndarray],
+    refs: Sequence[int] = (),
+    fill: int = 0xFF,
+    *,
+    seed: int = 0,
+    **how: Any,
+) -> tuple[list[np.ndarray], Run]:
+    """Emulates one launch; runs no jax computation.
+
+    Args:
+      values: the arguments.
+      refs: numbers of those that are updated in place.
+      how: ``eager``, ``may_be_unwritten`` and ``clusters`` of ``Machine``.
+
+    Returns:
+      The results, then the new contents of the refs, and what the launch was.
+    """
+    start, memory = time.perf_counter(), Global()
+    for i in [i for i in range(len(values)) if i not in refs] + list(refs):  # XLA's order: in, in and out, out
+        content = np.ascontiguousarray(values[i])
+        memory.add(f"argument {i} {content.dtype}{content.shape}", content, content.nbytes, i in refs)
+    outs = jax.tree.leaves(compiled.outs)
+    for i, out in enumerate(outs):
+        memory.add(f"output {i} {out.dtype}{out.shape}", None, out.size * out.dtype.itemsize, True, fill)
+    try:
+        launch = recover_launch(compiled.host, [buffer.base for buffer in memory.buffers])
+        machine = Machine(compiled.kernel, launch, memory, seed, **how)
+    except LaunchError as error:
+        raise LaunchError(f"{compiled.name}: {error}") from error
+    machine.run()
+    outputs, updated = memory.buffers[len(values) :], memory.buffers[len(values) - len(refs) : len(values)]
+    unwritten = {buffer.name: int((buffer.written[: buffer.size] == 0).sum()) for buffer in outputs}
+    run = Run(
+        name=compiled.name,
+        seed=seed,
+        instructions=machine.executed,
+        ctas=len(list(machine.chosen_clusters())) * math.prod(launch.cluster),
+        kernel=compiled.kernel,
+        covered=machine.covered,
+        written_outputs=[_written(buffer, out) for buffer, out in zip(outputs, outs, strict=True)],
+        unwritten={name: count for name, count in unwritten.items() if count},
+        unfinished=tuple(sorted(machine.unfinished)),
+        seconds=time.perf_counter() - start,
+    )
+    results = [_array(buffer, out) for buffer, out in zip(outputs, outs, strict=True)]
+    return results + [_array(buffer, values[i]) for i, buffer in zip(refs, updated, strict=True)], run
+
+
+def _array(buffer: Buffer, like: Any) -> np.ndarray:
+    return buffer.data[: buffer.size].view(like.dtype).reshape(like.shape)
+
+
+def _written(buffer: Buffer, like: Any) -> np.ndarray:
+    return buffer.written[: buffer.size].reshape(-1, like.dtype.itemsize).all(1).reshape(like.shape)
