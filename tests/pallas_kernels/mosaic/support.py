@@ -33,6 +33,10 @@ needs_updates_in_place = pytest.mark.skipif(
 )
 
 
+# A tensor that is contiguous leaves shared memory by a plain bulk copy.
+TMA_STORE = "UTMASTG|UBLKCP"
+
+
 def compile_and_check(
     function: Callable[..., Any], *arguments: Any, contains: tuple[str, ...] = (), **jit_options: Any
 ) -> list[aot.CompiledKernel]:
@@ -43,7 +47,7 @@ def compile_and_check(
 
     Args:
       arguments: pytrees of ``jax.ShapeDtypeStruct``.
-      contains: opcodes of which each kernel must have at least one.
+      contains: opcodes of which each kernel must have at least one, "A|B" one of two.
     """
     _, kernels = aot.compile_for_h200(function, *arguments, **jit_options)
     assert kernels, "no Mosaic kernel was compiled"
@@ -54,8 +58,9 @@ def compile_and_check(
         assert (kernel.smem_bytes or 0) <= MAX_SMEM_BYTES, kernel
         if kernel.instructions is not None:
             assert kernel.instructions.local_memory == 0, kernel
-            for opcode in contains:
-                assert kernel.instructions.counts[opcode], (opcode, kernel)
+            for opcodes in contains:
+                found = [kernel.instructions.counts[opcode] for opcode in opcodes.split("|")]
+                assert any(found), (opcodes, kernel)
     return kernels
 
 

@@ -101,6 +101,20 @@ def _shfl(i: Instruction, code: Code, mode: str) -> Execute:
     return run
 
 
+@instruction(r"redux\.sync\.(max|min)\.u32")
+def _redux(i: Instruction, code: Code, operation: str) -> Execute:
+    to, source, members = i.operands
+    all_lanes(members)
+    [to], get = registers(to), value(source, 32, code)
+    reduce = np.max if operation == "max" else np.min
+
+    def run(w: Warp) -> None:
+        w.together()
+        w.set(to, np.full(LANES, reduce(get(w)), np.uint32))
+
+    return run
+
+
 @instruction(r"bar\.warp\.sync")
 def _bar_warp(i: Instruction, code: Code) -> Execute:
     all_lanes(i.operands[0])
