@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from bench.aot import compile as aot
 from pallas_kernels import use_implementation
 from pallas_kernels.mosaic import MAX_SMEM_BYTES, UPDATES_IN_PLACE
+from tests.pallas_kernels.ptx import emulate
 
 # With fewer, a kernel whose threads wait for each other deadlocks. To be set from outside: this process may
 # run other tests too, whose subprocesses would inherit it, and compute other sums in more memory.
@@ -33,6 +35,8 @@ needs_updates_in_place = pytest.mark.skipif(
 )
 
 
+# How a call's kernels run without a GPU: ``interpreted`` or ``emulated`` (the fixture ``execute``).
+Execute = Callable[..., Any]
 # A tensor that is contiguous leaves shared memory by a plain bulk copy.
 TMA_STORE = "UTMASTG|UBLKCP"
 
@@ -64,7 +68,26 @@ def compile_and_check(
     return kernels
 
 
-def interpreted(function: Callable[..., Any], *arguments: Any) -> Any:
+def interpreted(function: Callable[..., Any], *arguments: Any, may_be_unwritten: bool = False) -> Any:
     """``function`` with its ops run by the Mosaic kernels in GPU interpret mode on the CPU."""
     with use_implementation("mosaic_sm90", interpret=True):
         return jax.block_until_ready(jax.jit(function)(*arguments))
+
+
+def emulated(function: Callable[..., Any], *arguments: Any, may_be_unwritten: bool = False) -> Any:
+    """``function`` with its ops run by the PTX of the Mosaic kernels on the CPU.
+
+    Args:
+      may_be_unwritten: the kernel reads shared memory that nobody wrote, and what it read must not matter.
+
+    Raises:
+      AssertionError: two orders of warps and copies, over other noise, give other bits.
+    """
+    results = []
+    for seed in (0, 1):
+        with emulate.emulated(seed, may_be_unwritten=may_be_unwritten):
+            results.append(jax.block_until_ready(jax.jit(function)(*arguments)))
+    for pair in zip(*map(jax.tree.leaves, results), strict=True):
+        first, second = (np.asarray(x).reshape(-1).view(np.uint8) for x in pair)
+        np.testing.assert_array_equal(first, second)
+    return results[0]

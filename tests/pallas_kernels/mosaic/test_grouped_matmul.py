@@ -17,10 +17,9 @@ from pallas_kernels.mosaic import MAX_SMEM_BYTES, NUM_SMS
 from pallas_kernels.qarrays import PACK_TILE, num_tiles
 from tests.pallas_kernels import bridge, oracle
 from tests.pallas_kernels.mosaic.support import (
+    Execute,
     compile_and_check,
-    interpreted,
     needs_cuda_compiler,
-    needs_interpret_mode,
 )
 
 # N, K, group size, outliers of every linear of every model, each once.
@@ -125,26 +124,24 @@ def random_operands(
     return x, w
 
 
-@needs_interpret_mode
 @pytest.mark.parametrize(("m", "n", "k", "group_size", "num_outliers"), CASES)
-def test_equals_the_oracle(m: int, n: int, k: int, group_size: int, num_outliers: int):
+def test_equals_the_oracle(execute: Execute, m: int, n: int, k: int, group_size: int, num_outliers: int):
     x, w = random_operands(m, n, k, group_size, num_outliers)
-    y = interpreted(
+    y = execute(
         lambda x, w: grouped_matmul(x, w, out_dtype=jnp.float32), bridge.activation(x), bridge.weight(w)
     )
     assert y.shape == (m, n) and y.dtype == jnp.float32
     assert oracle.relative_error(y, oracle.grouped_matmul(x, w)) < 1e-6
 
 
-@needs_interpret_mode
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 3e-3)])
 @pytest.mark.parametrize(("m", "splits"), [(3, 1), (16, 2)])
-def test_bias_and_residual(m: int, dtype: jnp.dtype, tolerance: float, splits: int):
+def test_bias_and_residual(execute: Execute, m: int, dtype: jnp.dtype, tolerance: float, splits: int):
     x, w = random_operands(m, 128, 384, 64, 64)
     rng = np.random.default_rng(0)
     bias, residual = (jnp.asarray(rng.normal(scale=100, size=shape), dtype) for shape in (128, (m, 128)))
     config = Config(tokens=16, warpgroups=2, stages=2, splits=splits)
-    y = interpreted(
+    y = execute(
         lambda x, w, bias, residual: mosaic_sm90.run_with(config, x, w, bias, residual, dtype),
         bridge.activation(x),
         bridge.weight(w),
@@ -156,9 +153,9 @@ def test_bias_and_residual(m: int, dtype: jnp.dtype, tolerance: float, splits: i
     assert oracle.relative_error(y, expected) < tolerance
 
 
-def check_configuration(config: Config, x: oracle.Quantized, w: oracle.Quantized) -> None:
+def check_configuration(execute: Execute, config: Config, x: oracle.Quantized, w: oracle.Quantized) -> None:
     """The kernel cut as ``config`` says equals the oracle."""
-    y = interpreted(
+    y = execute(
         lambda x, w: mosaic_sm90.run_with(config, x, w, None, None, jnp.float32),
         bridge.activation(x),
         bridge.weight(w),
@@ -166,56 +163,51 @@ def check_configuration(config: Config, x: oracle.Quantized, w: oracle.Quantized
     assert oracle.relative_error(y, oracle.grouped_matmul(x, w)) < 1e-6
 
 
-@needs_interpret_mode
 @pytest.mark.parametrize(
     ("tokens", "splits"), [(8, 2), (8, 4), (32, 2), (32, 4)]
 )  # with 8 tokens one CTA reduces for all
-def test_split_input_channels(tokens: int, splits: int):
+def test_split_input_channels(execute: Execute, tokens: int, splits: int):
     """More CTAs than there are body steps: some have only steps of the tail."""
     x, w = random_operands(tokens, 64, 448, 64, 128)
     config = Config(tokens=tokens, warpgroups=1, stages=3, splits=splits)
-    check_configuration(config, x, w)
+    check_configuration(execute, config, x, w)
 
 
-@needs_interpret_mode
 @pytest.mark.parametrize("splits", [2, 4])
-def test_split_input_channels_of_int8(splits: int):
+def test_split_input_channels_of_int8(execute: Execute, splits: int):
     """Of four CTAs for three steps one has none: its scales are whatever shared memory held."""
     x, w = random_operands(8, 64, 192, 0, 192)
     config = Config(tokens=8, warpgroups=1, stages=2, splits=splits)
-    check_configuration(config, x, w)
+    check_configuration(execute, config, x, w)
 
 
-@needs_interpret_mode
 @pytest.mark.parametrize(("group_size", "num_outliers"), [(128, 128), (0, 640)])
-def test_shared_tokens(group_size: int, num_outliers: int):
+def test_shared_tokens(execute: Execute, group_size: int, num_outliers: int):
     """Two CTAs fill each other's slots, more often than there are slots."""
     x, w = random_operands(16, 128, 640, group_size, num_outliers)
     config = Config(tokens=16, warpgroups=1, stages=2, sharers=2)
-    check_configuration(config, x, w)
+    check_configuration(execute, config, x, w)
 
 
-@needs_interpret_mode
-def test_a_row_does_not_depend_on_the_other_rows():
+def test_a_row_does_not_depend_on_the_other_rows(execute: Execute):
     """Within one choice of tiles the sum of a row is the same, bit for bit, however many rows there are."""
     x, w = random_operands(16, 64, 640, 128, 128)
     rows = [
         bridge.activation(x._replace(body=x.body[:m], outliers=x.outliers[:m], scales=x.scales[:, :m]))
         for m in (9, 16)
     ]
-    few, many = (interpreted(grouped_matmul, row, bridge.weight(w)) for row in rows)
+    few, many = (execute(grouped_matmul, row, bridge.weight(w)) for row in rows)
     np.testing.assert_array_equal(few, many[:9])
 
 
-@needs_interpret_mode
 @pytest.mark.parametrize("num_outliers", [0, 64])
-def test_scales_beyond_the_last_group_are_never_used(num_outliers: int):
+def test_scales_beyond_the_last_group_are_never_used(execute: Execute, num_outliers: int):
     """The tile's second group does not exist: the next row of scales is the tail's, or nothing's."""
     x, w = random_operands(3, 64, 192 + num_outliers, 64, num_outliers)
     expected = oracle.grouped_matmul(x, w)
     if not num_outliers:
         x.scales[-1], w.scales[-1] = np.nan, np.inf
-    y = interpreted(
+    y = execute(
         lambda x, w: grouped_matmul(x, w, out_dtype=jnp.float32), bridge.activation(x), bridge.weight(w)
     )
     assert oracle.relative_error(y, expected) < 1e-6

@@ -21,10 +21,9 @@ from pallas_kernels.kv_append.cost import cost
 from pallas_kernels.mosaic import UPDATES_IN_PLACE
 from tests.pallas_kernels.mosaic.support import (
     TMA_STORE,
+    Execute,
     compile_and_check,
-    interpreted,
     needs_cuda_compiler,
-    needs_interpret_mode,
     needs_updates_in_place,
 )
 from tests.pallas_kernels.oracle import relative_error
@@ -243,10 +242,10 @@ def assert_pages(actual: jax.Array, expected: jax.Array, *, exact: bool) -> None
         )
 
 
-def check(arguments: Arguments, num_heads: int) -> None:
+def check(execute: Execute, arguments: Arguments, num_heads: int) -> None:
     """Against the reference; keys are exact where nothing but the quantizer is between row and page."""
     append = appender(num_heads)
-    q, cache = interpreted(append, *arguments)
+    q, cache = execute(append, *arguments)
     with use_implementation("reference"):
         expected_q, expected = jax.jit(append)(*arguments)
     assert (q.dtype, q.shape) == (expected_q.dtype, expected_q.shape)
@@ -274,7 +273,6 @@ def check(arguments: Arguments, num_heads: int) -> None:
     np.testing.assert_array_equal(np.flatnonzero(changed[1]), np.sort(written))
 
 
-@needs_interpret_mode
 @pytest.mark.parametrize(
     ("tokens", "num_heads", "num_kv_heads", "head_dim", "options"),
     [
@@ -295,21 +293,20 @@ def check(arguments: Arguments, num_heads: int) -> None:
     ],
 )
 def test_equals_the_reference(
-    tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, options: dict[str, Any]
+    execute: Execute, tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, options: dict[str, Any]
 ):
     rng = np.random.default_rng(tokens + num_heads)
-    check(random_arguments(rng, tokens, num_heads, num_kv_heads, head_dim, **options), num_heads)
+    check(execute, random_arguments(rng, tokens, num_heads, num_kv_heads, head_dim, **options), num_heads)
 
 
-@needs_interpret_mode
-def test_values_beyond_float16_saturate():
+def test_values_beyond_float16_saturate(execute: Execute):
     """Scales end at the largest float16, and so far out of range the rounding trick must not be fooled."""
     rng = np.random.default_rng(1)
     arguments = random_arguments(rng, 4, 2, 1, 64, kv_groups=2, kv_rope="pre", dtype=F32)
     qkv = np.array(arguments.qkv).reshape(4, 4, 64)
     qkv[0, 2:], qkv[1, 2:], qkv[3, 2:] = 1e30, -3e38, 1e-30
     qkv[0, 3, :3] = -1e9, 5e5, 0
-    check(arguments._replace(qkv=jnp.asarray(qkv.reshape(4, -1))), 2)
+    check(execute, arguments._replace(qkv=jnp.asarray(qkv.reshape(4, -1))), 2)
 
 
 @pytest.mark.parametrize("half", [32, 64])

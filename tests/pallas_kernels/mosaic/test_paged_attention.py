@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,13 +13,13 @@ import pytest
 from bench.shapes import MODELS, LayerShape
 from pallas_kernels import PagedKVCache, paged_attention, roofline, use_implementation
 from pallas_kernels.dispatch import record_choices
-from pallas_kernels.paged_attention import fragments, mosaic_sm90, reference
+from pallas_kernels.kv_append.reference import quantize_kv
+from pallas_kernels.paged_attention import mosaic_sm90, reference
 from pallas_kernels.paged_attention.cost import cost
 from tests.pallas_kernels import bridge, oracle
-from tests.pallas_kernels.mosaic import warp_model
 from tests.pallas_kernels.mosaic.support import (
+    Execute,
     compile_and_check,
-    interpreted,
     needs_cuda_compiler,
     needs_interpret_mode,
 )
@@ -125,10 +124,13 @@ def make_arguments(
     return q, cache, jnp.int32(LAYER), jnp.asarray(lengths, jnp.int32)[:, None] - 1
 
 
-def check_numerics(arguments: tuple[jax.Array, PagedKVCache, jax.Array, jax.Array], tolerance: float) -> None:
+def check_numerics(
+    execute: Execute, arguments: tuple[jax.Array, PagedKVCache, jax.Array, jax.Array], tolerance: float
+) -> None:
     """Against the reference in float32, each sequence on its own."""
     q, cache, layer, positions = arguments
-    actual = interpreted(attend, q, cache, layer, positions)
+    # Queries are padded to eight by whatever shared memory held.
+    actual = execute(attend, q, cache, layer, positions, may_be_unwritten=True)
     assert actual.dtype == q.dtype and actual.shape == q.shape
     actual = np.asarray(actual, np.float32)
     assert np.isfinite(actual).all()
@@ -143,7 +145,6 @@ def check_numerics(arguments: tuple[jax.Array, PagedKVCache, jax.Array, jax.Arra
 TOLERANCE = {"int4": 2.2e-3, "int4x2": 2.2e-3, "bfloat16": 4e-3}
 
 
-@needs_interpret_mode
 @pytest.mark.parametrize(
     ("dtype", "heads", "kv_heads", "head_dim", "splits"),
     [
@@ -157,17 +158,22 @@ TOLERANCE = {"int4": 2.2e-3, "int4x2": 2.2e-3, "bfloat16": 4e-3}
     ],
 )
 def test_numerics(
-    dtype: str, heads: int, kv_heads: int, head_dim: int, splits: int, monkeypatch: pytest.MonkeyPatch
+    execute: Execute,
+    dtype: str,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    splits: int,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     config = mosaic_sm90.Config(splits=splits, stages=2)
     monkeypatch.setattr(mosaic_sm90, "heuristics", lambda *_: config)
     rng = np.random.default_rng(heads + head_dim)
-    check_numerics(make_arguments(rng, dtype, heads, kv_heads, head_dim, LENGTHS), TOLERANCE[dtype])
+    check_numerics(execute, make_arguments(rng, dtype, heads, kv_heads, head_dim, LENGTHS), TOLERANCE[dtype])
 
 
-@needs_interpret_mode
 @pytest.mark.parametrize("dtype", ["int4x2", "bfloat16"])
-def test_shared_pages(dtype: str):
+def test_shared_pages(execute: Execute, dtype: str):
     """Sequences with a common prefix, as the engine shares them, one of them as long as the ring."""
     q, cache, layer, positions = make_arguments(
         np.random.default_rng(5), dtype, 2, 1, 64, [4 * PAGE, 3 * PAGE + 1, 2 * PAGE]
@@ -175,11 +181,10 @@ def test_shared_pages(dtype: str):
     tables = np.array(cache.block_tables)
     tables[1, :2] = tables[2, :2] = tables[0, :2]
     cache = dataclasses.replace(cache, block_tables=jnp.asarray(tables))
-    check_numerics((q, cache, layer, positions), TOLERANCE[dtype])
+    check_numerics(execute, (q, cache, layer, positions), TOLERANCE[dtype])
 
 
-@needs_interpret_mode
-def test_large_and_distant_scores():
+def test_large_and_distant_scores(execute: Execute):
     """Scores of several hundred, the greatest of them in the first page, then in the last."""
     rng = np.random.default_rng(6)
     q, cache, layer, positions = make_arguments(rng, "bfloat16", 1, 1, 64, [3 * PAGE, 3 * PAGE])
@@ -187,7 +192,68 @@ def test_large_and_distant_scores():
     k_pages = cache.k_pages.at[LAYER, first, 0, 3].set(40 * q[0, 0, 0])
     k_pages = k_pages.at[LAYER, last, 0, 60].set(40 * q[1, 0, 0])
     cache = dataclasses.replace(cache, k_pages=k_pages)
-    check_numerics((q, cache, layer, positions), TOLERANCE["bfloat16"])
+    check_numerics(execute, (q, cache, layer, positions), TOLERANCE["bfloat16"])
+
+
+def attention_sink(
+    rng: np.random.Generator, nats: float, value_range: float, keys: int, kv_groups: int, head_dim: int
+) -> tuple[jax.Array, PagedKVCache, jax.Array, jax.Array]:
+    """One head whose first key has a logit ``nats`` above the others' and next to no value."""
+    q = jnp.asarray(rng.normal(size=head_dim), jnp.bfloat16)
+    k, v = rng.normal(size=(keys, head_dim)) * 0.1, rng.uniform(-0.5, 0.5, (keys, head_dim)) * value_range
+    direction = np.asarray(q, np.float64)
+    k[0], v[0] = direction / (direction @ direction) * nats * head_dim**0.5, 0.01 * v[0]
+    stored = []
+    for x in (k, v):
+        packed, scales, zeros = quantize_kv(jnp.asarray(x, jnp.float32), kv_groups)
+        blocks = (1, keys // PAGE, 1, PAGE)
+        stored.append(packed.reshape(*blocks, -1))
+        stored.append(jnp.concatenate([scales, zeros], -1).reshape(*blocks, -1).swapaxes(-1, -2))
+    tables = jnp.arange(keys // PAGE, dtype=jnp.int32)[None]
+    cache = PagedKVCache(stored[0], stored[2], stored[1], stored[3], tables, "post")
+    return q.reshape(1, 1, 1, -1), cache, jnp.int32(0), jnp.asarray([[keys - 1]], jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("nats", "value_range", "keys", "kv_groups", "head_dim"),
+    [
+        (8, 0.05, 8192, 2, 64),
+        (8, 300, 512, 2, 64),
+        (14, 0.05, 512, 1, 128),
+        (2, 1e-5, 512, 2, 128),  # scales at the bottom of float16 ...
+        (4, 15 * 60_000, 512, 1, 64),  # ... and at its top
+    ],
+)
+def test_weights_beside_an_attention_sink_keep_their_digits(
+    execute: Execute, nats: float, value_range: float, keys: int, kv_groups: int, head_dim: int
+):
+    """Weights times scales are float16, which ends at 65504 and at 6e-8."""
+    rng = np.random.default_rng(keys + head_dim)
+    arguments = attention_sink(rng, nats, value_range, keys, kv_groups, head_dim)
+    check_numerics(execute, arguments, TOLERANCE["int4"])
+
+
+def test_tokens_that_are_not_there_may_have_left_anything(execute: Execute):
+    """A page is not cleared when a sequence gets it: scales of earlier tokens must not reach the result."""
+    q, cache, layer, positions = make_arguments(np.random.default_rng(7), "int4x2", 2, 1, 64, [PAGE + 1])
+    page = cache.block_tables[0, 1]
+    assert cache.k_scales is not None and cache.v_scales is not None
+    k_scales, v_scales = (
+        x.at[LAYER, page, :, :, 1:].set(jnp.asarray(65504, jnp.float16))
+        for x in (cache.k_scales, cache.v_scales)
+    )
+    dirty = dataclasses.replace(cache, k_scales=k_scales, v_scales=v_scales)
+    check_numerics(execute, (q, dirty, layer, positions), TOLERANCE["int4"])
+    np.testing.assert_array_equal(
+        *(execute(attend, q, c, layer, positions, may_be_unwritten=True) for c in (cache, dirty))
+    )
+
+
+def test_queries_beyond_float16_are_clipped(execute: Execute):
+    """One channel decides: the softmax has one key either way, and no sum makes its rounding smaller."""
+    q, cache, layer, positions = make_arguments(np.random.default_rng(8), "int4x2", 2, 1, 64, [PAGE])
+    q = q.at[..., 5].set(3e5)
+    check_numerics(execute, (q, cache, layer, positions), 2**-8)
 
 
 def test_heuristics_fill_the_gpu_with_whole_pages():
@@ -232,79 +298,3 @@ def test_cost():
     assert counted.bf16_ops == 128 * 32 * 2048 * 4 * 128
     assert roofline.seconds(counted, roofline.H200) == counted.bytes / 4.8e12
     assert cost(128, 32, 8, 128, 2048, 16, 0).bytes / counted.bytes > 3.5
-
-
-# The forms of ``fragments`` that interpret mode replaces, against those that replace them.
-
-
-def on_model(function: Callable[..., Any], *arguments: Any) -> Any:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        warp_model.install(monkeypatch)
-        return function(*arguments)
-
-
-def assert_forms_agree(function: Callable[..., Any], page: np.ndarray, *arguments: Any) -> None:
-    """``function`` of a page in shared memory and of arrays, as it compiles and as it is interpreted."""
-    actual = on_model(function, warp_model.page_ref(page), *arguments)
-    with use_implementation("mosaic_sm90", interpret=True):
-        expected = function(jnp.asarray(page), *arguments)
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert np.linalg.norm(a) > 0
-        np.testing.assert_allclose(a, np.asarray(e), rtol=1e-4, atol=1e-5 * np.abs(a).max())
-
-
-@pytest.mark.parametrize("queries", [8, 16])
-@pytest.mark.parametrize("head_dim", [64, 128])
-class TestInstructions:
-    def test_int4(self, head_dim: int, queries: int):
-        rng, half = np.random.default_rng(0), head_dim // 2
-        page = rng.integers(0, 256, (PAGE, half), np.uint8)
-        low, high = rng.normal(size=(2, queries, half)).astype(np.float16)
-        assert_forms_agree(fragments.int4_scores, page, low, high)
-        tiles: Any = tuple(rng.normal(size=(head_dim // 16, PAGE, queries)).astype(np.float32) * 1e-6)
-        weights = tuple(rng.uniform(size=(2, PAGE, queries)).astype(np.float16))
-        add = lambda v_smem, *rest: fragments.accumulate_int4(tiles, v_smem, *rest)  # noqa: E731
-        assert_forms_agree(add, page, weights)
-        assert_forms_agree(add, page, weights[:1])
-
-    def test_bfloat16(self, head_dim: int, queries: int):
-        rng, bf16 = np.random.default_rng(1), jnp.bfloat16
-        page = rng.normal(size=(PAGE, head_dim)).astype(bf16)
-        assert_forms_agree(fragments.float_scores, page, rng.normal(size=(queries, head_dim)).astype(bf16))
-        tiles: Any = tuple(rng.normal(size=(head_dim // 16, PAGE, queries)).astype(np.float32))
-        weights = rng.uniform(size=(PAGE, queries)).astype(bf16)
-        add = lambda v_smem, p: fragments.accumulate_float(tiles, v_smem, p)  # noqa: E731
-        assert_forms_agree(add, page, weights)
-
-    def test_rows(self, head_dim: int, queries: int):
-        rng = np.random.default_rng(2)
-        scores = rng.normal(size=(PAGE, queries)).astype(np.float32)
-        greatest = on_model(fragments.warp_max, scores)
-        rows = np.repeat(scores.reshape(4, 16, queries).max(axis=1), 16, axis=0)
-        np.testing.assert_array_equal(greatest, rows)
-        np.testing.assert_array_equal(on_model(fragments.same_in_warp, rows), rows)
-        q = rng.normal(size=(queries, head_dim)).astype(np.float16)
-        sums = np.tile(q.astype(np.float32).sum(axis=1), (PAGE, 1))
-        np.testing.assert_allclose(on_model(fragments.query_sums, q), sums, rtol=1e-4, atol=1e-4)
-
-    @pytest.mark.parametrize("quantized", [False, True])
-    def test_stored_tiles(self, head_dim: int, queries: int, quantized: bool):
-        """What is stored is what was summed: values times weights of one, channel by channel."""
-        rng = np.random.default_rng(3)
-        zeros: Any = (np.zeros((PAGE, queries), np.float32),) * (head_dim // 16)
-        weights = np.ones((PAGE, queries), np.float16 if quantized else jnp.bfloat16)
-        if quantized:
-            page = rng.integers(0, 256, (PAGE, head_dim // 2), np.uint8)
-            values = np.concatenate([(page & 15) * fragments.LOW_UNIT, (page >> 4) * fragments.HIGH_UNIT], 1)
-            add = lambda page, p: fragments.accumulate_int4(zeros, page, (p,))  # noqa: E731
-        else:
-            page = rng.integers(0, 8, (PAGE, head_dim)).astype(jnp.bfloat16)
-            values = page.astype(np.float32)
-            add = lambda page, p: fragments.accumulate_float(zeros, page, p)  # noqa: E731
-        tiles = on_model(add, warp_model.page_ref(page), weights)
-        shape = (fragments.NUM_WARPS, queries, head_dim)
-        out = warp_model.Ref(shape, np.float32, np.zeros(4 * np.prod(shape), np.uint8), shape)
-        on_model(lambda: fragments.store_tiles(out, tiles, quantized=quantized))
-        sums = values.reshape(4, 16, head_dim).sum(axis=1)
-        stored = out.image.view(np.float32).reshape(shape)
-        np.testing.assert_allclose(stored, np.repeat(sums[:, None], queries, axis=1), rtol=1e-6)

@@ -17,10 +17,9 @@ from pallas_kernels.prefill_attention.gather import gather
 from tests.pallas_kernels import bridge, oracle
 from tests.pallas_kernels.mosaic.support import (
     TMA_STORE,
+    Execute,
     compile_and_check,
-    interpreted,
     needs_cuda_compiler,
-    needs_interpret_mode,
 )
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -100,7 +99,6 @@ def make_cache(
     return cache, tuple(map(jnp.asarray, oracle.rope_table(np.arange(blocks * page_size), head_dim)))
 
 
-@needs_interpret_mode
 @pytest.mark.parametrize(
     ("dtype", "kv_rope", "head_dim", "page_size", "key_block"),
     [
@@ -111,7 +109,7 @@ def make_cache(
         ("float32", "pre", 128, 8, 8),
     ],
 )
-def test_gathers(dtype: str, kv_rope: str, head_dim: int, page_size: int, key_block: int):
+def test_gathers(execute: Execute, dtype: str, kv_rope: str, head_dim: int, page_size: int, key_block: int):
     """Every key and value a query can see, one by one through the tables; the last key block is full."""
     rng = np.random.default_rng(page_size)
     lengths, blocks = [1, page_size, 2 * page_size + 3], 3
@@ -125,7 +123,7 @@ def test_gathers(dtype: str, kv_rope: str, head_dim: int, page_size: int, key_bl
     def gathered(cache, positions, key_rope):
         return gather(cache, jnp.int32(1), positions, key_rope, stride=1, step=key_block, num_keys=num_keys)
 
-    k, v = interpreted(gathered, bridge.cache(cache), jnp.asarray(positions, jnp.int32), key_rope)
+    k, v = execute(gathered, bridge.cache(cache), jnp.asarray(positions, jnp.int32), key_rope)
     assert k.shape == v.shape == (3, num_keys, 2, head_dim)
     angles = oracle.rope_table(np.arange(num_keys), head_dim)
     for sequence, length in enumerate(lengths):
@@ -141,7 +139,6 @@ def test_gathers(dtype: str, kv_rope: str, head_dim: int, page_size: int, key_bl
         assert np.isfinite(np.asarray(v[sequence, : whole[sequence]], np.float32)).all()
 
 
-@needs_interpret_mode
 @pytest.mark.parametrize(
     ("dtype", "kv_rope", "heads", "head_dim", "page_size", "lengths", "seq"),
     [
@@ -151,7 +148,14 @@ def test_gathers(dtype: str, kv_rope: str, head_dim: int, page_size: int, key_bl
     ],
 )
 def test_equals_the_oracle(
-    dtype: str, kv_rope: str, heads: int, head_dim: int, page_size: int, lengths: list[int], seq: int
+    execute: Execute,
+    dtype: str,
+    kv_rope: str,
+    heads: int,
+    head_dim: int,
+    page_size: int,
+    lengths: list[int],
+    seq: int,
 ):
     rng = np.random.default_rng(seq)
     blocks = -(-max(lengths) // page_size)
@@ -166,7 +170,7 @@ def test_equals_the_oracle(
         return attend(q, cache, jnp.int32(1), positions, key_rope)
 
     with dispatch.record_choices() as choices:
-        out = interpreted(attend_layer, q, bridge.cache(cache), jnp.asarray(positions, jnp.int32), key_rope)
+        out = execute(attend_layer, q, bridge.cache(cache), jnp.asarray(positions, jnp.int32), key_rope)
     assert [(choice.op, choice.implementation) for choice in choices] == [
         ("prefill_attention", "mosaic_sm90")
     ]
@@ -178,8 +182,7 @@ def test_equals_the_oracle(
         assert error < 1e-2, sequence
 
 
-@needs_interpret_mode
-def test_other_tiles(monkeypatch: pytest.MonkeyPatch):
+def test_other_tiles(execute: Execute, monkeypatch: pytest.MonkeyPatch):
     """Steps of more keys than a page or a tile of queries has."""
     config = flash.Config(consumers=1, block_keys=128, stages=2)
     monkeypatch.setattr(mosaic_sm90, "heuristics", lambda *_: config)
@@ -191,7 +194,7 @@ def test_other_tiles(monkeypatch: pytest.MonkeyPatch):
     def attend_layer(q, cache, positions):
         return attend(q, cache, jnp.int32(1), positions, None)
 
-    out = interpreted(attend_layer, q, bridge.cache(cache), jnp.asarray(positions, jnp.int32))
+    out = execute(attend_layer, q, bridge.cache(cache), jnp.asarray(positions, jnp.int32))
     expected = oracle.attention(q, cache, 1, positions)
     assert oracle.relative_error(np.asarray(out), expected) < 1e-2
 

@@ -21,10 +21,9 @@ from pallas_kernels.quantize.api import quantize
 from pallas_kernels.silu_quantize import cost as silu_cost
 from pallas_kernels.silu_quantize.api import silu_quantize
 from tests.pallas_kernels.mosaic.support import (
+    Execute,
     compile_and_check,
-    interpreted,
     needs_cuda_compiler,
-    needs_interpret_mode,
 )
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -139,46 +138,43 @@ def assert_close(actual: QuantizedActivation, expected: QuantizedActivation) -> 
         assert (a != b).mean() <= 1e-3 if a.size else True
 
 
-@needs_interpret_mode
 @pytest.mark.parametrize(("channels", "fmt", "dtype"), SMALL)
-def test_quantize_is_exact(channels: int, fmt: ActivationFormat, dtype: jnp.dtype) -> None:
+def test_quantize_is_exact(execute: Execute, channels: int, fmt: ActivationFormat, dtype: jnp.dtype) -> None:
     x = jnp.asarray(hostile_rows(3, channels, dtype))
-    assert_equal(interpreted(lambda x: quantize(x, fmt), x), jax.jit(lambda x: quantize(x, fmt))(x))
+    assert_equal(execute(lambda x: quantize(x, fmt), x), jax.jit(lambda x: quantize(x, fmt))(x))
 
 
-@needs_interpret_mode
 @pytest.mark.parametrize(("channels", "fmt", "dtype"), SMALL[2:4])
-def test_reordered_quantize_is_exact(channels: int, fmt: ActivationFormat, dtype: jnp.dtype) -> None:
+def test_reordered_quantize_is_exact(
+    execute: Execute, channels: int, fmt: ActivationFormat, dtype: jnp.dtype
+) -> None:
     x = jnp.asarray(hostile_rows(3, channels, dtype))
     indices = jnp.asarray(np.random.default_rng(0).permutation(channels), jnp.int32)
-    assert_equal(interpreted(lambda x, i: quantize(x, fmt, i), x, indices), quantize(x, fmt, indices))
+    assert_equal(execute(lambda x, i: quantize(x, fmt, i), x, indices), quantize(x, fmt, indices))
 
 
-@needs_interpret_mode
 @pytest.mark.parametrize("rows", [1, 130])
-def test_any_number_of_rows(rows: int) -> None:
+def test_any_number_of_rows(execute: Execute, rows: int) -> None:
     fmt = ActivationFormat(128, 32, 0.9)
     x = jnp.asarray(hostile_rows(rows, 160, BF16))
-    assert_equal(interpreted(lambda x: quantize(x, fmt), x), quantize(x, fmt))
+    assert_equal(execute(lambda x: quantize(x, fmt), x), quantize(x, fmt))
 
 
-@needs_interpret_mode
 @pytest.mark.parametrize(("channels", "fmt", "dtype"), SMALL)
-def test_silu_quantize(channels: int, fmt: ActivationFormat, dtype: jnp.dtype) -> None:
+def test_silu_quantize(execute: Execute, channels: int, fmt: ActivationFormat, dtype: jnp.dtype) -> None:
     rng = np.random.default_rng(0)
     gate_up = rng.normal(size=(3, 2 * channels)) * 10.0 ** rng.integers(-3, 3, (3, 2 * channels))
     gate_up[1, :channels] = -1000  # a sigmoid of 0, whose exponential overflows
     gate_up = jnp.asarray(gate_up, dtype)
-    actual = interpreted(lambda x: silu_quantize(x, fmt), gate_up)
+    actual = execute(lambda x: silu_quantize(x, fmt), gate_up)
     assert_close(actual, jax.jit(lambda x: silu_quantize(x, fmt))(gate_up))
     assert not np.asarray(actual.body)[1].any()
 
 
-@needs_interpret_mode
 @pytest.mark.parametrize(("residual", "reorder"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize(("channels", "fmt", "dtype"), SMALL)
 def test_norm_quantize(
-    channels: int, fmt: ActivationFormat, dtype: jnp.dtype, residual: bool, reorder: bool
+    execute: Execute, channels: int, fmt: ActivationFormat, dtype: jnp.dtype, residual: bool, reorder: bool
 ) -> None:
     rng = np.random.default_rng(channels)
     weight_dtype = F32 if residual else BF16
@@ -193,7 +189,7 @@ def test_norm_quantize(
     def function(x, weight, r):
         return norm_quantize(x, weight, eps=1e-5, fmt=fmt, residual=r if residual else None, indices=indices)
 
-    actual, new_residual = interpreted(function, x, weight, r)
+    actual, new_residual = execute(function, x, weight, r)
     expected, expected_residual = function(x, weight, r)
     assert_close(actual, expected)
     np.testing.assert_array_equal(
