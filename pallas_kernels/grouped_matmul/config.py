@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 from pallas_kernels.mosaic import MAX_SMEM_BYTES, NUM_SMS
 from pallas_kernels.qarrays import PACK_TILE
@@ -84,12 +85,21 @@ def candidates(m: int, n: int, k: int, group_size: int) -> list[Config]:
     found = [
         Config(size, warpgroups, stages, sharers=sharers)
         for size in (tokens, tokens // 2)
-        for warpgroups in range(2, min(_MOST_WARPGROUPS.get(size, 4), 3) + 1)
+        for warpgroups in _warpgroups(n, range(2, min(_MOST_WARPGROUPS.get(size, 4), 3) + 1))
         for stages in (4, 6)
         for sharers in (1, 2, 4)
         if -(-n // (warpgroups * ROWS)) % sharers == 0
     ]
     return [config for config in found if config.smem_bytes <= MAX_SMEM_BYTES]
+
+
+def _warpgroups(n: int, sizes: Iterable[int]) -> list[int]:
+    """Those of the sizes, at most as many as there are output channels for.
+
+    One more would not only be idle: with 64 output channels the compiler takes the index of its tile for
+    that of the only tile there is, and two warpgroups would write to it.
+    """
+    return sorted({min(size, n // ROWS) for size in sizes})
 
 
 def _tokens(m: int, group_size: int) -> int:
@@ -107,16 +117,17 @@ def _prefill(n: int, tokens: int) -> Config:
     about 25. Four CTAs that multicast their tokens need 23. With 128 tokens a thread has 164 registers: three
     warpgroups fit without setmaxnreg, which jax 0.12 ignores.
     """
-    tiles = -(-n // (2 * ROWS))
+    (warpgroups,) = _warpgroups(n, [2])
+    tiles = -(-n // (warpgroups * ROWS))
     sharers = next(size for size in (4, 2, 1) if tiles % size == 0)
-    return Config(tokens, warpgroups=2, stages=4, sharers=sharers)
+    return Config(tokens, warpgroups, stages=4, sharers=sharers)
 
 
 def _decode(tokens: int, n: int, k: int) -> list[Config]:
     """Bound by the weights' bytes: all that fit, the cheapest first."""
     found = [
         Config(tokens, warpgroups, stages, splits, sharers)
-        for warpgroups in sorted({2, _MOST_WARPGROUPS.get(tokens, 4)})
+        for warpgroups in _warpgroups(n, [2, _MOST_WARPGROUPS.get(tokens, 4)])
         for stages in (8, 4)
         for splits in (1, 2, 3, 4, 6, 8)
         for sharers in ((1, 2) if tokens >= 64 else (1,))

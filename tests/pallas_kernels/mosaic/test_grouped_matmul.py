@@ -12,7 +12,7 @@ import pytest
 from bench.shapes import DECODE_ROWS, MODELS, PREFILL_ROWS
 from pallas_kernels import QuantizedActivation, QuantizedWeight, grouped_matmul, use_implementation
 from pallas_kernels.grouped_matmul import mosaic_sm90
-from pallas_kernels.grouped_matmul.config import Config, heuristics
+from pallas_kernels.grouped_matmul.config import Config, candidates, heuristics
 from pallas_kernels.mosaic import MAX_SMEM_BYTES, NUM_SMS
 from pallas_kernels.qarrays import PACK_TILE, num_tiles
 from tests.pallas_kernels import bridge, oracle
@@ -211,6 +211,14 @@ def test_scales_beyond_the_last_group_are_never_used(execute: Execute, num_outli
         lambda x, w: grouped_matmul(x, w, out_dtype=jnp.float32), bridge.activation(x), bridge.weight(w)
     )
     assert oracle.relative_error(y, expected) < 1e-6
+
+
+@pytest.mark.parametrize("m", [1, 64, 4096])
+@pytest.mark.parametrize("n", [64, 192])
+def test_no_warpgroup_is_without_output_channels(m: int, n: int):
+    """Else two of them write to one tile where there is but one, as the emulator's races have shown."""
+    assert heuristics(m, n, 4096, 128).channels <= n
+    assert all(config.channels <= n for config in candidates(m, n, 4096, 128))
 
 
 def test_configurations_of_real_layers():
