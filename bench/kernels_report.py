@@ -24,6 +24,7 @@ from pallas_kernels.grouped_matmul.config import STEP_BYTES
 from pallas_kernels.mosaic import NUM_SMS
 from pallas_kernels.qarrays import num_tiles
 from pallas_kernels.roofline import H200, seconds
+from tests.pallas_kernels.mosaic.samples import sample
 
 DOCS = Path(__file__).parents[1] / "docs" / "kernels.md"
 # An SM issues one instruction a clock for each of its four quarters; the clock under load is about this.
@@ -39,13 +40,14 @@ CKPT` prints what would run a checkpoint and with which tiles; `use_implementati
 
 This page is written by `make kernels-report`, which compiles each kernel for an H200 on a machine without a
 GPU (jax {jax}). Registers, shared memory and spills are the assembler's; instructions are counted in the
-disassembly; *roofline* is the time the call needs at the data sheet's 4.8 TB/s, 1979 TOP/s INT8 and 989
+disassembly; *executed* are CTAs whose PTX was run by an emulator, in two orders with equal bits, and how
+far their results are from the reference's, as a relative norm, "equal" meaning every bit; *roofline* is the time the call needs at the data sheet's 4.8 TB/s, 1979 TOP/s INT8 and 989
 TFLOP/s bfloat16; *issue* is the time in which {sms} SMs issue the counted instructions, one a clock and
 quarter at 1.75 GHz. **None of it is a measurement on a GPU**: `make gpu` makes those (see [gpu.md](gpu.md)).
 
-`make test-kernels` compiles kernels of all these shapes, asserts that nothing spills, uses local memory or
-serializes wgmma, and checks their numerics in GPU interpret mode; CI runs it with jax 0.11.2. Another jax:
-`make test-kernels KERNELS_JAX=0.12.0.1`. What was checked with which version is in [testing.md](testing.md).
+`make test-kernels` compiles and executes kernels of all these shapes, and asserts besides that nothing spills,
+uses local memory or serializes wgmma; CI runs it with jax 0.11.2. What that proves, what it does not, and what
+was checked with which version is in [testing.md](testing.md).
 
 A shape that models share is listed under the first of them.
 
@@ -58,6 +60,7 @@ class Row:
 
     case: cases.Case
     kernel: CompiledKernel
+    executed: str
     loop: int | None
     bytes: int
     roofline_us: float
@@ -104,7 +107,7 @@ def rows_of(case: cases.Case) -> list[Row]:
     """Compiles the case and reads its kernels."""
     with record_choices() as choices:
         _, kernels = compile_for_h200(case.call, *case.abstract_inputs, donate_argnums=case.donated)
-    work = cost(case)
+    work, samples = cost(case), {each.runs[0].name: each for each in sample(case)}
     rows = []
     for kernel in kernels:
         assert kernel.instructions is not None and kernel.ctas is not None, "no disassembler"
@@ -120,7 +123,9 @@ def rows_of(case: cases.Case) -> list[Row]:
             if kernel.name != "paged_attention":
                 warps -= 4  # the producer warpgroup only copies
         issue = executed * warps * kernel.ctas / (_ISSUE_SLOTS * NUM_SMS * _CLOCK_HZ)
-        rows.append(Row(case, kernel, loop, work.bytes, 1e6 * seconds(work, H200), 1e6 * issue))
+        run, error, _ = samples[kernel.name]
+        executed_ctas = f"{run[0].ctas}, {f'{error:.0e}' if error else 'equal'}"
+        rows.append(Row(case, kernel, executed_ctas, loop, work.bytes, 1e6 * seconds(work, H200), 1e6 * issue))
     return rows
 
 
@@ -128,8 +133,8 @@ def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
     lines = [
         "| Model | Shape | Kernel | Registers | Spills | SMEM, KB | CTAs an SM | CTAs | Instructions "
-        "| Main loop | MB | Roofline, µs | Issue, µs |",
-        "|---|---|---|" + "---:|" * 10,
+        "| Main loop | Executed | MB | Roofline, µs | Issue, µs |",
+        "|---|---|---|" + "---:|" * 11,
     ]
     for row in rows:
         kernel = row.kernel
@@ -145,6 +150,7 @@ def table(rows: list[Row]) -> str:
             kernel.ctas,
             kernel.instructions.counts.total(),
             row.loop or "",
+            row.executed,
             f"{row.bytes / 1e6:.2f}",
             f"{row.roofline_us:.1f}",
             f"{row.issue_us:.1f}",

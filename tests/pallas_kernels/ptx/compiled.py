@@ -29,6 +29,7 @@ class Compiled:
     Attributes:
       ptx: the text of the PTX.
       host: the host function that launches it.
+      machine: what the assembler made of it.
       outs: the results' shapes and dtypes (a pytree of ``jax.ShapeDtypeStruct``).
       seconds: that compiling took.
     """
@@ -36,6 +37,7 @@ class Compiled:
     name: str
     ptx: str
     host: str
+    machine: aot.CompiledKernel
     outs: Any
     seconds: float
 
@@ -85,7 +87,7 @@ def _compile(function: Callable[..., Any], name: str, shapes: Sequence[jax.Shape
     if key in _compiled:
         return _compiled[key]
     start = time.perf_counter()
-    aot.compile_for_h200(function, *shapes)
+    _, kernels = aot.compile_for_h200(function, *shapes)
     texts = list(Path(aot.DUMPS).glob("*.ptx"))
     if len(texts) != 1:
         raise Unsupported(
@@ -93,7 +95,9 @@ def _compile(function: Callable[..., Any], name: str, shapes: Sequence[jax.Shape
             "process compiled before is not dumped again"
         )
     log = texts[0].with_suffix(".mlir-passes.log").read_text(errors="replace")
-    made = Compiled(name, texts[0].read_text(), host_function(log), outs, time.perf_counter() - start)
+    made = Compiled(
+        name, texts[0].read_text(), host_function(log), kernels[0], outs, time.perf_counter() - start
+    )
     if key is not None:
         _compiled[key] = made
     return made

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.aot.compile import CompiledKernel
 from pallas_kernels import mosaic, use_implementation
 from tests.pallas_kernels.ptx.compiled import Compiled, compile_kernel
-from tests.pallas_kernels.ptx.errors import EmulationError, LaunchError
+from tests.pallas_kernels.ptx.errors import EmulationError, LaunchError, OrderDependence
 from tests.pallas_kernels.ptx.host import recover_launch
 from tests.pallas_kernels.ptx.machine import Machine
 from tests.pallas_kernels.ptx.memory import Buffer, Global
@@ -31,6 +32,7 @@ class Run:
       instructions: executed, of warps.
       ctas: that ran.
       kernel: its PTX, parsed.
+      machine: what the assembler made of that.
       covered: of each instruction, whether some warp executed it.
       written_outputs: of each array of the result, which elements were written, all their bytes.
       unwritten: bytes of outputs that the kernel left alone, by the buffer's name.
@@ -43,6 +45,7 @@ class Run:
     instructions: int
     ctas: int
     kernel: Kernel
+    machine: CompiledKernel
     covered: np.ndarray
     written_outputs: list[np.ndarray]
     unwritten: dict[str, int]
@@ -52,7 +55,7 @@ class Run:
 
 @contextlib.contextmanager
 def emulated(
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     *,
     eager: float | None = None,
     may_be_unwritten: bool = False,
@@ -65,7 +68,8 @@ def emulated(
     Results of jitted functions must be waited for (``jax.block_until_ready``) within the context.
 
     Args:
-      seed: of the order in which warps run and copies happen.
+      seed: of the order in which warps run and copies happen. Of several, each launch runs once for each of
+        them, and the result is that of the first.
       eager: how likely an asynchronous copy is done before the next warp runs; None: drawn from the seed.
       may_be_unwritten: ordinary loads may read shared memory that nobody wrote.
       clusters: run only so many clusters of each grid, the same for all seeds.
@@ -76,10 +80,11 @@ def emulated(
       The launches so far.
 
     Raises:
-      EmulationError: of a kernel; also where a jitted function raised another error because of it.
+      EmulationError: of a kernel; also where a jitted function raised another error because of it, and where
+        two seeds (over outputs that were filled with other bytes) give other results.
     """
-    how = {"seed": seed, "eager": eager, "may_be_unwritten": may_be_unwritten, "clusters": clusters}
-    emulator = _Emulator(how, fill, change_ptx)
+    how = {"eager": eager, "may_be_unwritten": may_be_unwritten, "clusters": clusters}
+    emulator = _Emulator([seed] if isinstance(seed, int) else list(seed), how, fill, change_ptx)
     try:
         with mosaic.launched_by(emulator), use_implementation("mosaic_sm90"):
             yield emulator.runs
@@ -96,8 +101,10 @@ def emulated(
 class _Emulator:
     """The launcher of ``mosaic.launched_by``: equal to itself only, so that jit traces anew for each."""
 
-    def __init__(self, how: dict[str, Any], fill: int, change_ptx: Callable[[str], str] | None):
-        self.how, self.fill, self.change_ptx = how, fill, change_ptx
+    def __init__(
+        self, seeds: list[int], how: dict[str, Any], fill: int, change_ptx: Callable[[str], str] | None
+    ):
+        self.seeds, self.how, self.fill, self.change_ptx = seeds, how, fill, change_ptx
         self.runs: list[Run] = []
         self.error: EmulationError | None = None
         self._lock = threading.Lock()
@@ -129,12 +136,35 @@ class _Emulator:
     def _run(self, compiled: Compiled, values: list[np.ndarray], refs: list[int]) -> list[np.ndarray]:
         with self._lock:
             try:
-                results, run = run_kernel(compiled, values, refs, self.fill, **self.how)
+                results, first = run_kernel(compiled, values, refs, self.fill, seed=self.seeds[0], **self.how)
+                self.runs.append(first)
+                for seed in self.seeds[1:]:
+                    again, run = run_kernel(compiled, values, refs, 0xFF ^ self.fill, seed=seed, **self.how)
+                    self.runs.append(run)
+                    _check_equal(compiled.name, (results, first), (again, run))
             except EmulationError as error:
                 self.error = self.error or error
                 raise
-            self.runs.append(run)
             return results
+
+
+def _check_equal(name: str, one: tuple[list[np.ndarray], Run], other: tuple[list[np.ndarray], Run]) -> None:
+    """The same elements were written, with the same bits."""
+    (results, run), (again, other_run) = one, other
+    everything = [np.ones(result.shape, bool) for result in results[len(run.written_outputs) :]]
+    for i, (a, b, written, also) in enumerate(
+        zip(
+            results,
+            again,
+            [*run.written_outputs, *everything],
+            [*other_run.written_outputs, *everything],
+            strict=True,
+        )
+    ):
+        same = (a.view(f"V{a.dtype.itemsize}") == b.view(f"V{b.dtype.itemsize}")) | ~written
+        if not (same & (written == also)).all():
+            at = tuple(map(int, np.argwhere(~same | (written != also))[0]))
+            raise OrderDependence(f"{name}: result {i} at {at}: seed {run.seed} gives {a[at]}, {other_run.seed} {b[at]}")
 
 
 def run_kernel(
@@ -177,6 +207,7 @@ def run_kernel(
         instructions=machine.executed,
         ctas=len(list(machine.chosen_clusters())) * math.prod(launch.cluster),
         kernel=compiled.kernel,
+        machine=compiled.machine,
         covered=machine.covered,
         written_outputs=[_written(buffer, out) for buffer, out in zip(outputs, outs, strict=True)],
         unwritten={name: count for name, count in unwritten.items() if count},

@@ -37,3 +37,7 @@ class Deadlock(EmulationError):
 
 class LaunchError(EmulationError):
     """What the CUDA driver would refuse: a launch or a tensor map."""
+
+
+class OrderDependence(EmulationError):
+    """The result depends on the order in which warps run and copies happen, or on memory nobody wrote."""

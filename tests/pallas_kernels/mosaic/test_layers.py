@@ -1,0 +1,72 @@
+"""Every op at the shapes of real layers: its machine code, and what some clusters compute when executed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from bench import cases
+from bench.cases import Case
+from bench.shapes import DECODE_ROWS, MODELS, PREFILL_ROWS
+from tests.pallas_kernels.mosaic.samples import Sample, sample
+from tests.pallas_kernels.mosaic.support import (
+    TMA_STORE,
+    check_machine_code,
+    needs_cuda_compiler,
+    needs_updates_in_place,
+)
+
+pytestmark = [needs_cuda_compiler, needs_updates_in_place]
+
+# Opcodes of each kernel; "A|B": one of the two.
+CONTAINS = {
+    "grouped_matmul": ("IGMMA", "UTMALDG", "UTMASTG"),
+    "quantize_rows": ("UTMALDG|UBLKCP", TMA_STORE),
+    "quantize": ("UTMALDG|UBLKCP", TMA_STORE),
+    "silu_quantize": ("UTMALDG|UBLKCP", TMA_STORE),
+    "kv_append": ("UTMALDG", TMA_STORE),
+    "paged_attention": ("HMMA", "LDSM", "MOVM", "UTMALDG"),
+    "paged_attention_combine": (TMA_STORE,),
+    "flash_attention": ("HGMMA", "UTMALDG", "UTMASTG"),
+    "gather_pages": ("UTMALDG", TMA_STORE),
+}
+
+
+def real_cases() -> Iterator[Case]:
+    """Every op of every model, decode and prefill, INT4 and what else there is."""
+    for model, layer in MODELS.items():
+        for rows in (*DECODE_ROWS, *PREFILL_ROWS):
+            for linear in layer.linears:
+                yield cases.matmul(model, linear, rows)
+        if model == "Llama-3-8B":  # w8a8
+            for rows in (*DECODE_ROWS, PREFILL_ROWS[-1]):
+                for linear in layer.linears:
+                    yield cases.matmul(model, linear, rows, bits=8)
+        for rows in (1, 64, 4096):
+            yield from (cases.norm(model, rows), cases.attention_output(model, rows), cases.silu(model, rows))
+            for kv_bits in (4, 16):
+                yield cases.append(model, rows, kv_bits)
+        for kv_bits in (4, 16):
+            yield cases.attention(model, 1, 1, 512, kv_bits)
+            yield cases.attention(model, 128, 1, 2048, kv_bits)
+            yield cases.attention(model, 1, 512, 2048, kv_bits)
+
+
+# Models share shapes; each call is executed once.
+CASES = {f"{case.op} {case.shape} {case.abstract_inputs}": case for case in reversed([*real_cases()])}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in reversed(CASES.values())])
+def test_executed(case: Case):
+    for kernel in sample(case, clusters=1 if case.op == "grouped_matmul" else 2):
+        check_kernel(case, kernel)
+
+
+def check_kernel(case: Case, kernel: Sample) -> None:
+    run = kernel.runs[0]
+    check_machine_code(run.machine, CONTAINS[run.name])
+    if run.name == "grouped_matmul" and "8-bit" in case.shape and run.machine.instructions is not None:
+        loop = run.machine.instructions.main_loop("IGMMA")  # one accumulator: nothing is rescaled in it
+        assert loop is not None and not loop.counts["I2FP"], loop
+    assert kernel.error <= kernel.limit, f"{run.name}: error {kernel.error:.1e}, allowed {kernel.limit:.1e}"

@@ -1,0 +1,51 @@
+"""Whole steps of a small model: the kernels of two layers executed, each on what the one before it wrote."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+
+from atom_jax.config import ModelConfig, preset
+from bench.gpu.random_model import random_params
+from tests.cuda import support, test_model
+from tests.pallas_kernels.mosaic.support import needs_cuda_compiler, needs_updates_in_place
+from tests.pallas_kernels.ptx import emulate
+
+BATCH, PROMPT, NEW_TOKENS = 2, 80, 3
+
+
+def small_model(architecture: str, num_kv_heads: int) -> ModelConfig:
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_layers=2,
+        num_heads=6,
+        num_kv_heads=num_kv_heads,
+        head_dim=64,
+        max_position_embeddings=256,
+        qk_norm=architecture.startswith("Qwen3"),
+        quantization=preset("w4a4kv4", group_size=64, num_outliers=64, center_keys=True),
+    )
+
+
+@needs_cuda_compiler
+@needs_updates_in_place
+@pytest.mark.parametrize(("architecture", "num_kv_heads"), [("LlamaForCausalLM", 3), ("Qwen3ForCausalLM", 1)])
+def test_steps_equal_the_reference(architecture: str, num_kv_heads: int):
+    """Two chunks of a prompt, then tokens one by one: logits, and the tokens chosen by them."""
+    config = small_model(architecture, num_kv_heads)
+    params = random_params(config, support.key_of(architecture))
+    with emulate.emulated((0, 1), may_be_unwritten=True) as runs:  # queries are padded to eight
+        found = test_model.compare_greedy(
+            params, config, support.KERNELS, BATCH, PROMPT, NEW_TOKENS, architecture
+        )
+    assert found["differing"] <= BATCH * NEW_TOKENS // 2
+    steps, layers, seeds = 2 + NEW_TOKENS - 1, config.num_layers, 2
+    launches = collections.Counter(run.name for run in runs)
+    assert launches["grouped_matmul"] == 4 * steps * layers * seeds
+    assert launches["kv_append"] == steps * layers * seeds
+    assert launches["flash_attention"] == launches["gather_pages"] == 2 * layers * seeds
+    assert launches["paged_attention"] == (NEW_TOKENS - 1) * layers * seeds
