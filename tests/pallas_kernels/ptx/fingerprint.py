@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# Whose functions are read; those of jax do not change while a process runs.
+# Of whose functions the globals are read, too; those of jax do not change while a process runs.
 _READ = ("pallas_kernels", "tests", "atom_jax", "bench")
 
 
@@ -97,8 +97,6 @@ def _function(function: types.FunctionType, seen: set[int]) -> str:
     code = function.__code__
     cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
     parts = [f"{function.__module__}.{function.__qualname__}", _text(code, seen)]
-    if function.__module__.split(".")[0] not in _READ:
-        return parts[0]
     for name, cell in cells.items():
         try:
             value = cell.cell_contents
@@ -108,8 +106,13 @@ def _function(function: types.FunctionType, seen: set[int]) -> str:
         parts.append(f"{name} = {'itself' if value is function else _text(value, seen)}")
     for value in (function.__defaults__, function.__kwdefaults__):
         parts.append(_text(value, seen))
-    for name in code.co_names:
-        value = function.__globals__.get(name)
+    if function.__module__.split(".")[0] not in _READ:
+        return "\n".join(parts)
+    names = [function.__globals__.get(name) for name in code.co_names]
+    for module in names:
+        if isinstance(module, types.ModuleType) and module.__name__.split(".")[0] in _READ:
+            names = names + [getattr(module, name, None) for name in code.co_names]
+    for value in names:
         if isinstance(value, (int, float, str, tuple, np.generic, types.FunctionType)):
-            parts.append(f"{name} = {_text(value, seen)}")
+            parts.append(_text(value, seen))
     return "\n".join(parts)

@@ -283,7 +283,10 @@ class _Body:
         if found[0].split(".")[0] == "bra":
             operands: tuple[Any, ...] = (Label(rest, tuple(self.blocks)),)
         else:
-            operands = tuple(self._operand(part) for part in _split(rest))
+            try:
+                operands = tuple(self._operand(part) for part in _split(rest))
+            except (ValueError, AttributeError) as error:
+                raise Unsupported(f"line {line} `{shown}`: {error}") from error
         i = Instruction(len(self.instructions), found[0], operands, guard, negated, line, shown, self.source)
         self.instructions.append(i)
 
@@ -292,7 +295,7 @@ class _Body:
             if name in scope:
                 return scope[name]
         if not re.match(r"%?[$\w.]+$", name):
-            raise Unsupported(f"line {self._line()}: operand `{name}`")
+            raise ValueError(f"operand `{name}`")
         return Special(name[1:]) if name.startswith("%") else Symbol(name)
 
     def _operand(self, text: str) -> Any:
