@@ -143,6 +143,7 @@ _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{", re.S)
 _LABEL = re.compile(r"([$\w]+)\s*:(?!:)")
 _NAME = re.compile(r"[a-z_]\w*(?:(?:::|\.)\w+)*")
+_LOCATION = re.compile(r"\.loc\s")
 _INTEGER = re.compile(r"(-?)(0[xX][0-9a-fA-F]+|0|[1-9]\d*)U?$")
 
 
@@ -222,7 +223,7 @@ class _Body:
         elif label := _LABEL.match(self.text, self.at):
             self.labels[self.blocks[-1] + label[1]] = len(self.instructions)
             self.at = label.end()
-        elif self.text.startswith(".loc", self.at):
+        elif _LOCATION.match(self.text, self.at):
             end = self.text.index("\n", self.at)
             _, file, row, *_ = self.text[self.at : end].split()
             if row != "0":
