@@ -259,7 +259,7 @@ def _wait(i: Instruction, code: Code, read: str | None) -> Execute:
         groups = w.groups[: max(0, len(w.groups) - keep)]
         must = [pending for group in groups for pending in group]
         if not all(pending.done for pending in must):
-            w.wait(lambda: all(pending.done for pending in must), "its bulk stores")
+            w.wait(lambda: all(pending.done for pending in must), lambda: "its bulk stores")
             return RETRY
         for pending in must:
             assert pending.reads is not None and pending.writes is not None

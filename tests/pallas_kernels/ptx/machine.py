@@ -175,7 +175,7 @@ class Warp:
         self.others: list[tuple[int, np.ndarray]] = []
         self.exited = False
         self.waiting: Callable[[], bool] | None = None
-        self.why = ""
+        self.why: Callable[[], str] = str
         self.unfenced: list[Place] = []  # stores that fence.proxy.async has not been executed for
         self.copies: list[tuple[int, Pending]] = []  # bulk stores not yet in a group, by lane
         self.groups: list[list[Pending]] = []
@@ -189,7 +189,8 @@ class Warp:
             value = np.where(self.mask, value, np.zeros_like(value) if old is None else old)
         self.R[register] = value
 
-    def wait(self, condition: Callable[[], bool], why: str) -> None:
+    def wait(self, condition: Callable[[], bool], why: Callable[[], str]) -> None:
+        """Does not go on until ``condition``; ``why`` says what it waits for."""
         self.waiting, self.why = condition, why
 
     def together(self) -> None:
@@ -357,7 +358,7 @@ class Machine:
             if pending and (not ready or random() < self.eager):
                 self._finish(pending.pop(int(random() * len(pending))))
             elif not ready:
-                waits = "\n".join(f"  {w.actor.name} at {self.where(w.pc)}: {w.why}" for w in warps)
+                waits = "\n".join(f"  {w.actor.name} at {self.where(w.pc)}: {w.why()}" for w in warps)
                 raise Deadlock(f"{self.kernel.name}: deadlock, all that are left wait:\n{waits}")
             else:
                 warp = ready[int(random() * len(ready))]

@@ -109,7 +109,12 @@ def test_modules_of_another_form():
 
 
 def test_registers_hold_nothing_before_they_are_written():
-    for text in ("add.s32 %r1, %r2, 1;", "selp.b32 %r1, %r2, 1, %p0;", "mov.b32 %r1, %r2; not.b32 %r1, %r1;"):
+    for text in ("add.s32 %r1, %r2, 1;", "selp.b32 %r1, %r2, 1, %p0;", "mov.b32 %r1, %r2; not.b32 %r1, %r1;",
+                 "setp.eq.b32 %p1, %r2, 0;", "selp.b32 %r1, 1, 2, %p3;", "st.shared.b32 [smem], %r2;",
+                 "ld.shared.b32 %r1, [%r2];", "@%p3 mov.b32 %r1, 1;", "shfl.sync.idx.b32 %r1, %r2, 0, 31, -1;",
+                 "max.NaN.f32 %r1, %r2, %r2;", "min.u32 %r1, %r2, 1;", "mul.hi.u32 %r1, %r2, 3;",
+                 "cvt.u64.u32 %rd1, %r2;", "mov.b64 %rd1, {%r2, %r2};", "prmt.b32 %r1, %r2, 0, 0x5410U;",
+                 "bar.sync %r2;", "and.pred %p1, %p3, %p0;", "fma.rn.f32 %r1, %r2, %r2, %r2;"):  # fmt: skip
         with pytest.raises(RegisterFault, match="never written"):
             run(f"setp.eq.b32 %p0, 1, 1; {text}")
     run("setp.eq.b32 %p0, 1, 1; mov.b32 %r2, 1; selp.b32 %r1, %r2, 1, %p0;")
