@@ -109,7 +109,9 @@ class Translator:
         """An operand as numbers of type ``kind``."""
         if kind[0] in "bu":
             return self.held(operand, WIDTH[kind])
-        return f"{self.unsigned(operand, WIDTH[kind])}.view(np.{'float' if kind[0] == 'f' else 'int'}{kind[1:]})"
+        return (
+            f"{self.unsigned(operand, WIDTH[kind])}.view(np.{'float' if kind[0] == 'f' else 'int'}{kind[1:]})"
+        )
 
     def assignments(self, i: Instruction) -> list[tuple[int, str]] | None:
         """[(register, text)] of ``i``; None if it does more than compute.
@@ -230,7 +232,9 @@ def _extreme(t: Translator, sources: Any, operation: str, kind: str, bits: str) 
 
 
 @_translates(r"(?:(shl)\.b|(shr)\.([bsu]))(16|32|64)")
-def _shift(t: Translator, sources: Any, left: str | None, right: str | None, letter: str, bits: str) -> _Result:
+def _shift(
+    t: Translator, sources: Any, left: str | None, right: str | None, letter: str, bits: str
+) -> _Result:
     (a, by), width = sources, int(bits)
     signed = letter == "s"
     value = t.typed(a, f"{'s' if signed else 'u'}{bits}")

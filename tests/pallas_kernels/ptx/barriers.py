@@ -24,7 +24,7 @@ from tests.pallas_kernels.ptx.races import Actor, Clocks
 
 if TYPE_CHECKING:
     from tests.pallas_kernels.ptx.code import Code
-    from tests.pallas_kernels.ptx.machine import Warp
+    from tests.pallas_kernels.ptx.threads import Warp
 
 _MAX_COUNT = (1 << 20) - 1  # of an mbarrier's arrivals and of its bytes
 
@@ -218,7 +218,9 @@ def _fence_proxy(i: Instruction, code: Code) -> Execute:
     return run
 
 
-_ARRIVE = r"mbarrier\.arrive(\.expect_tx)?(?:\.release)?(?:\.(?:cta|cluster))?\.shared(?:::(?:cta|cluster))?\.b64"
+_ARRIVE = (
+    r"mbarrier\.arrive(\.expect_tx)?(?:\.release)?(?:\.(?:cta|cluster))?\.shared(?:::(?:cta|cluster))?\.b64"
+)
 
 
 @instruction(_ARRIVE)

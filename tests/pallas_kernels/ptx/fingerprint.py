@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 # Of whose functions the globals are read, too; those of jax do not change while a process runs.
 _READ = ("pallas_kernels", "tests", "atom_jax", "bench")
@@ -78,7 +79,7 @@ def _text(value: Any, seen: set[int]) -> str:
             return f"({', '.join(_text(part, seen) for part in value)})"
         case dict():
             return f"{{{', '.join(f'{key!r}: {_text(part, seen)}' for key, part in value.items())}}}"
-        case jax.core.Tracer():  # of a trace that is over: only its type can have been used
+        case Tracer():  # of a trace that is over: only its type can have been used
             return str(value.aval)
         case np.ndarray() | jax.Array():
             return f"{value.dtype}{value.shape} {hashlib.sha256(np.asarray(value).tobytes()).hexdigest()}"

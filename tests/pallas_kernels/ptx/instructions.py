@@ -13,7 +13,7 @@ from tests.pallas_kernels.ptx.parse import Address, Immediate, Instruction, Regi
 
 if TYPE_CHECKING:
     from tests.pallas_kernels.ptx.code import Code
-    from tests.pallas_kernels.ptx.machine import Warp
+    from tests.pallas_kernels.ptx.threads import Warp
 
 # Runs an instruction; returns None, the index of the next instruction, or one of the two below.
 Execute = Callable[["Warp"], Any]

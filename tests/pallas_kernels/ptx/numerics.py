@@ -136,9 +136,6 @@ def reciprocal_root(x: np.ndarray) -> np.ndarray:
     return 1 / np.sqrt(x)
 
 
-NAMES: dict[str, Any] = {
-    function.__name__: function
-    for function in (
-        fma, mul_hi, shift_left, shift_right, permute, logic, maximum, minimum, bfloat16, half, half_of_integer, halves, pack, approximate, reciprocal, reciprocal_root,
-    )
-}  # fmt: skip
+_FUNCTIONS = (fma, mul_hi, shift_left, shift_right, permute, logic, maximum, minimum, bfloat16, half)
+_FUNCTIONS += (half_of_integer, halves, pack, approximate, reciprocal, reciprocal_root)
+NAMES: dict[str, Any] = {function.__name__: function for function in _FUNCTIONS}

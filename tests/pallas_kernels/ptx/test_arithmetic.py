@@ -25,7 +25,7 @@ _EDGES += [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 2**-24, 2**-25,
 def floats(seed: int) -> np.ndarray:
     """Edge values, in another order for each seed, and ordinary ones."""
     rng = np.random.default_rng(seed)
-    return rng.permutation(np.float32([*_EDGES, *rng.normal(size=LANES - len(_EDGES))]))
+    return rng.permutation(np.array([*_EDGES, *rng.normal(size=LANES - len(_EDGES))], np.float32))
 
 
 def integers(seed: int, bits: int) -> np.ndarray:
@@ -91,7 +91,7 @@ def test_products(kind):
 @pytest.mark.parametrize("name", ["shl.b", "shr.u", "shr.s", "shr.b"])
 def test_shifts(name, bits):
     a = integers(4, bits)
-    by = np.resize(np.uint32([0, 1, bits - 1, bits, bits + 1, 5, 255, 2**32 - 1]), LANES)
+    by = np.resize(np.array([0, 1, bits - 1, bits, bits + 1, 5, 255, 2**32 - 1], np.uint32), LANES)
 
     def shift(x: int, count: int) -> int:
         if name == "shl.b":
@@ -125,9 +125,7 @@ def test_signs_and_complements():
     np.testing.assert_array_equal(compute("abs.f32 d, a;", x), x.view(np.uint32) & np.uint32(2**31 - 1))
 
 
-@pytest.mark.parametrize(
-    ("name", "function"), [("add", np.add), ("sub", np.subtract), ("mul", np.multiply)]
-)
+@pytest.mark.parametrize(("name", "function"), [("add", np.add), ("sub", np.subtract), ("mul", np.multiply)])
 def test_float_arithmetic(name, function):
     a, b = floats(1), floats(2)
     for rounding in ("", ".rn"):
@@ -178,13 +176,13 @@ def test_fma_is_rounded_once(a, b, c, cancels):
 
 def test_fma_where_float64_would_round_twice():
     # 1 + 2**-24 is a tie of float32; what makes it more, or less, is too small for float64.
-    a = np.float32([1 + 2**-12, 2**-12, 1, 2**-30, 2**-75, -(2**-75), 2**-76])
-    b = np.float32([1 + 2**-12, 2**-12, 1, 2**-30, 2**-75, 2**-75, 1.5 * 2**-73])
-    c = np.float32([2**-60, 1 + 2**-23, math.inf, 1 + 2**-23, 2**-149, 2**-149, -(2**-149)])
+    a = np.array([1 + 2**-12, 2**-12, 1, 2**-30, 2**-75, -(2**-75), 2**-76], np.float32)
+    b = np.array([1 + 2**-12, 2**-12, 1, 2**-30, 2**-75, 2**-75, 1.5 * 2**-73], np.float32)
+    c = np.array([2**-60, 1 + 2**-23, math.inf, 1 + 2**-23, 2**-149, 2**-149, -(2**-149)], np.float32)
     expected = [exact_fma(x, y, z) if np.isfinite(z) else math.inf for x, y, z in zip(a, b, c, strict=True)]
-    same_floats(fma(a, b, c), np.float32(expected))
+    same_floats(fma(a, b, c), np.array(expected, np.float32))
     lanes = [np.resize(x, LANES) for x in (a, b, c)]
-    same_floats(compute("fma.rn.f32 d, a, b, c;", *lanes), np.resize(np.float32(expected), LANES))
+    same_floats(compute("fma.rn.f32 d, a, b, c;", *lanes), np.resize(np.array(expected, np.float32), LANES))
     ordinary = [floats(k) for k in (9, 10, 11)]
     x, y, z = (v.astype(np.float64) for v in ordinary)
     infinite = ~np.isfinite(x * y + z)
@@ -193,7 +191,10 @@ def test_fma_where_float64_would_round_twice():
 
 
 @given(
-    hnp.arrays(np.uint32, LANES), hnp.arrays(np.uint32, LANES), hnp.arrays(np.uint32, LANES), st.integers(0, 255)
+    hnp.arrays(np.uint32, LANES),
+    hnp.arrays(np.uint32, LANES),
+    hnp.arrays(np.uint32, LANES),
+    st.integers(0, 255),
 )
 @settings(max_examples=20, deadline=None)
 def test_logic_tables(a, b, c, table):
@@ -211,13 +212,17 @@ def test_byte_permutations(a, b, selector):
         chosen = [(pool[pick >> 4 * k & 7], pick >> 4 * k & 8) for k in range(4)]
         return sum((255 * (byte >> 7) if sign else byte) << 8 * k for k, (byte, sign) in enumerate(chosen))
 
-    pools = [[*int(x).to_bytes(4, "little"), *int(y).to_bytes(4, "little")] for x, y in zip(a, b, strict=True)]
+    pools = [
+        [*int(x).to_bytes(4, "little"), *int(y).to_bytes(4, "little")] for x, y in zip(a, b, strict=True)
+    ]
     expected = [permuted(pool, int(pick)) for pool, pick in zip(pools, selector, strict=True)]
-    np.testing.assert_array_equal(compute("prmt.b32 d, a, b, c;", a, b, selector), np.uint32(expected))
+    np.testing.assert_array_equal(
+        compute("prmt.b32 d, a, b, c;", a, b, selector), np.array(expected, np.uint32)
+    )
     for pick in (0x5410, 0x7632, 0xBA98, 0x3340):
         expected = [permuted(pool, pick) for pool in pools]
         text = f"prmt.b32 d, a, b, 0x{pick:X}U;"
-        np.testing.assert_array_equal(compute(text, a, b), np.uint32(expected))
+        np.testing.assert_array_equal(compute(text, a, b), np.array(expected, np.uint32))
 
 
 @pytest.mark.parametrize("kind", ["u16", "s32", "u32", "u64", "s64", "f32"])
@@ -276,7 +281,9 @@ def test_conversions_of_bytes():
     np.testing.assert_array_equal(compute("cvt.u32.u8 d, a;", a), low.astype(np.uint32))
     expected = low.view(np.int8).astype(np.int32).view(np.uint32)
     np.testing.assert_array_equal(compute("cvt.s32.s8 d, a;", a), expected)
-    np.testing.assert_array_equal(compute("cvt.u8.u32 d, a;", integers(14, 32), bits=16), integers(14, 32) & 255)
+    np.testing.assert_array_equal(
+        compute("cvt.u8.u32 d, a;", integers(14, 32), bits=16), integers(14, 32) & 255
+    )
 
 
 def test_conversions_of_floats():

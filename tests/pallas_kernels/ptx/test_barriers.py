@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -63,7 +65,11 @@ def test_phases_of_an_mbarrier(count):
     for seed in range(4):
         run(head + "".join(step.format(at="smem", parity=k % 2) for k in range(3)), threads=64, seed=seed)
         with pytest.raises(Deadlock, match="parity 1, in phase 1"):
-            run(head + step.format(at="smem", parity=0) + WAIT.format(at="smem", parity=1), threads=64, seed=seed)
+            run(
+                head + step.format(at="smem", parity=0) + WAIT.format(at="smem", parity=1),
+                threads=64,
+                seed=seed,
+            )
 
 
 @pytest.mark.parametrize(
@@ -97,7 +103,9 @@ def test_an_mbarrier_is_used_before_others_can_know_of_it():
     head, arrive = INIT_MBARRIER.format(count=64), ARRIVE.format(1)
     for seed in range(4):
         run(head + arrive, threads=64, seed=seed)
-        with pytest.raises(BarrierFault, match="no barrier since its initialization|no mbarrier was initialized"):
+        with pytest.raises(
+            BarrierFault, match=r"no barrier since its initialization|no mbarrier was initialized"
+        ):
             run(head.replace("bar.sync 0;", "") + arrive, threads=64, seed=seed)
 
 
@@ -115,14 +123,14 @@ def test_arrivals_at_the_other_cta():
     head = INIT_MBARRIER.format(count=32)
     sync, wait = CLUSTER_SYNC.format(".relaxed"), WAIT.format(at="smem", parity=0)
     after = CLUSTER_SYNC.format("")
-    pair = {"grid": 2, "cluster": 2}
+    pair: dict[str, Any] = {"grid": 2, "cluster": 2}
     for seed in range(4):
         run(head + sync + REMOTE + wait + after, seed=seed, **pair)
         # The fence is what a relaxed barrier tells of, and the barrier what makes it known.
         unfenced = head.replace("fence.mbarrier_init.release.cluster;", "")
-        with pytest.raises(BarrierFault, match="not fenced|no barrier since its initialization"):
+        with pytest.raises(BarrierFault, match=r"not fenced|no barrier since its initialization"):
             run(unfenced + sync + REMOTE + wait + after, seed=seed, **pair)
-        with pytest.raises(BarrierFault, match="no barrier since its init|no mbarrier was initialized"):
+        with pytest.raises(BarrierFault, match=r"no barrier since its init|no mbarrier was initialized"):
             run(head + REMOTE + wait + after, seed=seed, **pair)
     # A CTA that exits while another arrives at it.
     found = set()
@@ -140,7 +148,7 @@ def test_ranks_outside_the_cluster():
 
 
 def test_the_barrier_of_the_cluster_is_entered_and_left_once():
-    pair = {"grid": 2, "cluster": 2}
+    pair: dict[str, Any] = {"grid": 2, "cluster": 2}
     run(CLUSTER_SYNC.format("") * 3, **pair)
     with pytest.raises(BarrierFault, match="without having arrived"):
         run("barrier.cluster.wait.aligned;", **pair)
@@ -155,7 +163,9 @@ def test_deadlock_says_what_each_warp_waits_for():
         run(body, threads=64)
     message = str(caught.value)
     assert "warp 0 of CTA (0, 0, 0) at line" in message and "1 of 33 arrivals and 0 bytes missing" in message
-    assert "warp 1 of CTA (0, 0, 0) at line" in message and "barrier 3, with 32 of 64 threads there" in message
+    assert (
+        "warp 1 of CTA (0, 0, 0) at line" in message and "barrier 3, with 32 of 64 threads there" in message
+    )
     run(body.replace("mov.b32 %r1, 33;", "mov.b32 %r1, 32;").replace("bar.sync 3, 64;", ""), threads=64)
 
 

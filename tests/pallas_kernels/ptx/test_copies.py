@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,8 +80,12 @@ def test_faults_of_bulk_copies(body, error, message):
 
 def test_races_of_copies_under_every_schedule():
     # Warp 1 reads the bytes that warp 0 waited for, without having been told.
-    head = GOOD_LOAD.replace(WAITED, "mov.u32 %r0, %tid.x; setp.ge.u32 %p5, %r0, 32; @%p5 bra OTHER;" + WAITED)
-    told, not_told = (head + f"{sync} OTHER: {after} {READ}" for sync, after in (("", "bar.sync 0;"), ("", "")))
+    head = GOOD_LOAD.replace(
+        WAITED, "mov.u32 %r0, %tid.x; setp.ge.u32 %p5, %r0, 32; @%p5 bra OTHER;" + WAITED
+    )
+    told, not_told = (
+        head + f"{sync} OTHER: {after} {READ}" for sync, after in (("", "bar.sync 0;"), ("", ""))
+    )
     for seed in range(4):
         run(told, [BYTES], OUT, threads=64, seed=seed)
         for eager in (0.0, 1.0):
@@ -153,7 +158,9 @@ def test_tensor_copies(swizzle, start):
         shared_bytes=8192,
     )
     expected = box_at(start, columns)
-    np.testing.assert_array_equal(raw[swizzled(np.arange(size), swizzle)], expected.view(np.uint8).reshape(-1))
+    np.testing.assert_array_equal(
+        raw[swizzled(np.arange(size), swizzle)], expected.view(np.uint8).reshape(-1)
+    )
     # What is outside the tensor is read as 0 and not written.
     within = np.zeros(TENSOR.shape, bool)
     z0, y0, x0 = (max(s, 0) for s in start)
@@ -202,7 +209,7 @@ def test_misaligned_tiles():
         )  # fmt: skip
 
     for swizzle, good, bad in ((0, 1152, 1088), (64, 1536, 1280)):
-        arguments = {"maps": lambda at, swizzle=swizzle: [tensor_map(at[0], swizzle)]}
+        arguments: dict[str, Any] = {"maps": lambda at, swizzle=swizzle: [tensor_map(at[0], swizzle)]}
         run(body(good), [TENSOR], **arguments)
         with pytest.raises(MemoryFault, match="misaligned"):
             run(body(bad), [TENSOR], **arguments)
@@ -210,7 +217,7 @@ def test_misaligned_tiles():
         run(body(1024).replace("%map0", "%in0"), [TENSOR], maps=lambda at: [tensor_map(at[0], 64)])
 
 
-PAIR = {"grid": 2, "cluster": 2}
+PAIR: dict[str, Any] = {"grid": 2, "cluster": 2}
 SYNC = "barrier.cluster.arrive{}.aligned; barrier.cluster.wait.aligned;"
 MULTICAST = f"""
     {INIT}
@@ -227,9 +234,11 @@ MULTICAST = f"""
 
 
 def test_multicast():
-    arguments = {"maps": lambda at: [tensor_map(at[0], 0)], **PAIR}
+    arguments: dict[str, Any] = {"maps": lambda at: [tensor_map(at[0], 0)], **PAIR}
     for seed in range(3):
-        [out] = run(MULTICAST.replace("MASK", "3"), [TENSOR], [Array((2, 512), np.uint8)], seed=seed, **arguments)
+        [out] = run(
+            MULTICAST.replace("MASK", "3"), [TENSOR], [Array((2, 512), np.uint8)], seed=seed, **arguments
+        )
         expected = box_at((0, 0, 0), 32).view(np.uint8).reshape(-1)[:512]
         np.testing.assert_array_equal(out, np.stack([expected] * 2))
     for mask, error, message in (

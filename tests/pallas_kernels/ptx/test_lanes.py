@@ -18,7 +18,7 @@ def test_shuffles(distance):
         ("bfly", 31): VALUES[LANE ^ distance],
         ("idx", 31): np.full(LANES, VALUES[distance]),
         ("down", 31): VALUES[np.where(LANE + distance < 32, LANE + distance, LANE)],
-        ("up", 0): VALUES[np.where(LANE >= distance, LANE - distance, LANE)],
+        ("up", 0): VALUES[np.where(distance > LANE, LANE, LANE - distance)],
     }
     for (mode, clamp), values in expected.items():
         text = f"shfl.sync.{mode}.b32 d, a, {distance}, {clamp}, -1;"
@@ -55,7 +55,7 @@ def test_movmatrix_transposes():
 
 
 def test_lanes_take_different_branches_and_meet_again():
-    counts = np.uint32(LANE % 5)
+    counts = (LANE % 5).astype(np.uint32)
     loop = """
         .reg .b32 n;
         mov.b32 d, 0;
@@ -113,16 +113,31 @@ def test_some_lanes_alone_may_not(text):
 def test_special_registers():
     names = ["tid.x", "ntid.x", "ctaid.x", "nctaid.x", "cluster_ctaid.x", "cluster_ctarank", "clusterid.x"]
     names += ["laneid", "warpid", "nclusterid.x", "cluster_nctaid.x", "cluster_nctarank", "tid.y", "ctaid.z"]
-    body = """
+    body = f"""
         mov.u32 %r0, %ctaid.x; mov.u32 %r1, %tid.x; mad.lo.s32 %r0, %r0, 64, %r1;
-        mul.wide.u32 %rd0, %r0, {size}; add.s64 %rd0, %out0, %rd0;
-    """.format(size=4 * len(names))
+        mul.wide.u32 %rd0, %r0, {4 * len(names)}; add.s64 %rd0, %out0, %rd0;
+    """
     for k, name in enumerate(names):
         body += f"mov.u32 %r2, %{name}; st.global.b32 [%rd0+{4 * k}], %r2;\n"
     [out] = run(body, outputs=[Array((4, 64, len(names)), np.uint32)], threads=64, grid=4, cluster=2)
     for cta in range(4):
         for thread in (0, 33, 63):
-            expected = [thread, 64, cta, 4, cta % 2, cta % 2, cta // 2, thread % 32, thread // 32, 2, 2, 2, 0, 0]
+            expected = [
+                thread,
+                64,
+                cta,
+                4,
+                cta % 2,
+                cta % 2,
+                cta // 2,
+                thread % 32,
+                thread // 32,
+                2,
+                2,
+                2,
+                0,
+                0,
+            ]
             assert out[cta, thread].tolist() == expected
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -40,7 +42,9 @@ def test_every_width_through_shared_memory(bits, vector, spaces):
     np.testing.assert_array_equal(out, content)
 
 
-@pytest.mark.parametrize(("kind", "sign"), [("s8", True), ("u8", False), ("b8", False), ("s16", True), ("b16", False)])
+@pytest.mark.parametrize(
+    ("kind", "sign"), [("s8", True), ("u8", False), ("b8", False), ("s16", True), ("b16", False)]
+)
 def test_narrow_loads_are_extended(kind, sign):
     size = int(kind[1:]) // 8
     content = BYTES[: LANES * size].view(f"{'int' if sign else 'uint'}{8 * size}")
@@ -75,7 +79,7 @@ def test_only_active_lanes_load_and_store():
 @pytest.mark.parametrize("number", [1, 2, 4])
 @pytest.mark.parametrize("trans", ["", ".trans"])
 def test_matrices(number, trans):
-    # A warp's fragment of matrix k: lane l holds row l / 4, columns 2 (l % 4) and the next, of rows of 16 bytes.
+    # A warp's fragment of matrix k: lane l holds row l / 4, columns 2 (l % 4) and the next.
     content = BYTES[: 128 * number].view(np.uint16).reshape(number, 8, 8)
     registers = ", ".join(f"%r1{k}" for k in range(number))
     rows = f"""
@@ -160,8 +164,11 @@ def test_an_mbarrier_is_no_data():
         run("st.shared.b32 [smem+4], 1; bar.sync 0;" + body)
 
 
-def test_launches_that_the_driver_refuses():
+@pytest.mark.parametrize(
+    "wrong",
+    [{"threads": 1056}, {"grid": 3, "cluster": 2}, {"grid": 16, "cluster": 16}, {"shared_bytes": 232_449}],
+)
+def test_launches_that_the_driver_refuses(wrong: dict[str, Any]):
     run("", threads=1024, grid=4, cluster=2, shared_bytes=232_448)
-    for wrong in ({"threads": 1056}, {"grid": 3, "cluster": 2}, {"grid": 16, "cluster": 16}, {"shared_bytes": 232_449}):
-        with pytest.raises(LaunchError):
-            run("", **wrong)
+    with pytest.raises(LaunchError):
+        run("", **wrong)

@@ -41,7 +41,7 @@ def emulate(config: Config, seed: int, change: Callable[[str], str] | None = Non
     x, w = OPERANDS
     with emulated(seed, change_ptx=change):
         y = mosaic_sm90.run_with(config, bridge.activation(x), bridge.weight(w), None, None, jnp.float32)
-    return oracle.relative_error(y, EXPECTED)
+    return oracle.relative_error(np.asarray(y), EXPECTED)
 
 
 @pytest.mark.parametrize("config", [PLAIN, SPLIT, SHARED], ids=["plain", "split", "shared"])

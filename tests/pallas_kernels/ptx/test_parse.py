@@ -34,7 +34,8 @@ def test_operands():
 
 
 def test_source_lines():
-    body = '\n.loc 1 12 4\nmov.b32 %r1, 1;\n.loc 1 0 0\nmov.b32 %r1, 2;\n.loc 1 13 4, $L__info, inlined_at 1 2 3\nmov.b32 %r1, 3;'
+    places = ("1 12 4", "1 0 0", "1 13 4, $L__info, inlined_at 1 2 3")
+    body = "".join(f"\n.loc {place}\nmov.b32 %r1, 1;" for place in places)
     text = text_of(body, 0, 0, 0, 32) + '.file 1 "/a/folder/kernel.py"\n'
     sources = [i.source for i in parse(text).instructions[:-1]]
     assert sources == ["kernel.py:12", "kernel.py:12", "kernel.py:13"]
@@ -87,7 +88,7 @@ def test_names_belong_to_their_block():
         "bar.red.popc.u32 %r1, 0, %p0;",
         "cp.async.ca.shared.global [smem], [%in0], 16;",
         "mbarrier.try_wait.parity.acquire.cluster.shared.b64 %p1, [smem], 0;",
-        "cp.async.bulk.tensor.2d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%r1], [%rd1, {%r1}], [%r2];",
+        "cp.async.bulk.tensor.1d.shared::cta.global.im2col.mbarrier [%r1], [%rd1, {%r1}], [%r2];",
         "setmaxnreg.inc.sync.aligned.u32 41;",
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r1}, {%r2}, {%r3}, {%r4};",
         "call foo, ();",
@@ -109,12 +110,28 @@ def test_modules_of_another_form():
 
 
 def test_registers_hold_nothing_before_they_are_written():
-    for text in ("add.s32 %r1, %r2, 1;", "selp.b32 %r1, %r2, 1, %p0;", "mov.b32 %r1, %r2; not.b32 %r1, %r1;",
-                 "setp.eq.b32 %p1, %r2, 0;", "selp.b32 %r1, 1, 2, %p3;", "st.shared.b32 [smem], %r2;",
-                 "ld.shared.b32 %r1, [%r2];", "@%p3 mov.b32 %r1, 1;", "shfl.sync.idx.b32 %r1, %r2, 0, 31, -1;",
-                 "max.NaN.f32 %r1, %r2, %r2;", "min.u32 %r1, %r2, 1;", "mul.hi.u32 %r1, %r2, 3;",
-                 "cvt.u64.u32 %rd1, %r2;", "mov.b64 %rd1, {%r2, %r2};", "prmt.b32 %r1, %r2, 0, 0x5410U;",
-                 "bar.sync %r2;", "and.pred %p1, %p3, %p0;", "fma.rn.f32 %r1, %r2, %r2, %r2;"):  # fmt: skip
+    texts = """
+        add.s32 %r1, %r2, 1;
+        selp.b32 %r1, %r2, 1, %p0;
+        selp.b32 %r1, 1, 2, %p3;
+        mov.b32 %r1, %r2; not.b32 %r1, %r1;
+        setp.eq.b32 %p1, %r2, 0;
+        setp.eq.f32 %p1, %r2, %r2;
+        st.shared.b32 [smem], %r2;
+        ld.shared.b32 %r1, [%r2];
+        @%p3 mov.b32 %r1, 1;
+        shfl.sync.idx.b32 %r1, %r2, 0, 31, -1;
+        max.NaN.f32 %r1, %r2, %r2;
+        min.u32 %r1, %r2, 1;
+        mul.hi.u32 %r1, %r2, 3;
+        cvt.u64.u32 %rd1, %r2;
+        mov.b64 %rd1, {%r2, %r2};
+        prmt.b32 %r1, %r2, 0, 0x5410U;
+        bar.sync %r2;
+        and.pred %p1, %p3, %p0;
+        fma.rn.f32 %r1, %r2, %r2, %r2;
+    """
+    for text in filter(None, map(str.strip, texts.splitlines())):
         with pytest.raises(RegisterFault, match="never written"):
             run(f"setp.eq.b32 %p0, 1, 1; {text}")
     run("setp.eq.b32 %p0, 1, 1; mov.b32 %r2, 1; selp.b32 %r1, %r2, 1, %p0;")

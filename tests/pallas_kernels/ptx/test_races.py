@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -29,9 +31,10 @@ HEAD = """
 THREADS = 64
 
 
-def race(good: str, bad: str, message: str, seeds: int = 4, **launch) -> None:
+def race(good: str, bad: str, message: str, seeds: int = 4, **given: Any) -> None:
     """``good`` runs and ``bad`` races, whatever the order in which warps run."""
-    launch = {"threads": THREADS, "outputs": [Array((1024,), np.uint32, np.zeros(1024, np.uint32))]} | launch
+    outputs = [Array((1024,), np.uint32, np.zeros(1024, np.uint32))]
+    launch: dict[str, Any] = {"threads": THREADS, "outputs": outputs} | given
     for seed in range(seeds):
         run(HEAD + good, seed=seed, **launch)
         with pytest.raises(Race, match=message):
@@ -51,7 +54,11 @@ SYNCS = [
 def test_lanes_that_read_what_another_wrote(sync, own, other):
     space = ".shared" if own == "[%rd0]" else ".global"
     write, read = f"st{space}.b32 {own}, %r0;", f"ld{space}.b32 %r1, {other};"
-    race(write + sync + read, write + read, r"lane \d+ of warp . .* reads .*, written by lane \d+ with no .sync")
+    race(
+        write + sync + read,
+        write + read,
+        r"lane \d+ of warp . .* reads .*, written by lane \d+ with no .sync",
+    )
 
 
 @pytest.mark.parametrize("sync", SYNCS)
@@ -79,20 +86,32 @@ def test_lanes_that_overwrite_each_other():
 
 
 def test_lanes_of_one_store_that_write_different_values():
-    race("st.shared.b32 [smem], 5;", "st.shared.b32 [smem], %r0;", "different values to one address", threads=32)
-    race("st.global.b32 [%out0], 5;", "st.global.b32 [%out0], %r0;", "different values to one address", threads=32)
+    race(
+        "st.shared.b32 [smem], 5;",
+        "st.shared.b32 [smem], %r0;",
+        "different values to one address",
+        threads=32,
+    )
+    race(
+        "st.global.b32 [%out0], 5;",
+        "st.global.b32 [%out0], %r0;",
+        "different values to one address",
+        threads=32,
+    )
 
 
 def test_what_is_no_race_between_lanes():
     for body in (
         # A lane reads, and overwrites, what it wrote itself.
-        "st.shared.b32 [%rd0], %r0; ld.shared.b32 %r1, [%rd0]; st.shared.b32 [%rd0], 3; ld.shared.b32 %r1, [%rd0];",
+        "st.shared.b32 [%rd0], %r0; ld.shared.b32 %r1, [%rd0];"
+        "st.shared.b32 [%rd0], 3; ld.shared.b32 %r1, [%rd0];",
         "st.global.b32 [%rd2], %r0; ld.global.b32 %r1, [%rd2]; st.global.b32 [%rd2], 3;",
         # Several write the same value, at once or one after the other, and read it.
         "st.shared.b32 [smem], 5; ld.shared.b32 %r1, [smem];",
         "st.shared.b32 [%rd0], 5; st.shared.b32 [%rd1], 5; ld.shared.b32 %r1, [%rd0];",
         # All read the same word, twice; one then writes what is there already.
-        "@%p3 st.shared.b32 [smem], 5; bar.warp.sync -1; ld.shared.b32 %r1, [smem]; ld.shared.b32 %r1, [smem];"
+        "@%p3 st.shared.b32 [smem], 5; bar.warp.sync -1;"
+        "ld.shared.b32 %r1, [smem]; ld.shared.b32 %r1, [smem];"
         "@%p3 st.shared.b32 [smem], 5;",
         # Neighbouring bytes.
         "add.s64 %rd7, %rd6, 1; cvt.s64.s32 %rd8, %r0; add.s64 %rd8, %rd6, %rd8; st.shared.b8 [%rd8], %r0;"
@@ -107,7 +126,12 @@ def test_warps_that_read_what_another_wrote(space):
     write, read = f"@%p1 st{space}.b32 {at}, 5;", f"@%p2 ld{space}.b32 %r1, {at};"
     outputs = [Array((1024,), np.uint32, np.zeros(1024, np.uint32))]
     init = "@%p3 st.shared.b32 [smem], 0; bar.sync 0;" if space == ".shared" else ""
-    race(init + write + "bar.sync 0;" + read, init + write + read, "(reads|overwrites) .* no barrier", outputs=outputs)
+    race(
+        init + write + "bar.sync 0;" + read,
+        init + write + read,
+        "(reads|overwrites) .* no barrier",
+        outputs=outputs,
+    )
 
 
 @pytest.mark.parametrize("space", [".shared", ".global"])
@@ -153,7 +177,9 @@ def test_ctas_of_a_cluster_are_ordered_by_its_barrier():
     head = zero + other + write
     race(head + sync.format("") + read, head + read, "no barrier between", grid=2, cluster=2)
     # A relaxed arrival tells of no access.
-    race(head + sync.format("") + read, head + sync.format(".relaxed") + read, "no barrier", grid=2, cluster=2)
+    race(
+        head + sync.format("") + read, head + sync.format(".relaxed") + read, "no barrier", grid=2, cluster=2
+    )
 
 
 def test_matrices_are_read_by_all_and_written_by_lanes():
@@ -162,7 +188,11 @@ def test_matrices_are_read_by_all_and_written_by_lanes():
     head = rows + "mov.b32 %r20, 3;" + fill
     load, store = (f"{n}.sync.aligned.m8n8.x1.shared.b16" for n in ("ldmatrix", "stmatrix"))
     # ldmatrix: all lanes have read before one goes on.
-    run(HEAD + head + f"{load} {{%r1}}, [%rd7]; mov.b32 %r20, 4; {fill}", threads=32, outputs=[Array((1024,), np.uint32)])
+    run(
+        HEAD + head + f"{load} {{%r1}}, [%rd7]; mov.b32 %r20, 4; {fill}",
+        threads=32,
+        outputs=[Array((1024,), np.uint32)],
+    )
     write = f"mov.b32 %r1, 7; {store} [%rd7], {{%r1}};"
     race(
         rows + write + "bar.warp.sync -1; ld.shared.b32 %r2, [%rd0];",

@@ -16,7 +16,9 @@ TYPES = {"f16": np.float16, "bf16": ml_dtypes.bfloat16, "s8": np.int8, "u8": np.
 
 def random(kind: str, *shape: int) -> np.ndarray:
     if kind in ("s8", "u8"):
-        return RNG.integers(-128 if kind == "s8" else 0, 128 if kind == "s8" else 256, shape).astype(TYPES[kind])
+        return RNG.integers(-128 if kind == "s8" else 0, 128 if kind == "s8" else 256, shape).astype(
+            TYPES[kind]
+        )
     return RNG.integers(-8, 9, shape).astype(TYPES[kind])  # sums are exact in any order
 
 
@@ -100,7 +102,8 @@ def wgmma(
     if flags is None:
         flags = "" if out == "s32" else ", 1, 1, 0" if "{" in a else ", 1, 1, 0, 0"
     shape = f"m64n{n}k{k}.{out}.{kind}.{kind}"
-    return f"mov.b64 %rd11, {b}; wgmma.mma_async.sync.aligned.{shape} {{{registers}}}, {a}, %rd11, {scale}{flags};"
+    wgmma = f"wgmma.mma_async.sync.aligned.{shape} {{{registers}}}, {a}, %rd11, {scale}{flags};"
+    return f"mov.b64 %rd11, {b}; {wgmma}"
 
 
 def zeros(n: int, first: int = 64) -> str:
