@@ -165,10 +165,11 @@ def _float(t: Translator, sources: Any, operation: str) -> _Result:
     return f"({a} {_SYMBOL[operation]} {b}).view(np.uint32)", 32
 
 
-@_translates(r"(add|sub|mul)(?:\.rn)?\.f16x2")
-def _float_pair(t: Translator, sources: Any, operation: str) -> _Result:
+@_translates(r"(add|sub|mul)(?:\.rn)?\.(f16|bf16)x2")
+def _float_pair(t: Translator, sources: Any, operation: str, kind: str) -> _Result:
     a, b = (t.unsigned(source, 32) for source in sources)
-    return f"halves({_FUNCTION[operation]}, {a}, {b})", 32
+    function = {"f16": "halves", "bf16": "bfloat16s"}[kind]
+    return f"{function}({_FUNCTION[operation]}, {a}, {b})", 32
 
 
 @_translates(r"not\.(?:b(16|32|64)|(pred))")

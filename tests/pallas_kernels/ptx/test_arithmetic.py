@@ -130,10 +130,11 @@ def test_float_arithmetic(name, function):
     a, b = floats(1), floats(2)
     for rounding in ("", ".rn"):
         same_floats(compute(f"{name}{rounding}.f32 d, a, b;", a, b), function(a, b))
-    pairs = [floats(k).astype(np.float16) for k in (3, 4, 5, 6)]
-    x, y = (np.stack(pairs[k : k + 2], 1).view(np.uint32).reshape(-1) for k in (0, 2))
-    expected = function(x.view(np.float16), y.view(np.float16))
-    same_floats(compute(f"{name}.f16x2 d, a, b;", x, y).view(np.uint16), expected)
+    for kind, dtype in (("f16", np.float16), ("bf16", ml_dtypes.bfloat16)):
+        pairs = [floats(k).astype(dtype) for k in (3, 4, 5, 6)]
+        x, y = (np.stack(pairs[k : k + 2], 1).view(np.uint32).reshape(-1) for k in (0, 2))
+        expected = function(x.view(dtype).astype(np.float32), y.view(dtype).astype(np.float32)).astype(dtype)
+        same_floats(compute(f"{name}.{kind}x2 d, a, b;", x, y).view(np.uint16), expected)
 
 
 def test_extremes_of_floats():
