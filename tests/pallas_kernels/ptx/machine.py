@@ -22,6 +22,8 @@ from tests.pallas_kernels.ptx.races import Events
 from tests.pallas_kernels.ptx.tensor_map import TensorMap
 from tests.pallas_kernels.ptx.threads import Cluster, Warp
 
+# Of a cluster's warps together, far above what any kernel needs.
+MAX_INSTRUCTIONS = 20_000_000
 MAX_SHARED_BYTES, MAX_THREADS, MAX_CTAS_OF_CLUSTER = 232_448, 1024, 8
 
 
@@ -136,6 +138,7 @@ class Machine:
 
     def _run_cluster(self, cluster: Cluster) -> None:
         warps, pending, random = list(cluster.warps), cluster.pending, self.rng.random
+        limit = self.executed + MAX_INSTRUCTIONS
         while warps or pending:
             for w in warps:
                 if w.waiting is not None and w.waiting():
@@ -154,6 +157,11 @@ class Machine:
                     raise self._located(warp, error) from error
                 if warp.exited:
                     warps.remove(warp)
+                elif self.executed > limit:
+                    where = f"{warp.actor.name} is at {self.where(warp.pc)}"
+                    raise Deadlock(
+                        f"{self.kernel.name}: no end after {MAX_INSTRUCTIONS} instructions: {where}"
+                    )
 
     def _finish(self, copy: Pending) -> None:
         try:

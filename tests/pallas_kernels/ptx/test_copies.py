@@ -110,6 +110,24 @@ def test_clusters_that_store_to_one_place():
         run(mine.format(256) + body, [BYTES], out, grid=4)
 
 
+def test_a_cluster_that_loads_what_another_writes():
+    # Cluster 0 writes words of the output, cluster 1 copies them, or the input, into shared memory.
+    body = (
+        "mov.u32 %r7, %ctaid.x; setp.eq.b32 %p6, %r7, 0; mov.b32 %r8, 5;"
+        + GOOD_LOAD
+        + "@%p6 st.global.b32 [%out0], %r8;"
+    )
+    out = [Array((512,), np.uint8, BYTES[:512])]
+    for seed in range(4):
+        run(body, [BYTES], out, grid=2, seed=seed)
+        for source, count in (("[%out0]", 16), ("[%out0]", 512)):
+            bad = body.replace("[%in0]", source).replace("512", str(count))
+            with pytest.raises(Race, match="a cluster that no barrier orders|read by another cluster"):
+                run(bad, [BYTES], out, grid=2, seed=seed)
+        # Bytes that nobody writes.
+        run(body.replace("[%in0]", "[%out0+16]").replace("512", "16"), [BYTES], out, grid=2, seed=seed)
+
+
 # A box of 2 x 8 x 32 of 3 x 20 x 40 elements of 2 bytes, innermost last.
 TENSOR = np.random.default_rng(1).integers(0, 2**16, (3, 20, 40)).astype(np.uint16)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.pallas_kernels.ptx import machine
 from tests.pallas_kernels.ptx.errors import Deadlock, Divergence
 from tests.pallas_kernels.ptx.support import LANES, Array, compute, run
 
@@ -139,6 +140,13 @@ def test_special_registers():
                 0,
             ]
             assert out[cta, thread].tolist() == expected
+
+
+def test_loops_without_end(monkeypatch):
+    monkeypatch.setattr(machine, "MAX_INSTRUCTIONS", 1000)
+    with pytest.raises(Deadlock, match="no end after 1000 instructions: warp 0 .* `bra AGAIN`"):
+        run("AGAIN: bra AGAIN;")
+    run("bra AGAIN; AGAIN:" + "mov.b32 %r1, 1;" * 900)
 
 
 def test_lanes_that_wait_for_each_other_are_reported():
