@@ -122,7 +122,7 @@ def test_a_cluster_that_loads_what_another_writes():
         run(body, [BYTES], out, grid=2, seed=seed)
         for source, count in (("[%out0]", 16), ("[%out0]", 512)):
             bad = body.replace("[%in0]", source).replace("512", str(count))
-            with pytest.raises(Race, match="a cluster that no barrier orders|read by another cluster"):
+            with pytest.raises(Race, match=r"a cluster that no barrier orders|read by another cluster"):
                 run(bad, [BYTES], out, grid=2, seed=seed)
         # Bytes that nobody writes.
         run(body.replace("[%in0]", "[%out0+16]").replace("512", "16"), [BYTES], out, grid=2, seed=seed)

@@ -144,7 +144,7 @@ def test_special_registers():
 
 def test_loops_without_end(monkeypatch):
     monkeypatch.setattr(machine, "MAX_INSTRUCTIONS", 1000)
-    with pytest.raises(Deadlock, match="no end after 1000 instructions: warp 0 .* `bra AGAIN`"):
+    with pytest.raises(Deadlock, match=r"no end after 1000 instructions: warp 0 .* `bra AGAIN`"):
         run("AGAIN: bra AGAIN;")
     run("bra AGAIN; AGAIN:" + "mov.b32 %r1, 1;" * 900)
 
