@@ -33,9 +33,9 @@ test: $(VENV)/.stamp-test ## Run the tests (those marked cuda are skipped withou
 	  $(ARGS)
 
 .PHONY: test-kernels
-test-kernels: $(KERNELS_VENV)/.stamp ## Compile the GPU kernels for an H200 and run them interpreted, on the CPU
+test-kernels: $(KERNELS_VENV)/.stamp ## Compile the GPU kernels for an H200 and run them interpreted and emulated, on the CPU
 	JAX_PLATFORMS=cpu NPROC=16 $(KERNELS_VENV)/bin/python -m pytest -q -n $(WORKERS) --durations=10 \
-	  tests/pallas_kernels/mosaic $(ARGS)
+	  tests/pallas_kernels/mosaic tests/pallas_kernels/ptx $(ARGS)
 
 .PHONY: kernels-report
 kernels-report: $(KERNELS_VENV)/.stamp ## Compile the GPU kernels and write docs/kernels.md from their machine code

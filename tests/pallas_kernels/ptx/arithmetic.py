@@ -94,18 +94,24 @@ class Translator:
                 return f"(~{self.unsigned(inner, 1)})"
         raise ValueError(f"operand {operand} of {width} bits")
 
+    def held(self, operand: Any, width: int) -> str:
+        """As ``unsigned``, but fails when it runs if a register holds nothing: None has no ``view``."""
+        text = self.unsigned(operand, width)
+        return f"{text}.view(np.{_UNSIGNED[width].__name__})" if isinstance(operand, Register) else text
+
     def low(self, operand: Any, width: int) -> str:
         """The low ``width`` bits of an operand, whose register may be wider."""
         if isinstance(operand, Register) and operand.width > width > 1:
             return f"R[{operand.index}].astype(np.uint{width})"
-        return self.unsigned(operand, width)
+        return self.held(operand, width)
 
     def typed(self, operand: Any, kind: str) -> str:
         """An operand as numbers of type ``kind``."""
-        text = self.unsigned(operand, WIDTH[kind])
-        if kind == "f32":
-            return f"{text}.view(np.float32)"
-        return f"{text}.view(np.int{kind[1:]})" if kind[0] == "s" else text
+        if kind[0] in "bu":
+            return self.held(operand, WIDTH[kind])
+        return (
+            f"{self.unsigned(operand, WIDTH[kind])}.view(np.{'float' if kind[0] == 'f' else 'int'}{kind[1:]})"
+        )
 
     def assignments(self, i: Instruction) -> list[tuple[int, str]] | None:
         """[(register, text)] of ``i``; None if it does more than compute.
@@ -159,10 +165,11 @@ def _float(t: Translator, sources: Any, operation: str) -> _Result:
     return f"({a} {_SYMBOL[operation]} {b}).view(np.uint32)", 32
 
 
-@_translates(r"(add|sub|mul)(?:\.rn)?\.f16x2")
-def _float_pair(t: Translator, sources: Any, operation: str) -> _Result:
+@_translates(r"(add|sub|mul)(?:\.rn)?\.(f16|bf16)x2")
+def _float_pair(t: Translator, sources: Any, operation: str, kind: str) -> _Result:
     a, b = (t.unsigned(source, 32) for source in sources)
-    return f"halves({_FUNCTION[operation]}, {a}, {b})", 32
+    function = {"f16": "halves", "bf16": "bfloat16s"}[kind]
+    return f"{function}({_FUNCTION[operation]}, {a}, {b})", 32
 
 
 @_translates(r"not\.(?:b(16|32|64)|(pred))")
@@ -226,7 +233,9 @@ def _extreme(t: Translator, sources: Any, operation: str, kind: str, bits: str) 
 
 
 @_translates(r"(?:(shl)\.b|(shr)\.([bsu]))(16|32|64)")
-def _shift(t: Translator, sources: Any, left: str | None, right: str | None, letter: str, bits: str) -> _Result:
+def _shift(
+    t: Translator, sources: Any, left: str | None, right: str | None, letter: str, bits: str
+) -> _Result:
     (a, by), width = sources, int(bits)
     signed = letter == "s"
     value = t.typed(a, f"{'s' if signed else 'u'}{bits}")
@@ -276,9 +285,7 @@ def _setp(t: Translator, sources: Any, comparison: str, kind: str) -> _Result:
 @_translates(r"selp\.[bsuf](16|32|64)")
 def _selp(t: Translator, sources: Any, bits: str) -> _Result:
     a, b, predicate = sources
-    # ``view`` fails on a register that holds nothing; np.where would not.
-    x, y = (f"{t.unsigned(source, int(bits))}.view(np.uint{bits})" for source in (a, b))
-    return f"np.where({t.unsigned(predicate, 1)}, {x}, {y})", int(bits)
+    return f"np.where({t.held(predicate, 1)}, {t.held(a, int(bits))}, {t.held(b, int(bits))})", int(bits)
 
 
 @_translates(r"mov\.(?:[bsuf](16|32|64)|(pred))")

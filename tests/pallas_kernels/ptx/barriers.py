@@ -24,7 +24,7 @@ from tests.pallas_kernels.ptx.races import Actor, Clocks
 
 if TYPE_CHECKING:
     from tests.pallas_kernels.ptx.code import Code
-    from tests.pallas_kernels.ptx.machine import Warp
+    from tests.pallas_kernels.ptx.threads import Warp
 
 _MAX_COUNT = (1 << 20) - 1  # of an mbarrier's arrivals and of its bytes
 
@@ -61,6 +61,10 @@ class MBarrier:
         """Fails unless other CTAs and copies may know of it."""
         if not self.fenced:
             raise BarrierFault("an mbarrier whose initialization was not fenced is signalled from elsewhere")
+
+    def __str__(self) -> str:
+        missing = f"{self.pending} of {self.expected} arrivals and {self.missing_bytes} bytes missing"
+        return f"in phase {self.phase} with {missing}"
 
     def arrive(self, count: int, more_bytes: int = 0) -> None:
         """``count`` arrivals, and so many bytes to wait for."""
@@ -123,7 +127,7 @@ def _bar_sync(i: Instruction, code: Code) -> Execute:
             w.actor.acquire(bar.arrived)
             return True
 
-        w.wait(passed, f"barrier {key}, with {bar.there} of {threads} threads there")
+        w.wait(passed, lambda: f"barrier {key}, with {bar.there} of {threads} threads there")
         return CONTINUE
 
     return run
@@ -163,7 +167,7 @@ def _cluster_wait(i: Instruction, code: Code) -> Execute:
             return None
         w.wait(
             lambda: cluster.generation > w.cluster_generation,
-            f"the barrier of the cluster, with {cluster.there} of {cluster.threads} threads there",
+            lambda: f"the barrier of the cluster, with {cluster.there} of {cluster.threads} threads there",
         )
         return RETRY
 
@@ -214,7 +218,9 @@ def _fence_proxy(i: Instruction, code: Code) -> Execute:
     return run
 
 
-_ARRIVE = r"mbarrier\.arrive(\.expect_tx)?(?:\.release)?(?:\.(?:cta|cluster))?\.shared(?:::(?:cta|cluster))?\.b64"
+_ARRIVE = (
+    r"mbarrier\.arrive(\.expect_tx)?(?:\.release)?(?:\.(?:cta|cluster))?\.shared(?:::(?:cta|cluster))?\.b64"
+)
 
 
 @instruction(_ARRIVE)
@@ -264,8 +270,7 @@ def _try_wait(i: Instruction, code: Code) -> Execute:
             first, wanted = barriers[int(at[lanes[0]])], int(parities[lanes[0]])
             w.wait(
                 lambda: first.phase & 1 != wanted,
-                f"mbarrier {int(at[lanes[0]]) - SHARED_BASE:#x}, parity {wanted}, in phase {first.phase} with "
-                f"{first.pending} of {first.expected} arrivals and {first.missing_bytes} bytes missing",
+                lambda: f"mbarrier {int(at[lanes[0]]) - SHARED_BASE:#x}, parity {wanted}, {first}",
             )
             return RETRY
         for address_ in np.unique(at[lanes][done[lanes]]):

@@ -1,4 +1,4 @@
-"""A kernel as Python functions: basic blocks of arithmetic joined to one function each, the rest one by one."""
+"""A kernel as Python functions: one for each basic block of arithmetic, one for each other instruction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.pallas_kernels.ptx.memory import SHARED_BASE
 from tests.pallas_kernels.ptx.parse import Instruction, Kernel
 
 if TYPE_CHECKING:
-    from tests.pallas_kernels.ptx.machine import Warp
+    from tests.pallas_kernels.ptx.threads import Warp
 
 PARAMETERS = 1 << 62  # generic address of the kernel's parameters
 
@@ -51,8 +51,12 @@ class Code:
         """Joins ``lines`` to one step; returns the next, empty list of them."""
         if lines:
             start, end = lines[0][0], lines[-1][0] + 1
-            full = self._compile(start, "full", [f"R[{register}] = {text} #{pc}" for pc, register, text in lines])
-            some = self._compile(start, "some", [f"M({register}, {text}) #{pc}" for pc, register, text in lines])
+            full = self._compile(
+                start, "full", [f"R[{register}] = {text} #{pc}" for pc, register, text in lines]
+            )
+            some = self._compile(
+                start, "some", [f"M({register}, {text}) #{pc}" for pc, register, text in lines]
+            )
             self.steps[start] = (lambda w: full(w) if w.full else some(w), end)
         return []
 

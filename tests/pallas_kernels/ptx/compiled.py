@@ -1,4 +1,4 @@
-"""Kernels compiled for an H200 that is not there: their PTX and host code. Each is compiled once a process."""
+"""Kernels compiled for an H200 that is not there, each once a process: their PTX and host code."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def _compile(function: Callable[..., Any], name: str, shapes: Sequence[jax.Shape
     texts = list(Path(aot.DUMPS).glob("*.ptx"))
     if len(texts) != 1:
         raise Unsupported(
-            f"compiling {name} dumped {len(texts)} kernels, one is expected; from jax 0.12 on a kernel that this "
-            "process compiled before is not dumped again"
+            f"compiling {name} dumped {len(texts)} kernels, one is expected; from jax 0.12 on a kernel that "
+            "this process compiled before is not dumped again"
         )
     log = texts[0].with_suffix(".mlir-passes.log").read_text(errors="replace")
     made = Compiled(

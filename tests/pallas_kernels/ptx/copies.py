@@ -17,8 +17,8 @@ from tests.pallas_kernels.ptx.races import Copy
 
 if TYPE_CHECKING:
     from tests.pallas_kernels.ptx.code import Code
-    from tests.pallas_kernels.ptx.machine import CTA, Warp
     from tests.pallas_kernels.ptx.tensor_map import TensorMap
+    from tests.pallas_kernels.ptx.threads import CTA, Warp
 
 _LOCAL = (1 << RANK_BITS) - 1
 
@@ -45,7 +45,9 @@ def _signalling(w: Warp, barrier: MBarrier) -> Copy:
     return w.actor.copy(w.machine.events.new(barrier.component, barrier.phase + 1))
 
 
-@instruction(r"st\.async(?:\.weak)?(?:\.cluster)?\.shared::cluster\.mbarrier::complete_tx::bytes\.[bsu](32|64)")
+@instruction(
+    r"st\.async(?:\.weak)?(?:\.cluster)?\.shared::cluster\.mbarrier::complete_tx::bytes\.[bsu](32|64)"
+)
 def _st_async(i: Instruction, code: Code, bits: str) -> Execute:
     width = int(bits) // 8
     address, get = addresses(i.operands[0], code), value(i.operands[1], 8 * width, code)
@@ -98,13 +100,13 @@ def _bulk_load(i: Instruction, code: Code) -> Execute:
             offsets = cta.shared.offsets(np.array([to]), count, 16)[0] + np.arange(count)
             memory.at(np.array([start]), count, 16)
             barrier = signalled(w, cta, int(where(w)[lane]))
-            copy = _signalling(w, barrier)
+            copy, addresses_ = _signalling(w, barrier), start + np.arange(count)
             cta.shared.start_write(copy, offsets)
 
             def finish(
                 cta: CTA = cta,
                 to: np.ndarray = offsets,
-                source: np.ndarray = start + np.arange(count),
+                source: np.ndarray = addresses_,
                 barrier: MBarrier = barrier,
                 copy: Copy = copy,
             ) -> None:
@@ -132,7 +134,7 @@ def _bulk_store(i: Instruction, code: Code) -> Execute:
 
 
 def _start_store(w: Warp, i: Instruction, lane: int, offsets: np.ndarray, to: np.ndarray) -> None:
-    """Copies the bytes at ``offsets`` of shared memory to the addresses ``to``; negative ones do not exist."""
+    """Copies the bytes at ``offsets`` of shared memory to the addresses ``to``, but for negative ones."""
     reads, writes = w.actor.copy(), w.actor.copy()
     contents = w.cta.shared.start_read(reads, offsets, lane)
 
@@ -186,7 +188,7 @@ def _tensor_load(i: Instruction, code: Code, rank: str, multicast: str | None) -
     def run(w: Warp) -> None:
         cluster = w.cta.cluster
         for lane in np.flatnonzero(w.mask):
-            tensor_map, start = tensor(w, lane)
+            tensor_map, start = tensor(w, int(lane))
             source, exists = tensor_map.global_addresses(start)
             cta, to = cluster.cta_at(int(address(w)[lane]), w.cta)
             ctas = [cta]
@@ -232,7 +234,7 @@ def _tensor_store(i: Instruction, code: Code, rank: str) -> Execute:
 
     def run(w: Warp) -> None:
         for lane in np.flatnonzero(w.mask):
-            tensor_map, start = tensor(w, lane)
+            tensor_map, start = tensor(w, int(lane))
             to, exists = tensor_map.global_addresses(start)
             offsets = _box_offsets(w.cta, int(source(w)[lane]), tensor_map)
             _start_store(w, i, int(lane), offsets, np.where(exists, to, -1))
@@ -259,7 +261,7 @@ def _wait(i: Instruction, code: Code, read: str | None) -> Execute:
         groups = w.groups[: max(0, len(w.groups) - keep)]
         must = [pending for group in groups for pending in group]
         if not all(pending.done for pending in must):
-            w.wait(lambda: all(pending.done for pending in must), "its bulk stores")
+            w.wait(lambda: all(pending.done for pending in must), lambda: "its bulk stores")
             return RETRY
         for pending in must:
             assert pending.reads is not None and pending.writes is not None

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from bench.aot.compile import CompiledKernel
 from pallas_kernels import mosaic, use_implementation
@@ -34,7 +35,8 @@ class Run:
       kernel: its PTX, parsed.
       machine: what the assembler made of that.
       covered: of each instruction, whether some warp executed it.
-      written_outputs: of each array of the result, which elements were written, all their bytes.
+      written_outputs: of each array that the kernel (not the op) returns, which elements were written, all
+        their bytes.
       unwritten: bytes of outputs that the kernel left alone, by the buffer's name.
       unfinished: mbarriers (offsets in shared memory) that a CTA left within a phase.
       seconds: that the emulation took.
@@ -123,7 +125,7 @@ class _Emulator:
             def run(*values: Any) -> list[np.ndarray]:
                 return self._run(compiled, [np.asarray(value) for value in values], refs)
 
-            if any(isinstance(a, jax.core.Tracer) for a in arrays):
+            if any(isinstance(a, Tracer) for a in arrays):
                 results = jax.pure_callback(run, [*outs, *(shapes[i] for i in refs)], *arrays)
             else:
                 results = [jnp.asarray(result) for result in run(*arrays)]
@@ -187,7 +189,9 @@ def run_kernel(
       The results, then the new contents of the refs, and what the launch was.
     """
     start, memory = time.perf_counter(), Global()
-    for i in [i for i in range(len(values)) if i not in refs] + list(refs):  # XLA's order: in, in and out, out
+    for i in [i for i in range(len(values)) if i not in refs] + list(
+        refs
+    ):  # XLA's order: in, in and out, out
         content = np.ascontiguousarray(values[i])
         memory.add(f"argument {i} {content.dtype}{content.shape}", content, content.nbytes, i in refs)
     outs = jax.tree.leaves(compiled.outs)
@@ -216,6 +220,21 @@ def run_kernel(
     )
     results = [_array(buffer, out) for buffer, out in zip(outputs, outs, strict=True)]
     return results + [_array(buffer, values[i]) for i, buffer in zip(refs, updated, strict=True)], run
+
+
+def same_bits(a: Any, b: Any) -> Any:
+    """Masks of the elements of two results that have the same bits.
+
+    Of results with different ``fill`` they are the elements that kernels wrote, also where an op arranges the
+    outputs of its kernel anew, so that ``Run.written_outputs`` has other shapes.
+    """
+
+    def compare(x: Any, y: Any) -> np.ndarray:
+        x, y = (np.ascontiguousarray(np.asarray(z)) for z in (x, y))
+        equal = x.reshape(-1).view(np.uint8) == y.reshape(-1).view(np.uint8)
+        return equal.reshape(-1, x.dtype.itemsize).all(1).reshape(x.shape)
+
+    return jax.tree.map(compare, a, b)
 
 
 def _array(buffer: Buffer, like: Any) -> np.ndarray:

@@ -15,8 +15,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
-# Whose functions are read; those of jax do not change while a process runs.
+# Of whose functions the globals are read, too; those of jax do not change while a process runs.
 _READ = ("pallas_kernels", "tests", "atom_jax", "bench")
 
 
@@ -78,7 +79,7 @@ def _text(value: Any, seen: set[int]) -> str:
             return f"({', '.join(_text(part, seen) for part in value)})"
         case dict():
             return f"{{{', '.join(f'{key!r}: {_text(part, seen)}' for key, part in value.items())}}}"
-        case jax.core.Tracer():  # of a trace that is over: only its type can have been used
+        case Tracer():  # of a trace that is over: only its type can have been used
             return str(value.aval)
         case np.ndarray() | jax.Array():
             return f"{value.dtype}{value.shape} {hashlib.sha256(np.asarray(value).tobytes()).hexdigest()}"
@@ -97,8 +98,6 @@ def _function(function: types.FunctionType, seen: set[int]) -> str:
     code = function.__code__
     cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
     parts = [f"{function.__module__}.{function.__qualname__}", _text(code, seen)]
-    if function.__module__.split(".")[0] not in _READ:
-        return parts[0]
     for name, cell in cells.items():
         try:
             value = cell.cell_contents
@@ -108,8 +107,13 @@ def _function(function: types.FunctionType, seen: set[int]) -> str:
         parts.append(f"{name} = {'itself' if value is function else _text(value, seen)}")
     for value in (function.__defaults__, function.__kwdefaults__):
         parts.append(_text(value, seen))
-    for name in code.co_names:
-        value = function.__globals__.get(name)
+    if function.__module__.split(".")[0] not in _READ:
+        return "\n".join(parts)
+    names = [function.__globals__.get(name) for name in code.co_names]
+    for module in names:
+        if isinstance(module, types.ModuleType) and module.__name__.split(".")[0] in _READ:
+            names = names + [getattr(module, name, None) for name in code.co_names]
+    for value in names:
         if isinstance(value, (int, float, str, tuple, np.generic, types.FunctionType)):
-            parts.append(f"{name} = {_text(value, seen)}")
+            parts.append(_text(value, seen))
     return "\n".join(parts)

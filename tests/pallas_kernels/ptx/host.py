@@ -1,7 +1,7 @@
 """The host side of a Mosaic kernel: its launch, recovered by running the host function of the dumped MLIR.
 
-Mosaic GPU compiles, beside the kernel, a host function that fills TMA descriptors and launches. It is straight
-line code over constants; the last module of ``*.mlir-passes.log`` has it in the LLVM dialect.
+Mosaic GPU compiles, beside the kernel, a host function that fills TMA descriptors and launches. It is
+straight line code over constants; the last module of ``*.mlir-passes.log`` has it in the LLVM dialect.
 """
 
 from __future__ import annotations
@@ -142,7 +142,9 @@ class _Host:
 
         size = _ELEMENT_BYTES[kind]
         steps = tuple(stride * size for stride in read(strides))
-        described = TensorMap(base, size, read(sizes), steps, read(box), swizzle if swizzle != _NO_SWIZZLE else 0)
+        described = TensorMap(
+            base, size, read(sizes), steps, read(box), swizzle if swizzle != _NO_SWIZZLE else 0
+        )
         described.check()
         self.memory[at] = described
 
@@ -156,7 +158,13 @@ class _Host:
             at = self.memory[array + 8 * len(parameters)]
             parameters.append(self.blocks.get(at, self.memory.get(at)))
         x, y, z = (max(1, count) for count in cluster)  # 0: no cluster
-        return Launch((grid[0], grid[1], grid[2]), (x, y, z), (block[0], block[1], block[2]), shared_bytes, tuple(parameters))
+        return Launch(
+            (grid[0], grid[1], grid[2]),
+            (x, y, z),
+            (block[0], block[1], block[2]),
+            shared_bytes,
+            tuple(parameters),
+        )
 
 
 def _group(pattern: str, text: str) -> str:

@@ -13,7 +13,7 @@ from tests.pallas_kernels.ptx.parse import Address, Immediate, Instruction, Regi
 
 if TYPE_CHECKING:
     from tests.pallas_kernels.ptx.code import Code
-    from tests.pallas_kernels.ptx.machine import Warp
+    from tests.pallas_kernels.ptx.threads import Warp
 
 # Runs an instruction; returns None, the index of the next instruction, or one of the two below.
 Execute = Callable[["Warp"], Any]
@@ -52,7 +52,7 @@ def build(i: Instruction, code: Code) -> Execute:
 
 def value(operand: Any, width: int, code: Code, narrow: bool = False) -> Callable[[Warp], np.ndarray]:
     """Reads an operand of ``width`` bits, or (``narrow``) the low bits of a register that may be wider."""
-    text = code.translator.low(operand, width) if narrow else code.translator.unsigned(operand, width)
+    text = code.translator.low(operand, width) if narrow else code.translator.held(operand, width)
     return eval(f"lambda w: {text}".replace("R[", "w.R[").replace("S[", "w.S["), code.translator.namespace)
 
 

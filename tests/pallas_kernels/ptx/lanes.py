@@ -20,7 +20,7 @@ from tests.pallas_kernels.ptx.parse import Instruction, Pair
 
 if TYPE_CHECKING:
     from tests.pallas_kernels.ptx.code import Code
-    from tests.pallas_kernels.ptx.machine import Warp
+    from tests.pallas_kernels.ptx.threads import Warp
 
 _ROW, _COLUMN = LANE // 4, LANE % 4
 
@@ -73,7 +73,7 @@ def _elect(i: Instruction, code: Code) -> Execute:
         w.together()
         elected = w.machine.elected
         w.set(leader, np.full(LANES, elected, np.uint32))
-        w.set(chosen, elected == LANE)
+        w.set(chosen, np.equal(LANE, elected))
 
     return run
 

@@ -14,7 +14,7 @@ from tests.pallas_kernels.ptx.parse import WIDTH, Instruction, Register, Symbol,
 
 if TYPE_CHECKING:
     from tests.pallas_kernels.ptx.code import Code
-    from tests.pallas_kernels.ptx.machine import Warp
+    from tests.pallas_kernels.ptx.threads import Warp
 
 
 @instruction(r"ld\.param(?:::entry)?\.([bsu](?:32|64))")

@@ -88,7 +88,9 @@ class Global:
         offsets = addresses.astype(np.int64) - buffer.base
         low, high = int(offsets.min()), int(offsets.max())
         if low < 0 or high + size > buffer.size:
-            raise MemoryFault(f"out of bounds: bytes {low}..{high + size} of {buffer.name}, of {buffer.size} bytes")
+            raise MemoryFault(
+                f"out of bounds: bytes {low}..{high + size} of {buffer.name}, of {buffer.size} bytes"
+            )
         if (offsets & (align - 1)).any():
             bad = int(offsets[(offsets & (align - 1)) != 0][0])
             raise MemoryFault(f"an access of {align} bytes to {buffer.name} is misaligned, at {bad:#x}")
@@ -107,7 +109,9 @@ class Global:
             buffer.shadow.on_read(by, place)
         return place.of(buffer.data).view(UNSIGNED[width])
 
-    def store(self, by: Actor | Copy, addresses: np.ndarray, lanes: np.ndarray | None, values: np.ndarray) -> None:
+    def store(
+        self, by: Actor | Copy, addresses: np.ndarray, lanes: np.ndarray | None, values: np.ndarray
+    ) -> None:
         """Args:
         values: [addresses, count].
         """
@@ -152,13 +156,17 @@ class Shared:
         offsets = addresses.astype(np.int64) - SHARED_BASE
         low, high = int(offsets.min()), int(offsets.max())
         if low < 0 or high + size > self.size:
-            raise MemoryFault(f"out of bounds: bytes {low}..{high + size} of {self.name}, of {self.size} bytes")
+            raise MemoryFault(
+                f"out of bounds: bytes {low}..{high + size} of {self.name}, of {self.size} bytes"
+            )
         if align > 1 and (offsets & (align - 1)).any():
             bad = int(offsets[(offsets & (align - 1)) != 0][0])
             raise MemoryFault(f"an access of {align} bytes to {self.name} is misaligned, at {bad:#x}")
         return offsets
 
-    def load(self, by: Actor | Copy, addresses: np.ndarray, lanes: np.ndarray | None, width: int, count: int) -> np.ndarray:
+    def load(
+        self, by: Actor | Copy, addresses: np.ndarray, lanes: np.ndarray | None, width: int, count: int
+    ) -> np.ndarray:
         """[addresses, count] by ordinary instructions."""
         size = width * count
         place = Place(size, self.offsets(addresses, size, size) // size, lanes)
@@ -170,7 +178,9 @@ class Shared:
         self.shadow.on_read(by, place)
         return place.of(self.data).view(UNSIGNED[width])
 
-    def store(self, by: Actor | Copy, addresses: np.ndarray, lanes: np.ndarray | None, values: np.ndarray) -> Place:
+    def store(
+        self, by: Actor | Copy, addresses: np.ndarray, lanes: np.ndarray | None, values: np.ndarray
+    ) -> Place:
         """By ordinary instructions; returns what needs a fence before TMA or wgmma may read it."""
         size = values.shape[1] * values.dtype.itemsize
         place = Place(size, self.offsets(addresses, size, size) // size, lanes)

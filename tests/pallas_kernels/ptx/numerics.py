@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+_HIGH = np.uint32(0xFFFF0000)
+
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """Bits of a * b + c of float32, rounded once.
@@ -110,6 +112,15 @@ def halves(operation: Callable[..., np.ndarray], a: np.ndarray, b: np.ndarray) -
     return operation(a.view(np.float16), b.view(np.float16)).view(np.uint32)
 
 
+def bfloat16s(operation: Callable[..., np.ndarray], a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """An operation on pairs of bfloat16: float32 has enough bits for the first rounding to do no harm."""
+    high, low = (
+        bfloat16(operation((a << shift & _HIGH).view(np.float32), (b << shift & _HIGH).view(np.float32)))
+        for shift in (np.uint32(0), np.uint32(16))
+    )
+    return pack(high, low)
+
+
 def pack(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     """Two numbers of 16 bits in one of 32."""
     return (high.astype(np.uint32) << np.uint32(16)) | low
@@ -136,9 +147,6 @@ def reciprocal_root(x: np.ndarray) -> np.ndarray:
     return 1 / np.sqrt(x)
 
 
-NAMES: dict[str, Any] = {
-    function.__name__: function
-    for function in (
-        fma, mul_hi, shift_left, shift_right, permute, logic, maximum, minimum, bfloat16, half, half_of_integer, halves, pack, approximate, reciprocal, reciprocal_root,
-    )
-}  # fmt: skip
+_FUNCTIONS = (fma, mul_hi, shift_left, shift_right, permute, logic, maximum, minimum, bfloat16, half)
+_FUNCTIONS += (half_of_integer, halves, bfloat16s, pack, approximate, reciprocal, reciprocal_root)
+NAMES: dict[str, Any] = {function.__name__: function for function in _FUNCTIONS}

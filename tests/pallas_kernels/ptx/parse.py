@@ -143,6 +143,7 @@ _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)(.*?)\{", re.S)
 _LABEL = re.compile(r"([$\w]+)\s*:(?!:)")
 _NAME = re.compile(r"[a-z_]\w*(?:(?:::|\.)\w+)*")
+_LOCATION = re.compile(r"\.loc\s")
 _INTEGER = re.compile(r"(-?)(0[xX][0-9a-fA-F]+|0|[1-9]\d*)U?$")
 
 
@@ -222,7 +223,7 @@ class _Body:
         elif label := _LABEL.match(self.text, self.at):
             self.labels[self.blocks[-1] + label[1]] = len(self.instructions)
             self.at = label.end()
-        elif self.text.startswith(".loc", self.at):
+        elif _LOCATION.match(self.text, self.at):
             end = self.text.index("\n", self.at)
             _, file, row, *_ = self.text[self.at : end].split()
             if row != "0":
@@ -283,7 +284,10 @@ class _Body:
         if found[0].split(".")[0] == "bra":
             operands: tuple[Any, ...] = (Label(rest, tuple(self.blocks)),)
         else:
-            operands = tuple(self._operand(part) for part in _split(rest))
+            try:
+                operands = tuple(self._operand(part) for part in _split(rest))
+            except (ValueError, AttributeError) as error:
+                raise Unsupported(f"line {line} `{shown}`: {error}") from error
         i = Instruction(len(self.instructions), found[0], operands, guard, negated, line, shown, self.source)
         self.instructions.append(i)
 
@@ -292,7 +296,7 @@ class _Body:
             if name in scope:
                 return scope[name]
         if not re.match(r"%?[$\w.]+$", name):
-            raise Unsupported(f"line {self._line()}: operand `{name}`")
+            raise ValueError(f"operand `{name}`")
         return Special(name[1:]) if name.startswith("%") else Symbol(name)
 
     def _operand(self, text: str) -> Any:

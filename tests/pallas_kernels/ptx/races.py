@@ -2,8 +2,8 @@
 
 Every warp has a vector clock: how much it has been told, by barriers, of what each other warp did and of the
 phases of each mbarrier. An ``Event`` is a number for "this warp (or mbarrier) at this time". A byte remembers
-the event of its last write and of each warp's last read. An access is a race if it conflicts with one its warp
-was not told of. Warps of different clusters are never told of each other.
+the event of its last write and of each warp's last read. An access is a race if it conflicts with one its
+warp was not told of. Warps of different clusters are never told of each other.
 
 Lanes of one warp know of each other what they did before the last instruction that all of them executed
 together (``.sync``). Clocks are those of whole warps: that one lane waits for an mbarrier in place of the
@@ -291,12 +291,16 @@ class Shadow:
             self.foreign_reads = read if self.foreign_reads is None else self.foreign_reads | read
             self.reads[:] = 0
 
-    def _race(self, place: Place, wrong: np.ndarray, ids: np.ndarray, by: Actor | Copy, verb: str, other: str) -> NoReturn:
+    def _race(
+        self, place: Place, wrong: np.ndarray, ids: np.ndarray, by: Actor | Copy, verb: str, other: str
+    ) -> NoReturn:
         event = int(ids.reshape(wrong.shape)[tuple(np.argwhere(wrong)[0])])
         where = self.where(place.offset(wrong))
         raise Race(f"{by.name} {verb} {where}, {other} {self.name_of(event)}, with no barrier between")
 
-    def _lanes(self, place: Place, wrong: np.ndarray, lane: Any, by: Actor | Copy, verb: str, other: str) -> NoReturn:
+    def _lanes(
+        self, place: Place, wrong: np.ndarray, lane: Any, by: Actor | Copy, verb: str, other: str
+    ) -> NoReturn:
         at = tuple(np.argwhere(wrong)[0])
         assert place.lanes is not None
         who = "another lane" if lane[at] == _MANY else f"lane {lane[at]}"

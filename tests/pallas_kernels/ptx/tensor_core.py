@@ -1,7 +1,7 @@
 """The tensor core: mma of a warp, and wgmma, of which a warp's part is 16 rows of every product.
 
-Products are exact and summed in NumPy's order: float32 for wgmma, float64 for mma. A GPU sums in another order
-and precision.
+Products are exact and summed in NumPy's order: float32 for wgmma, float64 for mma. A GPU sums in another
+order and precision.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import numpy as np
 
 from tests.pallas_kernels.ptx.errors import MemoryFault, RegisterFault, Unsupported
 from tests.pallas_kernels.ptx.instructions import LANE, Execute, immediate, instruction, registers, value
-from tests.pallas_kernels.ptx.memory import SHARED_BASE, UNSIGNED
+from tests.pallas_kernels.ptx.memory import UNSIGNED
 from tests.pallas_kernels.ptx.parse import Instruction, Vector
 from tests.pallas_kernels.ptx.races import Copy
 from tests.pallas_kernels.ptx.tensor_map import swizzled
 
 if TYPE_CHECKING:
     from tests.pallas_kernels.ptx.code import Code
-    from tests.pallas_kernels.ptx.machine import Warp
+    from tests.pallas_kernels.ptx.threads import Warp
 
 _ROW, _COLUMN = LANE // 4, LANE % 4
 _BYTES = {"s8": 1, "u8": 1, "f16": 2, "bf16": 2}
@@ -103,7 +103,9 @@ class TensorCore:
         """The value of a register that wgmma uses."""
         found = self.warp.R[register]
         if found is None:
-            raise RegisterFault("wgmma uses a register that was never written, or is in flight in another tile")
+            raise RegisterFault(
+                "wgmma uses a register that was never written, or is in flight in another tile"
+            )
         if not self.fenced or self.fenced[register] is not found:
             raise RegisterFault("wgmma uses a register written after the last wgmma.fence")
         return found
