@@ -20,7 +20,6 @@ from bench.shapes import MODELS
 from pallas_kernels import (
     PACK_TILE,
     PagedKVCache,
-    QuantizedActivation,
     QuantizedWeight,
     grouped_matmul,
     paged_attention,
@@ -31,7 +30,7 @@ from pallas_kernels.prefill_attention import flash, mosaic_sm90
 from pallas_kernels.prefill_attention.gather import gather
 from pallas_kernels.qarrays import unpack_int4
 from tests.cuda import support as tolerances
-from tests.pallas_kernels import oracle
+from tests.pallas_kernels import bridge, oracle
 from tests.pallas_kernels.ptx import emulate
 from tests.pallas_kernels.ptx.emulate import Run
 
@@ -89,10 +88,13 @@ def _matmul(case: Case, clusters: int) -> list[Sample]:
     packed = rng.integers(-128, 128, (n, (body + padding) // 2), np.int8)
     packed[:, packed.shape[1] - padding :] &= 15
     outliers = rng.integers(-127, 128, (n, num_outliers), np.int8)
-    w = QuantizedWeight(packed, outliers, scales(n), shape_w.group_size)
-    values = rng.integers(-8, 8, (m, body), np.int8), rng.integers(-127, 128, (m, num_outliers), np.int8)
-    x = QuantizedActivation(*values, scales(m), shape_x.group_size)
-    on_device = jax.tree.map(jnp.asarray, (x, w))
+    x_scales, w_scales, group_size = scales(m), scales(n), shape_w.group_size
+    body_values = rng.integers(-8, 8, (m, body), np.int8)
+    x = oracle.Quantized(
+        body_values, rng.integers(-127, 128, (m, num_outliers), np.int8), x_scales, group_size
+    )
+    w = QuantizedWeight(jnp.asarray(packed), jnp.asarray(outliers), jnp.asarray(w_scales), group_size)
+    on_device = bridge.activation(x), w
     y, runs = _execute(lambda: grouped_matmul(*on_device, out_dtype=jnp.float32), clusters)
     written = runs[0].written_outputs[0][:m]
     rows, columns = np.flatnonzero(written.any(1)), np.flatnonzero(written.any(0))
@@ -100,8 +102,8 @@ def _matmul(case: Case, clusters: int) -> list[Sample]:
     integers = np.asarray(unpack_int4(jnp.asarray(packed[columns]), PACK_TILE))
     integers = integers.reshape(len(columns), -1)[:, :body]
     expected = oracle.grouped_matmul(
-        oracle.Quantized(x.body[rows], x.outliers[rows], x.scales[:, rows], x.group_size),
-        oracle.Quantized(integers, outliers[columns], w.scales[:, columns], w.group_size),
+        oracle.Quantized(x.body[rows], x.outliers[rows], x_scales[:, rows], group_size),
+        oracle.Quantized(integers, outliers[columns], w_scales[:, columns], group_size),
     )
     error = oracle.relative_error(y[np.ix_(rows, columns)][chosen], expected[chosen])
     return [Sample(runs, error, 1e-6)]

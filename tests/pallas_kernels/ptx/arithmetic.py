@@ -226,10 +226,12 @@ def _extreme_float(t: Translator, sources: Any, operation: str, nan: str | None)
     return f"{operation}imum({a}, {b}, {nan is not None}).view(np.uint32)", 32
 
 
-@_translates(r"(max|min)\.([su](16|32|64))")
-def _extreme(t: Translator, sources: Any, operation: str, kind: str, bits: str) -> _Result:
+@_translates(r"(max|min)\.(relu\.(?=s32))?([su](16|32|64))")
+def _extreme(t: Translator, sources: Any, operation: str, relu: str | None, kind: str, bits: str) -> _Result:
     a, b = (t.typed(source, kind) for source in sources)
-    return f"np.{operation}imum({a}, {b}).view(np.uint{bits})", int(bits)
+    found = f"np.{operation}imum({a}, {b})"
+    found = f"np.maximum({found}, np.int32(0))" if relu else found
+    return f"{found}.view(np.uint{bits})", int(bits)
 
 
 @_translates(r"(?:(shl)\.b|(shr)\.([bsu]))(16|32|64)")

@@ -1,4 +1,4 @@
-"""Kernels compiled for an H200 that is not there, each once a process: their PTX and host code."""
+"""Kernels compiled for an H200 that is not there: their PTX and host code."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ import jax
 
 from bench.aot import compile as aot
 from tests.pallas_kernels.ptx.errors import Unsupported
-from tests.pallas_kernels.ptx.fingerprint import Opaque, fingerprint
 from tests.pallas_kernels.ptx.host import host_function
 from tests.pallas_kernels.ptx.parse import Kernel, parse
 
-_compiled: dict[tuple[str, str], Compiled] = {}
 parse_once = functools.lru_cache(maxsize=512)(parse)
 
 
@@ -57,7 +55,7 @@ def compile_kernel(
     shapes: Sequence[jax.ShapeDtypeStruct],
     refs: Sequence[int],
 ) -> Compiled:
-    """Compiles what ``launch`` launches, or finds what was compiled before.
+    """Compiles what ``launch`` launches.
 
     Args:
       launch: what ``plgpu.kernel`` returned.
@@ -79,13 +77,7 @@ def compile_kernel(
 
 
 def _compile(function: Callable[..., Any], name: str, shapes: Sequence[jax.ShapeDtypeStruct]) -> Compiled:
-    jaxpr, (outs, _) = jax.make_jaxpr(function, return_shape=True)(*shapes)
-    try:
-        key = (name, fingerprint(jaxpr))
-    except Opaque:
-        key = None
-    if key in _compiled:
-        return _compiled[key]
+    outs, _ = jax.eval_shape(function, *shapes)
     start = time.perf_counter()
     _, kernels = aot.compile_for_h200(function, *shapes)
     texts = list(Path(aot.DUMPS).glob("*.ptx"))
@@ -95,9 +87,5 @@ def _compile(function: Callable[..., Any], name: str, shapes: Sequence[jax.Shape
             "this process compiled before is not dumped again"
         )
     log = texts[0].with_suffix(".mlir-passes.log").read_text(errors="replace")
-    made = Compiled(
-        name, texts[0].read_text(), host_function(log), kernels[0], outs, time.perf_counter() - start
-    )
-    if key is not None:
-        _compiled[key] = made
-    return made
+    seconds = time.perf_counter() - start
+    return Compiled(name, texts[0].read_text(), host_function(log), kernels[0], outs, seconds)

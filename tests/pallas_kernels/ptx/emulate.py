@@ -20,7 +20,7 @@ from pallas_kernels import mosaic, use_implementation
 from tests.pallas_kernels.ptx.compiled import Compiled, compile_kernel
 from tests.pallas_kernels.ptx.errors import EmulationError, LaunchError, OrderDependence
 from tests.pallas_kernels.ptx.host import recover_launch
-from tests.pallas_kernels.ptx.machine import Machine
+from tests.pallas_kernels.ptx.machine import Clusters, Machine
 from tests.pallas_kernels.ptx.memory import Buffer, Global
 from tests.pallas_kernels.ptx.parse import Kernel
 
@@ -61,9 +61,10 @@ def emulated(
     *,
     eager: float | None = None,
     may_be_unwritten: bool = False,
-    clusters: int | None = None,
+    clusters: Clusters = None,
     fill: int = 0xFF,
     change_ptx: Callable[[str], str] | None = None,
+    compiled: list[Compiled] | None = None,
 ) -> Iterator[list[Run]]:
     """Within the context ops run the PTX of their kernels, in and outside of ``jax.jit``.
 
@@ -74,9 +75,11 @@ def emulated(
         them, and the result is that of the first.
       eager: how likely an asynchronous copy is done before the next warp runs; None: drawn from the seed.
       may_be_unwritten: ordinary loads may read shared memory that nobody wrote.
-      clusters: run only so many clusters of each grid, the same for all seeds.
+      clusters: which clusters of each grid run, the same for all seeds.
       fill: the byte that outputs consist of before.
       change_ptx: applied to the PTX of each kernel: puts faults into it.
+      compiled: the kernels of an earlier run of the same, in the order in which they are traced; an empty list
+        is filled. Compiling takes longer than running.
 
     Yields:
       The launches so far.
@@ -86,7 +89,8 @@ def emulated(
         two seeds (over outputs that were filled with other bytes) give other results.
     """
     how = {"eager": eager, "may_be_unwritten": may_be_unwritten, "clusters": clusters}
-    emulator = _Emulator([seed] if isinstance(seed, int) else list(seed), how, fill, change_ptx)
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    emulator = _Emulator(seeds, how, fill, change_ptx, compiled)
     try:
         with mosaic.launched_by(emulator), use_implementation("mosaic_sm90"):
             yield emulator.runs
@@ -104,9 +108,16 @@ class _Emulator:
     """The launcher of ``mosaic.launched_by``: equal to itself only, so that jit traces anew for each."""
 
     def __init__(
-        self, seeds: list[int], how: dict[str, Any], fill: int, change_ptx: Callable[[str], str] | None
+        self,
+        seeds: list[int],
+        how: dict[str, Any],
+        fill: int,
+        change_ptx: Callable[[str], str] | None,
+        compiled: list[Compiled] | None,
     ):
         self.seeds, self.how, self.fill, self.change_ptx = seeds, how, fill, change_ptx
+        self.compiled = [] if compiled is None else compiled
+        self.traced = 0
         self.runs: list[Run] = []
         self.error: EmulationError | None = None
         self._lock = threading.Lock()
@@ -117,7 +128,10 @@ class _Emulator:
             refs = [i for i, leaf in enumerate(leaves) if "Ref" in type(jax.typeof(leaf)).__name__]
             arrays = [leaf[...] if i in refs else jnp.asarray(leaf) for i, leaf in enumerate(leaves)]
             shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
-            compiled = compile_kernel(launch, name, tree, shapes, refs)
+            if self.traced == len(self.compiled):
+                self.compiled.append(compile_kernel(launch, name, tree, shapes, refs))
+            compiled = self.compiled[self.traced]
+            self.traced += 1
             if self.change_ptx is not None:
                 compiled = compiled.with_ptx(self.change_ptx(compiled.ptx))
             outs, out_tree = jax.tree.flatten(compiled.outs)
@@ -166,7 +180,8 @@ def _check_equal(name: str, one: tuple[list[np.ndarray], Run], other: tuple[list
         same = (a.view(f"V{a.dtype.itemsize}") == b.view(f"V{b.dtype.itemsize}")) | ~written
         if not (same & (written == also)).all():
             at = tuple(map(int, np.argwhere(~same | (written != also))[0]))
-            raise OrderDependence(f"{name}: result {i} at {at}: seed {run.seed} gives {a[at]}, {other_run.seed} {b[at]}")
+            given = f"seed {run.seed} gives {a[at]}, {other_run.seed} {b[at]}"
+            raise OrderDependence(f"{name}: result {i} at {at}: {given}")
 
 
 def run_kernel(
@@ -220,21 +235,6 @@ def run_kernel(
     )
     results = [_array(buffer, out) for buffer, out in zip(outputs, outs, strict=True)]
     return results + [_array(buffer, values[i]) for i, buffer in zip(refs, updated, strict=True)], run
-
-
-def same_bits(a: Any, b: Any) -> Any:
-    """Masks of the elements of two results that have the same bits.
-
-    Of results with different ``fill`` they are the elements that kernels wrote, also where an op arranges the
-    outputs of its kernel anew, so that ``Run.written_outputs`` has other shapes.
-    """
-
-    def compare(x: Any, y: Any) -> np.ndarray:
-        x, y = (np.ascontiguousarray(np.asarray(z)) for z in (x, y))
-        equal = x.reshape(-1).view(np.uint8) == y.reshape(-1).view(np.uint8)
-        return equal.reshape(-1, x.dtype.itemsize).all(1).reshape(x.shape)
-
-    return jax.tree.map(compare, a, b)
 
 
 def _array(buffer: Buffer, like: Any) -> np.ndarray:

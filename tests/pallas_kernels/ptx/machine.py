@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from tests.pallas_kernels.ptx.races import Events
 from tests.pallas_kernels.ptx.tensor_map import TensorMap
 from tests.pallas_kernels.ptx.threads import Cluster, Warp
 
+# How many clusters of a grid run, or which: told the first CTA of each. None: all.
+Clusters = int | Callable[[tuple[int, int, int]], bool] | None
 # Of a cluster's warps together, far above what any kernel needs.
 MAX_INSTRUCTIONS = 20_000_000
 MAX_SHARED_BYTES, MAX_THREADS, MAX_CTAS_OF_CLUSTER = 232_448, 1024, 8
@@ -51,7 +53,7 @@ class Machine:
       eager: how likely an asynchronous copy is done before the next warp runs; 0: only when all wait; None:
         drawn from the seed.
       may_be_unwritten: ordinary loads may read shared memory that nobody wrote: noise, by the seed.
-      clusters: run only so many, the same for all seeds; None: all.
+      clusters: which of them run, the same for all seeds.
 
     Raises:
       LaunchError: the driver would refuse the launch.
@@ -65,7 +67,7 @@ class Machine:
         seed: int = 0,
         eager: float | None = None,
         may_be_unwritten: bool = False,
-        clusters: int | None = None,
+        clusters: Clusters = None,
     ):
         self.kernel, self.launch, self.memory = kernel, launch, memory
         self.may_be_unwritten, self.clusters = may_be_unwritten, clusters
@@ -130,9 +132,11 @@ class Machine:
         """First CTAs of the clusters that run, in the seed's order."""
         (gx, gy, gz), (cx, cy, cz) = self.launch.grid, self.launch.cluster
         origins = [(x, y, z) for z in range(0, gz, cz) for y in range(0, gy, cy) for x in range(0, gx, cx)]
-        if self.clusters is not None:
+        if isinstance(self.clusters, int):
             chosen = np.random.default_rng(0).permutation(len(origins))[: self.clusters]
             origins = [origins[i] for i in chosen]
+        elif self.clusters is not None:
+            origins = [origin for origin in origins if self.clusters(origin)]
         for i in self.rng.permutation(len(origins)):
             yield origins[i]
 

@@ -72,6 +72,14 @@ def test_integers(name, function, bits):
     np.testing.assert_array_equal(compute(text, a, b, bits=bits), function(a, b))
 
 
+def test_relu():
+    a, b = signed(integers(0, 32)), signed(integers(1, 32))
+    for name, function in (("min", np.minimum), ("max", np.maximum)):
+        expected = np.maximum(function(a, b), 0).view(np.uint32)
+        found = compute(f"{name}.relu.s32 d, a, b;", a.view(np.uint32), b.view(np.uint32), bits=32)
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("kind", ["u16", "s16", "u32", "s32", "u64", "s64"])
 def test_products(kind):
     bits = int(kind[1:])

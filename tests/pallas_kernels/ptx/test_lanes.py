@@ -32,6 +32,12 @@ def test_shuffle_from_a_register():
     np.testing.assert_array_equal(compute(text, VALUES, sources), VALUES[sources])
 
 
+def test_reductions_reach_all_lanes():
+    for name, function in (("max", np.max), ("min", np.min)):
+        found = compute(f"redux.sync.{name}.u32 d, a, 0xffffffff;", VALUES)
+        np.testing.assert_array_equal(found, np.full(LANES, function(VALUES)))
+
+
 def test_one_lane_is_elected_and_all_know_which():
     leaders = set()
     for seed in range(8):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from pallas_kernels.grouped_matmul.config import Config
 from tests.pallas_kernels import bridge, oracle
 from tests.pallas_kernels.mosaic.support import needs_cuda_compiler
 from tests.pallas_kernels.mosaic.test_grouped_matmul import random_operands
+from tests.pallas_kernels.ptx.compiled import Compiled
 from tests.pallas_kernels.ptx.emulate import emulated
 from tests.pallas_kernels.ptx.errors import (
     BarrierFault,
@@ -36,10 +38,16 @@ OPERANDS = random_operands(16, 128, 640, 128, 128)
 EXPECTED = oracle.grouped_matmul(*OPERANDS)
 
 
+@functools.cache
+def compiled(config: Config) -> list[Compiled]:
+    """The kernel of ``config``, empty until it is first run."""
+    return []
+
+
 def emulate(config: Config, seed: int, change: Callable[[str], str] | None = None) -> float:
     """Runs the kernel; returns the relative error of the result."""
     x, w = OPERANDS
-    with emulated(seed, change_ptx=change):
+    with emulated(seed, change_ptx=change, compiled=compiled(config)):
         y = mosaic_sm90.run_with(config, bridge.activation(x), bridge.weight(w), None, None, jnp.float32)
     return oracle.relative_error(np.asarray(y), EXPECTED)
 
