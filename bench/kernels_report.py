@@ -44,8 +44,8 @@ assembler's; instructions are counted in the disassembly. *Executed* are the CTA
 orders that gave equal bits, and how far their results are from the reference's in relative norm, or the share
 of integers that are off by one; "equal" means every bit. *Roofline* is the time the call needs at the data
 sheet's 4.8 TB/s, 1979 TOP/s INT8 and 989 TFLOP/s bfloat16; *issue* is the time in which {sms} SMs issue the
-counted instructions, one a clock and quarter at 1.75 GHz. **None of it is a measurement on a GPU**: `make gpu`
-makes those (see [gpu.md](gpu.md)).
+counted instructions, one a clock and quarter at 1.75 GHz. **None of it is a measurement on a GPU**: `make
+gpu` makes those (see [gpu.md](gpu.md)).
 
 `make test-kernels` compiles and executes kernels of all these shapes, and asserts besides that nothing
 spills, uses local memory or serializes wgmma; CI runs it with jax 0.11.2. What this proves, what it does not,

@@ -78,8 +78,8 @@ def emulated(
       clusters: which clusters of each grid run, the same for all seeds.
       fill: the byte that outputs consist of before.
       change_ptx: applied to the PTX of each kernel: puts faults into it.
-      compiled: the kernels of an earlier run of the same, in the order in which they are traced; an empty list
-        is filled. Compiling takes longer than running.
+      compiled: the kernels of an earlier run of the same, in the order in which they are traced; an empty
+        list is filled. Compiling takes longer than running.
 
     Yields:
       The launches so far.
