@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-# XLA's C++ reads the variable with getenv at each compilation; it must be set before the first. Each process has
-# a folder of its own: what another one, its parent perhaps, dumps would be taken for its own.
+# XLA's C++ reads the variable with getenv at each compilation; it must be set before the first. Each process
+# has a folder of its own: what another one, its parent perhaps, dumps would be taken for its own.
 DUMPS = os.environ["MOSAIC_GPU_DUMP_TO"] = tempfile.mkdtemp(prefix="atom-jax-kernels-")
 atexit.register(shutil.rmtree, DUMPS, ignore_errors=True)
 
