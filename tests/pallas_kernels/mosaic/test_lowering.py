@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,18 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bench.aot import compile as aot
+from bench.aot import lowering
 from bench.aot.lowering import LoweringFault
 from pallas_kernels import mosaic
 from tests.pallas_kernels.mosaic.support import needs_cuda_compiler
+from tests.pallas_kernels.ptx.compiled import compile_kernel
+from tests.pallas_kernels.ptx.emulate import run_kernel
 
 pytestmark = needs_cuda_compiler
 
@@ -42,6 +47,34 @@ def test_the_reproductions_are_refused(name: str):
     x, message = FAULTS[name]
     with pytest.raises(LoweringFault, match=message):
         aot.compile_for_h200(reproduction(name), x)
+
+
+def executed(name: str, x: np.ndarray) -> np.ndarray:
+    """What the reproduction computes of ``x`` when its machine code is executed."""
+    with mock.patch.object(lowering, "checked", contextlib.nullcontext):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        kernel = compile_kernel(reproduction(name), name, jax.tree.structure((0,)), [shape], [])
+    (result,), _ = run_kernel(kernel, [x], may_be_unwritten=True)
+    return result
+
+
+def in_pieces(rows: np.ndarray) -> np.ndarray:
+    """[rows, pieces, elements] of the 16 bytes that a swizzle exchanges."""
+    return rows.reshape(len(rows), -1, 16 // rows.itemsize)
+
+
+def test_a_part_is_read_from_its_own_beginning():
+    """The part begins at byte 512: bit 2 of the number of a row of 128 bytes is missing."""
+    x = np.arange(512).reshape(4, 128).astype(jnp.bfloat16)
+    found, wanted = in_pieces(executed("part_of_rows", x)[:4]), in_pieces(x[:, 64:])
+    np.testing.assert_array_equal(found, wanted[:, np.arange(8) ^ 4])
+
+
+def test_wide_vectors_are_read_as_if_nothing_were_swizzled():
+    x = np.arange(1024, dtype=np.float32).reshape(16, 64)
+    found, wanted = in_pieces(executed("wide_vectors", x)), in_pieces(x)
+    for row in range(16):
+        np.testing.assert_array_equal(found[row], wanted[row, np.arange(16) ^ (row % 8)])
 
 
 @pytest.mark.parametrize("name", FAULTS)
