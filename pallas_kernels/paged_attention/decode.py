@@ -73,7 +73,9 @@ def body(
     batch, head, split = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("split")
 
     my_queries = pl.ds(head * rows, rows)
-    plgpu.copy_gmem_to_smem(q_gmem.at[batch, my_queries], q_smem.at[pl.ds(0, rows)], q_barrier)
+    # What pads them to whole products are the next heads' queries, or zeros behind the last head.
+    padded_queries = q_gmem.at[batch, pl.ds(head * rows, problem.queries)]
+    plgpu.copy_gmem_to_smem(padded_queries, q_smem, q_barrier, oob_mode=plgpu.OOBFillMode.ZEROS)
 
     length = positions_gmem[batch] + 1
     num_pages = jnp.clip((length + STEP - 1) // STEP, 0, problem.blocks)

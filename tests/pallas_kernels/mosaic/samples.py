@@ -66,8 +66,8 @@ def sample(case: Case, clusters: int = 2) -> list[Sample]:
     }[case.op](case, clusters)
 
 
-def _execute(call: Callable[[], Any], clusters: emulate.Clusters, **how: Any) -> tuple[Any, list[Run]]:
-    with emulate.emulated(SEEDS, clusters=clusters, **how) as runs:
+def _execute(call: Callable[[], Any], clusters: emulate.Clusters) -> tuple[Any, list[Run]]:
+    with emulate.emulated(SEEDS, clusters=clusters) as runs:
         result = jax.tree.map(np.asarray, call())
     return result, runs
 
@@ -112,7 +112,7 @@ def _matmul(case: Case, clusters: int) -> list[Sample]:
 def _quantizer(case: Case, clusters: int) -> list[Sample]:
     """Scales to some units in the last place; integers equal, behind a norm or an exponential nearly so."""
     x, *rest = tolerances.inputs_of(case, tolerances.key_of(case.name))
-    result, runs = _execute(lambda: case.call(x, *rest), clusters)
+    result, runs = _execute(lambda: case.call(x, *rest), None if len(x) == 1 else clusters)
     body, scales, *outliers = runs[0].written_outputs  # in the kernel's order
     rows = np.flatnonzero(body.reshape(len(x), -1).any(1))
     with use_implementation("reference"):
@@ -175,8 +175,7 @@ def _decode(case: Case, clusters: int) -> list[Sample]:
     sequence, heads = len(q) // 2, min(clusters, cache.num_kv_heads)
     out, runs = _execute(
         lambda: paged_attention(q, cache, layer=layer, positions=positions),
-        lambda origin: origin[1] < heads and origin[2] == sequence,  # (split or channels, kv head, sequence)
-        may_be_unwritten=True,  # queries are padded to eight
+        lambda origin: origin[0] == sequence and origin[1] < heads,  # then the split, or the channels
     )
     kernels = [[run for run in runs if run.name == name] for name in dict.fromkeys(run.name for run in runs)]
     queries = heads * q.shape[2] // cache.num_kv_heads
@@ -186,7 +185,7 @@ def _decode(case: Case, clusters: int) -> list[Sample]:
     one = dataclasses.replace(cache, block_tables=cache.block_tables[chosen])
     with use_implementation("reference"), jax.default_matmul_precision("highest"):
         expected = np.asarray(paged_attention(q[chosen], one, layer=layer, positions=positions[chosen]))
-    error = oracle.relative_error(out[sequence, 0, :queries], expected[0, 0, :queries])
+    error = float(oracle.relative_error(out[sequence, 0, :queries], expected[0, 0, :queries]))
     limit = tolerances.DECODE_INT4 if cache.quantized else tolerances.DECODE_BF16
     return [Sample(of_kernel, error, limit) for of_kernel in kernels]
 

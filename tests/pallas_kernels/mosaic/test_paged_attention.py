@@ -129,8 +129,7 @@ def check_numerics(
 ) -> None:
     """Against the reference in float32, each sequence on its own."""
     q, cache, layer, positions = arguments
-    # Queries are padded to eight by whatever shared memory held.
-    actual = execute(attend, q, cache, layer, positions, may_be_unwritten=True)
+    actual = execute(attend, q, cache, layer, positions)
     assert actual.dtype == q.dtype and actual.shape == q.shape
     actual = np.asarray(actual, np.float32)
     assert np.isfinite(actual).all()
@@ -244,9 +243,7 @@ def test_tokens_that_are_not_there_may_have_left_anything(execute: Execute):
     )
     dirty = dataclasses.replace(cache, k_scales=k_scales, v_scales=v_scales)
     check_numerics(execute, (q, dirty, layer, positions), TOLERANCE["int4"])
-    np.testing.assert_array_equal(
-        *(execute(attend, q, c, layer, positions, may_be_unwritten=True) for c in (cache, dirty))
-    )
+    np.testing.assert_array_equal(*(execute(attend, q, c, layer, positions) for c in (cache, dirty)))
 
 
 def test_queries_beyond_float16_are_clipped(execute: Execute):

@@ -38,7 +38,7 @@ def test_steps_equal_the_reference(architecture: str, num_kv_heads: int):
     """Two chunks of a prompt, then tokens one by one: logits, and the tokens chosen by them."""
     config = small_model(architecture, num_kv_heads)
     params = random_params(config, support.key_of(architecture))
-    with emulate.emulated((0, 1), may_be_unwritten=True) as runs:  # queries are padded to eight
+    with emulate.emulated((0, 1)) as runs:
         found = test_model.compare_greedy(
             params, config, support.KERNELS, BATCH, PROMPT, NEW_TOKENS, architecture
         )
