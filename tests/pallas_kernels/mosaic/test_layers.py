@@ -33,7 +33,7 @@ CONTAINS = {
     "flash_attention": ("HGMMA", "UTMALDG", "UTMASTG"),
     "gather_pages": ("UTMALDG", TMA_STORE),
 }
-# Least share of a kernel's instructions that the clusters execute. In decoding, a split without pages skips to
+# Least share of the instructions that the clusters execute. In decoding, a split without pages skips to
 # constants; of the quantizers of parts of a row, only those of a single row were all executed.
 COVERAGE = {"paged_attention": 0.93}
 ONE_ROW = ("quantize", "silu_quantize")
