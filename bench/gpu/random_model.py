@@ -11,7 +11,7 @@ from jaxtyping import Array, Key
 from atom_jax.checkpoint import shared_specs
 from atom_jax.config import ModelConfig
 from atom_jax.llama import linear_shapes, make_params, vector_shapes
-from bench.cases import random_weight
+from pallas_kernels.verification.cases import random_weight
 
 # What attention and the MLP of a layer add to the residual stream, relative to it. Small as in trained
 # models: a rounding that falls to the other side changes an INT4 activation by a seventh of its group's

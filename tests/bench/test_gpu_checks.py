@@ -13,17 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import cases, gpu_generate
-from bench.cases import Case
+from bench import gpu_generate
 from bench.gpu.random_model import random_params
+from pallas_kernels.verification import cases, compare, execute
+from pallas_kernels.verification.cases import Case
 from tests.cuda import support, test_model, test_variants
 
 MODEL = "SmolLM2-135M"
 
 
 def inputs_and_result(case: Case) -> tuple[Any, Any]:
-    inputs = support.inputs_of(case, jax.random.key(1))
-    return inputs, support.compiled(case, "reference")(*inputs)
+    inputs = execute.inputs_of(case, jax.random.key(1))
+    return inputs, execute.compiled(case, "reference")(*inputs)
 
 
 def bump(x: jax.Array, at: tuple[int, ...], by: float = 1) -> jax.Array:
@@ -34,10 +35,10 @@ def bump(x: jax.Array, at: tuple[int, ...], by: float = 1) -> jax.Array:
 def rejects(case: Case, *wrong: Callable[[Any], Any]) -> None:
     """The reference passes; each of ``wrong`` of it does not."""
     inputs, expected = inputs_and_result(case)
-    support.check_result(case, inputs, expected, expected)
+    compare.check_result(case, inputs, expected, expected)
     for change in wrong:
         with pytest.raises(AssertionError):
-            support.check_result(case, inputs, change(expected), expected)
+            compare.check_result(case, inputs, change(expected), expected)
 
 
 @pytest.mark.slow
@@ -120,7 +121,7 @@ def test_attention():
 
 def test_poison_leaves_nothing_behind():
     before = len(jax.live_arrays())
-    support.poison({"a": jnp.zeros((3, 5)), "b": None})
+    execute.poison({"a": jnp.zeros((3, 5)), "b": None})
     assert len(jax.live_arrays()) <= before + 1
 
 

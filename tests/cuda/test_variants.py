@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import pytest
 from jaxtyping import Array, Key
 
-from bench import cases
-from bench.cases import Case
-from bench.shapes import MODELS
 from pallas_kernels import ActivationFormat, grouped_matmul, norm_quantize, paged_attention, quantize
+from pallas_kernels.verification import cases
+from pallas_kernels.verification.cases import Case
+from pallas_kernels.verification.shapes import MODELS
 from tests.cuda import support
 
 FORMAT = ActivationFormat(128, 128, cases.CLIP_A)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench.shapes import MODELS, LayerShape
 from pallas_kernels import PagedKVCache, paged_attention, roofline, use_implementation
 from pallas_kernels.dispatch import record_choices
 from pallas_kernels.paged_attention import fragments, mosaic_sm90, reference
 from pallas_kernels.paged_attention.cost import cost
+from pallas_kernels.verification.shapes import MODELS, LayerShape
 from tests.pallas_kernels import bridge, oracle
 from tests.pallas_kernels.mosaic import warp_model
 from tests.pallas_kernels.mosaic.support import (

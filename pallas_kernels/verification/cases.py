@@ -10,21 +10,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from bench.shapes import DECODE_ROWS, MODELS, PREFILL_ROWS, LayerShape
-from pallas_kernels import (
+from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.kv_append.api import kv_append
+from pallas_kernels.norm_quantize.api import norm_quantize
+from pallas_kernels.paged_attention.api import paged_attention
+from pallas_kernels.qarrays import (
     PACK_TILE,
     ActivationFormat,
     PagedKVCache,
     QuantizedActivation,
     QuantizedWeight,
-    grouped_matmul,
-    kv_append,
-    norm_quantize,
     pack_int4,
-    paged_attention,
-    quantize,
-    silu_quantize,
 )
+from pallas_kernels.quantize.api import quantize
+from pallas_kernels.silu_quantize.api import silu_quantize
+from pallas_kernels.verification.shapes import DECODE_ROWS, MODELS, PREFILL_ROWS, LayerShape
 
 PAGE_SIZE = 64
 CLIP_A = 0.9
@@ -126,6 +126,7 @@ def matmul(model: str, linear: str, rows: int, bits: int = 4) -> Case:
 
 
 def norm(model: str, rows: int) -> Case:
+    """RMSNorm of the residual stream, quantized."""
     layer = MODELS[model]
     channels = layer.hidden_size
     fmt = ActivationFormat(layer.group_size, layer.num_outliers, CLIP_A)
@@ -141,6 +142,7 @@ def norm(model: str, rows: int) -> Case:
 
 
 def attention_output(model: str, rows: int) -> Case:
+    """The input of o_proj, quantized."""
     layer = MODELS[model]
     channels = layer.num_heads * layer.head_dim
     fmt = ActivationFormat(layer.group_size, layer.num_outliers, CLIP_A)
@@ -149,6 +151,7 @@ def attention_output(model: str, rows: int) -> Case:
 
 
 def silu(model: str, rows: int) -> Case:
+    """The input of down_proj, quantized."""
     layer = MODELS[model]
     channels = layer.intermediate_size
     fmt = ActivationFormat(layer.group_size, layer.num_outliers, CLIP_A)
@@ -157,6 +160,7 @@ def silu(model: str, rows: int) -> Case:
 
 
 def append(model: str, rows: int, kv_bits: int = 4) -> Case:
+    """New tokens into a cache of INT4 pages, their keys centred, or of bfloat16 pages."""
     layer = MODELS[model]
     length = 2 * PAGE_SIZE
 
