@@ -24,7 +24,7 @@ from pallas_kernels.qarrays import (
 )
 from pallas_kernels.quantize.api import quantize
 from pallas_kernels.silu_quantize.api import silu_quantize
-from pallas_kernels.verification.shapes import DECODE_ROWS, MODELS, PREFILL_ROWS, LayerShape
+from pallas_kernels.verification.shapes import DECODE_ROWS, MODELS, PREFILL_ROWS, SHAPES, LayerShape
 
 PAGE_SIZE = 64
 CLIP_A = 0.9
@@ -113,7 +113,7 @@ def random_cache(
 
 def matmul(model: str, linear: str, rows: int, bits: int = 4) -> Case:
     """The linear in 4 bits with outliers (w4a4kv4), or all in 8 bits (w8a8)."""
-    layer = MODELS[model]
+    layer = SHAPES[model]
     n, k = layer.linears[linear]
     fmt = (layer.group_size, layer.num_outliers) if bits == 4 else (0, k)
 
@@ -127,7 +127,7 @@ def matmul(model: str, linear: str, rows: int, bits: int = 4) -> Case:
 
 def norm(model: str, rows: int) -> Case:
     """RMSNorm of the residual stream, quantized."""
-    layer = MODELS[model]
+    layer = SHAPES[model]
     channels = layer.hidden_size
     fmt = ActivationFormat(layer.group_size, layer.num_outliers, CLIP_A)
 
@@ -143,7 +143,7 @@ def norm(model: str, rows: int) -> Case:
 
 def attention_output(model: str, rows: int) -> Case:
     """The input of o_proj, quantized."""
-    layer = MODELS[model]
+    layer = SHAPES[model]
     channels = layer.num_heads * layer.head_dim
     fmt = ActivationFormat(layer.group_size, layer.num_outliers, CLIP_A)
     inputs = lambda key: (jax.random.normal(key, (rows, channels), jnp.bfloat16),)  # noqa: E731
@@ -152,7 +152,7 @@ def attention_output(model: str, rows: int) -> Case:
 
 def silu(model: str, rows: int) -> Case:
     """The input of down_proj, quantized."""
-    layer = MODELS[model]
+    layer = SHAPES[model]
     channels = layer.intermediate_size
     fmt = ActivationFormat(layer.group_size, layer.num_outliers, CLIP_A)
     inputs = lambda key: (jax.random.normal(key, (rows, 2 * channels), jnp.bfloat16),)  # noqa: E731
@@ -161,7 +161,7 @@ def silu(model: str, rows: int) -> Case:
 
 def append(model: str, rows: int, kv_bits: int = 4) -> Case:
     """New tokens into a cache of INT4 pages, their keys centred, or of bfloat16 pages."""
-    layer = MODELS[model]
+    layer = SHAPES[model]
     length = 2 * PAGE_SIZE
 
     def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
@@ -203,7 +203,7 @@ def append(model: str, rows: int, kv_bits: int = 4) -> Case:
 
 def attention(model: str, batch: int, seq: int, length: int, kv_bits: int = 4) -> Case:
     """Decode (seq 1) or a prefill chunk, its last query at the last of ``length`` cached positions."""
-    layer = MODELS[model]
+    layer = SHAPES[model]
 
     def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
         first, second = jax.random.split(key)

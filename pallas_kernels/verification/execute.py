@@ -37,7 +37,12 @@ def poison(tree: Any) -> None:
 def compiled(case: Case, implementation: str) -> Callable[..., Any]:
     """``case`` jitted for ``implementation``; its arguments stay intact, its result is in poisoned memory."""
     # A function of its own: jit must not find what it traced for another implementation.
-    call = jax.jit(lambda *arguments: case.call(*arguments), donate_argnums=case.donated)
+    call = jax.jit(
+        lambda *arguments: case.call(*arguments),
+        donate_argnums=case.donated,
+        # The reference's matmuls need not be fast: trying how to run them takes seconds.
+        compiler_options={"xla_gpu_autotune_level": 0},
+    )
 
     def run(*inputs: Any) -> Any:
         with use_implementation(implementation), jax.default_matmul_precision("highest"):

@@ -15,9 +15,9 @@ import pytest
 
 from bench import gpu_generate
 from bench.gpu.random_model import random_params
-from pallas_kernels.verification import cases, compare, execute
+from pallas_kernels.verification import cases, compare, execute, variants
 from pallas_kernels.verification.cases import Case
-from tests.cuda import support, test_model, test_variants
+from tests.cuda import support, test_model
 
 MODEL = "SmolLM2-135M"
 
@@ -50,18 +50,18 @@ def test_reference_equals_itself():
 @pytest.mark.slow
 def test_variants_are_calls_of_the_ops():
     for case in (
-        test_variants.epilogue(3, 64, 352, 32, 96),
-        test_variants.reordered_norm(3, 512),
-        test_variants.reordered(3, 512),
-        test_variants.one_scale(1, 1, 100, "post"),
-        test_variants.one_scale(1, 5, 100, "pre"),
+        variants.epilogue(3, 64, 352, 32, 96),
+        variants.reordered_norm(3, 512),
+        variants.reordered(3, 512),
+        variants.one_scale("Llama-3-8B", 1, 1, 100, "post"),
+        variants.one_scale("Llama-3-8B", 1, 5, 100, "pre"),
     ):
         support.check_case(case, kernels="auto")
 
 
 def test_norm_with_residual():
     rejects(
-        test_variants.reordered_norm(3, 512),
+        variants.reordered_norm(3, 512),
         lambda result: (result[0], bump(result[1], (1, 5), 0.5)),
         lambda result: (dataclasses.replace(result[0], body=bump(result[0].body, (0, 0), 2)), result[1]),
     )
