@@ -26,10 +26,9 @@ from pallas_kernels.verification.verify import Limits, Progress
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "orbax-checkpoint")
 # The layer at whose shapes it is said what runs: a decode step of 16 sequences and a chunk of a prompt.
 TYPICAL = "Llama-3-8B"
-_STEPS = {
-    "decode": {"batch": 16, "seq": 1, "context": 2048},
-    "prefill": {"batch": 1, "seq": 512, "context": 2048},
-}
+# Sequences and tokens of each.
+_STEPS = {"decode": (16, 1), "prefill": (1, 512)}
+_CONTEXT = 2048
 # Where several schemes suit a GPU alike, the first.
 _PREFERRED = ("w4a4kv4", "w8a8", "w4a8kv4", "w4a16", "bf16")
 
@@ -164,7 +163,11 @@ def _typical(scheme: str) -> ModelConfig:
 def _choices(scheme: str) -> list[tuple[str, Line]]:
     """What each op of the typical layer would run here, by step."""
     config = _typical(scheme)
-    return [(step, line) for step, sizes in _STEPS.items() for line in explain(config, **sizes)]
+    return [
+        (step, line)
+        for step, (batch, seq) in _STEPS.items()
+        for line in explain(config, batch=batch, seq=seq, context=_CONTEXT)
+    ]
 
 
 def _summary(lines: list[tuple[str, Line]]) -> dict[str, list[str]]:
@@ -180,8 +183,8 @@ def _suggestion(schemes: dict[str, dict[str, list[str]]]) -> dict[str, str]:
     """The scheme that suits this device, and why."""
     if jax.default_backend() == "cpu":
         why = (
-            "no GPU kernel applies to a CPU and every op runs the reference; of all schemes only this one was "
-            "timed on a CPU: it generates faster than float there (README.md)"
+            "no GPU kernel applies to a CPU and every op runs the reference; of the quantized schemes only "
+            "this one was timed on a CPU: it generates faster than float there (README.md)"
         )
         return {"scheme": "w4a4kv4", "why": why}
     if dispatch.kernels_here() is None:

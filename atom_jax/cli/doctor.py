@@ -48,7 +48,8 @@ def _show(facts: dict[str, Any]) -> None:
         stdout.print(_pairs("device, as JAX says", _device(facts)))
         stdout.print(_ops(facts["ops"]))
         for reason in dict.fromkeys(op["reason"] for op in facts["ops"]):
-            _say(f"  {reason}")
+            ops = dict.fromkeys(op["op"] for op in facts["ops"] if op["reason"] == reason)
+            _say(f"  {', '.join(ops)}: {reason}")
         stdout.print(_schemes(facts["schemes"]))
         _say(f"  suggested: {facts['suggested']['scheme']}: {facts['suggested']['why']}")
         _show_kernels(facts)
@@ -71,11 +72,7 @@ def _pairs(title: str, facts: dict[str, Any]) -> Table:
 def _device(facts: dict[str, Any]) -> dict[str, Any]:
     device, cache = facts["device"], facts["compilation_cache"]
     memory = device["memory_bytes"]
-    used = (
-        "turned off"
-        if cache["folder"] is None
-        else f"{cache['folder']} (used by {', '.join(cache['used_by'])})"
-    )
+    used = f"{cache['folder']} (used by {', '.join(cache['used_by'])})" if cache["folder"] else "turned off"
     return {
         "device": f"{device['kind']} ({device['platform']}), one of {device['count']}",
         "compute capability": device["compute_capability"] or "none: no CUDA device",

@@ -3,8 +3,8 @@
     ... IMPLEMENTATION CHECK...
 
 It writes a JSON object a line to its standard output: ``{"ready": ...}`` once the device computes, then
-``{"begin": name}`` and ``{"end": name, "outcome": ..., "detail": ...}`` of each check. Whatever else writes to
-standard output is sent to standard error. It ends when its standard input ends: its parent is gone then.
+``{"begin": name}`` and ``{"end": name, "outcome": ..., "detail": ...}`` of each check. Whatever else writes
+to standard output is sent to standard error. It ends when its standard input ends: its parent is gone then.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import IO, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None, *, any_device: bool = False) ->
     needed = dispatch.IMPLEMENTATIONS[implementation]
     wanted = [all_checks()[name] for name in names]
     say = _protocol()
-    threading.Thread(target=_end_with_parent, args=(sys.stdin.buffer,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if not any_device and dispatch.device_capability() != needed:
         sys.exit(f"{implementation} needs compute capability {needed}; JAX runs on {dispatch.device_kind()}")
     _compute()
@@ -100,9 +100,10 @@ def _protocol() -> Callable[[dict[str, Any]], None]:
     return say
 
 
-def _end_with_parent(stdin: IO[bytes]) -> None:
-    """Waits until nobody can write to ``stdin`` any more; a kernel that hangs would hold the GPU for ever."""
-    stdin.read()
+def _end_with_parent() -> None:
+    """Waits for the end of standard input: without a parent a hanging kernel would hold the GPU for ever."""
+    while os.read(0, 1 << 10):  # not sys.stdin, whose lock would be held when this process ends by itself
+        pass
     os._exit(1)
 
 

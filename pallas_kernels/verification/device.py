@@ -47,7 +47,7 @@ def verify_device(
         name for name, check in all_checks().items() if again or known.find(check.op, implementation) is None
     ]
     if names:
-        announce(f"checking the GPU kernels on {device}, once, in at most {limits.total:g} s")
+        announce(f"checking the GPU kernels on {device}, at most {limits.total:g} s; the verdict is kept")
         results = verify(names, implementation, command=command, limits=limits, progress=progress)
         known = known.merged(Verdicts(device, verdicts_of(results, implementation)))
         try:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -30,6 +31,8 @@ COMMAND = (sys.executable, "-P", "-m", "pallas_kernels.verification.child")
 # Most of a check is compiling on the CPU, in one thread.
 _CORES_PER_CHILD = 4
 _MAX_CHILDREN = 4
+# Lines of a list of stack frames, Python's or C++'s.
+_FRAMES = re.compile(r"\s|@|\*\*\*|.*\(most recent call first\):|Extension modules:")
 
 # (checks done, checks in all)
 Progress = Callable[[int, int], None]
@@ -276,9 +279,7 @@ class _Child:
         """The last line of standard error that is not part of a list of stack frames."""
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").splitlines()
-        said = [
-            line.strip() for line in lines if line.strip() and not line.startswith((" ", "\t", "@", "***"))
-        ]
+        said = [line.strip() for line in lines if line.strip() and not _FRAMES.match(line)]
         return said[-1][:400] if said else ""
 
     def _kill(self) -> None:
