@@ -213,8 +213,7 @@ class TestDoctor:
         assert second["memory.used"] == "0 MiB"
 
     def test_other_gpus_have_no_kernels(self, tmp_path, monkeypatch):
-        with hopper(tmp_path, kind="NVIDIA A100"), children(failed) as asked:
-            monkeypatch.setattr(dispatch, "device_capability", lambda: "8.0")
+        with hopper(tmp_path, kind="NVIDIA A100", capability="8.0"), children(failed) as asked:
             monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
             facts = doctor.examine()
         assert asked == [] and facts["ok"] is True

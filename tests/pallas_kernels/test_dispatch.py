@@ -62,13 +62,12 @@ def test_hopper_takes_the_kernel(on_hopper):
     assert choices[0].configuration == "tiles of mosaic_sm90"
 
 
-def test_automatic_choice_says_why_it_is_not_the_kernel(on_hopper, monkeypatch):
+def test_automatic_choice_says_why_it_is_not_the_kernel(on_hopper, tmp_path):
     on_hopper["mosaic_sm90"] = fake_implementation("mosaic_sm90", 10, "rows of 7")
     with dispatch.record_choices() as choices:
         assert dispatch.run("an_op", 0) == 1
     assert choices[0].reason == "mosaic_sm90: rows of 7"
-    monkeypatch.setattr(dispatch, "device_capability", lambda: "8.9")
-    with dispatch.record_choices() as choices:
+    with hopper(tmp_path, capability="8.9"), dispatch.record_choices() as choices:
         assert dispatch.run("an_op", 0) == 1
     assert "needs compute capability 9.0" in choices[0].reason
 

@@ -19,10 +19,13 @@ KERNEL = "mosaic_sm90"
 
 
 @contextlib.contextmanager
-def hopper(cache: Path, kind: str = DEVICE) -> Iterator[None]:
-    """Within the context the default device is a Hopper GPU of which only what ``cache`` holds is known."""
+def hopper(cache: Path, kind: str = DEVICE, capability: str = "9.0") -> Iterator[None]:
+    """Within the context the default device is a Hopper GPU, of which only what ``cache`` holds is known.
+
+    What is patched here a test must not patch with pytest's monkeypatch, which may end before or after it.
+    """
     with (
-        mock.patch.object(dispatch, "device_capability", return_value="9.0"),
+        mock.patch.object(dispatch, "device_capability", return_value=capability),
         mock.patch.object(dispatch, "device_kind", return_value=kind),
         mock.patch.dict("os.environ", {"XDG_CACHE_HOME": str(cache)}),
         forgotten(),
