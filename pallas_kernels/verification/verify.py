@@ -56,7 +56,7 @@ class Limits:
     """
 
     start: float = 40.0
-    check: float = 20.0
+    check: float = 30.0
     total: float = 60.0
 
 
