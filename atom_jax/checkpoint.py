@@ -21,6 +21,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from flax import nnx
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
+from atom_jax.kernel_check import check_kernels
 from atom_jax.llama import index_shapes, linear_shapes, make_params, vector_shapes
 from atom_jax.weights import FORMATS
 
@@ -266,6 +268,10 @@ def default_dtype() -> jnp.dtype:
 def load(path: str | Path, *, dtype: jnp.dtype | None = None) -> Model:
     """Loads a converted checkpoint onto the default device. Needs neither torch nor the original.
 
+    On a GPU that has kernels, they are first compared with the reference, once for each kind of device and
+    version, in processes of their own (docs/doctor.md). One that fails is named in a RuntimeWarning and not
+    used.
+
     Args:
       path: folder written by ``atom-jax convert``.
       dtype: of activations and of matrices that are not quantized; None for ``default_dtype()``.
@@ -275,6 +281,8 @@ def load(path: str | Path, *, dtype: jnp.dtype | None = None) -> Model:
     """
     path = Path(path)
     config = read_config(path)
+    if (message := check_kernels()) is not None:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     dtype = default_dtype() if dtype is None else dtype
     specs = layer_specs(config)
     stacked = jax.tree.map(lambda spec: np.empty((config.num_layers, *spec.shape), spec.dtype), specs)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import jax
+
+from pallas_kernels.user_cache import user_cache
+
+
+def compilation_cache_folder() -> Path | None:
+    """What ``enable_compilation_cache`` returns; nothing is changed."""
+    if not jax.config.values["jax_enable_compilation_cache"]:
+        return None
+    configured = jax.config.values["jax_compilation_cache_dir"]
+    return Path(configured) if configured else user_cache() / "xla"
 
 
 def enable_compilation_cache() -> Path | None:
@@ -18,12 +27,9 @@ def enable_compilation_cache() -> Path | None:
     Returns:
       The folder; None if the cache is turned off.
     """
-    if not jax.config.values["jax_enable_compilation_cache"]:
-        return None
-    if configured := jax.config.values["jax_compilation_cache_dir"]:
-        return Path(configured)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "atom-jax" / "xla"
+    folder = compilation_cache_folder()
+    if folder is None or jax.config.values["jax_compilation_cache_dir"]:
+        return folder
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # By default only what takes a second to compile is kept; an engine's many programs may each take less.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 
-from bench.cases import Case
 from pallas_kernels import calls
 from pallas_kernels.dispatch import REFERENCE, record_choices, use_implementation
 from pallas_kernels.roofline import Cost
+from pallas_kernels.verification.cases import Case
 
 
 def cost(case: Case) -> Cost:

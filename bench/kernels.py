@@ -24,8 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench import cases, record
-from bench.cases import Case
+from bench import record
 from bench.costs import cost
 from bench.gpu import ceilings as ceilings_module
 from bench.gpu import progress, targets
@@ -34,6 +33,8 @@ from bench.gpu.peers import peers
 from bench.gpu.sweep import sweep_cases
 from bench.gpu.timing import Clock, jax_program, make_clock, make_sets, num_sets
 from pallas_kernels import dispatch, roofline, use_implementation
+from pallas_kernels.verification import cases
+from pallas_kernels.verification.cases import Case
 
 OUT = record.RESULTS / "h200" / "kernels.json"
 

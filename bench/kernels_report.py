@@ -15,15 +15,15 @@ from typing import Any
 
 import jax
 
-from bench import cases
 from bench.aot.compile import CompiledKernel, compile_for_h200
 from bench.costs import cost
-from bench.shapes import MODELS
 from pallas_kernels.dispatch import record_choices
 from pallas_kernels.grouped_matmul.config import STEP_BYTES
 from pallas_kernels.mosaic import NUM_SMS
 from pallas_kernels.qarrays import num_tiles
 from pallas_kernels.roofline import H200, seconds
+from pallas_kernels.verification import cases
+from pallas_kernels.verification.shapes import MODELS
 from tests.pallas_kernels.mosaic.samples import sample
 
 DOCS = Path(__file__).parents[1] / "docs" / "kernels.md"

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from pallas_kernels.verification import verdicts
+
 AUTO = "auto"
 REFERENCE = "reference"
 # Every implementation an op may have, preferred first, and the compute capability it needs (None: any).
@@ -53,8 +55,10 @@ def use_implementation(name: str, *, interpret: bool = False) -> Iterator[None]:
     """Within the context every op runs ``name`` ("reference", "mosaic_sm90") or raises.
 
     "auto", the default, takes the first implementation that supports the device and the call, the reference
-    last; ``record_choices`` shows what it took. An explicit name is honoured whatever the device, so that
-    kernels can be compiled for a GPU that is not there.
+    last; ``record_choices`` shows what it took. It takes a GPU kernel only if that was compared with the
+    reference on this kind of device (``pallas_kernels.verification``), or unseen where ATOM_JAX_VERIFY=0.
+    An explicit name is honoured whatever the device and the verdict, so that kernels can be compiled for a
+    GPU that is not there.
 
     Args:
       name: an implementation, or "auto".
@@ -67,6 +71,11 @@ def use_implementation(name: str, *, interpret: bool = False) -> Iterator[None]:
 def interpreting() -> bool:
     """Whether kernels traced here are to be interpreted on the CPU."""
     return _requested.value.interpret
+
+
+def automatic() -> bool:
+    """Whether nothing was asked for: what each op runs is chosen here."""
+    return _requested.value.name == AUTO
 
 
 @contextlib.contextmanager
@@ -110,13 +119,19 @@ def _choose(op: str, arguments: tuple[Any, ...]) -> tuple[str, ModuleType, str]:
     reasons = []
     for name, capability in IMPLEMENTATIONS.items():
         if capability is not None and device_capability() != capability:
-            reasons.append(f"{name} needs compute capability {capability}, {_device_name()}")
+            reasons.append(f"{name} needs compute capability {capability}, this is {device_kind()}")
             continue
         module = _implementation(op, name)
         if module is None:
             continue
         reason = _unsupported(module, arguments)
+        unverified = None
+        if reason is None and capability is not None:
+            unverified = verdicts.objection(device_kind(), op, name)
+            if unverified is not None and not verdicts.skipped():
+                reason = unverified
         if reason is None:
+            reasons += ["not verified: ATOM_JAX_VERIFY=0"] if unverified is not None else []
             return name, module, "; ".join(reasons) or "preferred"
         reasons.append(f"{name}: {reason}")
     raise NotImplementedError(f"{op} has no implementation for this device: {'; '.join(reasons)}")
@@ -139,8 +154,15 @@ def _device() -> Any:
     return default if isinstance(default, jax.Device) else jax.devices(default)[0]
 
 
-def _device_name() -> str:
-    return f"this is {_device().device_kind}"
+def device_kind() -> str:
+    """Name of the default device, e.g. "NVIDIA H200" or "cpu"."""
+    return _device().device_kind
+
+
+def kernels_here() -> str | None:
+    """The implementation for the default device's compute capability; None where only the reference runs."""
+    capability = device_capability()
+    return next((name for name, needed in IMPLEMENTATIONS.items() if needed and needed == capability), None)
 
 
 def device_capability() -> str | None:

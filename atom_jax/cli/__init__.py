@@ -12,7 +12,19 @@ from typing import Annotated
 
 import typer
 
-from atom_jax.cli import ablate, batch, compare, convert, demo, evaluate, explain, generate, inspect, serve
+from atom_jax.cli import (
+    ablate,
+    batch,
+    compare,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    explain,
+    generate,
+    inspect,
+    serve,
+)
 from atom_jax.cli.console import ReportingCommand
 
 app = typer.Typer(
@@ -29,6 +41,7 @@ app.command("compare", cls=ReportingCommand)(compare.compare)
 app.command("ablate", cls=ReportingCommand)(ablate.ablate)
 app.command("inspect", cls=ReportingCommand)(inspect.inspect)
 app.command("explain", cls=ReportingCommand)(explain.explain)
+app.command("doctor", cls=ReportingCommand)(doctor.doctor)
 app.command("demo", cls=ReportingCommand)(demo.demo)
 
 

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from atom_jax.cli.console import JsonOption, note, print_json, progress_bars, stderr, stdout
+from atom_jax.cli.kernels import check_kernels_for
 from atom_jax.errors import AtomError
 
 if TYPE_CHECKING:
@@ -41,12 +42,11 @@ def compare(
     content = read_text(text)
 
     import atom_jax
-    from atom_jax.checkpoint import TOKENIZER_FOLDER, load_tokenizer, read_config
+    from atom_jax.checkpoint import TOKENIZER_FOLDER, load_tokenizer
 
+    folders = (checkpoint_a, checkpoint_b)
+    check_kernels_for(*folders)
     with stderr.status("Loading the checkpoints"):
-        folders = (checkpoint_a, checkpoint_b)
-        for folder in folders:
-            read_config(folder)
         vocabularies = [load_tokenizer(folder).get_vocab() for folder in folders]
         tokens, tokens_b = (encode(folder / TOKENIZER_FOLDER, content) for folder in folders)
         if vocabularies[0] != vocabularies[1] or tokens.tolist() != tokens_b.tolist():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atom_jax.cli.console import format_bytes, note, progress_bars, stderr
+from atom_jax.cli.kernels import check_kernels_for
 
 if TYPE_CHECKING:
     from atom_jax.checkpoint import Model
@@ -86,6 +87,7 @@ def load_engine(
     from atom_jax.errors import AtomError
 
     enable_compilation_cache()
+    check_kernels_for(checkpoint)
     with stderr.status("Loading the checkpoint"):
         model = load(checkpoint)
         model.tokenizer  # noqa: B018  a checkpoint without one fails now, not at the first request

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from atom_jax.cli.console import JsonOption, note, print_json, progress_bars, stderr, stdout
+from atom_jax.cli.kernels import check_kernels_for
 from atom_jax.errors import AtomError
 
 _TEXT, _TASKS = "Perplexity of a text", "Tasks (lm-eval)"
@@ -72,6 +73,7 @@ def _perplexity(
     from atom_jax import load, perplexity
     from atom_jax.checkpoint import TOKENIZER_FOLDER
 
+    check_kernels_for(checkpoint)
     with stderr.status("Loading the checkpoint"):
         model = load(checkpoint)
         tokens = encode(checkpoint / TOKENIZER_FOLDER, content)
@@ -110,6 +112,7 @@ def _tasks(
 
     from atom_jax import load
 
+    check_kernels_for(checkpoint)
     with stderr.status("Loading the checkpoint"):
         model = load(checkpoint)
     with progress_bars() as report:

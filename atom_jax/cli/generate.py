@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atom_jax.cli.console import JsonOption, note, print_json, stderr, stdout
+from atom_jax.cli.kernels import check_kernels_for
 from atom_jax.errors import AtomError
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def generate(
     from atom_jax import SamplingParams, load
 
     sampling = SamplingParams(temperature, top_k, top_p)
+    check_kernels_for(checkpoint)
     with stderr.status("Loading the checkpoint"):
         model = load(checkpoint)
         ids = [encode_prompt(model.tokenizer, text, chat=chat) for text in prompts]

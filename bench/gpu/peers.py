@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bench.cases import Case
 from bench.costs import cost
 from bench.gpu.timing import Program, jax_program, make_sets, num_sets
 from pallas_kernels import use_implementation
+from pallas_kernels.verification.cases import Case
 
 
 class Peer(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
@@ -10,8 +11,9 @@ from jaxtyping import Array, Key
 
 from atom_jax.checkpoint import shared_specs
 from atom_jax.config import ModelConfig
+from atom_jax.kernel_check import check_kernels
 from atom_jax.llama import linear_shapes, make_params, vector_shapes
-from bench.cases import random_weight
+from pallas_kernels.verification.cases import random_weight
 
 # What attention and the MLP of a layer add to the residual stream, relative to it. Small as in trained
 # models: a rounding that falls to the other side changes an INT4 activation by a seventh of its group's
@@ -23,8 +25,12 @@ _BRANCHES = ("o_proj", "down_proj")
 def random_params(config: ModelConfig, key: Key[Array, ""], branch_gain: float = BRANCH_GAIN) -> Any:
     """Params of ``config`` as ``atom_jax.load`` would return them, every linear of about unit gain.
 
+    The kernels are checked first, as ``load`` does, or a GPU would run the reference.
+
     o_proj and down_proj are ``branch_gain`` times that. No biases and no per-layer reordering.
     """
+    if (message := check_kernels()) is not None:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     quantization = config.quantization
     keys = iter(jax.random.split(key, 8 + len(vector_shapes(config))))
 

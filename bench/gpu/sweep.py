@@ -22,10 +22,10 @@ import jax
 
 import pallas_kernels
 from bench import record
-from bench.cases import Case
 from bench.costs import cost
 from bench.gpu.timing import Clock, jax_program, make_sets, num_sets
 from pallas_kernels import dispatch, use_implementation
+from pallas_kernels.verification.cases import Case
 
 IMPLEMENTATION = "mosaic_sm90"
 WINNERS = Path(pallas_kernels.__file__).parent / "tuning" / "h200.json"

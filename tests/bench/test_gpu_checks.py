@@ -13,17 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import cases, gpu_generate
-from bench.cases import Case
+from bench import gpu_generate
 from bench.gpu.random_model import random_params
-from tests.cuda import support, test_model, test_variants
+from pallas_kernels.verification import cases, compare, execute, variants
+from pallas_kernels.verification.cases import Case
+from tests.cuda import support, test_model
 
 MODEL = "SmolLM2-135M"
 
 
 def inputs_and_result(case: Case) -> tuple[Any, Any]:
-    inputs = support.inputs_of(case, jax.random.key(1))
-    return inputs, support.compiled(case, "reference")(*inputs)
+    inputs = execute.inputs_of(case, jax.random.key(1))
+    return inputs, execute.compiled(case, "reference")(*inputs)
 
 
 def bump(x: jax.Array, at: tuple[int, ...], by: float = 1) -> jax.Array:
@@ -34,10 +35,10 @@ def bump(x: jax.Array, at: tuple[int, ...], by: float = 1) -> jax.Array:
 def rejects(case: Case, *wrong: Callable[[Any], Any]) -> None:
     """The reference passes; each of ``wrong`` of it does not."""
     inputs, expected = inputs_and_result(case)
-    support.check_result(case, inputs, expected, expected)
+    compare.check_result(case, inputs, expected, expected)
     for change in wrong:
         with pytest.raises(AssertionError):
-            support.check_result(case, inputs, change(expected), expected)
+            compare.check_result(case, inputs, change(expected), expected)
 
 
 @pytest.mark.slow
@@ -49,18 +50,18 @@ def test_reference_equals_itself():
 @pytest.mark.slow
 def test_variants_are_calls_of_the_ops():
     for case in (
-        test_variants.epilogue(3, 64, 352, 32, 96),
-        test_variants.reordered_norm(3, 512),
-        test_variants.reordered(3, 512),
-        test_variants.one_scale(1, 1, 100, "post"),
-        test_variants.one_scale(1, 5, 100, "pre"),
+        variants.epilogue(3, 64, 352, 32, 96),
+        variants.reordered_norm(3, 512),
+        variants.reordered(3, 512),
+        variants.one_scale("Llama-3-8B", 1, 1, 100, "post"),
+        variants.one_scale("Llama-3-8B", 1, 5, 100, "pre"),
     ):
         support.check_case(case, kernels="auto")
 
 
 def test_norm_with_residual():
     rejects(
-        test_variants.reordered_norm(3, 512),
+        variants.reordered_norm(3, 512),
         lambda result: (result[0], bump(result[1], (1, 5), 0.5)),
         lambda result: (dataclasses.replace(result[0], body=bump(result[0].body, (0, 0), 2)), result[1]),
     )
@@ -120,7 +121,7 @@ def test_attention():
 
 def test_poison_leaves_nothing_behind():
     before = len(jax.live_arrays())
-    support.poison({"a": jnp.zeros((3, 5)), "b": None})
+    execute.poison({"a": jnp.zeros((3, 5)), "b": None})
     assert len(jax.live_arrays()) <= before + 1
 
 

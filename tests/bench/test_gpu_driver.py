@@ -65,6 +65,10 @@ def test_the_end_of_the_time(tmp_path: Path):
     assert driver.run_part(part(tmp_path, "time.sleep(60)", seconds=1.5)) == "ended after 2 s"
 
 
+def test_parts_run_kernels_that_have_no_verdict():
+    assert driver.environment()["ATOM_JAX_VERIFY"] == "0"
+
+
 def test_without_a_gpu_one_line_and_a_status():
     run = subprocess.run(
         [sys.executable, "-m", "bench.gpu"],

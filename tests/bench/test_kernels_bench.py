@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import pytest
 import typer
 
-from bench import cases, kernels
-from bench.cases import Case
+from bench import kernels
 from bench.costs import cost
 from bench.gpu import progress, sweep, targets, timing
 from bench.gpu.peers import peers
 from pallas_kernels.roofline import H200, seconds
+from pallas_kernels.verification import cases
+from pallas_kernels.verification.cases import Case
 
 MODEL = "SmolLM2-135M"
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from bench import cases, kernels, plot_kernels
+from bench import kernels, plot_kernels
 from bench.costs import cost
 from bench.gpu import targets
+from pallas_kernels.verification import cases
 
 
 def result() -> dict[str, Any]:

@@ -1,48 +1,20 @@
-"""Kernels against the reference on one GPU: inputs, poisoned memory, comparisons and their tolerances.
-
-The reference runs on the same GPU with float32 products (XLA's default there is TF32). Nothing here needs a
-GPU but the kernels; tests/bench checks the comparisons themselves on a CPU.
-"""
+"""What the GPU tests share: fresh inputs whose seed a failure names."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import zlib
-from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Key
 
-from bench.cases import Case
-from pallas_kernels import PagedKVCache, QuantizedActivation, use_implementation
+from pallas_kernels.verification import execute
+from pallas_kernels.verification.cases import Case
 
 # New inputs on every run; a failure prints the seed, and ATOM_JAX_SEED repeats it.
 SEED = int(os.environ.get("ATOM_JAX_SEED", secrets.randbits(31)))
 KERNELS = "mosaic_sm90"
-# Allocated beside the outputs, for the scratch memory of kernels.
-_SCRATCH_BYTES = 64 << 20
-
-# Relative norm of the difference. Both sides accumulate in float32 and round the result to bfloat16, by at
-# most 2**-9 = 2e-3 and 1.1e-3 in the mean. Sums in another order differ by 1e-6, which moves one output in
-# some thousands to the next bfloat16: 1e-4 in norm.
-MATMUL = 1e-3
-# The queries rotated in float32, in another order of operations: as above.
-QUERIES = 1e-3
-# The kernel multiplies INT4 values with weights rounded to float16 (5e-4) and both sides round the output.
-DECODE_INT4 = 5e-3
-# bfloat16 pages are multiplied with weights rounded to bfloat16 by both, each against its own maximum.
-DECODE_BF16 = 8e-3
-# Prefill rounds the dequantized keys and values, and the weights, to bfloat16: 2e-3 each, and the output.
-PREFILL = 1.2e-2
-# Scales behind a square root or an exponential: some units in the last place of float32.
-SCALES = 3e-6
-# Then x / scale lies within 3e-6 of a half, and rounds to the other side, for at most 2 * 127 * 3e-6 of the
-# INT8 values (a few hundredths of all) and 2 * 8 * 3e-6 of the INT4 values.
-OFF_BY_ONE = 2e-4
 
 
 def key_of(name: str) -> Key[Array, ""]:
@@ -50,173 +22,9 @@ def key_of(name: str) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.key(SEED), zlib.crc32(name.encode()))
 
 
-def inputs_of(case: Case, key: Key[Array, ""]) -> tuple[Any, ...]:
-    """Random arguments of ``case``."""
-    return jax.block_until_ready(jax.jit(case.inputs)(key))
-
-
-def poison(tree: Any) -> None:
-    """Fills and frees device memory of the sizes of ``tree``'s arrays, twice, and some more.
-
-    What a kernel does not write then reads as NaN (or -1), not as the right result of an earlier call.
-    """
-    sizes = [leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)]
-    buffers = [jnp.full((size,), 0xFF, jnp.uint8) for size in (*sizes, *sizes, _SCRATCH_BYTES)]
-    jax.block_until_ready(buffers)
-    for buffer in buffers:
-        buffer.delete()
-
-
-def compiled(case: Case, implementation: str) -> Callable[..., Any]:
-    """``case`` jitted for ``implementation``; its arguments stay intact, its result is in poisoned memory."""
-    # A function of its own: jit must not find what it traced for another implementation.
-    call = jax.jit(lambda *arguments: case.call(*arguments), donate_argnums=case.donated)
-
-    def run(*inputs: Any) -> Any:
-        with use_implementation(implementation), jax.default_matmul_precision("highest"):
-            copies = [jax.tree.map(jnp.copy, x) if i in case.donated else x for i, x in enumerate(inputs)]
-            return jax.block_until_ready(call(*copies))
-
-    return run
-
-
 def check_case(case: Case, kernels: str = KERNELS) -> None:
     """Asserts that the kernels' result is the reference's, and the same bit for bit when repeated."""
-    inputs = inputs_of(case, key_of(case.name))
-    expected = compiled(case, "reference")(*inputs)
-    run = compiled(case, kernels)
-    results = []
-    for _ in range(2):
-        poison(expected)
-        results.append(run(*inputs))
     try:
-        same_bits(*results)
-        check_result(case, inputs, results[0], expected)
+        execute.check_case(case, kernels, key_of(case.name))
     except AssertionError as error:
         raise AssertionError(f"{case.name}, ATOM_JAX_SEED={SEED}: {error}") from error
-
-
-def check_result(case: Case, inputs: tuple[Any, ...], actual: Any, expected: Any) -> None:
-    """Asserts that ``actual`` is ``expected`` within what the op may differ by."""
-    same_structure(actual, expected)
-    match case.op:
-        case "grouped_matmul":
-            close(actual, expected, MATMUL)
-        case "quantize":  # the float input is the same: so is every integer
-            same_bits(actual, expected)
-        case "norm_quantize" | "silu_quantize":
-            if isinstance(actual, tuple):  # the residual stream too: a sum, rounded once
-                (actual, stream), (expected, expected_stream) = actual, expected
-                same_bits(stream, expected_stream)
-            nearly_same_activation(actual, expected)
-        case "kv_append":
-            check_append(inputs, actual, expected)
-        case "paged_attention":
-            close(actual, expected, DECODE_INT4 if inputs[1].quantized else DECODE_BF16)
-        case "prefill_attention":
-            close(actual, expected, PREFILL)
-        case _:
-            raise ValueError(f"no comparison for {case.op}")
-
-
-def bits(x: Array) -> np.ndarray:
-    """The bytes of ``x``: NaN equals itself."""
-    return np.asarray(x).reshape(-1).view(np.uint8)
-
-
-def same_structure(actual: Any, expected: Any) -> None:
-    """Same pytree, shapes and types."""
-    describe = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)  # noqa: E731
-    assert describe(actual) == describe(expected)
-
-
-def same_bits(actual: Any, expected: Any) -> None:
-    for first, second in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(bits(first), bits(second))
-
-
-def relative_norm(actual: Array, expected: Array) -> float:
-    """||actual - expected|| / ||expected|| in float32; NaN where either has one."""
-    a, e = actual.astype(jnp.float32), expected.astype(jnp.float32)
-    return float(jnp.linalg.norm((a - e).reshape(-1)) / jnp.linalg.norm(e.reshape(-1)))
-
-
-def close(actual: Array, expected: Array, tolerance: float) -> None:
-    """Relative norm below ``tolerance``, and no single element far off: a norm over millions hides one."""
-    assert bool(jnp.isfinite(actual).all()), f"{int((~jnp.isfinite(actual)).sum())} elements are not finite"
-    error = relative_norm(actual, expected)
-    assert error < tolerance, f"relative norm of the error {error:.2e}, allowed {tolerance:.0e}"
-    a, e = actual.astype(jnp.float32), expected.astype(jnp.float32)
-    rms = float(jnp.sqrt(jnp.mean(jnp.square(e))))
-    # Normal errors of this norm stay within 8 of their deviations; two units in the last place of bfloat16.
-    allowed = 8 * tolerance * rms + 2**-7 * jnp.abs(e)
-    wrong = jnp.abs(a - e) > allowed
-    count = int(wrong.sum())
-    where = np.unravel_index(int(jnp.argmax(jnp.abs(a - e) - allowed)), a.shape)
-    assert count == 0, f"{count} elements far off, e.g. [{where}] {float(a[where])}, not {float(e[where])}"
-
-
-def few_off_by_one(actual: Array, expected: Array) -> None:
-    """Integers equal but for a share of OFF_BY_ONE, those by one."""
-    difference = jnp.abs(actual.astype(jnp.int32) - expected.astype(jnp.int32))
-    largest, count = int(difference.max(initial=0)), int((difference > 0).sum())
-    assert largest <= 1, f"{int((difference > 1).sum())} integers off by up to {largest}"
-    assert count <= max(3, OFF_BY_ONE * difference.size), f"{count} of {difference.size} integers differ"
-
-
-def nearly_same_activation(actual: QuantizedActivation, expected: QuantizedActivation) -> None:
-    np.testing.assert_allclose(actual.scales, expected.scales, rtol=SCALES)
-    few_off_by_one(actual.body, expected.body)
-    few_off_by_one(actual.outliers, expected.outliers)
-
-
-def check_append(inputs: tuple[Any, ...], actual: Any, expected: Any) -> None:
-    """The queries; every page nobody wrote as it was; the written ones."""
-    _, before, layer, slots, *_ = inputs
-    (q, cache), (expected_q, expected_cache) = actual, expected
-    close(q, expected_q, QUERIES)
-    np.testing.assert_array_equal(cache.block_tables, before.block_tables)
-    pages, offsets = slots // before.page_size, slots % before.page_size
-    for name in ("k_pages", "v_pages", "k_scales", "v_scales"):
-        old, new, wanted = (getattr(c, name) for c in (before, cache, expected_cache))
-        if old is None:
-            continue
-        # Tokens of a page are its last axis in scales, the one before in pages.
-        new, wanted, old = (x if name.endswith("scales") else x.swapaxes(-1, -2) for x in (new, wanted, old))
-        untouched = jnp.ones(old.shape, bool).at[layer, pages, :, :, offsets].set(False)
-        kept, given = (bits(jnp.where(untouched, x, 0)) for x in (new, old))
-        np.testing.assert_array_equal(kept, given, err_msg=f"untouched {name}")
-        written, wanted = (x[layer, pages, :, :, offsets] for x in (new, wanted))
-        check_written(name, written, wanted, before)
-
-
-def check_written(name: str, written: Array, wanted: Array, cache: PagedKVCache) -> None:
-    """What was stored for the new tokens [tokens, heads, rows].
-
-    Values are quantized from equal input: bit for bit. Keys went through RoPE, and a norm in some models.
-    """
-    if name.startswith("v"):
-        same_bits(written, wanted)
-    elif not cache.quantized:
-        close(written, wanted, QUERIES)
-    elif name == "k_pages":
-        for nibbles in (lambda x: x & 15, lambda x: x >> 4):
-            few_keys_differ(nibbles(written), nibbles(wanted), off_by=1)
-    else:
-        scales, zeros = jnp.split(written, 2, axis=-1)
-        wanted_scales, wanted_zeros = jnp.split(wanted, 2, axis=-1)
-        few_keys_differ(zeros, wanted_zeros, off_by=1)
-        few_keys_differ(scales, wanted_scales, off_by=2**-7 * wanted_scales)
-
-
-def few_keys_differ(actual: Array, expected: Array, off_by: float | Array) -> None:
-    """Equal but for 1 in 100, those by at most ``off_by``.
-
-    The operations of RoPE may be contracted differently: float32 values differ in their last bit and about
-    one in 2**15 is rounded to another bfloat16, 2**-8 away. Where that is the maximum or minimum of a group
-    (1 group in 10,000) its scale moves as much, and with it 3 in 100 of its integers.
-    """
-    difference = jnp.abs(actual.astype(jnp.float32) - expected.astype(jnp.float32))
-    assert bool((difference <= off_by).all()), f"keys off by up to {float(difference.max())}"
-    count = int((difference > 0).sum())
-    assert count <= max(3, difference.size // 100), f"{count} of {difference.size} differ"

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench import cases
-from bench.cases import Case
-from bench.shapes import MODELS
+from pallas_kernels.verification import cases, compare, execute
+from pallas_kernels.verification.cases import Case
+from pallas_kernels.verification.shapes import MODELS
 from tests.cuda import support
 
 MODEL = "Llama-3-8B"
@@ -77,12 +77,12 @@ def test_cache_carried_through_a_scan():
         return outputs, cache
 
     case = Case("paged_attention", MODEL, "append and attend in a scan", call, inputs, donated=(1,))
-    given = support.inputs_of(case, support.key_of(case.name))
-    expected, expected_cache = support.compiled(case, "reference")(*given)
-    support.poison((expected, expected_cache))
-    actual, cache = support.compiled(case, support.KERNELS)(*given)
-    support.close(actual, expected, support.DECODE_INT4)
-    support.same_bits(cache.v_pages, expected_cache.v_pages)
-    # A key of a layer may have rounded differently (see support.few_keys_differ).
+    given = execute.inputs_of(case, support.key_of(case.name))
+    expected, expected_cache = execute.compiled(case, "reference")(*given)
+    execute.poison((expected, expected_cache))
+    actual, cache = execute.compiled(case, support.KERNELS)(*given)
+    compare.close(actual, expected, compare.DECODE_INT4)
+    compare.same_bits(cache.v_pages, expected_cache.v_pages)
+    # A key of a layer may have rounded differently (see compare.few_keys_differ).
     changed = (cache.k_pages != expected_cache.k_pages).sum()
     assert int(changed) <= 2 * batch * layer.num_kv_heads * layer.head_dim // 2 // 100

@@ -16,6 +16,7 @@ from atom_jax.llama import forward
 from bench.gpu.random_model import random_params
 from bench.models import llama_3_8b
 from pallas_kernels import PagedKVCache, use_implementation
+from pallas_kernels.verification import compare
 from tests.cuda import support
 
 CONFIG = llama_3_8b().replace(num_layers=4)
@@ -74,7 +75,7 @@ def compare_greedy(
             logits[name] = out[:, 0]
         ours, theirs = logits[kernels], logits["reference"]
         assert bool(jnp.isfinite(ours).all()), f"{kind} at {first}: logits are not finite"
-        error = support.relative_norm(ours, theirs)
+        error = compare.relative_norm(ours, theirs)
         worst[kind] = max(worst[kind], error)
         assert error < LOGITS, f"{kind} at {first}: {error:.2e}, ATOM_JAX_SEED={support.SEED}"
         return ours, theirs

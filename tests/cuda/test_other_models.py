@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench import cases
-from bench.cases import Case
-from bench.shapes import MODELS
+from pallas_kernels.verification import cases
+from pallas_kernels.verification.cases import Case
+from pallas_kernels.verification.shapes import MODELS
 from tests.cuda import support, test_kernels
 
 # One number for each linear, so that every model sees decode and prefill.

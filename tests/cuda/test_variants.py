@@ -1,85 +1,14 @@
-"""Forms of the ops that no case of the models has: other groups, epilogues, reordering, keys before RoPE."""
+"""Forms of the ops that no case of the models has (``pallas_kernels.verification.variants``)."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import pytest
-from jaxtyping import Array, Key
 
-from bench import cases
-from bench.cases import Case
-from bench.shapes import MODELS
-from pallas_kernels import ActivationFormat, grouped_matmul, norm_quantize, paged_attention, quantize
+from pallas_kernels.verification.cases import Case
+from pallas_kernels.verification.variants import epilogue, one_scale, reordered, reordered_norm
 from tests.cuda import support
-
-FORMAT = ActivationFormat(128, 128, cases.CLIP_A)
-
-
-def normal(key: Key[Array, ""], *shape: int) -> Array:
-    return jax.random.normal(key, shape, jnp.bfloat16)
-
-
-def epilogue(rows: int, n: int, k: int, group_size: int, num_outliers: int) -> Case:
-    def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
-        keys = jax.random.split(key, 4)
-        x = cases.random_activation(keys[0], rows, k, group_size, num_outliers)
-        w = cases.random_weight(keys[1], n, k, group_size, num_outliers)
-        return x, w, normal(keys[2], n), normal(keys[3], rows, n)
-
-    call = lambda x, w, bias, residual: grouped_matmul(x, w, bias=bias, residual=residual)  # noqa: E731
-    shape = f"{n}x{k} M={rows} groups of {group_size}, bias, residual"
-    return Case("grouped_matmul", "-", shape, call, inputs)
-
-
-def reordered_norm(rows: int, channels: int) -> Case:
-    """The paper's order: the norm adds the residual and gathers."""
-
-    def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
-        keys = jax.random.split(key, 4)
-        indices = jax.random.permutation(keys[3], channels).astype(jnp.int32)
-        weight = jax.random.uniform(keys[2], (channels,), minval=0.5, maxval=1.5)
-        return normal(keys[0], rows, channels), weight, normal(keys[1], rows, channels), indices
-
-    def call(x: Array, weight: Array, residual: Array, indices: Array) -> Any:
-        return norm_quantize(x, weight, eps=cases.EPS, fmt=FORMAT, residual=residual, indices=indices)
-
-    return Case("norm_quantize", "-", f"K={channels} M={rows} residual, reordered", call, inputs)
-
-
-def reordered(rows: int, channels: int) -> Case:
-    def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
-        first, second = jax.random.split(key)
-        return normal(first, rows, channels), jax.random.permutation(second, channels).astype(jnp.int32)
-
-    call = lambda x, indices: quantize(x, FORMAT, indices)  # noqa: E731
-    return Case("quantize", "-", f"K={channels} M={rows} reordered", call, inputs)
-
-
-def one_scale(batch: int, seq: int, length: int, kv_rope: str) -> Case:
-    """Attention to keys with one scale a head; ``kv_rope`` "pre": rotated when they are read."""
-    layer = dataclasses.replace(MODELS["Llama-3-8B"], kv_groups=1)
-    case = cases.attention("Llama-3-8B", batch, seq, length)
-
-    def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
-        q, _, index, positions = case.inputs(key)
-        cache = cases.random_cache(jax.random.fold_in(key, 1), layer, batch, length, 4)
-        if kv_rope == "post":
-            return q, cache, index, positions, None
-        half = layer.head_dim // 2
-        angles = jnp.arange(cache.max_length)[:, None] * 10_000.0 ** (-jnp.arange(half) / half)
-        cache = dataclasses.replace(cache, kv_rope=kv_rope)
-        return q, cache, index, positions, (jnp.cos(angles), jnp.sin(angles))
-
-    def call(q: Array, cache: Any, index: Array, positions: Array, key_rope: Any) -> Array:
-        return paged_attention(q, cache, layer=index, positions=positions, key_rope=key_rope)
-
-    shape = f"batch={batch} queries={seq} keys={length} one scale, {kv_rope}"
-    return dataclasses.replace(case, shape=shape, call=call, inputs=inputs)
 
 
 def selected() -> Iterator[Case]:
@@ -88,8 +17,8 @@ def selected() -> Iterator[Case]:
     yield epilogue(64, 4096, 4096, 128, 128)
     yield reordered_norm(64, 4096)
     yield reordered(64, 4096)
-    yield one_scale(16, 1, 1000, "post")
-    yield one_scale(2, 200, 1000, "pre")
+    yield one_scale("Llama-3-8B", 16, 1, 1000, "post")
+    yield one_scale("Llama-3-8B", 2, 200, 1000, "pre")
 
 
 CASES = list(selected())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import types
 
 import jax
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import ActivationFormat, dispatch, quantize, use_implementation
+from pallas_kernels.verification import verdicts
+from pallas_kernels.verification.verdicts import FAILED
+from tests.pallas_kernels.verification.hopper import hopper, on
 
 FORMAT = ActivationFormat(32, 0)
 
@@ -25,15 +29,16 @@ def fake_implementation(name: str, shift: int, unsupported: str | None = None) -
 
 
 @pytest.fixture
-def on_hopper(monkeypatch: pytest.MonkeyPatch):
-    """Pretends that this is a Hopper GPU and that "an_op" has a kernel; returns what replaces the kernel."""
+def on_hopper(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    """Pretends that this is a Hopper GPU and "an_op" has a verified kernel; returns what replaces it."""
     modules = {
         "mosaic_sm90": fake_implementation("mosaic_sm90", 10),
         "reference": fake_implementation("reference", 1),
     }
     monkeypatch.setattr(dispatch, "_implementation", lambda op, name: modules.get(name))
-    monkeypatch.setattr(dispatch, "device_capability", lambda: "9.0")
-    return modules
+    with hopper(tmp_path):
+        verdicts.adopt(on("an_op"))
+        yield modules
 
 
 def test_reference_runs_on_request_and_by_itself_on_a_cpu():
@@ -57,13 +62,12 @@ def test_hopper_takes_the_kernel(on_hopper):
     assert choices[0].configuration == "tiles of mosaic_sm90"
 
 
-def test_automatic_choice_says_why_it_is_not_the_kernel(on_hopper, monkeypatch):
+def test_automatic_choice_says_why_it_is_not_the_kernel(on_hopper, tmp_path):
     on_hopper["mosaic_sm90"] = fake_implementation("mosaic_sm90", 10, "rows of 7")
     with dispatch.record_choices() as choices:
         assert dispatch.run("an_op", 0) == 1
     assert choices[0].reason == "mosaic_sm90: rows of 7"
-    monkeypatch.setattr(dispatch, "device_capability", lambda: "8.9")
-    with dispatch.record_choices() as choices:
+    with hopper(tmp_path, capability="8.9"), dispatch.record_choices() as choices:
         assert dispatch.run("an_op", 0) == 1
     assert "needs compute capability 9.0" in choices[0].reason
 
@@ -108,3 +112,64 @@ def test_traced_function_does_not_hide_an_unknown_name():
     _quantize(jnp.ones((2, 32)), FORMAT)
     with use_implementation("abacus"), pytest.raises(NotImplementedError, match="abacus"):
         _quantize(jnp.ones((2, 32)), FORMAT)
+
+
+def test_a_kernel_without_a_verdict_is_not_taken(on_hopper):
+    verdicts.adopt(None)
+    with dispatch.record_choices() as choices:
+        assert dispatch.run("an_op", 0) == 1
+        verdicts.adopt(on("another_op"))
+        assert dispatch.run("an_op", 0) == 1
+    reason = "mosaic_sm90: not verified on this device: run `atom-jax doctor`"
+    assert [choice.reason for choice in choices] == [reason] * 2
+
+
+def test_a_kernel_that_failed_is_not_taken(on_hopper):
+    verdicts.adopt(on("an_op", FAILED, "killed by SIGABRT"))
+    with dispatch.record_choices() as choices:
+        assert dispatch.run("an_op", 0) == 1
+    assert "mosaic_sm90: failed on this device: killed by SIGABRT" in choices[0].reason
+
+
+def test_a_verdict_on_another_device_is_none(on_hopper):
+    verdicts.adopt(on("an_op", kind="NVIDIA H100"))
+    assert dispatch.run("an_op", 0) == 1
+
+
+def test_why_a_kernel_does_not_serve_a_call_matters_more_than_its_verdict(on_hopper):
+    on_hopper["mosaic_sm90"] = fake_implementation("mosaic_sm90", 10, "rows of 7")
+    verdicts.adopt(None)
+    with dispatch.record_choices() as choices:
+        dispatch.run("an_op", 0)
+    assert choices[0].reason == "mosaic_sm90: rows of 7"
+
+
+def test_a_choice_by_name_asks_for_no_verdict(on_hopper):
+    for verdict in (None, on("an_op", FAILED, "hang")):
+        verdicts.adopt(verdict)
+        with use_implementation("mosaic_sm90"):
+            assert dispatch.run("an_op", 0) == 10
+
+
+def test_the_check_can_be_left_out(on_hopper, monkeypatch):
+    monkeypatch.setenv("ATOM_JAX_VERIFY", "0")
+    with dispatch.record_choices() as choices:
+        assert dispatch.run("an_op", 0) == 10
+        for verdict in (None, on("an_op", FAILED, "hang")):
+            verdicts.adopt(verdict)
+            assert dispatch.run("an_op", 0) == 10
+    assert [choice.reason for choice in choices] == ["preferred", *["not verified: ATOM_JAX_VERIFY=0"] * 2]
+    monkeypatch.setenv("ATOM_JAX_VERIFY", "1")
+    assert dispatch.run("an_op", 0) == 1
+
+
+def test_a_new_verdict_reaches_functions_that_were_traced_before(on_hopper):
+    verdicts.adopt(None)
+    run = jax.jit(lambda x: dispatch.run("an_op", x))
+    assert run(jnp.int32(0)) == 1
+    verdicts.adopt(on("an_op"))
+    assert run(jnp.int32(0)) == 10
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # as a server's
+        assert pool.submit(run, jnp.int32(0)).result() == 10
+    verdicts.adopt(on("an_op", FAILED, "wrong"))
+    assert run(jnp.int32(0)) == 1

@@ -14,9 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from bench import cases
-from bench.cases import Case
-from bench.shapes import MODELS
 from pallas_kernels import (
     PACK_TILE,
     PagedKVCache,
@@ -29,7 +26,11 @@ from pallas_kernels.kv_append.reference import dequantize_kv
 from pallas_kernels.prefill_attention import flash, mosaic_sm90
 from pallas_kernels.prefill_attention.gather import gather
 from pallas_kernels.qarrays import unpack_int4
-from tests.cuda import support as tolerances
+from pallas_kernels.verification import cases, compare
+from pallas_kernels.verification.cases import Case
+from pallas_kernels.verification.execute import inputs_of
+from pallas_kernels.verification.shapes import MODELS
+from tests.cuda import support
 from tests.pallas_kernels import bridge, oracle
 from tests.pallas_kernels.ptx import emulate
 from tests.pallas_kernels.ptx.emulate import Run
@@ -111,7 +112,7 @@ def _matmul(case: Case, clusters: int) -> list[Sample]:
 
 def _quantizer(case: Case, clusters: int) -> list[Sample]:
     """Scales to some units in the last place; integers equal, behind a norm or an exponential nearly so."""
-    x, *rest = tolerances.inputs_of(case, tolerances.key_of(case.name))
+    x, *rest = inputs_of(case, support.key_of(case.name))
     result, runs = _execute(lambda: case.call(x, *rest), None if len(x) == 1 else clusters)
     body, scales, *outliers = runs[0].written_outputs  # in the kernel's order
     rows = np.flatnonzero(body.reshape(len(x), -1).any(1))
@@ -119,7 +120,7 @@ def _quantizer(case: Case, clusters: int) -> list[Sample]:
         expected = jax.jit(case.call)(x[rows], *rest)
     exact = case.op == "quantize"
     actual, wanted, chosen = result.scales[:, rows], np.asarray(expected.scales), scales[:, rows]
-    np.testing.assert_allclose(actual[chosen], wanted[chosen], rtol=0 if exact else tolerances.SCALES)
+    np.testing.assert_allclose(actual[chosen], wanted[chosen], rtol=0 if exact else compare.SCALES)
     differing = count = 0
     for name, written in zip(("body", "outliers"), (body, *outliers), strict=False):
         actual, wanted = getattr(result, name)[rows], np.asarray(getattr(expected, name))
@@ -127,12 +128,12 @@ def _quantizer(case: Case, clusters: int) -> list[Sample]:
         difference = np.abs(actual[chosen].astype(int) - wanted[chosen])
         assert difference.max(initial=0) <= 1, name
         differing, count = differing + (difference > 0).sum(), count + difference.size
-    return [Sample(runs, differing / count, 0.0 if exact else max(3 / count, tolerances.OFF_BY_ONE))]
+    return [Sample(runs, differing / count, 0.0 if exact else max(3 / count, compare.OFF_BY_ONE))]
 
 
 def _append(case: Case, clusters: int) -> list[Sample]:
     """The cache as the reference leaves it when it appends the tokens whose CTAs ran; the queries' error."""
-    qkv, cache, layer, slots, *rest = tolerances.inputs_of(case, tolerances.key_of(case.name))
+    qkv, cache, layer, slots, *rest = inputs_of(case, support.key_of(case.name))
     (q, written), runs = _execute(
         lambda: case.call(qkv, jax.tree.map(jnp.copy, cache), layer, slots, *rest), clusters
     )
@@ -143,8 +144,8 @@ def _append(case: Case, clusters: int) -> list[Sample]:
     with use_implementation("reference"):
         expected = jax.jit(case.call)(*inputs)
     actual = (jnp.asarray(q[tokens]), jax.tree.map(jnp.asarray, written))
-    tolerances.check_result(case, inputs, actual, expected)
-    return [Sample(runs, tolerances.relative_norm(actual[0], expected[0]), tolerances.QUERIES)]
+    compare.check_result(case, inputs, actual, expected)
+    return [Sample(runs, compare.relative_norm(actual[0], expected[0]), compare.QUERIES)]
 
 
 class AttentionInputs(NamedTuple):
@@ -158,7 +159,7 @@ class AttentionInputs(NamedTuple):
 
 def _attention_inputs(case: Case) -> AttentionInputs:
     abstract_q, abstract_cache, *_, abstract_positions = case.abstract_inputs
-    key = tolerances.key_of(case.name)
+    key = support.key_of(case.name)
     kv_bits = 4 if abstract_cache.quantized else 16
     cache = cases.random_cache(key, MODELS[case.model], 1, _POOL_KEYS, kv_bits)
     pages = cache.k_pages.shape[1]
@@ -186,7 +187,7 @@ def _decode(case: Case, clusters: int) -> list[Sample]:
     with use_implementation("reference"), jax.default_matmul_precision("highest"):
         expected = np.asarray(paged_attention(q[chosen], one, layer=layer, positions=positions[chosen]))
     error = float(oracle.relative_error(out[sequence, 0, :queries], expected[0, 0, :queries]))
-    limit = tolerances.DECODE_INT4 if cache.quantized else tolerances.DECODE_BF16
+    limit = compare.DECODE_INT4 if cache.quantized else compare.DECODE_BF16
     return [Sample(of_kernel, error, limit) for of_kernel in kernels]
 
 
@@ -231,4 +232,4 @@ def _flash(q: Array, cache: PagedKVCache, positions: Array, config: flash.Config
     scores = np.where(np.arange(len(keys)) <= np.asarray(positions)[0, rows, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(1, keepdims=True))
     expected = weights @ values / weights.sum(1, keepdims=True)
-    return Sample(runs, oracle.relative_error(out[0, rows, head], expected), tolerances.PREFILL)
+    return Sample(runs, oracle.relative_error(out[0, rows, head], expected), compare.PREFILL)

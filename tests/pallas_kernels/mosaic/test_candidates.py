@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench import cases
-from bench.cases import Case
 from bench.gpu import sweep
+from pallas_kernels.verification import cases
+from pallas_kernels.verification.cases import Case
 from tests.pallas_kernels.mosaic.support import compile_and_check, needs_cuda_compiler
 
 MODEL = "Llama-3-8B"

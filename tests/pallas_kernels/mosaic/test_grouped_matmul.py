@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench.shapes import DECODE_ROWS, MODELS, PREFILL_ROWS
 from pallas_kernels import QuantizedActivation, QuantizedWeight, grouped_matmul, use_implementation
 from pallas_kernels.grouped_matmul import mosaic_sm90
 from pallas_kernels.grouped_matmul.config import Config, candidates, heuristics
 from pallas_kernels.mosaic import MAX_SMEM_BYTES, NUM_SMS
 from pallas_kernels.qarrays import PACK_TILE, num_tiles
+from pallas_kernels.verification.shapes import DECODE_ROWS, MODELS, PREFILL_ROWS
 from tests.pallas_kernels import bridge, oracle
 from tests.pallas_kernels.mosaic.support import (
     Execute,

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import cases
-from bench.cases import Case
-from bench.shapes import MODELS
+from pallas_kernels.verification import cases
+from pallas_kernels.verification.cases import Case
+from pallas_kernels.verification.shapes import MODELS
 from tests.pallas_kernels.mosaic.samples import Sample, sample
 from tests.pallas_kernels.mosaic.support import (
     TMA_STORE,

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench.shapes import MODELS, LayerShape
 from pallas_kernels import PagedKVCache, dispatch, paged_attention
 from pallas_kernels.prefill_attention import flash, mosaic_sm90
 from pallas_kernels.prefill_attention.cost import cost
 from pallas_kernels.prefill_attention.gather import gather
+from pallas_kernels.verification.shapes import MODELS, LayerShape
 from tests.pallas_kernels import bridge, oracle
 from tests.pallas_kernels.mosaic.support import (
     TMA_STORE,

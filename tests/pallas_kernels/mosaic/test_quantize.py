@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench.shapes import MODELS
 from pallas_kernels import ActivationFormat, QuantizedActivation, roofline, use_implementation
 from pallas_kernels.norm_quantize import cost as norm_cost
 from pallas_kernels.norm_quantize.api import norm_quantize
@@ -20,6 +19,7 @@ from pallas_kernels.quantize import mosaic_blocks, mosaic_rows
 from pallas_kernels.quantize.api import quantize
 from pallas_kernels.silu_quantize import cost as silu_cost
 from pallas_kernels.silu_quantize.api import silu_quantize
+from pallas_kernels.verification.shapes import MODELS
 from tests.pallas_kernels.mosaic.support import (
     Execute,
     compile_and_check,

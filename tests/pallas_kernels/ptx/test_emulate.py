@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from bench import cases
 from pallas_kernels import mosaic, use_implementation
+from pallas_kernels.verification import cases
 from tests.pallas_kernels.mosaic.support import needs_cuda_compiler
 from tests.pallas_kernels.ptx.emulate import emulated
 from tests.pallas_kernels.ptx.errors import MemoryFault, OrderDependence

@@ -10,21 +10,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from bench.shapes import DECODE_ROWS, MODELS, PREFILL_ROWS, LayerShape
-from pallas_kernels import (
+from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.kv_append.api import kv_append
+from pallas_kernels.norm_quantize.api import norm_quantize
+from pallas_kernels.paged_attention.api import paged_attention
+from pallas_kernels.qarrays import (
     PACK_TILE,
     ActivationFormat,
     PagedKVCache,
     QuantizedActivation,
     QuantizedWeight,
-    grouped_matmul,
-    kv_append,
-    norm_quantize,
     pack_int4,
-    paged_attention,
-    quantize,
-    silu_quantize,
 )
+from pallas_kernels.quantize.api import quantize
+from pallas_kernels.silu_quantize.api import silu_quantize
+from pallas_kernels.verification.shapes import DECODE_ROWS, MODELS, PREFILL_ROWS, SHAPES, LayerShape
 
 PAGE_SIZE = 64
 CLIP_A = 0.9
@@ -113,7 +113,7 @@ def random_cache(
 
 def matmul(model: str, linear: str, rows: int, bits: int = 4) -> Case:
     """The linear in 4 bits with outliers (w4a4kv4), or all in 8 bits (w8a8)."""
-    layer = MODELS[model]
+    layer = SHAPES[model]
     n, k = layer.linears[linear]
     fmt = (layer.group_size, layer.num_outliers) if bits == 4 else (0, k)
 
@@ -126,7 +126,8 @@ def matmul(model: str, linear: str, rows: int, bits: int = 4) -> Case:
 
 
 def norm(model: str, rows: int) -> Case:
-    layer = MODELS[model]
+    """RMSNorm of the residual stream, quantized."""
+    layer = SHAPES[model]
     channels = layer.hidden_size
     fmt = ActivationFormat(layer.group_size, layer.num_outliers, CLIP_A)
 
@@ -141,7 +142,8 @@ def norm(model: str, rows: int) -> Case:
 
 
 def attention_output(model: str, rows: int) -> Case:
-    layer = MODELS[model]
+    """The input of o_proj, quantized."""
+    layer = SHAPES[model]
     channels = layer.num_heads * layer.head_dim
     fmt = ActivationFormat(layer.group_size, layer.num_outliers, CLIP_A)
     inputs = lambda key: (jax.random.normal(key, (rows, channels), jnp.bfloat16),)  # noqa: E731
@@ -149,7 +151,8 @@ def attention_output(model: str, rows: int) -> Case:
 
 
 def silu(model: str, rows: int) -> Case:
-    layer = MODELS[model]
+    """The input of down_proj, quantized."""
+    layer = SHAPES[model]
     channels = layer.intermediate_size
     fmt = ActivationFormat(layer.group_size, layer.num_outliers, CLIP_A)
     inputs = lambda key: (jax.random.normal(key, (rows, 2 * channels), jnp.bfloat16),)  # noqa: E731
@@ -157,7 +160,8 @@ def silu(model: str, rows: int) -> Case:
 
 
 def append(model: str, rows: int, kv_bits: int = 4) -> Case:
-    layer = MODELS[model]
+    """New tokens into a cache of INT4 pages, their keys centred, or of bfloat16 pages."""
+    layer = SHAPES[model]
     length = 2 * PAGE_SIZE
 
     def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
@@ -199,7 +203,7 @@ def append(model: str, rows: int, kv_bits: int = 4) -> Case:
 
 def attention(model: str, batch: int, seq: int, length: int, kv_bits: int = 4) -> Case:
     """Decode (seq 1) or a prefill chunk, its last query at the last of ``length`` cached positions."""
-    layer = MODELS[model]
+    layer = SHAPES[model]
 
     def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
         first, second = jax.random.split(key)

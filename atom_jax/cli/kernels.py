@@ -1,0 +1,27 @@
+"""The check of the GPU kernels as commands that run a model make it: before they load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from atom_jax.cli.console import note, progress_bars, stderr
+
+STAGE = "kernel checks"
+
+
+def check_kernels_for(*checkpoints: Path) -> None:
+    """Checks the kernels of this device, with a bar, if nothing is known of them.
+
+    Raises:
+      AtomError: one of ``checkpoints`` is none, which need not wait for the check.
+    """
+    from atom_jax.checkpoint import read_config
+    from atom_jax.kernel_check import check_kernels
+
+    for checkpoint in checkpoints:
+        read_config(checkpoint)
+    with progress_bars() as report:
+        warning = check_kernels(announce=note, progress=lambda done, total: report(STAGE, done, total))
+    if warning is not None:
+        line = f"warning: {warning}"
+        stderr.print(line, markup=False, highlight=False, soft_wrap=True, style="yellow")

@@ -1,0 +1,53 @@
+"""GPU kernels are compared with the reference on a user's device before a model runs through them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from pallas_kernels import dispatch
+from pallas_kernels.verification import verdicts
+from pallas_kernels.verification.device import verify_device
+from pallas_kernels.verification.verdicts import FAILED, UNCHECKED, Verdicts
+from pallas_kernels.verification.verify import Progress
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def check_kernels(
+    *, announce: Callable[[str], None] = _to_stderr, progress: Progress | None = None
+) -> str | None:
+    """Checks the kernels of the default device that have no verdict yet; see docs/doctor.md.
+
+    Does nothing where no kernel applies or an implementation was asked for by name, if ATOM_JAX_VERIFY is 0,
+    and after the first call of a process.
+
+    Args:
+      announce: is told in a line what takes time.
+      progress: see ``pallas_kernels.verification.verify``.
+
+    Returns:
+      One warning that names the kernels that will not be used; None if there is nothing to say.
+    """
+    if verdicts.skipped() or not dispatch.automatic() or dispatch.kernels_here() is None:
+        return None
+    if verdicts.adopted(dispatch.device_kind()) is not None:
+        return None
+    found = verify_device(announce=announce, progress=progress)
+    return None if found is None else warning(found)
+
+
+def warning(found: Verdicts) -> str | None:
+    """The kernels that are not used although they might be, in one line."""
+    parts = []
+    for outcome, how in ((FAILED, "failed the check"), (UNCHECKED, "could not be checked")):
+        if ops := [verdict.op for verdict in found.verdicts if verdict.outcome == outcome]:
+            parts.append(f"{', '.join(ops)} {how}")
+    if not parts:
+        return None
+    return (
+        f"GPU kernels on {found.device}: {'; '.join(parts)}. The reference runs instead, slower. "
+        "`atom-jax doctor` shows details"
+    )

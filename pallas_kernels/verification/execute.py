@@ -1,0 +1,73 @@
+"""Runs a case with a kernel and with the reference on this process's device, and compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from pallas_kernels.dispatch import REFERENCE, use_implementation
+from pallas_kernels.verification.cases import Case
+from pallas_kernels.verification.compare import check_result, same_bits
+
+# Allocated beside the outputs, for the scratch memory of kernels.
+_SCRATCH_BYTES = 64 << 20
+
+
+def inputs_of(case: Case, key: Key[Array, ""]) -> tuple[Any, ...]:
+    """Random arguments of ``case``."""
+    return jax.block_until_ready(jax.jit(case.inputs)(key))
+
+
+def poison(tree: Any) -> None:
+    """Fills and frees device memory of the sizes of ``tree``'s arrays, twice, and some more.
+
+    What a kernel does not write then reads as NaN (or -1), not as the right result of an earlier call.
+    """
+    sizes = [leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)]
+    buffers = [jnp.full((size,), 0xFF, jnp.uint8) for size in (*sizes, *sizes, _SCRATCH_BYTES)]
+    jax.block_until_ready(buffers)
+    for buffer in buffers:
+        buffer.delete()
+
+
+def compiled(case: Case, implementation: str) -> Callable[..., Any]:
+    """``case`` jitted for ``implementation``; its arguments stay intact, its result is in poisoned memory."""
+    # A function of its own: jit must not find what it traced for another implementation.
+    call = jax.jit(
+        lambda *arguments: case.call(*arguments),
+        donate_argnums=case.donated,
+        # The reference's matmuls need not be fast: trying how to run them takes seconds.
+        compiler_options={"xla_gpu_autotune_level": 0},
+    )
+
+    def run(*inputs: Any) -> Any:
+        with use_implementation(implementation), jax.default_matmul_precision("highest"):
+            copies = [jax.tree.map(jnp.copy, x) if i in case.donated else x for i, x in enumerate(inputs)]
+            return jax.block_until_ready(call(*copies))
+
+    return run
+
+
+def check_case(case: Case, implementation: str, key: Key[Array, ""]) -> None:
+    """Compares ``implementation`` with the reference on random inputs from ``key``.
+
+    Raises:
+      AssertionError: its result is not the reference's, or not the same bit for bit when repeated.
+      NotImplementedError: it does not serve this call.
+    """
+    inputs = inputs_of(case, key)
+    expected = compiled(case, REFERENCE)(*inputs)
+    run = compiled(case, implementation)
+    results = []
+    for _ in range(2):
+        poison(expected)
+        results.append(run(*inputs))
+    try:
+        same_bits(*results)
+    except AssertionError as error:
+        raise AssertionError(f"repeated, the result differs: {error}") from error
+    check_result(case, inputs, results[0], expected)
