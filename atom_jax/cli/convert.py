@@ -11,6 +11,8 @@ import typer
 from atom_jax.cli.console import JsonOption, format_bytes, note, print_json, progress_bars
 from atom_jax.errors import AtomError
 
+# What a setting that was chosen is called.
+_SETTINGS = {"group_size": "groups of", "num_outliers": "number of outliers"}
 _WEIGHTS, _CACHE, _DATA = "Weights and activations", "KV cache", "Data and evaluation"
 
 
@@ -40,12 +42,16 @@ def convert(
     ] = "w4a4kv4",
     group_size: Annotated[
         int | None,
-        typer.Option(help="Channels that share a scale: 32, 64 or 128.", rich_help_panel=_WEIGHTS),
+        typer.Option(
+            help="Channels that share a scale: 32, 64 or 128; if not given, 128 where that suits the model.",
+            rich_help_panel=_WEIGHTS,
+        ),
     ] = None,
     num_outliers: Annotated[
         str | None,
         typer.Option(
-            help="Channels kept in 8 bits; auto keeps as few as the activations allow.",
+            help="Channels kept in 8 bits; if not given, 128 where that suits the model; "
+            "auto keeps as few as the activations allow.",
             metavar="INTEGER|auto",
             rich_help_panel=_WEIGHTS,
         ),
@@ -134,7 +140,7 @@ def convert(
 ) -> None:
     """Convert SRC (safetensors, PyTorch or GGUF) to a checkpoint in the folder OUT."""
     # First what needs no JAX, so that a wrong option is answered at once.
-    from atom_jax.config import preset
+    from atom_jax.config import FIXED, preset
 
     auto_outliers = num_outliers == "auto"
     changes = _given(
@@ -153,6 +159,8 @@ def convert(
         center_keys=center_keys,
     )
     quantization = preset(scheme, **changes)
+    given = {"group_size": group_size, "num_outliers": num_outliers}
+    flexible = tuple(name for name, value in given.items() if value is None and name not in FIXED[scheme])
 
     from convert.pipeline import ConvertOptions
     from convert.pipeline import convert as run
@@ -164,6 +172,7 @@ def convert(
         eval_text=eval_text,
         revision=revision,
         auto_outliers=auto_outliers,
+        flexible=flexible,
         **_given(calibration_tokens=calib_tokens, eval_tokens=eval_tokens),
     )
     with progress_bars() as report:
@@ -172,6 +181,9 @@ def convert(
         print_json(card)
     else:
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+        if chosen := card.get("job", {}).get("chosen"):
+            settings = ", ".join(f"{_SETTINGS[name]} {value}" for name, value in chosen.items())
+            note(f"chosen to suit every linear: {settings}")
         if outliers := card.get("outliers"):
             errors = ", ".join(
                 f"{number}: {error:.4f}" for number, error in outliers["relative_error"].items()
