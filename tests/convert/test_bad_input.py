@@ -125,7 +125,7 @@ def test_bad_source(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--group-size", "128"), ("qkv_proj", "64 input channels", "try 0 outliers with groups of 64")),
+        (("--group-size", "128"), ("qkv_proj", "64 input channels", "try 32 outliers with groups of 32")),
         (("--num-outliers", "48"), ("qkv_proj", "64 input channels", "try 32 outliers with groups of 32")),
         (("--group-size", "48"), ("group size 48", "32, 64, 128")),
         (("--scheme", "w3a3"), ("w3a3", "w4a4kv4", "bf16")),
