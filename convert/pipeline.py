@@ -97,7 +97,7 @@ def convert(
 
     Args:
       src: what ``convert.sources.open_source`` takes.
-      out: folder to make.
+      out: folder to make; an empty one may be there.
       options: the recipe and the texts.
       progress: called with (stage, done, total).
 
@@ -105,8 +105,8 @@ def convert(
       The accuracy card, also in ``out``.
 
     Raises:
-      AtomError: the source, an option or a text cannot be used, ``out`` exists, or the disk is full. Nothing
-        is left behind.
+      AtomError: the source, an option or a text cannot be used, ``out`` exists and is not empty, or the disk
+        is full. Nothing is left behind.
     """
     report = progress or (lambda stage, done, total: None)
     out = Path(out).absolute()

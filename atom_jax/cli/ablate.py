@@ -17,7 +17,10 @@ _WIDEST = 300  # characters of the table
 def ablate(
     src: Annotated[
         str,
-        typer.Argument(help="Folder, .gguf file, or org/name on the Hugging Face Hub.", show_default=False),
+        typer.Argument(
+            help="Folder or file (.safetensors, .bin, .gguf), or org/name on the Hugging Face Hub.",
+            show_default=False,
+        ),
     ],
     out: Annotated[
         Path, typer.Argument(help="Folder for the results; an interrupted run goes on.", show_default=False)

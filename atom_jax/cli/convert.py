@@ -34,9 +34,14 @@ class KvRope(StrEnum):
 def convert(
     src: Annotated[
         str,
-        typer.Argument(help="Folder, .gguf file, or org/name on the Hugging Face Hub.", show_default=False),
+        typer.Argument(
+            help="Folder or file (.safetensors, .bin, .gguf), or org/name on the Hugging Face Hub.",
+            show_default=False,
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(help="Folder to create; may exist if it is empty.", show_default=False)
+    ],
     scheme: Annotated[
         str, typer.Option(help="w4a4kv4 (Atom), w4a8kv4, w4a16, w8a8 or bf16 (not quantized).")
     ] = "w4a4kv4",
