@@ -28,7 +28,7 @@ from convert.ablation.texts import load_texts
 from convert.calibration import SEQ_LEN, Calibration, load_calibration
 from convert.card import versions
 from convert.float_model import Tree, read_layer, read_shared
-from convert.groups import CHOOSABLE, choose_groups
+from convert.groups import CHOOSABLE
 from convert.layerwise import on_device, permute_shared, quantize_on_windows, residual_order
 from convert.pipeline import Progress, calibration_job
 from convert.quantize_layer import check_config, needs_calibration
@@ -88,7 +88,7 @@ def ablate(
     """
     source = open_source(src, revision=options.revision)
     if steps is None:
-        steps = make_steps(*_groups(source.config, options))
+        steps = make_steps(*groups(source.config, options))
     wanted = recipes(steps)
     misfits = _misfits(source.config, steps, wanted)
     with tempfile.TemporaryDirectory(prefix="atom-jax-ablation-") as tokenizer:
@@ -106,7 +106,7 @@ def ablate(
     return report
 
 
-def _groups(config: ModelConfig, options: AblationOptions) -> tuple[int, int]:
+def groups(config: ModelConfig, options: AblationOptions) -> tuple[int, int]:
     """The group size and the number of outliers: those asked for, or that suit every linear."""
     asked = {name: getattr(options, name) for name in CHOOSABLE}
     given = {name: value for name, value in asked.items() if value is not None}

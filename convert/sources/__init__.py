@@ -48,6 +48,7 @@ def _open_file(path: Path) -> Source:
 
     if path.suffix.lower() == ".gguf":
         return GGUFSource(path)
+    reject_adapter([path.name], str(path.parent))
     weights = weights_of_file(path)
     if weights is None:
         raise AtomError(f"{path}: is no .safetensors, .bin or .gguf file; give such a file, or a folder")

@@ -88,6 +88,8 @@ def _find(names: Collection[str], kind: Format, where: str) -> WeightFiles | Non
     if not shards and len(indexes) == 1:
         return WeightFiles(kind, indexes[0], ())
     files = shards or weights
+    if kind == "torch" and not shards and any(name.endswith(".gguf") for name in names):
+        return None  # what llama.cpp leaves beside a model (imatrix.bin)
     if not files:
         return None
     _check_complete(files, where)

@@ -188,7 +188,7 @@ def has_candidates(config: ModelConfig) -> bool:
     ],
 )
 def test_a_setting_that_is_given_is_kept(
-    sizes: tuple[int, int, int], given: dict[str, int], expected: tuple[int, int]
+    sizes: tuple[int, int, int], given: dict[str, Any], expected: tuple[int, int]
 ) -> None:
     assert chosen(model(*sizes, **given), *(CHOOSABLE - given.keys())) == expected
 
@@ -214,7 +214,7 @@ def test_schemes_without_groups(scheme: str) -> None:
     ],
 )
 def test_errors_name_a_linear_and_advise_for_all(
-    sizes: tuple[int, int, int], changes: dict[str, int], says: list[str]
+    sizes: tuple[int, int, int], changes: dict[str, Any], says: list[str]
 ) -> None:
     with fails(*says):
         check_model(model(*sizes, **changes))
@@ -263,7 +263,12 @@ def test_group_size_to_use(channels: int, group_size: int | None, num_outliers: 
 
 
 def test_a_conversion_that_names_none(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    }
     source, text = save_tiny(tmp_path, **sizes), save_text(tmp_path / "text.txt")
     recipe = preset("w4a4kv4", gptq=False, migrate=False)
     options = tiny_options(text, quantization=recipe)
@@ -281,7 +286,7 @@ def test_a_conversion_that_names_none(tmp_path: Path) -> None:
 
 
 def test_a_group_size_for_outliers_that_are_measured(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 160, "intermediate_size": 256, "num_attention_heads": 10}
+    sizes: dict[str, Any] = {"hidden_size": 160, "intermediate_size": 256, "num_attention_heads": 10}
     source, text = save_tiny(tmp_path, **sizes), save_text(tmp_path / "text.txt")
     options = tiny_options(
         text,

@@ -64,6 +64,7 @@ def test_config_matches_that_of_the_folder_format(path):
 
 def test_folder_with_one_file(path):
     save(path)
+    (path.parent / "imatrix.bin").write_bytes(b"of llama.cpp")
     assert open_source(path.parent).fingerprint() == open_source(path).fingerprint()
     save(path.with_name("second.gguf"))
     with fails(path.parent, "2 .gguf files"):
