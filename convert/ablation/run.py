@@ -28,7 +28,7 @@ from convert.ablation.texts import load_texts
 from convert.calibration import SEQ_LEN, Calibration, load_calibration
 from convert.card import versions
 from convert.float_model import Tree, read_layer, read_shared
-from convert.groups import CHOOSABLE
+from convert.groups import CHOOSABLE, choose_groups
 from convert.layerwise import on_device, permute_shared, quantize_on_windows, residual_order
 from convert.pipeline import Progress, calibration_job
 from convert.quantize_layer import check_config, needs_calibration
