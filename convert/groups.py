@@ -22,8 +22,6 @@ _WITHOUT_GROUPS = (
 CHOOSABLE = frozenset({"group_size", "num_outliers"})
 # Without a wish a linear keeps this part of its channels as outliers, and never more than twice of it.
 _OUTLIER_PART = 8
-# The GPU kernels multiply this many outliers at most, in steps of 32.
-_KERNEL_OUTLIERS, _KERNEL_STEP = 256, 32
 
 
 def has_groups(quantization: QuantConfig) -> bool:
@@ -87,9 +85,9 @@ def choose_groups(
     """The recipe of ``config``, of which the ``flexible`` settings become what suits every linear.
 
     A recipe that suits stays as it is. Else the group size becomes the largest with which a number of
-    outliers up to a quarter of the narrowest linear suits, preferably one above zero and one that the GPU
-    kernels multiply. The number of outliers becomes the one that is nearest to an eighth of that linear, but
-    not to more than the recipe's.
+    outliers up to a quarter of the narrowest linear suits, preferably one above zero. The number of outliers
+    becomes the one that is nearest to an eighth of that linear, but not to more than the recipe's: where
+    channels are multiples of 32, the GPU kernels multiply it.
 
     Args:
       flexible: names of ``CHOOSABLE``; others are kept whatever they are.
@@ -126,13 +124,11 @@ def _most_outliers(config: ModelConfig) -> int:
     return 2 * min(_channels(config).values()) // _OUTLIER_PART
 
 
-def _rank(config: ModelConfig, size: int, outliers: int) -> tuple[bool, bool, bool, int, int, int]:
+def _rank(config: ModelConfig, size: int, outliers: int) -> tuple[bool, bool, int, int, int]:
     """What is better comes first."""
     wanted = min(config.quantization.num_outliers, min(_channels(config).values()) // _OUTLIER_PART)
-    by_kernels = outliers % _KERNEL_STEP == 0 and outliers <= _KERNEL_OUTLIERS
     return (
         outliers > _most_outliers(config),
-        not by_kernels,
         outliers == 0 and wanted > 0,
         -size,
         abs(outliers - wanted),

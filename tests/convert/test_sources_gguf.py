@@ -128,6 +128,18 @@ def test_parts_of_something_else(parts, path):
         open_source(files[0])
 
 
+def test_parts_that_lack_tensors(path):
+    config = tiny_config()
+    renamed = to_gguf("llama", tiny_tensors(config), config)
+    first = path.with_name("few-00001-of-00002.gguf")
+    for number, file in enumerate((first, path.with_name("few-00002-of-00002.gguf"))):
+        extra = {"split.no": number, "split.count": 2, "split.tensors.count": len(renamed) + 1}
+        half = dict(list(renamed.items())[number::2])
+        save_gguf(file, "llama", half, config, metadata=extra)
+    with fails(first, f"hold {len(renamed)} tensors", f"expected {len(renamed) + 1}"):
+        open_source(first)
+
+
 def test_a_tensor_in_two_parts(path):
     config = tiny_config()
     renamed = to_gguf("llama", tiny_tensors(config), config)

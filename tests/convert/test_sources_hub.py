@@ -208,6 +208,9 @@ def test_cache_folder_without_what_is_asked_for(cache):
     for revision in ("v9", "", "../../../x", "../blobs"):
         with fails(cache, "was not downloaded"):
             open_source(cache, revision=revision or "/etc/hostname")
+    (cache.parent / "elsewhere").write_text(COMMITS[0])
+    with fails(cache, "was not downloaded"):
+        open_source(cache, revision="../../elsewhere")
     (cache / "refs" / "main").write_text("../..")
     with fails(cache, "2 snapshots", "--revision"):
         open_source(cache)
