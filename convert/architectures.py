@@ -42,6 +42,8 @@ FAMILIES: dict[str, Family] = {
     "Qwen2ForCausalLM": Family(attention_bias="qkv"),
     "Qwen3ForCausalLM": Family(attention_bias="config", qk_norm=True),
 }
+# A model that was saved without its head: it converts where the head is the embedding.
+HEADLESS = {name.replace("ForCausalLM", "Model"): name for name in FAMILIES}
 # For a config.json that leaves "architectures" out.
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
@@ -94,8 +96,11 @@ class _Reader:
             raise self.fail(key, f"must be positive and finite, found {_show(value)}")
         return number
 
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self._get(key, default)
+    def boolean(self, key: str) -> bool:
+        """False where the key is missing or null, as it is to transformers."""
+        value = self._get(key, None)
+        if value is None:
+            return False
         if not isinstance(value, bool):
             raise self.fail(key, f"must be true or false, found {_show(value)}")
         return value
@@ -148,7 +153,7 @@ def parse_config(hf: dict[str, Any], *, where: str) -> ModelConfig:
         raise reader.fail("num_hidden_layers", f"must be at most {MAX_LAYERS}, found {_show(num_layers)}")
     vocab_size = reader.integer("vocab_size")
     hidden_size = reader.integer("hidden_size")
-    bias = reader.boolean("attention_bias", False) if family.attention_bias == "config" else False
+    bias = reader.boolean("attention_bias") if family.attention_bias == "config" else False
     return ModelConfig(
         architecture=architecture,
         vocab_size=vocab_size,
@@ -161,10 +166,10 @@ def parse_config(hf: dict[str, Any], *, where: str) -> ModelConfig:
         max_position_embeddings=max_positions,
         rms_norm_eps=reader.positive("rms_norm_eps"),
         rope=_rope(reader),
-        tie_word_embeddings=reader.boolean("tie_word_embeddings", False),
+        tie_word_embeddings=reader.boolean("tie_word_embeddings"),
         qkv_bias=bias or family.attention_bias == "qkv",
         o_bias=bias,
-        mlp_bias=family.mlp_bias and reader.boolean("mlp_bias", False),
+        mlp_bias=family.mlp_bias and reader.boolean("mlp_bias"),
         qk_norm=family.qk_norm,
         bos_token_id=next(iter(_token_ids(reader, "bos_token_id", vocab_size)), None),
         eos_token_ids=_token_ids(reader, "eos_token_id", vocab_size),
@@ -225,12 +230,13 @@ def _architecture(reader: _Reader) -> str:
             raise reader.fail(
                 key, f"is {reader.data[key]}: mixtures of experts ({names[0]}) are not supported"
             )
-    if names[0] not in FAMILIES:
+    name = HEADLESS.get(names[0], names[0])
+    if name not in FAMILIES:
         raise AtomError(
             f"{reader.where}: architecture {_show(names[0])} is not supported; "
             f"supported: {', '.join(FAMILIES)}"
         )
-    return names[0]
+    return name
 
 
 def _reject_unsupported(reader: _Reader) -> None:
@@ -250,7 +256,7 @@ def _reject_sliding_window(reader: _Reader, architecture: str, family: Family, m
             raise reader.fail(
                 "sliding_window", f"{window} < max_position_embeddings {max_positions}: not supported"
             )
-    if reader.boolean("use_sliding_window", False):
+    if reader.boolean("use_sliding_window"):
         raise reader.fail("use_sliding_window", "true is not supported: only full attention is")
     layer_types = reader.data.get("layer_types")
     if layer_types is not None:

@@ -23,7 +23,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int8, Int32
 
 from atom_jax.errors import AtomError
-from convert.rtn import BODY_MAX, TAIL_MAX, check_groups, fit_scale, pack_weight, storage_scale
+from convert.groups import check_groups
+from convert.rtn import BODY_MAX, TAIL_MAX, fit_scale, pack_weight, storage_scale
 from pallas_kernels.qarrays import QuantizedWeight
 from pallas_kernels.quantize.reference import round_clip
 

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float32, Int8, Int32
 from atom_jax.errors import AtomError
 from convert.gptq import factorize
 from convert.grids import Grid, channel_scales, fit_groups
-from convert.rtn import check_groups, pack_values
+from convert.groups import check_groups
+from convert.rtn import pack_values
 from pallas_kernels import TwoLevelWeight, WeightOnlyInt4
 
 _BLOCK = 128  # channels whose errors are exchanged before the next matmul

@@ -31,6 +31,7 @@ from atom_jax.perplexity import PerplexityResult
 from convert.calibration import SEQ_LEN, encode, load_calibration, read_text
 from convert.card import Card, make_card, read_card, versions, write_card
 from convert.float_model import read_layer, read_shared
+from convert.groups import choose_groups
 from convert.layerwise import on_device, permute_shared, quantize_on_windows, residual_order
 from convert.outliers import BUDGET, candidates, choose_outliers, outlier_errors, with_outliers
 from convert.quantize_layer import check_config, needs_calibration
@@ -57,6 +58,8 @@ class ConvertOptions:
       eval_tokens: how many of its tokens, from the start.
       revision: of a model on the Hub.
       auto_outliers: how many outliers there are is measured (``convert.outliers``), whatever the recipe says.
+      flexible: settings that nobody asked for, of ``convert.groups.CHOOSABLE``: where the recipe's do not
+        suit every linear of the model, others are taken that do.
 
     Raises:
       AtomError: outliers are to be chosen, and the scheme has none.
@@ -70,6 +73,7 @@ class ConvertOptions:
     eval_tokens: int = 8192
     revision: str | None = None
     auto_outliers: bool = False
+    flexible: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         scheme = self.quantization.scheme
@@ -78,7 +82,7 @@ class ConvertOptions:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The recipe as it was asked for."""
+        """The recipe as it was asked for, or chosen for the model."""
         recipe = dataclasses.asdict(self.quantization)
         return recipe | {"num_outliers": "auto"} if self.auto_outliers else recipe
 
@@ -93,7 +97,7 @@ def convert(
 
     Args:
       src: what ``convert.sources.open_source`` takes.
-      out: folder to make.
+      out: folder to make; an empty one may be there.
       options: the recipe and the texts.
       progress: called with (stage, done, total).
 
@@ -101,14 +105,15 @@ def convert(
       The accuracy card, also in ``out``.
 
     Raises:
-      AtomError: the source, an option or a text cannot be used, ``out`` exists, or the disk is full. Nothing
-        is left behind.
+      AtomError: the source, an option or a text cannot be used, ``out`` exists and is not empty, or the disk
+        is full. Nothing is left behind.
     """
     report = progress or (lambda stage, done, total: None)
     out = Path(out).absolute()
     source = open_source(src, revision=options.revision)
     if options.quantization.rotate:
         source = Rotated(source)
+    options = _with_groups(source, options)
     config = source.config.replace(quantization=options.quantization)
     if options.auto_outliers:
         candidates(config)
@@ -133,6 +138,13 @@ def convert(
     return card
 
 
+def _with_groups(source: Source, options: ConvertOptions) -> ConvertOptions:
+    """The options with what is flexible in them chosen for the model."""
+    config = source.config.replace(quantization=options.quantization)
+    quantization = choose_groups(config, options.flexible, measured_outliers=options.auto_outliers)
+    return dataclasses.replace(options, quantization=quantization)
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -146,6 +158,8 @@ def _job(source: Source, options: ConvertOptions) -> dict[str, Any]:
         "recipe": options.recipe,
         "versions": versions(),
     }
+    if options.flexible:
+        job["chosen"] = {name: getattr(options.quantization, name) for name in options.flexible}
     config = source.config.replace(quantization=options.quantization)
     if options.auto_outliers or needs_calibration(config):
         job["calibration"] = calibration_job(options.calibration, options.calibration_tokens, options.seed)

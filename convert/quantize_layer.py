@@ -16,13 +16,13 @@ from jaxtyping import Array, Float32
 from atom_jax.config import ModelConfig, QuantConfig
 from atom_jax.errors import AtomError
 from atom_jax.llama import linear_shapes, vector_shapes
-from atom_jax.weights import FORMATS
 from convert.gptq import gptq
 from convert.group_gptq import quantize_two_level, quantize_weight_only
+from convert.groups import check_model
 from convert.keys import fit_keys, scale_keys
 from convert.migrate import fold_factors, search_factors
 from convert.reorder import energy_order, head_order, permute_heads, permute_inputs, permute_mlp
-from convert.rtn import check_groups, quantize_int8, quantize_weight
+from convert.rtn import quantize_int8, quantize_weight
 from pallas_kernels import QuantizedWeight, TwoLevelWeight, WeightOnlyInt4
 
 Layer = dict[str, np.ndarray]
@@ -92,10 +92,7 @@ def check_config(config: ModelConfig) -> None:
     quantization = config.quantization
     if quantization.center_keys and not quantization.fits_keys:
         raise AtomError(f"{quantization.scheme} is not calibrated, so center_keys has no mean to remove")
-    if quantization.quantizes_linears and FORMATS[quantization.scheme].grouped:
-        for name, (_, channels) in linear_shapes(config).items():
-            outliers = quantization.num_outliers if quantization.scheme == "w4a4kv4" else None
-            check_groups(name, channels, quantization.group_size, outliers)
+    check_model(config)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int8
 
-from atom_jax.config import GROUP_SIZES
-from atom_jax.errors import AtomError
+from convert.groups import check_groups
 from pallas_kernels.qarrays import PACK_TILE, QuantizedWeight, num_tiles, pack_int4
 from pallas_kernels.quantize.reference import round_clip, symmetric_scale
 
@@ -19,68 +18,6 @@ BODY_MAX = 7
 TAIL_MAX = 127
 # What a searched clipping ratio is chosen from.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
-
-
-def check_groups(name: str, channels: int, group_size: int | None, num_outliers: int | None) -> int:
-    """The group size to use for a weight of ``channels`` input channels (None: the whole body).
-
-    Args:
-      name: what to call the tensor in the message.
-      channels: its input channels, K.
-      num_outliers: None for a format that has no outliers.
-
-    Raises:
-      AtomError: the body, K - num_outliers channels, is empty or not made of whole groups. The message
-        suggests the nearest numbers of outliers and the largest group size that fit.
-    """
-    if num_outliers is None:
-        return _check_groups_alone(name, channels, group_size)
-    body = channels - num_outliers
-    if num_outliers < 0:
-        raise AtomError(f"{name}: number of outliers must not be negative, found {num_outliers}")
-    if group_size is not None and group_size < 1:
-        raise AtomError(f"{name}: group size must be positive, found {group_size}")
-    if body > 0 and (group_size is None or body % group_size == 0):
-        return group_size or body
-    if body <= 0:
-        problem = f"{num_outliers} outliers leave none of its {channels} input channels for INT4 groups"
-    else:
-        problem = (
-            f"its {channels} input channels less {num_outliers} outliers are not whole groups of {group_size}"
-        )
-    raise AtomError(f"{name}: {problem}; {_suggest(channels, group_size, num_outliers)}")
-
-
-def _check_groups_alone(name: str, channels: int, group_size: int | None) -> int:
-    if group_size is None or channels % group_size == 0:
-        return group_size or channels
-    fits = [str(size) for size in GROUP_SIZES if channels % size == 0]
-    hint = f"try groups of {' or '.join(fits)}" if fits else "leave it in floating point or use w8a8"
-    raise AtomError(f"{name}: its {channels} input channels are not whole groups of {group_size}; {hint}")
-
-
-def _suggest(channels: int, group_size: int | None, num_outliers: int) -> str:
-    """What would work for ``channels`` and is nearest to what was asked."""
-    fits = [
-        (size, count)
-        for size in GROUP_SIZES
-        for count in range(channels % size, channels - size + 1, size)  # leaves at least one group
-    ]
-    if not fits:
-        return f"it is too narrow for groups of {min(GROUP_SIZES)}: leave it in floating point"
-    counts = sorted(
-        (count for size, count in fits if size == group_size), key=lambda c: abs(c - num_outliers)
-    )
-    sizes = [size for size, count in fits if count == num_outliers]
-    options = []
-    if counts:
-        options.append(f"{' or '.join(map(str, counts[:2]))} outliers with groups of {group_size}")
-    if sizes:
-        options.append(f"{num_outliers} outliers with groups of {max(sizes)}")
-    if not options:
-        size, count = min(fits, key=lambda fit: (abs(fit[1] - num_outliers), -fit[0]))
-        options.append(f"{count} outliers with groups of {size}")
-    return f"try {', or '.join(options)}"
 
 
 def storage_scale(amax: Float32[Array, "*s"], clip: float | Array, max_value: int) -> Float32[Array, "*s"]:

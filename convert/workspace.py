@@ -94,7 +94,7 @@ def open_workspace(out: Path, job: dict[str, Any]) -> Iterator[Workspace]:
     An error that ends the conversion removes the workspace; a kill or an interrupt leaves it, to go on.
 
     Args:
-      out: folder to make; must not exist.
+      out: folder to make; must not exist, or be empty.
       job: everything the result depends on, as JSON data.
 
     Raises:
@@ -134,8 +134,13 @@ def _partial(out: Path) -> Path:
 
 
 def _check_free(out: Path) -> None:
-    if os.path.lexists(out):
+    """AtomError where OUT could not appear by one rename. An empty folder can be replaced, unless mounted."""
+    if not os.path.lexists(out):
+        return
+    if out.is_symlink() or not out.is_dir() or any(out.iterdir()):
         raise AtomError(f"{out}: exists already; remove it or choose another output folder")
+    if os.path.ismount(out):
+        raise AtomError(f"{out}: is where a file system is mounted; choose a folder inside it")
 
 
 @contextlib.contextmanager

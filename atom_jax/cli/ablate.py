@@ -17,13 +17,24 @@ _WIDEST = 300  # characters of the table
 def ablate(
     src: Annotated[
         str,
-        typer.Argument(help="Folder, .gguf file, or org/name on the Hugging Face Hub.", show_default=False),
+        typer.Argument(
+            help="Folder or file (.safetensors, .bin, .gguf), or org/name on the Hugging Face Hub.",
+            show_default=False,
+        ),
     ],
     out: Annotated[
         Path, typer.Argument(help="Folder for the results; an interrupted run goes on.", show_default=False)
     ],
-    group_size: Annotated[int, typer.Option(help="Channels that share a scale: 32, 64 or 128.")] = 128,
-    num_outliers: Annotated[int, typer.Option(help="Channels kept in 8 bits.")] = 128,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Channels that share a scale: 32, 64 or 128; if not given, 128 where that suits the model."
+        ),
+    ] = None,
+    num_outliers: Annotated[
+        int | None,
+        typer.Option(help="Channels kept in 8 bits; if not given, 128 where that suits the model."),
+    ] = None,
     calib: Annotated[
         str | None,
         typer.Option(

@@ -11,6 +11,8 @@ import typer
 from atom_jax.cli.console import JsonOption, format_bytes, note, print_json, progress_bars
 from atom_jax.errors import AtomError
 
+# What a setting that was chosen is called.
+_SETTINGS = {"group_size": "groups of", "num_outliers": "number of outliers"}
 _WEIGHTS, _CACHE, _DATA = "Weights and activations", "KV cache", "Data and evaluation"
 
 
@@ -32,20 +34,29 @@ class KvRope(StrEnum):
 def convert(
     src: Annotated[
         str,
-        typer.Argument(help="Folder, .gguf file, or org/name on the Hugging Face Hub.", show_default=False),
+        typer.Argument(
+            help="Folder or file (.safetensors, .bin, .gguf), or org/name on the Hugging Face Hub.",
+            show_default=False,
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(help="Folder to create; may exist if it is empty.", show_default=False)
+    ],
     scheme: Annotated[
         str, typer.Option(help="w4a4kv4 (Atom), w4a8kv4, w4a16, w8a8 or bf16 (not quantized).")
     ] = "w4a4kv4",
     group_size: Annotated[
         int | None,
-        typer.Option(help="Channels that share a scale: 32, 64 or 128.", rich_help_panel=_WEIGHTS),
+        typer.Option(
+            help="Channels that share a scale: 32, 64 or 128; if not given, 128 where that suits the model.",
+            rich_help_panel=_WEIGHTS,
+        ),
     ] = None,
     num_outliers: Annotated[
         str | None,
         typer.Option(
-            help="Channels kept in 8 bits; auto keeps as few as the activations allow.",
+            help="Channels kept in 8 bits; if not given, 128 where that suits the model; "
+            "auto keeps as few as the activations allow.",
             metavar="INTEGER|auto",
             rich_help_panel=_WEIGHTS,
         ),
@@ -134,7 +145,7 @@ def convert(
 ) -> None:
     """Convert SRC (safetensors, PyTorch or GGUF) to a checkpoint in the folder OUT."""
     # First what needs no JAX, so that a wrong option is answered at once.
-    from atom_jax.config import preset
+    from atom_jax.config import FIXED, preset
 
     auto_outliers = num_outliers == "auto"
     changes = _given(
@@ -153,6 +164,8 @@ def convert(
         center_keys=center_keys,
     )
     quantization = preset(scheme, **changes)
+    given = {"group_size": group_size, "num_outliers": num_outliers}
+    flexible = tuple(name for name, value in given.items() if value is None and name not in FIXED[scheme])
 
     from convert.pipeline import ConvertOptions
     from convert.pipeline import convert as run
@@ -164,6 +177,7 @@ def convert(
         eval_text=eval_text,
         revision=revision,
         auto_outliers=auto_outliers,
+        flexible=flexible,
         **_given(calibration_tokens=calib_tokens, eval_tokens=eval_tokens),
     )
     with progress_bars() as report:
@@ -172,6 +186,9 @@ def convert(
         print_json(card)
     else:
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+        if chosen := card.get("job", {}).get("chosen"):
+            settings = ", ".join(f"{_SETTINGS[name]} {value}" for name, value in chosen.items())
+            note(f"chosen to suit every linear: {settings}")
         if outliers := card.get("outliers"):
             errors = ", ".join(
                 f"{number}: {error:.4f}" for number, error in outliers["relative_error"].items()

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from atom_jax.checkpoint import layer_specs, linear_spec, shared_specs, stored_form
-from atom_jax.config import ModelConfig, QuantConfig
+from atom_jax.config import ModelConfig, QuantConfig, preset
 from atom_jax.errors import AtomError
 from atom_jax.llama import linear_shapes
 from atom_jax.perplexity import make_windows
@@ -28,6 +28,7 @@ from convert.ablation.texts import load_texts
 from convert.calibration import SEQ_LEN, Calibration, load_calibration
 from convert.card import versions
 from convert.float_model import Tree, read_layer, read_shared
+from convert.groups import CHOOSABLE, choose_groups
 from convert.layerwise import on_device, permute_shared, quantize_on_windows, residual_order
 from convert.pipeline import Progress, calibration_job
 from convert.quantize_layer import check_config, needs_calibration
@@ -47,10 +48,11 @@ class AblationOptions:
     Attributes:
       texts: files to measure perplexity on; none for those of ``convert.ablation.texts``.
       eval_tokens: how many tokens of each text, from its start.
+      group_size: None to choose it for the model; likewise ``num_outliers``.
     """
 
-    group_size: int = 128
-    num_outliers: int = 128
+    group_size: int | None = None
+    num_outliers: int | None = None
     calibration: str | None = None
     calibration_tokens: int = 8192
     seed: int = 0
@@ -86,7 +88,7 @@ def ablate(
     """
     source = open_source(src, revision=options.revision)
     if steps is None:
-        steps = make_steps(options.group_size, options.num_outliers)
+        steps = make_steps(*groups(source.config, options))
     wanted = recipes(steps)
     misfits = _misfits(source.config, steps, wanted)
     with tempfile.TemporaryDirectory(prefix="atom-jax-ablation-") as tokenizer:
@@ -102,6 +104,16 @@ def ablate(
     report = report_of(job, steps, wanted, results, misfits)
     results.write_report(report)
     return report
+
+
+def groups(config: ModelConfig, options: AblationOptions) -> tuple[int, int]:
+    """The group size and the number of outliers: those asked for, or that suit every linear."""
+    asked = {name: getattr(options, name) for name in CHOOSABLE}
+    given = {name: value for name, value in asked.items() if value is not None}
+    config = config.replace(quantization=preset("w4a4kv4", **given))
+    quantization = choose_groups(config, CHOOSABLE - given.keys())
+    assert quantization.group_size is not None
+    return quantization.group_size, quantization.num_outliers
 
 
 def _misfits(config: ModelConfig, steps: Sequence[Step], wanted: dict[str, QuantConfig]) -> dict[str, str]:

@@ -65,6 +65,18 @@ class TensorInfo:
 
 
 _EXPERT = re.compile(r"(^|[._])(experts?|block_sparse_moe|router|exps|gate_inp)([._]|$)")
+_ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save|ia3_\w+|oft_\w+|hada_\w+)(\.|$)")
+# What wrappers of modules add to names: data parallelism, torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = {
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+}
+_EMBEDDING = "embed_tokens.weight"
+# What stands before the embedding: in a model with its head, in one without, in a module that holds one.
+_PREFIXES = ("model.", "", "model.model.")
 _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.\w+_(proj|norm)\.(weight|bias)")
 
 
@@ -82,16 +94,17 @@ def check_tensors(
 
     Args:
       config: what the checkpoint says it is.
-      found: every tensor in its files.
+      found: every tensor in its files, by the name there (see ``canonical_names``).
       where: file or folder to name when a tensor is missing.
       dtypes: the dtypes that can be read; None leaves that check to the caller.
 
     Raises:
       AtomError: a tensor is missing, or has another shape or dtype than it must, or cannot be left out.
     """
+    found = canonical_names(found)
     expected = expected_tensors(config)
     for name in found.keys() - expected.keys():
-        _reject_meaningful_extra(config, found[name])
+        _reject_meaningful_extra(config, name, found[name])
     for name, shape in expected.items():
         if name not in found:
             raise AtomError(f"{where}: tensor {name} {list(shape)} is missing")
@@ -103,10 +116,38 @@ def check_tensors(
     return {name: found[name] for name in expected}
 
 
-def _reject_meaningful_extra(config: ModelConfig, info: TensorInfo) -> None:
-    if _EXPERT.search(info.name):
+def canonical_names(found: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """``found`` by the names of a ``...ForCausalLM``, whatever module it was saved from.
+
+    Names of wrappers are taken out, and names are completed (a ``LlamaModel`` calls "layers.0..." what a
+    ``LlamaForCausalLM`` calls "model.layers.0...") or shortened by the prefix that the embedding has. A
+    ``TensorInfo`` keeps the name in the file.
+
+    Raises:
+      AtomError: two tensors come to have the same name.
+    """
+    bare = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in found}
+    prefix = next((prefix for prefix in _PREFIXES if prefix + _EMBEDDING in bare.values()), "model.")
+    names: dict[str, TensorInfo] = {}
+    for original, name in bare.items():
+        if prefix == "" and not name.startswith("lm_head."):
+            name = f"model.{name}"
+        elif prefix == "model.model.":
+            name = name.removeprefix("model.")
+        if name in names:
+            raise AtomError(f"{found[original]} is the same as tensor {names[name].name}: save one of them")
+        names[name] = found[original]
+    return names
+
+
+def _reject_meaningful_extra(config: ModelConfig, name: str, info: TensorInfo) -> None:
+    if _ADAPTER.search(name):
+        raise AtomError(
+            f"{info} belongs to an adapter that is not merged; merge it with PEFT (merge_and_unload) first"
+        )
+    if _EXPERT.search(name):
         raise AtomError(f"{info} belongs to a mixture of experts: not supported")
-    match = _IN_LAYER.fullmatch(info.name)
+    match = _IN_LAYER.fullmatch(name)
     if match and int(match[1]) < config.num_layers:
         raise AtomError(f"{info} has no place in a {config.architecture} with this configuration")
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from convert.architectures import parse_config, with_generation_config
-from convert.sources.base import one_line, read_json
+from convert.sources.base import TensorInfo, one_line, read_json
+from convert.sources.layout import WeightFiles
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
@@ -46,13 +48,56 @@ def config_files(folder: Path) -> list[Path]:
     return [folder / name for name in CONFIG_FILES if (folder / name).is_file()]
 
 
+def collect(
+    folder: Path, weights: WeightFiles, describe: Callable[[Path], Mapping[str, TensorInfo]]
+) -> dict[str, TensorInfo]:
+    """Every tensor in the weight files of ``folder``, by its name there.
+
+    Args:
+      folder: where the files are.
+      weights: which they are.
+      describe: gives the tensors of one file.
+
+    Raises:
+      AtomError: a file cannot be read, or does not hold what the index says; without an index, two files hold
+        a tensor of the same name.
+    """
+    infos: dict[str, TensorInfo] = {}
+    if weights.index is not None:
+        index = folder / weights.index
+        for file, tensors in shards(index).items():
+            found = describe(folder / file)
+            check_shard(index, folder / file, tensors, found)
+            infos.update({name: found[name] for name in tensors})
+        return infos
+    for file in weights.files:
+        found = describe(folder / file)
+        for name in sorted(infos.keys() & found.keys()):
+            raise AtomError(f"{found[name]} is in {infos[name].file.name}, too, and there is no index")
+        infos.update(found)
+    return infos
+
+
 def shards(index: Path) -> dict[str, list[str]]:
     """The tensors that ``*.index.json`` places in each shard: file name -> tensor names.
 
     The names come from the checkpoint and are not trusted: a shard is a file of the index's own folder.
 
     Raises:
-      AtomError: the index is malformed, names a file outside its folder, or names one that is missing.
+      AtomError: see ``placed``; or a shard is missing.
+    """
+    files = placed(index)
+    for file, tensors in files.items():
+        if not (index.parent / file).is_file():
+            raise AtomError(f"{index}: shard {file} is missing; it holds {tensors[0]} and others")
+    return files
+
+
+def placed(index: Path) -> dict[str, list[str]]:
+    """What ``shards`` returns, whether the shards are there or not.
+
+    Raises:
+      AtomError: the index is malformed, or names a file outside its folder.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -62,9 +107,6 @@ def shards(index: Path) -> dict[str, list[str]]:
         if not isinstance(file, str) or not _is_plain_name(file):
             raise AtomError(f"{index}: tensor {tensor} is placed in {file!r:.80}: not a file of this folder")
         files.setdefault(file, []).append(tensor)
-    for file, tensors in files.items():
-        if not (index.parent / file).is_file():
-            raise AtomError(f"{index}: shard {file} is missing; it holds {tensors[0]} and others")
     return files
 
 

@@ -16,7 +16,7 @@ from convert.sources.gguf_file import GGUFFile
 
 
 class GGUFSource:
-    """One GGUF file (a ``Source``): any tensor type that the ``gguf`` package dequantizes."""
+    """A GGUF file, single or split (a ``Source``): any tensor type that the ``gguf`` package dequantizes."""
 
     def __init__(self, path: Path) -> None:
         """Reads metadata and the tensor table, and checks every tensor's presence, shape and type.
@@ -29,10 +29,9 @@ class GGUFSource:
         self.config: ModelConfig = parse_config(gguf_config.hf_config(self._file), where=str(path))
         self._gguf_names = {gguf_config.hf_name(name): name for name in self._file.tensors}
         found = {
-            name: TensorInfo(
-                name, path, self._file.tensors[original].kind.name, self._file.tensors[original].shape
-            )
+            name: TensorInfo(name, tensor.file, tensor.kind.name, tensor.shape)
             for name, original in self._gguf_names.items()
+            for tensor in (self._file.tensors[original],)
         }
         self._infos = check_tensors(self.config, found, where=path)
         self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in self._infos.items()}
@@ -52,7 +51,7 @@ class GGUFSource:
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        return digest([self._file.path])
+        return digest(self._file.parts)
 
 
 def unpermute(array: np.ndarray, heads: int) -> np.ndarray:

@@ -61,6 +61,11 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     Raises:
       AtomError: the architecture is not supported, or something that has no spelling there is.
     """
+    if file.metadata.get("general.type") == "adapter":
+        raise AtomError(
+            f"{file.path}: is an adapter (LoRA), not a model; merge it into its base model first "
+            "(llama-export-lora) and convert the result"
+        )
     arch = file.metadata.get("general.architecture")
     if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise AtomError(

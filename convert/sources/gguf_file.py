@@ -1,9 +1,10 @@
-"""Reads one GGUF file: metadata, a table of its tensors, and tensors dequantized one at a time."""
+"""Reads a GGUF file, single or split: metadata, a table of tensors, and tensors dequantized one by one."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gguf.quants import dequantize
 
 from atom_jax.errors import AtomError
 from convert.sources.base import one_line
+from convert.sources.layout import shard_set
 
 _CHUNK_BYTES = 1 << 24  # dequantizing takes a few times its output; done in pieces of about this many bytes
 
@@ -38,8 +40,12 @@ class _CheckedReader(GGUFReader):
 
 @dataclasses.dataclass(frozen=True)
 class GGUFTensor:
-    """One entry of the tensor table; ``shape`` is in PyTorch's order ([out, in]), not GGUF's."""
+    """One entry of the tensor table; ``shape`` is in PyTorch's order ([out, in]), not GGUF's.
 
+    ``file`` is the part that it lies in.
+    """
+
+    file: Path
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
     offset: int
@@ -53,39 +59,38 @@ class GGUFTensor:
 
 @dataclasses.dataclass(frozen=True)
 class GGUFFile:
-    """A parsed GGUF file. Holds no mapping: tensors are read from the file when asked for."""
+    """A parsed GGUF file. Holds no mapping: tensors are read from the file when asked for.
+
+    Attributes:
+      path: the file, or the first part of a split one, which has the metadata.
+      parts: all files, in order.
+    """
 
     path: Path
+    parts: tuple[Path, ...]
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
 
     @classmethod
     def open(cls, path: Path) -> GGUFFile:
-        """Parses the header of ``path``.
+        """Parses the header of ``path`` or, where it is a part of a split file, of all parts.
 
         Raises:
-          AtomError: the file is no GGUF file, is damaged or cut short, is one of several parts, or holds a
-            tensor of a type that cannot be dequantized.
+          AtomError: a file is no GGUF file, is damaged or cut short, or holds a tensor of a type that cannot
+            be dequantized; a part is missing or belongs to something else.
         """
-        try:
-            reader = _CheckedReader(path)
-            metadata = {name: field.contents() for name, field in reader.fields.items()}
-            tensors = {
-                item.name: GGUFTensor(
-                    item.tensor_type, tuple(int(size) for size in reversed(item.shape)), int(item.data_offset)
-                )
-                for item in reader.tensors
-            }
-            size, swapped = reader.data.size, reader.byte_order == "S"
-        except Exception as error:  # the reader raises whatever a damaged header leads it to
-            raise AtomError(f"{path}: is not a complete GGUF file: {one_line(error)}") from error
-        if swapped:
-            raise AtomError(f"{path}: is a big-endian GGUF file: not supported")
-        if metadata.get("split.count", 1) not in (0, 1):
-            raise AtomError(f"{path}: is part of a split GGUF; merge it first (llama-gguf-split --merge)")
-        for name, tensor in tensors.items():
-            _check(path, name, tensor, size)
-        return cls(path, metadata, tensors)
+        parts = shard_set(path)
+        found = [_parse(part) for part in parts]
+        _check_parts(parts, [metadata for metadata, _ in found])
+        metadata, tensors = found[0][0], dict[str, GGUFTensor]()
+        for part, (_, more) in zip(parts, found, strict=True):
+            for name in sorted(tensors.keys() & more.keys()):
+                raise AtomError(f"{part}: tensor {name} is in {tensors[name].file.name}, too")
+            tensors.update(more)
+        total = metadata.get("split.tensors.count", len(tensors))
+        if len(parts) > 1 and total != len(tensors):
+            raise AtomError(f"{parts[0]}: its parts hold {len(tensors)} tensors, expected {total!r:.40}")
+        return cls(parts[0], tuple(parts), metadata, tensors)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor ``name`` dequantized: float32, of its ``shape``, in memory of its own.
@@ -98,7 +103,7 @@ class GGUFFile:
         out = np.empty((rows, tensor.shape[-1]), np.float32)
         step = max(1, _CHUNK_BYTES // (4 * tensor.shape[-1]))
         try:
-            with self.path.open("rb") as file:
+            with tensor.file.open("rb") as file:
                 file.seek(tensor.offset)
                 for start in range(0, rows, step):
                     block = out[start : start + step]
@@ -108,9 +113,46 @@ class GGUFFile:
                     block[:] = _dequantize(raw.reshape(len(block), tensor.row_bytes), tensor.kind)
         except OSError as error:
             raise AtomError(
-                f"{self.path}: tensor {name} {list(tensor.shape)} cannot be read: {one_line(error)}"
+                f"{tensor.file}: tensor {name} {list(tensor.shape)} cannot be read: {one_line(error)}"
             ) from error
         return out.reshape(tensor.shape)
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+    """Metadata and tensor table of one file, checked against its size; AtomError as in ``GGUFFile.open``."""
+    try:
+        reader = _CheckedReader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {
+            item.name: GGUFTensor(
+                path,
+                item.tensor_type,
+                tuple(int(size) for size in reversed(item.shape)),
+                int(item.data_offset),
+            )
+            for item in reader.tensors
+        }
+        size, swapped = reader.data.size, reader.byte_order == "S"
+    except Exception as error:  # the reader raises whatever a damaged header leads it to
+        raise AtomError(f"{path}: is not a complete GGUF file: {one_line(error)}") from error
+    if swapped:
+        raise AtomError(f"{path}: is a big-endian GGUF file: not supported")
+    for name, tensor in tensors.items():
+        _check(path, name, tensor, size)
+    return metadata, tensors
+
+
+def _check_parts(parts: Sequence[Path], metadata: Sequence[Mapping[str, Any]]) -> None:
+    """AtomError where files are not what their names say: parts of one split file, in order, or whole."""
+    for number, (part, found) in enumerate(zip(parts, metadata, strict=True)):
+        count = found.get("split.count", 1) or 1  # 0 is what a file that was merged again says
+        if count != len(parts):
+            raise AtomError(
+                f"{part}: split.count is {count!r:.40}, but by its name it is one of {len(parts)} files; the "
+                "parts of a split GGUF must have their names, NAME-00001-of-0000N.gguf"
+            )
+        if len(parts) > 1 and found.get("split.no") != number:
+            raise AtomError(f"{part}: split.no is {found.get('split.no')!r:.40}, expected {number}")
 
 
 def _dequantize(raw: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:

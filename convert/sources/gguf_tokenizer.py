@@ -13,56 +13,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from atom_jax.errors import AtomError
 from convert.sources.base import one_line
 from convert.sources.folder import write_json
+from convert.sources.gguf_pretokenizers import PRE_TOKENIZERS
 
 _PREFIX = "tokenizer.ggml."
 _SPACE = "\u2581"  # SentencePiece's visible space
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-
-
-@dataclasses.dataclass(frozen=True)
-class PreTokenizer:
-    """How one family of byte-level BPE tokenizers cuts text before merging (``tokenizer.ggml.pre``).
-
-    Attributes:
-      patterns: regular expressions, applied in turn; every match becomes a piece of its own.
-      nfc: whether text is brought into Unicode form C first.
-      ignore_merges: whether a piece that is a token is taken whole, without merging up to it.
-      add_bos: whether a beginning-of-sequence token is added where the metadata do not say.
-    """
-
-    patterns: tuple[str, ...]
-    nfc: bool = False
-    ignore_merges: bool = False
-    add_bos: bool = False
-
-
-_SMOLLM = PreTokenizer((r"\p{N}", _GPT2))
-_LLAMA3 = PreTokenizer((_CONTRACTIONS + r"\p{N}{1,3}" + _TAIL,), ignore_merges=True, add_bos=True)
-_QWEN2 = PreTokenizer((_CONTRACTIONS + r"\p{N}" + _TAIL,), nfc=True)
-_TEKKEN = PreTokenizer(
-    (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-    ignore_merges=True,
-    add_bos=True,
-)
-PRE_TOKENIZERS = {
-    "gpt-2": PreTokenizer((_GPT2,)),
-    "smollm": _SMOLLM,
-    "starcoder": _SMOLLM,
-    "refact": _SMOLLM,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _QWEN2,
-    "tekken": _TEKKEN,
-    # What llama.cpp does with a file that does not say, old ones mostly.
-    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-}
 
 
 @dataclasses.dataclass(frozen=True)

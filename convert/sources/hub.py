@@ -1,21 +1,74 @@
-"""Checkpoints on the Hugging Face Hub, downloaded into its usual cache."""
+"""Checkpoints on the Hugging Face Hub, downloaded into its usual cache or found there."""
 
 from __future__ import annotations
 
-import fnmatch
+import dataclasses
 import re
+import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from atom_jax.errors import AtomError
-from convert.sources import safetensors, torch_bin
 from convert.sources.base import one_line
-from convert.sources.folder import CONFIG_FILES, TOKENIZER_FILES
+from convert.sources.folder import CONFIG_FILES, TOKENIZER_FILES, placed
+from convert.sources.layout import find_weights, reject_adapter
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors", safetensors.INDEX)
-_TORCH = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", torch_bin.INDEX)
+_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _TIMEOUT = 10.0  # seconds for the one small request that lists the files
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """What a URL on the Hub points to.
+
+    Attributes:
+      url: as it was given, for errors.
+      repo_id: ``org/name``.
+      revision: branch, tag or commit, or None.
+    """
+
+    url: str
+    repo_id: str
+    revision: str | None
+
+    def revision_or(self, revision: str | None) -> str | None:
+        """The revision in the URL, or else ``revision``; AtomError if they differ."""
+        if None not in (revision, self.revision) and revision != self.revision:
+            raise AtomError(f"{self.url}: names another revision than the one asked for, {revision}")
+        return self.revision or revision
+
+
+def parse_url(text: str) -> Address | None:
+    """The model that a URL of the Hub points to: ``https://huggingface.co/org/name``, ``.../tree/revision``.
+
+    Returns:
+      None if ``text`` is no URL.
+
+    Raises:
+      AtomError: it is a URL of something else.
+    """
+    scheme, colon, rest = text.partition("://")
+    if not colon:
+        host = text.partition("/")[0]
+        if host not in _HOSTS:
+            return None
+        scheme, rest = "https", text
+    if scheme == "hf":
+        rest = f"{_HOSTS[0]}/{rest}"
+    path = rest.partition("?")[0].partition("#")[0]
+    host, *parts = [urllib.parse.unquote(part) for part in path.rstrip("/").split("/")]
+    if scheme not in ("http", "https", "hf") or host.lower() not in _HOSTS:
+        raise AtomError(f"{text}: is no URL of the Hugging Face Hub; give a folder, or org/name")
+    repo_id, where = "/".join(parts[:2]), parts[2:]
+    if not is_repo_id(repo_id) or parts[0] in ("datasets", "spaces"):
+        raise AtomError(f"{text}: is not the URL of a model, https://{_HOSTS[0]}/org/name")
+    if not where or (where[0] == "tree" and len(where) == 2):
+        return Address(text, repo_id, where[1] if where else None)
+    raise AtomError(
+        f"{text}: points into the model; give https://{_HOSTS[0]}/{repo_id}, with /tree/REVISION if need be"
+    )
 
 
 def is_repo_id(text: str) -> bool:
@@ -41,12 +94,15 @@ def download(repo_id: str, revision: str | None) -> Path:
         raise AtomError(f"{where}: the Hub does not give this model: {one_line(error)}") from error
     except Exception as error:  # offline mode, and every error that the HTTP library of the day has
         return _cached(huggingface_hub, repo_id, revision, where, error)
-    files = wanted_files([sibling.rfilename for sibling in info.siblings or []], where)
     commit = info.sha or revision
-    try:
-        return Path(huggingface_hub.snapshot_download(repo_id, revision=commit, allow_patterns=files))
-    except Exception as error:
-        raise AtomError(f"{where}: the download from the Hub failed: {one_line(error)}") from error
+
+    def fetch(files: list[str]) -> Path:
+        try:
+            return Path(huggingface_hub.snapshot_download(repo_id, revision=commit, allow_patterns=files))
+        except Exception as error:
+            raise AtomError(f"{where}: the download from the Hub failed: {one_line(error)}") from error
+
+    return fetch(wanted_files([sibling.rfilename for sibling in info.siblings or []], where, fetch))
 
 
 def _cached(hub: Any, repo_id: str, revision: str | None, where: str, reason: Exception) -> Path:
@@ -59,21 +115,56 @@ def _cached(hub: Any, repo_id: str, revision: str | None, where: str, reason: Ex
         ) from error
 
 
-def wanted_files(files: list[str], where: str) -> list[str]:
+def wanted_files(files: list[str], where: str, fetch: Callable[[list[str]], Path]) -> list[str]:
     """The files of a model to download: safetensors or, where there are none, PyTorch weights.
 
     Only the top folder is read: repositories keep other formats and precisions in sub-folders.
 
+    Args:
+      files: all files of the model.
+      where: what to call it in errors.
+      fetch: downloads files of these names and gives their folder: an index is read before the shards.
+
     Raises:
-      AtomError: the model has neither.
+      AtomError: the model has neither, or its index cannot be used.
     """
-    for patterns in (_SAFETENSORS, _TORCH):
-        weights = [name for name in files if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-        if weights:
-            break
-    else:
+    top = [name for name in files if "/" not in name]
+    weights = find_weights(top, where)
+    if weights is None:
+        reject_adapter(top, where)
         has_gguf = any(name.endswith(".gguf") for name in files)
         hint = " (it has .gguf files: download one and give its path)" if has_gguf else ""
         raise AtomError(f"{where}: has neither model.safetensors nor pytorch_model.bin{hint}")
-    weights = [name for name in weights if "/" not in name]
-    return weights + [name for name in files if name in CONFIG_FILES or name in TOKENIZER_FILES]
+    wanted = set(weights.files)
+    if weights.index is not None:
+        wanted |= {weights.index, *placed(fetch([weights.index]) / weights.index)}
+    # In the order of the list, and nothing that is not in it: the names in an index are not trusted.
+    return [name for name in top if name in wanted or name in CONFIG_FILES or name in TOKENIZER_FILES]
+
+
+def is_cached_repo(folder: Path) -> bool:
+    """Whether ``folder`` is that of a model in the Hub's cache (``models--org--name``)."""
+    return (folder / "snapshots").is_dir() and not (folder / "config.json").exists()
+
+
+def cached_snapshot(folder: Path, revision: str | None) -> Path:
+    """The snapshot of a model's ``folder`` in the Hub's cache; what ``main`` was last is taken by default.
+
+    Raises:
+      AtomError: the revision was not downloaded, or there is nothing to tell which one is meant.
+    """
+    snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+    by_name = {path.name: path for path in snapshots}
+    reference = folder / "refs" / (revision or "main")
+    if reference.is_file() and folder.resolve() in reference.resolve().parents:
+        commit = reference.read_text(encoding="utf-8", errors="replace").strip()
+        if commit in by_name:
+            return by_name[commit]
+    if revision is not None:
+        matching = [path for path in snapshots if path.name.startswith(revision)]
+        if len(matching) == 1:
+            return matching[0]
+        raise AtomError(f"{folder}: revision {revision} was not downloaded into this cache")
+    if len(snapshots) != 1:
+        raise AtomError(f"{folder}: holds {len(snapshots)} snapshots; give one with --revision")
+    return snapshots[0]

@@ -1,4 +1,4 @@
-"""Weights in safetensors files: one file, or shards with an index."""
+"""Weights in safetensors files: one file, or shards."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from convert.sources import folder as hf
 from convert.sources.base import TensorInfo, check_tensors, digest, finite_float32, known, one_line
+from convert.sources.layout import WeightFiles
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -27,7 +26,7 @@ class SafetensorsSource:
     count as resident memory, and converting would end up holding the whole checkpoint.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, weights: WeightFiles) -> None:
         """Reads configuration and headers, and checks every tensor's presence, shape and dtype.
 
         Raises:
@@ -35,7 +34,7 @@ class SafetensorsSource:
         """
         self._folder = folder
         self.config: ModelConfig = hf.load_config(folder)
-        found = _infos(folder)
+        found = hf.collect(folder, weights, _header)
         self._files = sorted({info.file for info in found.values()})
         self._infos = check_tensors(self.config, found, where=folder, dtypes=DTYPES)
         self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in self._infos.items()}
@@ -44,7 +43,7 @@ class SafetensorsSource:
         info = known(self._infos, name, where=self._folder)
         try:
             with safe_open(info.file, framework="np", backend="pread") as file:
-                array = file.get_tensor(name)
+                array = file.get_tensor(info.name)
         except (SafetensorError, OSError) as error:
             raise AtomError(f"{info} cannot be read: {one_line(error)}") from error
         return finite_float32(array, info)
@@ -58,29 +57,6 @@ class SafetensorsSource:
     @functools.cached_property
     def _fingerprint(self) -> str:
         return digest([*hf.config_files(self._folder), *self._files])
-
-
-def _infos(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the checkpoint in ``folder``, from the headers alone."""
-    index = folder / INDEX
-    if not index.is_file():
-        return _header(_single_file(folder))
-    infos: dict[str, TensorInfo] = {}
-    for file, tensors in hf.shards(index).items():
-        header = _header(folder / file)
-        hf.check_shard(index, folder / file, tensors, header)
-        infos.update({name: header[name] for name in tensors})
-    return infos
-
-
-def _single_file(folder: Path) -> Path:
-    if (folder / SINGLE).is_file():
-        return folder / SINGLE
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        names = ", ".join(path.name for path in files[:3])
-        raise AtomError(f"{folder}: {len(files)} safetensors files ({names}, ...) but no {INDEX}")
-    return files[0]
 
 
 def _header(path: Path) -> dict[str, TensorInfo]:

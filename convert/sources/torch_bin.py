@@ -1,4 +1,4 @@
-"""Weights in PyTorch pickles: pytorch_model.bin, or shards with an index. Needs torch, imported lazily."""
+"""Weights in PyTorch pickles: pytorch_model.bin, or shards. Needs torch, imported lazily."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from convert.sources import folder as hf
 from convert.sources.base import TensorInfo, check_tensors, digest, finite_float32, known, one_line
+from convert.sources.layout import WeightFiles
 
-INDEX = "pytorch_model.bin.index.json"
-SINGLE = "pytorch_model.bin"
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+# Where training programs put the state dict (Lightning, DeepSpeed, many a script).
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
 MIN_TORCH = (2, 6)  # before it, weights_only could be bypassed (CVE-2025-32434)
 
 
@@ -28,7 +29,7 @@ class TorchSource:
     milliseconds), while a shard kept open would keep every page that was read from it in memory.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, weights: WeightFiles) -> None:
         """Reads configuration and tensor names, and checks every tensor's presence, shape and dtype.
 
         Raises:
@@ -37,7 +38,7 @@ class TorchSource:
         _import_torch(folder)
         self._folder = folder
         self.config: ModelConfig = hf.load_config(folder)
-        found = _infos(folder)
+        found = hf.collect(folder, weights, _describe)
         self._files = sorted({info.file for info in found.values()})
         self._infos = check_tensors(self.config, found, where=folder, dtypes=DTYPES)
         self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in self._infos.items()}
@@ -45,7 +46,7 @@ class TorchSource:
     def tensor(self, name: str) -> np.ndarray:
         info = known(self._infos, name, where=self._folder)
         torch = _import_torch(self._folder)
-        tensor = _load(info.file).get(name)
+        tensor = _load(info.file).get(info.name)
         if tensor is None:
             raise AtomError(f"{info} is no longer there")
         # copy: float32 would stay in the mapped file otherwise
@@ -78,19 +79,6 @@ def _import_torch(folder: Path) -> Any:
     return torch
 
 
-def _infos(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the checkpoint in ``folder``."""
-    index = folder / INDEX
-    if not index.is_file():
-        return _describe(folder / SINGLE)
-    infos: dict[str, TensorInfo] = {}
-    for file, tensors in hf.shards(index).items():
-        described = _describe(folder / file)
-        hf.check_shard(index, folder / file, tensors, described)
-        infos.update({name: described[name] for name in tensors})
-    return infos
-
-
 def _describe(path: Path) -> dict[str, TensorInfo]:
     return {
         name: TensorInfo(name, path, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
@@ -102,7 +90,8 @@ def _load(path: Path) -> dict[str, Any]:
     """Name -> tensor for the state dict in ``path``. Only tensors are unpickled, never code (weights_only).
 
     Raises:
-      AtomError: the file is damaged, or holds anything but a flat mapping from names to tensors.
+      AtomError: the file is damaged, or holds anything but a mapping from names to tensors, or
+        one such mapping under a usual key.
     """
     torch = _import_torch(path.parent)
     try:
@@ -113,6 +102,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise AtomError(f"{path}: is not a plain tensor checkpoint: {_first_sentence(error)}") from error
     if not isinstance(state, dict):
         raise AtomError(f"{path}: is not a plain tensor checkpoint: it holds a {type(state).__name__}")
+    state = _unwrapped(path, state)
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             kind = type(value).__name__
@@ -120,6 +110,14 @@ def _load(path: Path) -> dict[str, Any]:
         if value.layout != torch.strided or value.is_meta:
             raise AtomError(f"{path}: is not a plain tensor checkpoint: {name} has layout {value.layout}")
     return {name: value.detach() for name, value in state.items()}
+
+
+def _unwrapped(path: Path, state: dict[Any, Any]) -> dict[Any, Any]:
+    """The state dict itself, where a training program saved it beside its own state."""
+    keys = [key for key in _STATE_KEYS if isinstance(state.get(key), dict)]
+    if len(keys) > 1:
+        raise AtomError(f"{path}: holds several state dicts ({', '.join(keys)}); save one of them alone")
+    return state[keys[0]] if keys else state
 
 
 def _first_sentence(error: Exception) -> str:

@@ -35,7 +35,7 @@ class TestConvert:
     def test_options_that_are_not_given_keep_the_defaults_of_the_library(self, made, tmp_path):
         card = run_json("convert", "SRC", tmp_path / "out")
         assert card == {"made": str(tmp_path / "out")}
-        want = ConvertOptions(atom_jax.preset("w4a4kv4"))
+        want = ConvertOptions(atom_jax.preset("w4a4kv4"), flexible=("group_size", "num_outliers"))
         assert made == [("SRC", tmp_path / "out", want)]
 
     def test_all_options(self, made, tmp_path, text):
@@ -66,13 +66,37 @@ class TestConvert:
 
     def test_automatic_number_of_outliers(self, made, monkeypatch, tmp_path):
         result = run("convert", "SRC", tmp_path / "out", "--num-outliers", "auto")
-        assert made[0][2] == ConvertOptions(atom_jax.preset("w4a4kv4"), auto_outliers=True)
+        assert made[0][2] == ConvertOptions(
+            atom_jax.preset("w4a4kv4"), auto_outliers=True, flexible=("group_size",)
+        )
         assert "outliers chosen" not in result.stderr  # the card of these tests has none
 
         card = {"outliers": {"chosen": 64, "budget": 0.1, "relative_error": {"0": 0.5, "64": 0.125}}}
         monkeypatch.setattr("convert.pipeline.convert", lambda src, out, *args: card)
         result = run("convert", "SRC", tmp_path / "out", "--num-outliers", "auto")
         assert "64 outliers chosen; relative error by their number: 0: 0.5000, 64: 0.1250" in result.stderr
+
+    @pytest.mark.parametrize(
+        ("options", "flexible"),
+        [
+            ("--group-size 64", ("num_outliers",)),
+            ("--num-outliers 64", ("group_size",)),
+            ("--group-size 64 --num-outliers auto", ()),
+            ("--scheme w4a16", ("group_size",)),
+            ("--scheme w8a8", ()),
+            ("--scheme bf16", ()),
+        ],
+    )
+    def test_what_is_not_given_is_flexible(self, made, tmp_path, options, flexible):
+        run("convert", "SRC", tmp_path / "out", *options.split())
+        assert made[0][2].flexible == flexible
+
+    def test_groups_that_were_chosen_are_printed(self, original, tmp_path):
+        options = "--no-gptq --no-migrate --smooth-keys 0 --no-center-keys --calib-tokens 128"
+        result = run("convert", original, tmp_path / "out", *options.split())
+        assert "chosen to suit every linear: groups of 64, number of outliers 0" in result.stderr
+        card = json.loads((tmp_path / "out" / "quantization.json").read_text())
+        assert card["job"]["chosen"] == {"group_size": 64, "num_outliers": 0}
 
     @pytest.mark.parametrize(
         ("options", "parts"),

@@ -106,6 +106,13 @@ def test_steps_lead_from_naive_to_the_default() -> None:
             assert (found[step.name] != found[base]) is (step.name != "outliers-int8"), step.name
 
 
+def test_groups_that_suit_where_none_are_asked_for(source: Path) -> None:
+    config = open_source(source).config
+    assert run.groups(config, AblationOptions()) == (64, 0)
+    assert run.groups(config, AblationOptions(num_outliers=32)) == (32, 32)
+    assert run.groups(config, AblationOptions(group_size=128, num_outliers=128)) == (128, 128)
+
+
 def test_a_branch_is_compared_with_its_base_and_nothing_follows_it() -> None:
     clip, gptq = {"clip_w": 0.7}, {"gptq": False}
     chain = (FLOAT, Step("a", "", {}), Step("b", "", clip, branch=True), Step("c", "", gptq))

@@ -63,6 +63,18 @@ def test_biases_of_each_family():
     assert flags(parse("qwen3", attention_bias=True)) == (True, True, False, True)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_null_is_false(family):
+    nulls = dict.fromkeys(["attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window"])
+    assert parse_config(tiny_config(family) | nulls, where=WHERE) == parse(family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_without_its_head(family):
+    headless = FAMILIES[family].replace("ForCausalLM", "Model")
+    assert parse(family, architectures=[headless]) == parse(family)
+
+
 def test_llama1_spelling():
     config = parse(num_key_value_heads=None, head_dim=None, rope_theta=None)
     assert (config.num_kv_heads, config.head_dim, config.rope.theta) == (4, 16, 10000.0)

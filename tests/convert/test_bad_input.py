@@ -125,7 +125,8 @@ def test_bad_source(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ((), ("qkv_proj", "64 input channels", "try")),  # the default groups of 128 do not fit
+        (("--group-size", "128"), ("qkv_proj", "64 input channels", "try 32 outliers with groups of 32")),
+        (("--num-outliers", "48"), ("qkv_proj", "64 input channels", "try 32 outliers with groups of 32")),
         (("--group-size", "48"), ("group size 48", "32, 64, 128")),
         (("--scheme", "w3a3"), ("w3a3", "w4a4kv4", "bf16")),
         ((*FITTING, "--calib", "missing.txt"), ("missing.txt",)),

@@ -27,7 +27,17 @@ from convert.quantize_layer import LayerStatistics, prepare_layer
 from convert.reorder import permute_ends, permute_residual
 from convert.sources import open_source
 from convert.streaming import projections
-from tests.convert.jobs import ATOM, TINY_TOKENS, logits, partial, prose, save_text, tiny_options
+from tests.convert.jobs import (
+    ATOM,
+    TINY_TOKENS,
+    assert_same,
+    contents,
+    logits,
+    partial,
+    prose,
+    save_text,
+    tiny_options,
+)
 from tests.convert.tiny import FAMILIES, fails, save_tiny
 
 BF16 = preset("bf16")
@@ -225,19 +235,44 @@ def test_the_same_again_is_done(sources: Mapping[str, Path], text: Path, atom: P
     assert times == {file: file.stat().st_mtime_ns for file in atom.rglob("*")}
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling link", "link to an empty folder"])
 def test_existing_out_is_left_alone(kind: str, sources: Mapping[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     if kind == "file":
         out.write_text("mine")
     elif kind == "folder":
         out.mkdir()
+        (out / "mine").write_text("mine")
     else:
-        out.symlink_to(tmp_path / "nowhere")
+        out.symlink_to(tmp_path / "other")
+        if kind == "link to an empty folder":
+            (tmp_path / "other").mkdir()
+    before = sorted(tmp_path.rglob("*"))
     with fails(out, "exists already"):
         convert(sources["llama"], out, ConvertOptions(BF16))
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert out.is_symlink() or (out.read_text() == "mine" if kind == "file" else not any(out.iterdir()))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert out.is_symlink() or (out if kind == "file" else out / "mine").read_text() == "mine"
+
+
+def test_empty_out_is_filled(sources: Mapping[str, Path], tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    out.mkdir()
+    card = convert(sources["llama"], out, ConvertOptions(BF16))
+    convert(sources["llama"], other, ConvertOptions(BF16))
+    assert_same(contents(out), contents(other))
+    assert read_card(out) == card and sorted(tmp_path.iterdir()) == [other, out]
+
+
+def test_out_that_is_mounted(
+    sources: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No rename can replace it, which must not be found out at the end."""
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == out)
+    with fails(out, "mounted", "folder inside it"):
+        convert(sources["llama"], out, ConvertOptions(BF16))
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_unfinished_conversion_with_other_options(sources: Mapping[str, Path], tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from atom_jax.config import GROUP_SIZES
 from atom_jax.errors import AtomError
-from convert.rtn import check_groups, quantize_weight
+from convert.rtn import quantize_weight
 from pallas_kernels.qarrays import QuantizedWeight
 
 
@@ -104,53 +103,6 @@ def test_same_bits_inside_jit() -> None:
     jax.tree.map(np.testing.assert_array_equal, outside, inside)
     storage = outside.scales.astype(jnp.bfloat16).astype(jnp.float32)
     np.testing.assert_array_equal(np.asarray(outside.scales), np.asarray(storage))
-
-
-@pytest.mark.parametrize(
-    ("channels", "group_size", "num_outliers", "suggestions"),
-    [
-        (576, 128, 128, ["64 or 192 outliers with groups of 128", "128 outliers with groups of 64"]),
-        (576, 64, 32, ["0 or 64 outliers with groups of 64", "32 outliers with groups of 32"]),
-        (64, 64, 128, ["0 outliers with groups of 64"]),
-        (100, 128, 50, ["36 outliers with groups of 64"]),
-        (20, 32, 4, ["too narrow for groups of 32"]),
-        (128, None, 128, ["96 outliers with groups of 32"]),
-        (128, 32, 128, ["96 or 64 outliers with groups of 32"]),
-        (128, 32, -1, ["must not be negative"]),
-        (128, 0, 0, ["must be positive"]),
-    ],
-)
-def test_check_groups_explains(
-    channels: int, group_size: int | None, num_outliers: int, suggestions: list[str]
-) -> None:
-    with pytest.raises(AtomError) as caught:
-        check_groups("model.layers.3.o_proj", channels, group_size, num_outliers)
-    message = str(caught.value)
-    assert message.startswith("model.layers.3.o_proj: ")
-    assert "\n" not in message
-    for text in suggestions:
-        assert text in message
-
-
-@given(
-    channels=st.integers(1, 700),
-    group_size=st.sampled_from([*GROUP_SIZES, None]),
-    num_outliers=st.integers(0, 800),
-)
-def test_check_groups_suggests_what_works(channels: int, group_size: int | None, num_outliers: int) -> None:
-    try:
-        used = check_groups("w", channels, group_size, num_outliers)
-    except AtomError as error:
-        if "try " not in str(error):
-            assert channels < min(GROUP_SIZES)
-            return
-        for option in str(error).split("try ")[1].split(", or "):
-            counts, size = option.split(" outliers with groups of ")
-            for count in counts.split(" or "):
-                assert check_groups("w", channels, int(size), int(count)) == int(size)
-    else:
-        assert (channels - num_outliers) % used == 0
-        assert used == (group_size or channels - num_outliers)
 
 
 def test_quantize_weight_rejects_what_check_groups_rejects() -> None:

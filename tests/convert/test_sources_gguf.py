@@ -64,10 +64,91 @@ def test_config_matches_that_of_the_folder_format(path):
 
 def test_folder_with_one_file(path):
     save(path)
+    (path.parent / "imatrix.bin").write_bytes(b"of llama.cpp")
     assert open_source(path.parent).fingerprint() == open_source(path).fingerprint()
     save(path.with_name("second.gguf"))
     with fails(path.parent, "2 .gguf files"):
         open_source(path.parent)
+
+
+@pytest.fixture
+def parts(path):
+    """A file split by the ``gguf`` package, and its weights."""
+    config = tiny_config()
+    tensors = tiny_tensors(config)
+    save_gguf(path, "llama", to_gguf("llama", tensors, config), config, split_max_tensors=8)
+    files = sorted(path.parent.glob("*.gguf"))
+    assert [file.name for file in files] == [f"tiny-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    return files, tensors
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, None])
+def test_split(parts, which, tmp_path):
+    files, tensors = parts
+    source = open_source(files[0].parent if which is None else files[which])
+    assert list(source.shapes) == list(tensors)
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(source.tensor(name), array, err_msg=name)
+    assert source.config == parse_config(tiny_config(), where="")
+    source.write_tokenizer(tmp_path / "tokenizer")
+    assert (tmp_path / "tokenizer" / "tokenizer.json").is_file()
+
+
+def test_fingerprint_of_all_parts(parts, path):
+    files, _ = parts
+    before = open_source(files[0]).fingerprint()
+    data = bytearray(files[2].read_bytes())
+    data[-64] ^= 1
+    files[2].write_bytes(data)
+    assert open_source(files[0]).fingerprint() != before
+
+
+def test_split_with_a_part_missing(parts):
+    files, _ = parts
+    files[1].unlink()
+    for given in (files[0], files[2], files[0].parent):
+        with fails("one of 3 shards", files[1].name, "missing"):
+            open_source(given)
+
+
+def test_parts_of_something_else(parts, path):
+    files, _ = parts
+    second, third = files[1].read_bytes(), files[2].read_bytes()
+    files[1].write_bytes(third)
+    with fails(files[1], "split.no is 2, expected 1"):
+        open_source(files[0])
+    files[1].write_bytes(second)
+    alone = path.with_name("renamed.gguf")
+    alone.write_bytes(files[0].read_bytes())
+    with fails(alone, "split.count is 3", "one of 1 files"):
+        open_source(alone)
+    save(path)  # whole, under the name of a part
+    path.replace(files[1])
+    with fails(files[1], "split.count is 1", "one of 3 files"):
+        open_source(files[0])
+
+
+def test_parts_that_lack_tensors(path):
+    config = tiny_config()
+    renamed = to_gguf("llama", tiny_tensors(config), config)
+    first = path.with_name("few-00001-of-00002.gguf")
+    for number, file in enumerate((first, path.with_name("few-00002-of-00002.gguf"))):
+        extra = {"split.no": number, "split.count": 2, "split.tensors.count": len(renamed) + 1}
+        half = dict(list(renamed.items())[number::2])
+        save_gguf(file, "llama", half, config, metadata=extra)
+    with fails(first, f"hold {len(renamed)} tensors", f"expected {len(renamed) + 1}"):
+        open_source(first)
+
+
+def test_a_tensor_in_two_parts(path):
+    config = tiny_config()
+    renamed = to_gguf("llama", tiny_tensors(config), config)
+    files = [path.with_name(f"two-0000{number}-of-00002.gguf") for number in (1, 2)]
+    for number, file in enumerate(files):
+        extra = {"split.no": number, "split.count": 2}
+        save_gguf(file, "llama", renamed, config, metadata=extra)
+    with fails(files[1], "is in two-00001-of-00002.gguf, too"):
+        open_source(files[0])
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
@@ -175,7 +256,8 @@ def test_llama3_divisors_are_those_of_transformers():
         ({"llama.attention.head_count_kv": [2, 2]}, ["num_key_value_heads", "[2, 2]"]),
         ({"llama.attention.head_count": "four"}, ["num_attention_heads", "'four'"]),
         ({"llama.attention.head_count": 0, "llama.attention.key_length": None}, ["num_attention_heads"]),
-        ({"split.count": 2}, ["split"]),
+        ({"split.count": 2}, ["split.count is 2", "one of 1 files", "NAME-00001-of-0000N.gguf"]),
+        ({"general.type": "adapter"}, ["adapter", "merge it"]),
         ({"tokenizer.ggml.eos_token_id": 10**6}, ["eos_token_id", "1000000"]),
     ],
 )

@@ -6,7 +6,8 @@ from gguf import TokenType
 from tokenizers import Tokenizer
 
 from convert.sources import open_source
-from convert.sources.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer, write_tokenizer
+from convert.sources.gguf_pretokenizers import PRE_TOKENIZERS
+from convert.sources.gguf_tokenizer import build_tokenizer, write_tokenizer
 from tests.convert.tiny import CHAT_TEMPLATE, MERGES, SPECIAL, fails, tiny_vocabulary
 
 TEXTS = [
@@ -61,10 +62,69 @@ def test_round_trip(pre, text):
         ("smollm", ["It", "'s", " ", "1", "2", "3", "4", ".", "5", " X", "'", "S", " ", " y", "!?", "\n"]),
         ("llama-bpe", ["It", "'s", " ", "123", "4", ".", "5", " X", "'S", " ", " y", "!?\n"]),
         ("qwen2", ["It", "'s", " ", "1", "2", "3", "4", ".", "5", " X", "'S", " ", " y", "!?\n"]),
+        ("seed-coder", ["It", "'s", " ", "1", "2", "3", "4", ".", "5", " X", "'S", " ", " y", "!?", "\n"]),
+        ("gpt-4o", ["It's", " ", "123", "4", ".", "5", " X'S", " ", " y", "!?\n"]),
+        ("poro-chat", ["It's", " 1234", ".", "5", " X'S", " ", " y", "!?\n"]),
+        ("viking", ["It's", " ", "1", "2", "3", "4", ".", "5", " X'S", " ", " y", "!?\n"]),
+        (
+            "deepseek-llm",
+            ["It", "'", "s", " ", "1", "2", "3", "4", ".", "5", " X", "'", "S", " ", " y", "!?", "\n"],
+        ),
+        (
+            "deepseek-coder",
+            ["It", "'", "s", " ", "1", "2", "3", "4", ".", "5", " X", "'", "S", " ", " y", "!?", "\n"],
+        ),
+        ("deepseek-v3", ["It", "'s", " ", "123", "4", ".", "5", " X", "'S", " ", " y", "!?\n"]),
     ],
 )
 def test_how_text_is_cut(pre, expected):
     assert pieces(pre, "It's 1234.5 X'S  y!?\n") == expected
+
+
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        ("deepseek-llm", ["x", "=", "你好", "$", " ", "5", " ª𝐀", "한"]),
+        ("deepseek-coder", ["x", "=", "你好", "$ ", "5", " ª𝐀", "한"]),
+        ("deepseek-v3", ["x", "=", "你好", "$", " ", "5", " ª𝐀한"]),
+    ],
+)
+def test_how_deepseek_cuts_other_scripts(pre, expected):
+    assert pieces(pre, "x=你好$ 5 ª𝐀한") == expected
+
+
+# The names that llama.cpp's converter gives, of models with rules that are known here.
+KNOWN = {
+    ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat", "a.x-4.0", "mellum", "exaone4"),
+    ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    ("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"),
+    ("qwen2", "deepseek-r1-qwen", "megrez"),
+    ("stablelm2", "hunyuan", "solar-open", "grok-2", "kormo"),
+    ("gpt-4o", "llama4", "kanana2", "minimax-m2"),
+    ("deepseek-v3", "hunyuan-dense", "joyai-llm"),
+    ("poro-chat", "bloom", "gpt3-finnish"),
+    ("viking",),
+    ("tekken",),
+    ("seed-coder",),
+    ("deepseek-llm",),
+    ("deepseek-coder",),
+    ("default",),
+}
+
+
+@pytest.mark.parametrize("names", sorted(KNOWN))
+def test_names_of_the_same_rules(names):
+    rules = {PRE_TOKENIZERS[name] for name in names}
+    assert len(rules) == 1
+    others = {PRE_TOKENIZERS[other[0]] for other in KNOWN - {names}}
+    assert not rules & others
+
+
+@pytest.mark.parametrize("name", ["kimi-k2", "afmoe", "superbpe", "chameleon", "roberta-bpe", "gemma4", ""])
+def test_names_that_are_not_known(name):
+    with fails("tiny.gguf", "pre-tokenizer", repr(name), "deepseek-llm"):
+        build(pre=name)
 
 
 def test_ignore_merges():
@@ -125,7 +185,7 @@ def test_files_work_with_transformers(tmp_path):
         ({"model": "bert"}, ["'bert'", "gpt2, llama"]),
         ({"model": None}, ["None"]),
         ({"model": 3}, ["tokenizer.ggml.model", "str"]),
-        ({"pre": "viking"}, ["'viking'", "smollm"]),
+        ({"pre": "kimi-k2"}, ["'kimi-k2'", "smollm"]),
         ({"tokens": None}, ["tokenizer.ggml.tokens"]),
         ({"token_type": [1]}, ["token_type", str(len(tiny_vocabulary()))]),
         ({"merges": None}, ["merges"]),

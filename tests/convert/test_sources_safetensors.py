@@ -218,12 +218,6 @@ def test_index_without_a_map(sharded, weight_map):
         open_source(sharded)
 
 
-def test_shards_without_index(sharded):
-    (sharded / INDEX).unlink()
-    with fails(sharded, "3 safetensors files", INDEX):
-        open_source(sharded)
-
-
 @pytest.mark.parametrize("text", ["{", "[]", "\udcff", '{"a": ' + "[" * 100_000, "9" * 5000])
 def test_config_that_is_not_json(folder, text):
     (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))

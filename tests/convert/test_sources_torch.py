@@ -91,6 +91,36 @@ def test_format_before_zip_and_parameters_and_views(folder):
     np.testing.assert_array_equal(got, tiny_tensors(tiny_config())[Q].T)
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "module"])
+def test_state_dict_of_a_training_program(folder, key):
+    want = tiny_tensors(tiny_config())
+    state = {name: torch.from_numpy(array) for name, array in want.items()}
+    training = {"epoch": 3, "optimizer": {"state": {0: torch.ones(2)}}, "lr": 0.1}
+    torch.save({key: state, **training}, folder / "pytorch_model.bin")
+    source = open_source(folder)
+    for name, array in want.items():
+        np.testing.assert_array_equal(source.tensor(name), array)
+    torch.save({"state_dict": state, "model": state}, folder / "pytorch_model.bin")
+    with fails("pytorch_model.bin", "several state dicts", "state_dict, model"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("names", [["other.bin"], ["part-1-of-2.bin", "part-2-of-2.bin"], ["a.bin", "b.bin"]])
+def test_other_names_and_no_index(folder, names):
+    want = tiny_tensors(tiny_config())
+    (folder / "pytorch_model.bin").unlink()
+    for index, name in enumerate(names):
+        part = {key: torch.from_numpy(want[key]) for key in list(want)[index :: len(names)]}
+        torch.save(part, folder / name)
+    for other in ("training_args.bin", "optimizer.bin", "adapter_model.bin"):
+        (folder / other).write_bytes(b"not a pickle")
+    for given in (folder, folder / names[0]):
+        if given == folder or "-of-" in names[0] or len(names) == 1:
+            source = open_source(given)
+            for name, array in want.items():
+                np.testing.assert_array_equal(source.tensor(name), array)
+
+
 class Touch:
     """Pickles as a call that creates a file."""
 
@@ -123,7 +153,14 @@ def test_truncated(folder, keep):
 
 
 def test_not_a_state_dict(folder):
-    for content in ([torch.ones(2)], {"model": {"a": torch.ones(2)}}, {1: torch.ones(2)}, torch.ones(2)):
+    wrapped = {"model": {"a": torch.ones(2)}}
+    for content in (
+        [torch.ones(2)],
+        {"weights": wrapped},
+        {"model": wrapped},
+        {1: torch.ones(2)},
+        torch.ones(2),
+    ):
         torch.save(content, folder / "pytorch_model.bin")
         with fails("pytorch_model.bin", "is not a plain tensor checkpoint"):
             open_source(folder)

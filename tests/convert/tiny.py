@@ -175,12 +175,14 @@ def save_gguf(
     *,
     metadata: dict[str, Any] | None = None,
     raw: dict[str, GGMLQuantizationType] | None = None,
+    split_max_tensors: int = 0,
 ) -> Path:
     """Writes ``tensors`` (GGUF names) with the metadata of ``config`` and a tokenizer.
 
     Args:
       metadata: extra keys, or other values for keys; None removes one.
       raw: tensors that are quantized bytes of this type already.
+      split_max_tensors: of each part; 0 for one file. Parts have names of their own beside ``path``.
     """
     keys: dict[str, Any] = {
         "context_length": config["max_position_embeddings"],
@@ -208,7 +210,7 @@ def save_gguf(
         "tokenizer.ggml.eos_token_id": 1,
         "tokenizer.chat_template": CHAT_TEMPLATE,
     }
-    writer = GGUFWriter(path, arch)
+    writer = GGUFWriter(path, arch, split_max_tensors=split_max_tensors)
     for key, value in (keys | (metadata or {})).items():
         add = {
             bool: writer.add_bool,
