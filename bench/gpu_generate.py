@@ -33,6 +33,7 @@ from bench.gpu.random_model import random_params
 from bench.kernels import describe
 from bench.models import llama_3_8b
 from pallas_kernels import dispatch
+from pallas_kernels.verification.execute import device_lost
 
 OUT = record.RESULTS / "h200" / "generate.json"
 # Labels of a figure, and the call that measures it.
@@ -204,7 +205,7 @@ def run(out: Path, budget: float, *, smoke: bool = False) -> bool:
                 print(f"{scheme:8s} {what}: FAILED {row['error'][:100]}", flush=True)
             rows.append(row)
             record.write_json(out, {"environment": environment, "results": result | {"ratios": ratios(rows)}})
-            if "error" in row and progress.device_lost():
+            if "error" in row and device_lost():
                 raise typer.Exit(progress.DEVICE_LOST)
             gc.collect()
         del params, decodes, prefills, measure

@@ -35,6 +35,7 @@ from bench.gpu.timing import Clock, jax_program, make_clock, make_sets, num_sets
 from pallas_kernels import dispatch, roofline, use_implementation
 from pallas_kernels.verification import cases
 from pallas_kernels.verification.cases import Case
+from pallas_kernels.verification.execute import device_lost
 
 OUT = record.RESULTS / "h200" / "kernels.json"
 
@@ -204,7 +205,7 @@ def run(
         said = f"{row['seconds'] * 1e6:9.1f} us" if "seconds" in row else f"FAILED {row['error'][:80]}"
         print(f"{said}  {case.name}", flush=True)
         errors = "error" in row or any("error" in peer for peer in row["peers"].values())
-        if errors and progress.device_lost():
+        if errors and device_lost():
             raise typer.Exit(progress.DEVICE_LOST)
     measured = {row["case"] for row in rows}
     result["skipped"] = [case.name for case in selected if case.name not in measured]

@@ -28,6 +28,10 @@ REFERENCE = "reference"
 IMPLEMENTATIONS: dict[str, str | None] = {"mosaic_sm90": "9.0", REFERENCE: None}
 
 
+class Unsupported(NotImplementedError):
+    """An implementation that was asked for is not there or does not serve the call."""
+
+
 class Request(NamedTuple):
     """What ``use_implementation`` asks for."""
 
@@ -93,7 +97,7 @@ def run(op: str, *arguments: Any) -> Any:
     """Runs ``op`` on its canonical ``arguments`` with the implementation chosen here.
 
     Raises:
-      NotImplementedError: the context asks for an implementation that this op does not have or that does
+      Unsupported: the context asks for an implementation that this op does not have or that does
         not support this call.
     """
     name, module, reason = _choose(op, arguments)
@@ -111,10 +115,10 @@ def _choose(op: str, arguments: tuple[Any, ...]) -> tuple[str, ModuleType, str]:
         module = _implementation(op, requested)
         if module is None:
             available = ", ".join(name for name in IMPLEMENTATIONS if _implementation(op, name))
-            raise NotImplementedError(f"{op} has no implementation {requested!r}; it has: {available}")
+            raise Unsupported(f"{op} has no implementation {requested!r}; it has: {available}")
         reason = _unsupported(module, arguments)
         if reason is not None:
-            raise NotImplementedError(f"{op}: {requested} does not support this call: {reason}")
+            raise Unsupported(f"{op}: {requested} does not support this call: {reason}")
         return requested, module, "requested"
     reasons = []
     for name, capability in IMPLEMENTATIONS.items():

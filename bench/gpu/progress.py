@@ -11,21 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 RUNNING = "running"
 # Exit status of a part whose process can no longer use the GPU.
 DEVICE_LOST = 75
-
-
-def device_lost() -> bool:
-    """Whether this process cannot compute any more, e.g. after an illegal memory access."""
-    try:
-        jax.block_until_ready(jnp.zeros((8,)) + 1)
-    except Exception:
-        return True
-    return False
 
 
 def interrupted(path: Path) -> dict[str, Any] | None:

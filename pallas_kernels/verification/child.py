@@ -22,11 +22,9 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.verification import verdicts
 from pallas_kernels.verification.checks import Check, all_checks
-from pallas_kernels.verification.execute import check_case
+from pallas_kernels.verification.execute import WrongResult, check_case, device_lost
 
 _MAX_DETAIL = 600  # characters
-# Exit status where the device no longer computes.
-DEVICE_LOST = 75
 
 
 def main(arguments: Sequence[str] | None = None, *, any_device: bool = False) -> None:
@@ -38,7 +36,7 @@ def main(arguments: Sequence[str] | None = None, *, any_device: bool = False) ->
         program that has put something else in the kernels' place before it calls this.
 
     Raises:
-      SystemExit: the implementation needs another device, or the device was lost.
+      SystemExit: the implementation needs another device.
       KeyError: there is no such implementation or check.
     """
     implementation, *names = sys.argv[1:] if arguments is None else arguments
@@ -48,43 +46,30 @@ def main(arguments: Sequence[str] | None = None, *, any_device: bool = False) ->
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if not any_device and dispatch.device_capability() != needed:
         sys.exit(f"{implementation} needs compute capability {needed}; JAX runs on {dispatch.device_kind()}")
-    _compute()
+    jax.block_until_ready(jnp.zeros((8,)) + 1)
     say({"ready": dispatch.device_kind()})
     for check in wanted:
         say({"begin": check.name})
         outcome, detail = run_check(check, implementation)
         say({"end": check.name, "outcome": outcome, "detail": " ".join(detail.split())[:_MAX_DETAIL]})
-        if outcome != verdicts.GOOD and _device_lost():
+        if outcome != verdicts.GOOD and device_lost():
             # Without cleaning up: what holds memory of a lost device may wait for it for ever.
-            os._exit(DEVICE_LOST)
+            os._exit(1)
 
 
 def run_check(check: Check, implementation: str) -> tuple[str, str]:
     """The outcome, and what was wrong."""
     try:
         check_case(check.case, implementation, check.key)
-    except AssertionError as error:
+    except WrongResult as error:
         return verdicts.FAILED, f"wrong result: {error}"
-    except NotImplementedError as error:
+    except dispatch.Unsupported as error:
         return verdicts.UNSUPPORTED, str(error)
     except Exception as error:  # of any kind: that is what is to be found out
         if "RESOURCE_EXHAUSTED" in str(error):
             return verdicts.UNCHECKED, f"out of memory: {error}"
         return verdicts.FAILED, f"{type(error).__name__}: {error}"
     return verdicts.GOOD, ""
-
-
-def _compute() -> None:
-    jax.block_until_ready(jnp.zeros((8,)) + 1)
-
-
-def _device_lost() -> bool:
-    """Whether this process cannot compute any more, e.g. after an illegal memory access."""
-    try:
-        _compute()
-    except Exception:
-        return True
-    return False
 
 
 def _protocol() -> Callable[[dict[str, Any]], None]:

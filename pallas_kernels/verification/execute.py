@@ -17,6 +17,10 @@ from pallas_kernels.verification.compare import check_result, same_bits
 _SCRATCH_BYTES = 64 << 20
 
 
+class WrongResult(AssertionError):
+    """A result is not what it must be; the message says how far off."""
+
+
 def inputs_of(case: Case, key: Key[Array, ""]) -> tuple[Any, ...]:
     """Random arguments of ``case``."""
     return jax.block_until_ready(jax.jit(case.inputs)(key))
@@ -56,8 +60,8 @@ def check_case(case: Case, implementation: str, key: Key[Array, ""]) -> None:
     """Compares ``implementation`` with the reference on random inputs from ``key``.
 
     Raises:
-      AssertionError: its result is not the reference's, or not the same bit for bit when repeated.
-      NotImplementedError: it does not serve this call.
+      WrongResult: its result is not the reference's, or not the same bit for bit when repeated.
+      dispatch.Unsupported: it does not serve this call.
     """
     inputs = inputs_of(case, key)
     expected = compiled(case, REFERENCE)(*inputs)
@@ -66,8 +70,19 @@ def check_case(case: Case, implementation: str, key: Key[Array, ""]) -> None:
     for _ in range(2):
         poison(expected)
         results.append(run(*inputs))
+    said = "repeated, it differs: "
     try:
         same_bits(*results)
+        said = ""
+        check_result(case, inputs, results[0], expected)
     except AssertionError as error:
-        raise AssertionError(f"repeated, the result differs: {error}") from error
-    check_result(case, inputs, results[0], expected)
+        raise WrongResult(f"{said}{error}") from error
+
+
+def device_lost() -> bool:
+    """Whether this process cannot compute any more, e.g. after an illegal memory access."""
+    try:
+        jax.block_until_ready(jnp.zeros((8,)) + 1)
+    except Exception:
+        return True
+    return False

@@ -89,7 +89,7 @@ def test_resumes_after_a_hang(tmp_path: Path):
 
 
 def test_stops_where_the_gpu_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(progress, "device_lost", lambda: True)
+    monkeypatch.setattr(kernels, "device_lost", lambda: True)
     out = tmp_path / "kernels.json"
     with pytest.raises(typer.Exit) as stopped:
         kernels.run([broken_case(), *few_cases()], out, "reference", 1000, smoke=True)

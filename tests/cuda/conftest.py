@@ -63,7 +63,8 @@ def pytest_runtest_makereport(item: pytest.Item):
             entry["why"] = str(report.longrepr)[-2000:]
         results.add(entry)
         from bench.gpu import progress
+        from pallas_kernels.verification.execute import device_lost
 
-        if report.outcome == "failed" and progress.device_lost():
+        if report.outcome == "failed" and device_lost():
             pytest.exit("the GPU is lost to this process", returncode=progress.DEVICE_LOST)
     return report

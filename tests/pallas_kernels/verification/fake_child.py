@@ -44,6 +44,8 @@ def kernel(op: str, behaviour: str) -> types.ModuleType:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "raise":
                 raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+            case "lowering":
+                raise NotImplementedError("no lowering rule")
             case "memory":
                 raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
         return reference.run(*arguments)

@@ -121,16 +121,17 @@ def test_a_killed_child_is_followed_by_another():
     assert outcomes(results) == {"quantize": FAILED, "silu_quantize": GOOD}
 
 
-def test_lack_of_memory_and_of_support_are_no_failures():
-    names = small("quantize", "silu_quantize")
+def test_lack_of_memory_and_of_support_are_no_failures_but_a_lowering_is():
+    names = small("quantize", "silu_quantize", "norm_quantize")
     results = verify.verify(
         names,
         KERNEL,
-        command=command(quantize="memory", silu_quantize="unsupported"),
+        command=command(quantize="memory", silu_quantize="unsupported", norm_quantize="lowering"),
         limits=PATIENT,
         children=2,
     )
-    assert outcomes(results) == {"quantize": UNCHECKED, "silu_quantize": UNSUPPORTED}
+    assert outcomes(results) == {"quantize": UNCHECKED, "silu_quantize": UNSUPPORTED, "norm_quantize": FAILED}
+    assert "NotImplementedError: no lowering rule" in reason(results, "norm_quantize")
     assert "not with this jax" in reason(results, "silu_quantize")
 
 
@@ -180,6 +181,21 @@ def test_a_child_ends_with_its_parent():
     process.stdin.close()
     assert process.wait(500) == 1
     process.stdout.close()
+
+
+def test_an_interrupted_check_ends_its_children():
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # and not after the 500 s that the other child would take
+        verify.verify(
+            small("quantize", "silu_quantize"),
+            KERNEL,
+            command=command(silu_quantize="hang"),
+            limits=PATIENT,
+            children=2,
+            progress=interrupt,
+        )
 
 
 def test_a_verdict_needs_all_checks_of_its_op():
