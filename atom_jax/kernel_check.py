@@ -16,13 +16,22 @@ def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def check_pending() -> bool:
+    """Whether ``check_kernels`` has something to do: the first time in a process, on a device with kernels.
+
+    Never where an implementation was asked for by name, or if ATOM_JAX_VERIFY is 0.
+    """
+    if verdicts.skipped() or not dispatch.automatic() or dispatch.kernels_here() is None:
+        return False
+    return verdicts.adopted(dispatch.device_kind()) is None
+
+
 def check_kernels(
     *, announce: Callable[[str], None] = _to_stderr, progress: Progress | None = None
 ) -> str | None:
-    """Checks the kernels of the default device that have no verdict yet; see docs/doctor.md.
+    """Checks the kernels of the default device that have no verdict yet, if ``check_pending``.
 
-    Does nothing where no kernel applies or an implementation was asked for by name, if ATOM_JAX_VERIFY is 0,
-    and after the first call of a process.
+    See docs/doctor.md.
 
     Args:
       announce: is told in a line what takes time.
@@ -31,9 +40,7 @@ def check_kernels(
     Returns:
       One warning that names the kernels that will not be used; None if there is nothing to say.
     """
-    if verdicts.skipped() or not dispatch.automatic() or dispatch.kernels_here() is None:
-        return None
-    if verdicts.adopted(dispatch.device_kind()) is not None:
+    if not check_pending():
         return None
     found = verify_device(announce=announce, progress=progress)
     return None if found is None else warning(found)

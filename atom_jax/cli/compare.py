@@ -42,11 +42,13 @@ def compare(
     content = read_text(text)
 
     import atom_jax
-    from atom_jax.checkpoint import TOKENIZER_FOLDER, load_tokenizer
+    from atom_jax.checkpoint import TOKENIZER_FOLDER, load_tokenizer, read_config
 
     folders = (checkpoint_a, checkpoint_b)
     check_kernels_for(*folders)
     with stderr.status("Loading the checkpoints"):
+        for folder in folders:
+            read_config(folder)
         vocabularies = [load_tokenizer(folder).get_vocab() for folder in folders]
         tokens, tokens_b = (encode(folder / TOKENIZER_FOLDER, content) for folder in folders)
         if vocabularies[0] != vocabularies[1] or tokens.tolist() != tokens_b.tolist():

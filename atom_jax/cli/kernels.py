@@ -10,14 +10,16 @@ STAGE = "kernel checks"
 
 
 def check_kernels_for(*checkpoints: Path) -> None:
-    """Checks the kernels of this device, with a bar, if nothing is known of them.
+    """Checks the kernels of this device, with a bar, if that has to be.
 
     Raises:
       AtomError: one of ``checkpoints`` is none, which need not wait for the check.
     """
     from atom_jax.checkpoint import read_config
-    from atom_jax.kernel_check import check_kernels
+    from atom_jax.kernel_check import check_kernels, check_pending
 
+    if not check_pending():
+        return
     for checkpoint in checkpoints:
         read_config(checkpoint)
     with progress_bars() as report:
