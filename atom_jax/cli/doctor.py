@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,8 @@ def doctor(
 
     Ends with status 1 if a kernel fails or cannot be checked, or JAX does not use the GPU that is there.
     """
+    # The memory is for the processes that check; to be said before JAX is imported.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from atom_jax.doctor import examine
     from pallas_kernels.verification.verify import Limits
 
