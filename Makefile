@@ -35,7 +35,12 @@ test: $(VENV)/.stamp-test ## Run the tests (those marked cuda are skipped withou
 .PHONY: test-kernels
 test-kernels: $(KERNELS_VENV)/.stamp ## Compile the GPU kernels for an H200 and run them interpreted and emulated, on the CPU
 	JAX_PLATFORMS=cpu NPROC=16 $(KERNELS_VENV)/bin/python -m pytest -q -n $(WORKERS) --durations=10 \
-	  tests/pallas_kernels/mosaic tests/pallas_kernels/ptx $(ARGS)
+	  tests/pallas_kernels/mosaic tests/pallas_kernels/ptx tests/pallas_kernels/verification -m 'not nightly' $(ARGS)
+
+.PHONY: test-kernels-nightly
+test-kernels-nightly: $(KERNELS_VENV)/.stamp ## The same at the layers of more models, which CI has no time for
+	JAX_PLATFORMS=cpu $(KERNELS_VENV)/bin/python -m pytest -q -n $(WORKERS) --durations=10 \
+	  tests/pallas_kernels/mosaic -m nightly $(ARGS)
 
 .PHONY: kernels-report
 kernels-report: $(KERNELS_VENV)/.stamp ## Compile the GPU kernels and write docs/kernels.md from their machine code

@@ -37,6 +37,8 @@ CONTAINS = {
 # constants; of the quantizers of parts of a row, only those of a single row were all executed.
 COVERAGE = {"paged_attention": 0.93}
 ONE_ROW = ("quantize", "silu_quantize")
+# Of the operators that take longest the other models' layers are for the nightly run.
+IN_CI = ("SmolLM2-135M", "Llama-3-8B")
 
 
 def real_cases() -> Iterator[Case]:
@@ -64,6 +66,8 @@ CASES = {f"{case.op} {case.shape} {case.abstract_inputs}": case for case in reve
 
 def parameter(case: Case) -> Any:
     marks = [needs_updates_in_place] if case.op == "kv_append" else []
+    if case.op in ("grouped_matmul", "prefill_attention") and case.model not in IN_CI:
+        marks.append(pytest.mark.nightly)
     return pytest.param(case, id=case.name, marks=marks)
 
 
