@@ -71,7 +71,7 @@ def parameter(case: Case) -> Any:
     return pytest.param(case, id=case.name, marks=marks)
 
 
-@pytest.mark.parametrize("case", map(parameter, reversed(CASES.values())))
+@pytest.mark.parametrize("case", [*map(parameter, reversed(CASES.values()))])
 def test_executed(case: Case):
     for kernel in sample(case, clusters=1 if case.op == "grouped_matmul" else 2):
         check_kernel(case, kernel)
