@@ -91,10 +91,11 @@ def _alignment(ref: Any) -> tuple[int, int]:
         if strides is None:
             strides = [math.prod(transform.shape[axis + 1 :]) for axis in range(len(transform.shape))]
         kept = []
-        for index, stride in zip(transform.indices, strides, strict=True):
+        for index, stride, size in zip(transform.indices, strides, transform.shape, strict=True):
             start = getattr(index, "start", index)
             step = stride * jnp.dtype(ref.dtype).itemsize
-            alignment = math.gcd(alignment, step * start if isinstance(start, int) else step)
+            if size > 1:
+                alignment = math.gcd(alignment, step * start if isinstance(start, int) else step)
             if hasattr(index, "start"):
                 kept.append(stride)
         strides = kept

@@ -55,7 +55,7 @@ def combine(
             for weight, part in zip(weights, outputs, strict=True)
         )
         joined = joined * lax.broadcast_in_dim(1.0 / sum(weights), (queries, _CHANNELS), [0])
-        joined_smem[...] = joined.astype(dtype)
+        mosaic.store(joined_smem, joined.astype(dtype))
         plgpu.commit_smem()
         heads = pl.ds(head * rows, rows)
         plgpu.copy_smem_to_gmem(joined_smem.at[pl.ds(0, rows)], joined_gmem.at[batch, heads, channels])

@@ -7,6 +7,7 @@ worked on together with the last block.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,10 @@ def quantize_blocks(
     }
     if shape.num_outliers:
         results["outliers"] = jax.ShapeDtypeStruct((rows, shape.num_outliers), jnp.int8)
-        smem_types["tail"] = plgpu.SMEM((num_parts, tail_rows, shape.pitch), parts.dtype)
+        # Each part begins where TMA may write.
+        aligned = mosaic.TMA_ALIGNMENT // math.gcd(mosaic.TMA_ALIGNMENT, shape.pitch * parts.dtype.itemsize)
+        part_rows = -(-tail_rows // aligned) * aligned
+        smem_types["tail"] = plgpu.SMEM((num_parts, part_rows, shape.pitch), parts.dtype)
         smem_types["outliers"] = plgpu.SMEM((shape.num_outliers,), jnp.int8)
     loads = groups.boxes(block_rows)
 
@@ -100,7 +104,8 @@ def quantize_blocks(
             def _fetch_tail() -> None:
                 for part in range(num_parts):
                     source = parts_gmem.at[row, part, pl.ds(tail_start, tail_rows)]
-                    groups.fetch(source, smem["tail"].at[part], tail_barrier, in_bounds=True)
+                    target = smem["tail"].at[part, pl.ds(0, tail_rows)]
+                    groups.fetch(source, target, tail_barrier, in_bounds=True)
 
         def values(name: str, window: Any, view: tuple[int, ...], layout: Any) -> Float32[Array, "..."]:
             read = [load(smem[name].at[part, window], view, layout) for part in range(num_parts)]

@@ -274,14 +274,26 @@ def _lop3(t: Translator, sources: Any) -> _Result:
     return f"logic({a}, {b}, {c}, {table.bits & 255})", 32
 
 
-@_translates(r"setp\.(eq|ne|lt|le|gt|ge)\.([bsu](?:16|32|64)|f32)")
-def _setp(t: Translator, sources: Any, comparison: str, kind: str) -> _Result:
+@_translates(r"setp\.(eq|ne|lt|le|gt|ge)(?:\.(and|or|xor))?\.([bsu](?:16|32|64)|f32)")
+def _setp(t: Translator, sources: Any, comparison: str, joined: str | None, kind: str) -> _Result:
     if kind[0] == "b" and comparison not in ("eq", "ne"):
         raise ValueError("an order of bits")
-    a, b = (t.typed(source, kind) for source in sources)
+    a, b = (t.typed(source, kind) for source in sources[:2])
+    found = f"({a} {_COMPARE[comparison]} {b})"
     if kind == "f32" and comparison == "ne":  # ordered: false if one is NaN
-        return f"(({a} < {b}) | ({a} > {b}))", 1
-    return f"({a} {_COMPARE[comparison]} {b})", 1
+        found = f"(({a} < {b}) | ({a} > {b}))"
+    if joined is None:
+        [] = sources[2:]
+        return found, 1
+    [predicate] = sources[2:]
+    return f"({found} {_SYMBOL[joined]} {t.held(predicate, 1)})", 1
+
+
+@_translates(r"setp\.(nan|num)\.f32")
+def _setp_nan(t: Translator, sources: Any, comparison: str) -> _Result:
+    a, b = (t.typed(source, "f32") for source in sources)
+    either = f"(np.isnan({a}) | np.isnan({b}))"
+    return either if comparison == "nan" else f"(~{either})", 1
 
 
 @_translates(r"selp\.[bsuf](16|32|64)")

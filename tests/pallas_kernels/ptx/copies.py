@@ -173,7 +173,10 @@ def _box_offsets(cta: CTA, address: int, tensor_map: TensorMap) -> np.ndarray:
     return tensor_map.shared_addresses(address) - SHARED_BASE
 
 
-_LOAD = r"cp\.async\.bulk\.tensor\.([1-5])d\.shared::cluster\.global(?:\.tile)?\.mbarrier::complete_tx::bytes"
+_LOAD = (
+    r"cp\.async\.bulk\.tensor\.([1-5])d\.shared::(?:cta|cluster)\.global(?:\.tile)?"
+    r"\.mbarrier::complete_tx::bytes"
+)
 
 
 @instruction(_LOAD + r"(\.multicast::cluster)?")

@@ -95,7 +95,8 @@ class _Host:
                 self._store(*operands)
                 return None
             case "getelementptr":
-                index, kind = _path(text), text.split("-> !llvm.ptr, ")[1]
+                kind = text.split("-> !llvm.ptr, ")[1]
+                index = (operands[1],) if len(operands) == 2 else _path(text)
                 if kind.startswith("!llvm.struct"):
                     value = operands[0] + sum(_size(field) for field in _fields(kind)[: index[1]])
                 else:
@@ -107,13 +108,21 @@ class _Host:
                 value = {**operands[1], _path(text): operands[0]}
             case "extractvalue":
                 value = operands[0][_path(text)]
+            case "mul":
+                value = operands[0] * operands[1]
+            case "add":
+                value = operands[0] + operands[1]
+            case "udiv" | "sdiv":
+                value = operands[0] // operands[1]
             case "trunc" | "unrealized_conversion_cast" | "ptrtoint" | "inttoptr" | "bitcast":
                 value = operands[0]
             case "call" if "@mosaic_gpu_init_tma_desc" in text:
                 self._describe(*operands)
                 return None
-            case "call" if "@mosaic_gpu_launch_kernel" in text:
-                return self._launched(operands)
+            case "call" if "@mosaic_gpu_launch_kernel" in text and len(operands) in (13, 14):
+                return self._launched(operands, self._parameters(operands[-1]))
+            case "call" if "@mosaic_gpu_build_kernel_spec" in text and len(operands) == 15:  # since jax 0.12
+                return self._launched(operands, self._sized_parameters(*operands[12:]))
             case "func" | "return":
                 return None
             case _:
@@ -148,23 +157,33 @@ class _Host:
         described.check()
         self.memory[at] = described
 
-    def _launched(self, operands: list[Any]) -> Launch:
-        """``mosaic_gpu_launch_kernel``: function, grid, cluster, block, shared memory, stream, parameters."""
-        if len(operands) != 14:
-            raise ValueError(f"a launch of {len(operands)} arguments")
+    def _launched(self, operands: list[Any], parameters: list[Any]) -> Launch:
+        """A function, its grid, cluster, block and shared memory, and whatever more a version of jax has."""
         grid, cluster, block = (operands[i : i + 3] for i in (1, 4, 7))
-        shared_bytes, array, parameters = operands[10], operands[13], []
-        while array + 8 * len(parameters) in self.memory:
-            at = self.memory[array + 8 * len(parameters)]
-            parameters.append(self.blocks.get(at, self.memory.get(at)))
         x, y, z = (max(1, count) for count in cluster)  # 0: no cluster
         return Launch(
             (grid[0], grid[1], grid[2]),
             (x, y, z),
             (block[0], block[1], block[2]),
-            shared_bytes,
+            operands[10],
             tuple(parameters),
         )
+
+    def _parameters(self, array: int) -> list[Any]:
+        """What the pointers in ``array``, until one was not stored, point to."""
+        found = []
+        while array + 8 * len(found) in self.memory:
+            at = self.memory[array + 8 * len(found)]
+            found.append(self.blocks.get(at, self.memory.get(at)))
+        return found
+
+    def _sized_parameters(self, count: int, array: int, sizes: int) -> list[Any]:
+        """What ``count`` pointers in ``array`` point to: pointers where the size is 0, else so many bytes."""
+        found = []
+        for i in range(count):
+            at, size = self.memory[array + 8 * i], self.memory[sizes + 4 * i]
+            found.append(self._block(at, size) if size else self.memory[at])
+        return found
 
 
 def _group(pattern: str, text: str) -> str:

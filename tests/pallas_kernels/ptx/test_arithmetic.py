@@ -251,12 +251,22 @@ def test_comparisons(kind, comparison):
     np.testing.assert_array_equal(compute(f"setp.{comparison}.{kind} d, a, b;", a, b, bits=1), expected)
 
 
+def test_which_floats_are_not_numbers():
+    a, b = floats(12), floats(13)
+    a[:3], b[1:4] = math.nan, math.nan
+    either = np.isnan(a) | np.isnan(b)
+    np.testing.assert_array_equal(compute("setp.nan.f32 d, a, b;", a, b, bits=1), either)
+    np.testing.assert_array_equal(compute("setp.num.f32 d, a, b;", a, b, bits=1), ~either)
+
+
 def test_predicates_and_selection():
     a, b = integers(9, 32), integers(10, 32)
     odd, large = (a & 1) == 1, b > 2**31
     head = "setp.gt.u32 %p1, b, 2147483648; and.b32 %r3, a, 1; setp.eq.b32 %p0, %r3, 1;"
     for name, function in (("and", np.logical_and), ("or", np.logical_or), ("xor", np.logical_xor)):
         text = f"{head} {name}.pred d, %p0, %p1;"
+        np.testing.assert_array_equal(compute(text, a, b, bits=1), function(odd, large))
+        text = f"{head} setp.gt.{name}.u32 d, b, 2147483648, %p0;"
         np.testing.assert_array_equal(compute(text, a, b, bits=1), function(odd, large))
     np.testing.assert_array_equal(compute(f"{head} not.pred d, %p0;", a, b, bits=1), ~odd)
     np.testing.assert_array_equal(compute(f"{head} mov.pred d, !%p0;", a, b, bits=1), ~odd)
@@ -348,7 +358,7 @@ def test_approximations_are_correctly_rounded(name, function):
         ("add.f64 d, a, a;", 64),
         ("fma.rn.ftz.f32 d, a, a, a;", 32),
         ("max.xorsign.abs.f32 d, a, a;", 32),
-        ("setp.lt.and.f32 d, a, a, %p0;", 1),
+        ("setp.lt.and.f32 d, a, a;", 1),
         ("setp.neu.f32 d, a, a;", 1),
         ("cvt.rni.s32.f32 d, a;", 32),
         ("cvt.rn.satfinite.f16.f32 d, a;", 16),

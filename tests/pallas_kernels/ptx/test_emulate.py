@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic, use_implementation
+from pallas_kernels import use_implementation
 from pallas_kernels.verification import cases
 from tests.pallas_kernels.mosaic.support import needs_cuda_compiler
+from tests.pallas_kernels.ptx import emulate
 from tests.pallas_kernels.ptx.emulate import emulated
 from tests.pallas_kernels.ptx.errors import MemoryFault, OrderDependence
 
@@ -78,17 +78,20 @@ def test_kernels_of_an_earlier_run_are_not_compiled_again():
     assert len(compiled) == 1 and runs[0].kernel is compiled[0].kernel
 
 
-def test_a_result_that_depends_on_noise_is_refused():
-    def body(x_gmem: Any, out_gmem: Any, *, noise_smem: Any) -> None:
-        out_gmem[...] = mosaic.load(noise_smem, layout=plgpu.Layout.WG_STRIDED((128,), vec_size=1))
+def test_results_that_differ_between_seeds_are_refused(monkeypatch: pytest.MonkeyPatch):
+    inputs, run_kernel = arguments(QUANTIZE), emulate.run_kernel
 
-    x = jnp.zeros(128, jnp.int32)
-    kernel = {"name": "noise", "out_type": x, "scratch_types": {"noise_smem": plgpu.SMEM((128,), jnp.int32)}}
+    def disturbed(*arguments: Any, seed: int = 0, **how: Any) -> Any:
+        results, run = run_kernel(*arguments, seed=seed, **how)
+        results[0].reshape(-1)[7] ^= seed
+        return results, run
+
+    monkeypatch.setattr(emulate, "run_kernel", disturbed)
     with (
-        pytest.raises(OrderDependence, match=r"noise: result 0 at \(\d+,\): seed 0 gives"),
-        emulated((0, 1), may_be_unwritten=True),
+        pytest.raises(OrderDependence, match=r"quantize: result 0 at \(.*\): seed 0 gives"),
+        emulated((0, 1)),
     ):
-        mosaic.kernel(body, **kernel)(x)
+        QUANTIZE.call(*inputs)
 
 
 def test_some_clusters_and_what_they_wrote():
