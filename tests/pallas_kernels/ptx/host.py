@@ -123,6 +123,8 @@ class _Host:
                 return self._launched(operands, self._parameters(operands[-1]))
             case "call" if "@mosaic_gpu_build_kernel_spec" in text and len(operands) == 15:  # since jax 0.12
                 return self._launched(operands, self._sized_parameters(*operands[12:]))
+            case "call":
+                raise ValueError(f"an unknown call of {len(operands)} arguments")
             case "func" | "return":
                 return None
             case _:

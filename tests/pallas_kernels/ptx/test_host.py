@@ -73,6 +73,11 @@ def test_grid_parameters_and_tensor_maps():
     assert launch.parameters == (0x1000, {0: TensorMap(0x2000, 2, (40, 20), (2, 80), (32, 8), 64)})
 
 
+def test_a_launch_of_an_older_version():
+    older = HOST.replace("%stream, %stream, %27", "%stream, %27")
+    assert recover_launch(host_function(older), BUFFERS) == recover_launch(host_function(HOST), BUFFERS)
+
+
 def test_tensor_maps_are_checked():
     with pytest.raises(LaunchError, match="base not aligned"):
         recover_launch(host_function(HOST), [0x1000, 0x2008])
@@ -86,8 +91,8 @@ def test_tensor_maps_are_checked():
         ("%stream: !llvm.ptr loc(#l), ", "", "KeyError|arguments"),
         (_LINE, _LINE.replace("ptrtoint", "fneg"), "unknown operation fneg"),
         (_LINE, "", "%14"),
-        ("llvm.call @mosaic_gpu_launch_kernel", "llvm.call @other_launch", "unknown operation call"),
-        ("%stream, %stream, %27", "%stream, %27", "a launch of 13"),
+        ("llvm.call @mosaic_gpu_launch_kernel", "llvm.call @other_launch", "unknown call of 14"),
+        ("%stream, %stream, %27", "%27", "unknown call of 12"),
         ("%30 = llvm.call @mosaic_gpu_launch_kernel", "// llvm.call @x", "launches nothing"),
     ],
 )
