@@ -96,7 +96,7 @@ class _Host:
                 return None
             case "getelementptr":
                 kind = text.split("-> !llvm.ptr, ")[1]
-                index: tuple[int, ...] = (operands[1],) if len(operands) == 2 else _path(text)
+                index = [operands[1]] if len(operands) == 2 else list(_path(text))
                 if kind.startswith("!llvm.struct"):
                     value = operands[0] + sum(_size(field) for field in _fields(kind)[: index[1]])
                 else:
