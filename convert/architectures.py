@@ -320,12 +320,12 @@ def _rope(reader: _Reader) -> RopeConfig:
 
 
 def _token_ids(reader: _Reader, key: str, vocab_size: int) -> tuple[int, ...]:
-    """The token ids under ``key``: an id, a list of ids, or nothing."""
+    """The token ids under ``key``: an id, a list of ids, or nothing; null and -1 are no ids."""
     value = reader.data.get(key)
-    ids = [] if value is None else value if isinstance(value, list) else [value]
+    ids = [token_id for token_id in (value if isinstance(value, list) else [value]) if token_id is not None]
     for token_id in ids:
         if isinstance(token_id, bool) or not isinstance(token_id, int):
             raise reader.fail(key, f"must be an integer or a list of integers, found {_show(value)}")
-        if not 0 <= token_id < vocab_size:
+        if not -1 <= token_id < vocab_size:
             raise reader.fail(key, f"{_show(token_id)} is outside the vocabulary of {vocab_size}")
-    return tuple(dict.fromkeys(ids))
+    return tuple(dict.fromkeys(token_id for token_id in ids if token_id != -1))

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from atom_jax.config import ModelConfig
-from atom_jax.errors import AtomError
+from atom_jax.errors import AtomError, one_line
 from convert.architectures import expected_tensors
 
 
@@ -141,6 +141,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       AtomError: the file cannot be read, or does not hold a JSON object.
     """
+    refuse_pointer(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -150,6 +151,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise AtomError(f"{path}: must hold a JSON object, found {type(data).__name__}")
     return data
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises AtomError where ``path`` is what git leaves in place of a large file that was not fetched."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(len(_POINTER))
+    except OSError:
+        return  # whoever reads the file says why it cannot be read
+    if start == _POINTER:
+        raise AtomError(f"{path}: is a Git LFS pointer and not the file itself; fetch it with 'git lfs pull'")
 
 
 def digest(files: Iterable[Path]) -> str:
@@ -162,9 +177,3 @@ def digest(files: Iterable[Path]) -> str:
         except OSError as error:
             raise AtomError(f"{path}: cannot be read: {one_line(error)}") from error
     return total.hexdigest()
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an exception from a library, as one line of a bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"{text[:197]}..." if len(text) > 200 else text

@@ -9,6 +9,7 @@ import numpy as np
 
 from atom_jax.errors import AtomError
 from convert.sources.gguf_file import GGUFFile
+from convert.sources.gguf_tokenizer import NO_TOKEN, STOP_TOKENS
 
 # Mistral models have the architecture "llama" in GGUF.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -81,12 +82,26 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is not None:
         config["vocab_size"] = embedding.shape[0]
-    config["bos_token_id"] = own.get("tokenizer.ggml.bos_token_id")
-    stops = [own[f"tokenizer.ggml.{key}"] for key in _STOP_KEYS if f"tokenizer.ggml.{key}" in own]
-    config["eos_token_id"] = stops or None
+    config["bos_token_id"] = _token_id(own, "bos_token_id")
+    config["eos_token_id"] = [_token_id(own, key) for key in _STOP_KEYS] + _stop_tokens(own)
     _reject_unsupported(file, own, config)
     config["rope_parameters"] = _rope(file, own, config)
     return config
+
+
+def _token_id(own: dict[str, Any], key: str) -> Any:
+    value = own.get(f"tokenizer.ggml.{key}")
+    return None if value in NO_TOKEN else value
+
+
+def _stop_tokens(own: dict[str, Any]) -> list[int]:
+    """Ids of the tokens that end a turn by their name: many files have no key for them."""
+    tokens = own.get("tokenizer.ggml.tokens")
+    return (
+        [index for index, token in enumerate(tokens) if token in STOP_TOKENS]
+        if isinstance(tokens, list)
+        else []
+    )
 
 
 def _even_share(config: dict[str, Any]) -> Any:

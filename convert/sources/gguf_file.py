@@ -12,7 +12,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
 from atom_jax.errors import AtomError
-from convert.sources.base import one_line
+from convert.sources.base import one_line, refuse_pointer
 
 _CHUNK_BYTES = 1 << 24  # dequantizing takes a few times its output; done in pieces of about this many bytes
 
@@ -67,6 +67,7 @@ class GGUFFile:
           AtomError: the file is no GGUF file, is damaged or cut short, is one of several parts, or holds a
             tensor of a type that cannot be dequantized.
         """
+        refuse_pointer(path)
         try:
             reader = _CheckedReader(path)
             metadata = {name: field.contents() for name, field in reader.fields.items()}

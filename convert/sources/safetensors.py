@@ -13,7 +13,15 @@ from safetensors import SafetensorError, safe_open
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from convert.sources import folder as hf
-from convert.sources.base import TensorInfo, check_tensors, digest, finite_float32, known, one_line
+from convert.sources.base import (
+    TensorInfo,
+    check_tensors,
+    digest,
+    finite_float32,
+    known,
+    one_line,
+    refuse_pointer,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -85,6 +93,7 @@ def _single_file(folder: Path) -> Path:
 
 def _header(path: Path) -> dict[str, TensorInfo]:
     """The tensors in ``path``; the library checks their offsets against the file's size."""
+    refuse_pointer(path)
     try:
         with safe_open(path, framework="np", backend="pread") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

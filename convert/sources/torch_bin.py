@@ -13,7 +13,15 @@ import numpy as np
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from convert.sources import folder as hf
-from convert.sources.base import TensorInfo, check_tensors, digest, finite_float32, known, one_line
+from convert.sources.base import (
+    TensorInfo,
+    check_tensors,
+    digest,
+    finite_float32,
+    known,
+    one_line,
+    refuse_pointer,
+)
 
 INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"
@@ -105,6 +113,7 @@ def _load(path: Path) -> dict[str, Any]:
       AtomError: the file is damaged, or holds anything but a flat mapping from names to tensors.
     """
     torch = _import_torch(path.parent)
+    refuse_pointer(path)
     try:
         # The format before torch 1.6 is no zip file and cannot be mapped.
         mmap = zipfile.is_zipfile(path)
