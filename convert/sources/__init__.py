@@ -44,10 +44,13 @@ def _open_file(path: Path) -> Source:
 
 
 def _open_folder(folder: Path) -> Source:
-    if (folder / safetensors.INDEX).is_file() or any(folder.glob("*.safetensors")):
+    # The order of transformers, then files whose names it does not look for.
+    if any((folder / name).is_file() for name in (safetensors.SINGLE, safetensors.INDEX)):
         return safetensors.SafetensorsSource(folder)
-    if (folder / torch_bin.INDEX).is_file() or (folder / torch_bin.SINGLE).is_file():
+    if any((folder / name).is_file() for name in (torch_bin.SINGLE, torch_bin.INDEX)):
         return torch_bin.TorchSource(folder)
+    if any(folder.glob("*.safetensors")):
+        return safetensors.SafetensorsSource(folder)
     files = sorted(folder.glob("*.gguf"))
     if len(files) > 1:
         raise AtomError(f"{folder}: holds {len(files)} .gguf files; give one of them ({files[0].name}, ...)")

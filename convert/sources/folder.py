@@ -8,11 +8,13 @@ from typing import Any
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from convert.architectures import parse_config, with_generation_config
+from convert.rope_rules import rope_notes
 from convert.sources.base import read_json
 from convert.sources.tokenizer_files import TOKENIZER_FILES, folder_tokenizer, stop_token_id, tokenizer_file
 from convert.sources.tokenizer_writer import write_tokenizer_files
 
 CONFIG_FILES = ("config.json", "generation_config.json")
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "consolidated*.pth", "*.gguf")
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -40,6 +42,19 @@ def config_files(folder: Path) -> list[Path]:
     """The configuration and tokenizer files that ``folder`` has, in a fixed order."""
     names = (*CONFIG_FILES, *TOKENIZER_FILES)
     return [folder / name for name in names if (folder / name).is_file()]
+
+
+def notes(folder: Path, taken: list[Path]) -> tuple[str, ...]:
+    """What was decided about a folder whose weights are read from ``taken``: RoPE rule, weights not used."""
+    path = folder / CONFIG_FILES[0]
+    said = rope_notes(read_json(path), str(path))
+    found = {path for pattern in WEIGHT_FILES for path in folder.glob(pattern)} - set(taken)
+    others = sorted(path.name for path in found if not path.name.startswith("adapter_"))
+    if others:
+        used = taken[0].name if len(taken) == 1 else f"{taken[0].name} and {len(taken) - 1} more"
+        left = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        said.append(f"{folder}: weights are read from {used}; not used: {left}")
+    return tuple(said)
 
 
 def shards(index: Path) -> dict[str, list[str]]:

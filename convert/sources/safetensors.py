@@ -21,11 +21,13 @@ from convert.sources.base import (
     known,
     one_line,
     refuse_pointer,
+    untie,
 )
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = ("F64", "F32", "F16", "BF16")
+_BLOCK = 1 << 22  # values compared at once
 
 
 class SafetensorsSource:
@@ -45,6 +47,8 @@ class SafetensorsSource:
         self.config: ModelConfig = hf.load_config(folder)
         found = _infos(folder)
         self._files = sorted({info.file for info in found.values()})
+        self.config, untied = untie(self.config, found, _equal)
+        self.notes = (*hf.notes(folder, self._files), *untied)
         self._infos = check_tensors(self.config, found, where=folder, dtypes=DTYPES)
         self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in self._infos.items()}
 
@@ -71,7 +75,7 @@ class SafetensorsSource:
 def _infos(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of the checkpoint in ``folder``, from the headers alone."""
     index = folder / INDEX
-    if not index.is_file():
+    if (folder / SINGLE).is_file() or not index.is_file():  # as in transformers, the single file comes first
         return _header(_single_file(folder))
     infos: dict[str, TensorInfo] = {}
     for file, tensors in hf.shards(index).items():
@@ -89,6 +93,25 @@ def _single_file(folder: Path) -> Path:
         names = ", ".join(path.name for path in files[:3])
         raise AtomError(f"{folder}: {len(files)} safetensors files ({names}, ...) but no {INDEX}")
     return files[0]
+
+
+def _equal(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two matrices hold the same values, a block of rows at a time."""
+    if one.dtype not in DTYPES:
+        return False  # check_tensors refuses it
+    rows = max(1, _BLOCK // max(1, one.shape[-1]))
+    try:
+        with (
+            safe_open(one.file, framework="np", backend="pread") as a,
+            safe_open(other.file, framework="np", backend="pread") as b,
+        ):
+            parts = a.get_slice(one.name), b.get_slice(other.name)
+            return all(
+                np.array_equal(*(part[start : min(start + rows, one.shape[0])] for part in parts))
+                for start in range(0, one.shape[0], rows)
+            )
+    except (SafetensorError, OSError) as error:
+        raise AtomError(f"{one} cannot be read: {one_line(error)}") from error
 
 
 def _header(path: Path) -> dict[str, TensorInfo]:

@@ -21,6 +21,7 @@ from convert.sources.base import (
     known,
     one_line,
     refuse_pointer,
+    untie,
 )
 
 INDEX = "pytorch_model.bin.index.json"
@@ -47,6 +48,8 @@ class TorchSource:
         self.config: ModelConfig = hf.load_config(folder)
         found = _infos(folder)
         self._files = sorted({info.file for info in found.values()})
+        self.config, untied = untie(self.config, found, _equal)
+        self.notes = (*hf.notes(folder, self._files), *untied)
         self._infos = check_tensors(self.config, found, where=folder, dtypes=DTYPES)
         self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in self._infos.items()}
 
@@ -89,7 +92,7 @@ def _import_torch(folder: Path) -> Any:
 def _infos(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of the checkpoint in ``folder``."""
     index = folder / INDEX
-    if not index.is_file():
+    if (folder / SINGLE).is_file() or not index.is_file():  # as in transformers, the single file comes first
         return _describe(folder / SINGLE)
     infos: dict[str, TensorInfo] = {}
     for file, tensors in hf.shards(index).items():
@@ -97,6 +100,11 @@ def _infos(folder: Path) -> dict[str, TensorInfo]:
         hf.check_shard(index, folder / file, tensors, described)
         infos.update({name: described[name] for name in tensors})
     return infos
+
+
+def _equal(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors hold the same values."""
+    return bool((_load(one.file)[one.name] == _load(other.file)[other.name]).all())
 
 
 def _describe(path: Path) -> dict[str, TensorInfo]:
