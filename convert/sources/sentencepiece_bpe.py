@@ -62,7 +62,7 @@ def build_sentencepiece(vocabulary: SentencePieceBPE) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     if vocabulary.isolated:
         longest_first = sorted(vocabulary.isolated, key=len, reverse=True)
-        pattern = "|".join(re.escape(token.replace(" ", SPACE)) for token in longest_first)
+        pattern = "|".join(re.escape(token) for token in longest_first)
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
-import sentencepiece
 from gguf import TokenType
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
 from atom_jax.errors import AtomError, one_line
@@ -49,6 +48,10 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
       AtomError: the file is no SentencePiece model, or one of a kind that is not supported, or the tokenizer
         built from it gives other ids than SentencePiece.
     """
+    # Only here: no other checkpoint needs them.
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
     refuse_pointer(path)
     proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue] (generated)
     try:
@@ -90,7 +93,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     )
 
 
-def _reject_unsupported(path: Path, proto: sentencepiece_model_pb2.ModelProto) -> None:  # pyright: ignore[reportAttributeAccessIssue]
+def _reject_unsupported(path: Path, proto: Any) -> None:
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     kind = trainer.ModelType.Name(trainer.model_type)
     if kind != "BPE":
@@ -104,9 +107,7 @@ def _reject_unsupported(path: Path, proto: sentencepiece_model_pb2.ModelProto) -
         raise AtomError(f"{path}: piece {unused!r:.60} is marked as unused: not supported")
 
 
-def _check_ids(
-    path: Path, processor: sentencepiece.SentencePieceProcessor, tokenizer: Tokenizer, texts: tuple[str, ...]
-) -> None:
+def _check_ids(path: Path, processor: Any, tokenizer: Tokenizer, texts: tuple[str, ...]) -> None:
     for text in texts:
         expected = processor.encode(text)
         found = tokenizer.encode(text, add_special_tokens=False).ids

@@ -68,6 +68,14 @@ def folder_tokenizer(folder: Path, config: ModelConfig) -> tuple[Tokenizer, dict
     if path.name == TOKENIZER_FILE:
         refuse_pointer(path)
         tokenizer = read_tokenizer(folder)
+        # An older file beside newer settings: tokens that it lacks, of those that the model has.
+        declared_in, tokens = _declared_tokens(folder, settings)
+        missing = {
+            index: token
+            for index, token in tokens.items()
+            if index < config.vocab_size and tokenizer.token_to_id(token.content) is None
+        }
+        _add_tokens(tokenizer, declared_in, missing)
     elif path.name == MODEL_FILE:
         tokenizer, named = _from_sentencepiece(folder, settings)
     else:
@@ -137,7 +145,8 @@ def _from_sentencepiece(folder: Path, settings: dict[str, Any]) -> tuple[Tokeniz
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in model.control.values()]
     )
-    _add_tokens(folder, tokenizer, settings)
+    _add_tokens(tokenizer, *_declared_tokens(folder, settings))
+    _add_special(tokenizer, settings)
     _add_around(tokenizer, model.named | _named(settings), settings, add_bos=True)
     return tokenizer, model.named
 
@@ -162,7 +171,8 @@ def _from_byte_level(folder: Path, settings: dict[str, Any], config: ModelConfig
         tokenizer = byte_level_tokenizer(ids, merges, PRE_TOKENIZERS[_BYTE_LEVEL_CLASSES[name]], None)
     except Exception as error:  # tokenizers raises a bare Exception
         raise AtomError(f"{path}: no tokenizer can be made of it: {one_line(error)}") from error
-    _add_tokens(folder, tokenizer, settings)
+    _add_tokens(tokenizer, *_declared_tokens(folder, settings))
+    _add_special(tokenizer, settings)
     _add_around(tokenizer, _named(settings), settings, add_bos=False)
     return tokenizer
 
@@ -172,55 +182,62 @@ def _named(settings: dict[str, Any]) -> dict[str, str]:
     return {name: token for name, token in tokens.items() if token is not None}
 
 
-def _add_tokens(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
-    """Adds the tokens that the settings (or added_tokens.json) add to the vocabulary, at the ids they say.
+def _declared_tokens(folder: Path, settings: dict[str, Any]) -> tuple[Path, dict[int, AddedToken]]:
+    """The tokens that the settings (or added_tokens.json) add to a vocabulary, by id, and that file.
 
     Raises:
-      AtomError: a token is malformed, or has another id.
+      AtomError: they are malformed.
     """
-    named = set(_named(settings).values())
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        values = settings.get(key) or []
-        named |= {
-            token_text(value) or "" for value in (values.values() if isinstance(values, dict) else values)
-        }
     path, declared = folder / SETTINGS_FILE, settings.get("added_tokens_decoder")
     if declared is None and (folder / ADDED_FILE).is_file():
         path = folder / ADDED_FILE
         declared = {index: {"content": token} for token, index in read_json(path).items()}
+    named = _special_names(settings)
     try:
-        tokens = {int(index): dict(token) for index, token in (declared or {}).items()}
-        tokens = dict(sorted(tokens.items()))
-    except (TypeError, ValueError, AttributeError) as error:
+        tokens = {
+            int(index): AddedToken(
+                token["content"],
+                special=bool(token.get("special", token["content"] in named)),
+                lstrip=bool(token.get("lstrip", False)),
+                rstrip=bool(token.get("rstrip", False)),
+                single_word=bool(token.get("single_word", False)),
+                normalized=False,  # matched as it is written, whatever the pipeline does to text
+            )
+            for index, token in (declared or {}).items()
+        }
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise AtomError(f"{path}: its added tokens cannot be read: {one_line(error)}") from error
+    return path, dict(sorted(tokens.items()))
+
+
+def _special_names(settings: dict[str, Any]) -> set[str]:
+    """Every token that the settings name as special."""
+    named = set(_named(settings).values())
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        values = settings.get(key) or []
+        values = values.values() if isinstance(values, dict) else values
+        named |= {token for token in map(token_text, values) if token is not None}
+    return named
+
+
+def _add_tokens(tokenizer: Tokenizer, path: Path, tokens: dict[int, AddedToken]) -> None:
+    """Adds ``tokens``; AtomError naming ``path`` where one does not get its id."""
     for index, token in tokens.items():
-        content = token_text(token)
-        if content is None:
-            raise AtomError(f"{path}: added token {index} has no content")
-        added = AddedToken(
-            content,
-            special=bool(token.get("special", content in named)),
-            lstrip=bool(token.get("lstrip", False)),
-            rstrip=bool(token.get("rstrip", False)),
-            single_word=bool(token.get("single_word", False)),
-            normalized=False,  # matched as it is written, whatever the pipeline does to text
-        )
-        add = tokenizer.add_special_tokens if added.special else tokenizer.add_tokens
-        add([added])
-        found = tokenizer.token_to_id(content)
+        add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
+        add([token])
+        found = tokenizer.token_to_id(token.content)
         if found != index:
             raise AtomError(
-                f"{path}: added token {content!r:.60} has id {index}, but {found} in the vocabulary"
+                f"{path}: added token {token.content!r:.60} has id {index}, but {found} in the vocabulary"
             )
-    # Those that are in the vocabulary already and are only named; adding one again would reset its flags.
-    named -= {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(content, special=True, normalized=False)
-            for content in sorted(named)
-            if content and tokenizer.token_to_id(content) is not None
-        ]
-    )
+
+
+def _add_special(tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
+    """Makes tokens of the vocabulary special that the settings name, but do not add."""
+    # Adding one again would reset its flags.
+    named = _special_names(settings) - {t.content for t in tokenizer.get_added_tokens_decoder().values()}
+    known = [token for token in sorted(named) if tokenizer.token_to_id(token) is not None]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in known])
 
 
 def _add_around(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -76,7 +77,7 @@ def test_rule_is_that_of_transformers(name: str, family: str) -> None:
     for length in (1, 32, LENGTH):
         positions = np.arange(length)
         cos, sin = rotary(torch.zeros(1), torch.from_numpy(positions)[None])
-        for table, expected in zip(rope_table(positions, ours, 16), (cos, sin), strict=True):
+        for table, expected in zip(rope_table(jnp.asarray(positions), ours, 16), (cos, sin), strict=True):
             np.testing.assert_allclose(table, expected[0, :, :8].numpy(), atol=2e-5)
 
 
