@@ -32,3 +32,9 @@ def did_you_mean(value: object, names: Iterable[str]) -> str:
     begun = [name for name in by_lower_case if wrong and name.startswith(wrong)]
     near = begun or difflib.get_close_matches(wrong, by_lower_case, n=1)
     return f"; did you mean {by_lower_case[near[0]]}?" if near else ""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception from a library, as one line of a bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{text[:197]}..." if len(text) > 200 else text

@@ -41,10 +41,10 @@ class WeightFiles:
 
 
 def find_weights(names: Iterable[str], where: str) -> WeightFiles | None:
-    """The weights among the ``names`` of a folder: safetensors or, where there are none, PyTorch's.
+    """The weights among the ``names`` of a folder, in the order of transformers.
 
-    An index comes first, then the usual name of a single file, then the usual names of shards, then whatever
-    other weights there are.
+    The usual name of a single safetensors file comes first, then its index, then the same of PyTorch; then
+    what transformers does not look for: shards without an index, an index of another name, whatever else.
 
     Args:
       names: of the files in the folder itself.
@@ -58,7 +58,12 @@ def find_weights(names: Iterable[str], where: str) -> WeightFiles | None:
     """
     names = set(names)
     for kind in _SUFFIXES:
-        found = _find(names, kind, where)
+        if _SINGLES[kind] in names:
+            return WeightFiles(kind, None, (_SINGLES[kind],))
+        if _INDEXES[kind] in names:
+            return WeightFiles(kind, _INDEXES[kind], ())
+    for kind in _SUFFIXES:
+        found = _find_unusual(names, kind, where)
         if found is not None:
             return found
     return None
@@ -74,14 +79,10 @@ def reject_adapter(names: Iterable[str], where: str) -> None:
             )
 
 
-def _find(names: Collection[str], kind: Format, where: str) -> WeightFiles | None:
+def _find_unusual(names: Collection[str], kind: Format, where: str) -> WeightFiles | None:
     suffix = _SUFFIXES[kind]
     weights = sorted(name for name in names if name.endswith(suffix) and not _OTHER.fullmatch(name))
     indexes = sorted(name for name in names if name.endswith(f"{suffix}.index.json"))
-    if _INDEXES[kind] in indexes:
-        return WeightFiles(kind, _INDEXES[kind], ())
-    if _SINGLES[kind] in weights:
-        return WeightFiles(kind, None, (_SINGLES[kind],))
     stem = _SINGLES[kind].removesuffix(suffix)
     usual = re.compile(rf"{re.escape(stem)}-\d+-of-\d+{re.escape(suffix)}")
     shards = [name for name in weights if usual.fullmatch(name)]
