@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int32
 from tokenizers import Tokenizer
 
-from atom_jax.errors import AtomError
+from atom_jax.errors import AtomError, did_you_mean
 from convert.help_topics import help_topics
 from convert.self_sampling import sample_tokens
 from convert.sources import Source
@@ -105,7 +105,10 @@ def _dataset_text(name: str, characters: int) -> str:
     try:
         datasets = importlib.import_module("datasets")  # an extra: absent where types are checked
     except ImportError:
-        raise AtomError(f"{name}: to calibrate on a data set install atom-jax[datasets]") from None
+        raise AtomError(
+            f"{name}: no such file; to calibrate on a data set install atom-jax[datasets]"
+            f"{did_you_mean(name, [SAMPLED])}"
+        ) from None
     path, _, config = name.partition(":")
     pieces: list[str] = []
     try:
@@ -126,7 +129,7 @@ def _dataset_text(name: str, characters: int) -> str:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise AtomError(
             f"{name}: neither a file nor a data set that can be read ({reason}); "
-            "without a network give a text file"
+            f"without a network give a text file{did_you_mean(name, [SAMPLED])}"
         ) from error
     return "\n\n".join(pieces)
 
