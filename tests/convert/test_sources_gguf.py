@@ -143,6 +143,14 @@ def test_split_with_a_part_missing(parts):
             open_source(given)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_part_that_is_a_pointer(parts, number):
+    files = parts[0]
+    files[number].write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with fails(files[number], "Git LFS pointer", "git lfs pull"):
+        open_source(files[0])
+
+
 def test_parts_of_something_else(parts, path):
     files, _ = parts
     second, third = files[1].read_bytes(), files[2].read_bytes()
