@@ -37,7 +37,7 @@ CONTAINS = {
 # constants; of the quantizers of parts of a row, only those of a single row were all executed.
 COVERAGE = {"paged_attention": 0.93}
 ONE_ROW = ("quantize", "silu_quantize")
-# Of the operators that take longest the other models' layers are for the nightly run.
+# Of what takes longest the other models' layers are for the nightly run, and rows like others.
 IN_CI = ("SmolLM2-135M", "Llama-3-8B")
 
 
@@ -66,7 +66,9 @@ CASES = {f"{case.op} {case.shape} {case.abstract_inputs}": case for case in reve
 
 def parameter(case: Case) -> Any:
     marks = [needs_updates_in_place] if case.op == "kv_append" else []
-    if case.op in ("grouped_matmul", "prefill_attention") and case.model not in IN_CI:
+    long = case.op in ("grouped_matmul", "prefill_attention") or case.shape.endswith("16-bit")
+    repeated = case.shape.endswith(("M=32", "M=128", "M=4096 8-bit"))
+    if repeated or (long and case.model not in IN_CI):
         marks.append(pytest.mark.nightly)
     return pytest.param(case, id=case.name, marks=marks)
 
