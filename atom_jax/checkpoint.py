@@ -4,7 +4,7 @@ A checkpoint is a folder::
 
     config.json          ModelConfig and the format's version
     quantization.json    the accuracy card (written by the converter)
-    tokenizer/           as transformers reads it
+    tokenizer/           tokenizer.json and its settings (``atom_jax.tokenizer``)
     params/shared        Orbax: embedding, norm, lm_head
     params/layers/0000   Orbax, one for each layer: a conversion holds and commits one layer at a time
 
@@ -36,6 +36,7 @@ from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from atom_jax.kernel_check import check_kernels
 from atom_jax.llama import index_shapes, linear_shapes, make_params, vector_shapes
+from atom_jax.tokenizer import wrap_tokenizer
 from atom_jax.weights import FORMATS
 
 FORMAT_VERSION = 1
@@ -237,15 +238,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def load_tokenizer(checkpoint: Path) -> Any:
     """The transformers tokenizer of a checkpoint; AtomError if it has none, or a damaged one."""
-    from transformers import AutoTokenizer  # seconds to import, and inspect or eval on ids need none
-
     folder = checkpoint / TOKENIZER_FOLDER
     if not folder.is_dir():
         raise AtomError(f"{folder}: the checkpoint has no tokenizer")
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # transformers and tokenizers raise many types for a damaged file
-        raise AtomError(f"{folder}: not readable: {_one_line(error)}") from error
+    return wrap_tokenizer(folder)
 
 
 def layer_params(tree: Tree, config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from atom_jax.errors import AtomError
 
-RopeScaling = Literal["none", "linear", "llama3"]
+RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 Scheme = Literal["bf16", "w8a8", "w4a16", "w4a8kv4", "w4a4kv4"]
 Reorder = Literal["folded", "per_layer", "none"]
 KvRope = Literal["pre", "post"]
@@ -49,7 +49,10 @@ class RopeConfig:
 
     ``linear`` divides every frequency by ``factor``; ``llama3`` interpolates only the low ones
     (Llama 3.1 model card), between wavelengths set by ``low_freq_factor``, ``high_freq_factor``
-    and ``original_max_position_embeddings``.
+    and ``original_max_position_embeddings``. ``yarn`` (arXiv 2309.00071) interpolates frequencies that
+    turn at most ``beta_slow`` times in the original context, keeps those that turn at least ``beta_fast``
+    times, with a ramp over the channels between (its ends whole channels if ``yarn_truncate``), and
+    multiplies cos and sin by ``attention_factor``.
     """
 
     theta: float = 10000.0
@@ -58,6 +61,10 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    yarn_truncate: bool = True
+    attention_factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

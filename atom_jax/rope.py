@@ -15,7 +15,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     """Angular frequency (radians a token) of each channel pair, float32 [head_dim / 2].
 
     ``llama3`` keeps wavelengths under original_length / high_freq_factor, divides those over
-    original_length / low_freq_factor by ``factor`` and interpolates in between.
+    original_length / low_freq_factor by ``factor`` and interpolates in between. ``yarn`` does so between
+    two channels, found from how often they turn.
     """
     frequencies = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     if rope.scaling == "linear":
@@ -27,12 +28,34 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
         )
         smooth = np.clip(smooth, 0.0, 1.0)
         frequencies = (1.0 - smooth) * frequencies / rope.factor + smooth * frequencies
+    elif rope.scaling == "yarn":
+        low, high = _yarn_channels(rope, head_dim)
+        ramp = (np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low)
+        divided = np.clip(ramp, 0.0, 1.0)
+        frequencies = divided * frequencies / rope.factor + (1.0 - divided) * frequencies
     return frequencies.astype(np.float32)
+
+
+def _yarn_channels(rope: RopeConfig, head_dim: int) -> tuple[float, float]:
+    """The channel pairs up to which frequencies are kept, and from which they are divided."""
+
+    def channel(turns: float) -> float:
+        """The pair, as a real number, that turns so often in the original context."""
+        length = rope.original_max_position_embeddings / (turns * 2.0 * math.pi)
+        return head_dim * math.log(length) / (2.0 * math.log(rope.theta))
+
+    low, high = channel(rope.beta_fast), channel(rope.beta_slow)
+    if rope.yarn_truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    return low, high if low != high else high + 0.001
 
 
 def rope_table(
     positions: Int32[Array, "*p"], rope: RopeConfig, head_dim: int
 ) -> tuple[Float32[Array, "*p half"], Float32[Array, "*p half"]]:
-    """cos and sin of position * frequency, float32."""
+    """cos and sin of position * frequency, times the attention factor, float32."""
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rope_frequencies(rope, head_dim))
-    return jnp.cos(angles), jnp.sin(angles)
+    if rope.attention_factor == 1.0:
+        return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor

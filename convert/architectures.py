@@ -11,8 +11,9 @@ import dataclasses
 import math
 from typing import Any
 
-from atom_jax.config import ModelConfig, RopeConfig
+from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
+from convert.rope_rules import rope_config
 
 MAX_LAYERS = 4096  # far above any real model; keeps a nonsensical config.json from exhausting memory
 
@@ -132,7 +133,7 @@ def parse_config(hf: dict[str, Any], *, where: str) -> ModelConfig:
 
     Args:
       hf: the parsed JSON object; the spelling before transformers 5 (``rope_theta``, ``rope_scaling``) and
-        the one since (``rope_parameters``) are both read.
+        the one since (``rope_parameters``) are both read; of both, the former is used, as there.
       where: what to call the file in error messages.
 
     Raises:
@@ -165,7 +166,7 @@ def parse_config(hf: dict[str, Any], *, where: str) -> ModelConfig:
         head_dim=_head_dim(reader, family, hidden_size, num_heads),
         max_position_embeddings=max_positions,
         rms_norm_eps=reader.positive("rms_norm_eps"),
-        rope=_rope(reader),
+        rope=rope_config(reader, max_positions),
         tie_word_embeddings=reader.boolean("tie_word_embeddings"),
         qkv_bias=bias or family.attention_bias == "qkv",
         o_bias=bias,
@@ -292,46 +293,13 @@ def _head_dim(reader: _Reader, family: Family, hidden_size: int, num_heads: int)
     return head_dim
 
 
-def _rope(reader: _Reader) -> RopeConfig:
-    """Rotary embedding from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``."""
-    section = reader.section("rope_parameters") or reader.section("rope_scaling")
-    rules = section or _Reader({}, reader.where)
-    for part in (reader, rules):
-        fraction = part.data.get("partial_rotary_factor")
-        if fraction is not None and part.positive("partial_rotary_factor") != 1.0:
-            raise part.fail("partial_rotary_factor", f"{fraction} is not supported; only 1 is")
-    theta = (rules if "rope_theta" in rules.data else reader).positive("rope_theta", 10000.0)
-    key = "type" if "rope_type" not in rules.data and "type" in rules.data else "rope_type"
-    kind = rules.string(key, "default" if not rules.data or "rope_theta" in rules.data else _REQUIRED)
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind not in ("linear", "llama3"):
-        raise rules.fail(key, f"{_show(kind)} is not supported; supported: 'default', 'linear', 'llama3'")
-    factor = rules.positive("factor")
-    if factor < 1.0:
-        raise rules.fail("factor", f"must be at least 1, found {factor}")
-    if kind == "linear":
-        return RopeConfig(theta=theta, scaling="linear", factor=factor)
-    low, high = rules.positive("low_freq_factor"), rules.positive("high_freq_factor")
-    if low >= high:
-        raise rules.fail("low_freq_factor", f"must be smaller than high_freq_factor, found {low} and {high}")
-    return RopeConfig(
-        theta=theta,
-        scaling="llama3",
-        factor=factor,
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_max_position_embeddings=rules.integer("original_max_position_embeddings"),
-    )
-
-
 def _token_ids(reader: _Reader, key: str, vocab_size: int) -> tuple[int, ...]:
-    """The token ids under ``key``: an id, a list of ids, or nothing."""
+    """The token ids under ``key``: an id, a list of ids, or nothing; null and -1 are no ids."""
     value = reader.data.get(key)
-    ids = [] if value is None else value if isinstance(value, list) else [value]
+    ids = [token_id for token_id in (value if isinstance(value, list) else [value]) if token_id is not None]
     for token_id in ids:
         if isinstance(token_id, bool) or not isinstance(token_id, int):
             raise reader.fail(key, f"must be an integer or a list of integers, found {_show(value)}")
-        if not 0 <= token_id < vocab_size:
+        if not -1 <= token_id < vocab_size:
             raise reader.fail(key, f"{_show(token_id)} is outside the vocabulary of {vocab_size}")
-    return tuple(dict.fromkeys(ids))
+    return tuple(dict.fromkeys(token_id for token_id in ids if token_id != -1))

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
-from tokenizers import Tokenizer
 
 from atom_jax.errors import AtomError
+from atom_jax.tokenizer import read_tokenizer
 from convert.help_topics import help_topics
 from convert.self_sampling import sample_tokens
 from convert.sources import Source
@@ -77,9 +77,7 @@ def _json_text(path: Path, number: int, line: str) -> str:
 
 def encode(tokenizer_folder: Path, text: str) -> Int32[np.ndarray, " tokens"]:
     """Token ids of ``text`` without special tokens around it."""
-    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    tokenizer.no_truncation()
-    return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    return np.asarray(read_tokenizer(tokenizer_folder).encode(text, add_special_tokens=False).ids, np.int32)
 
 
 def spread_windows(

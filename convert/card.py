@@ -38,6 +38,7 @@ def make_card(
     relative_error: list[dict[str, float]],
     before: PerplexityResult | None,
     after: PerplexityResult | None,
+    notes: tuple[str, ...],
 ) -> Card:
     """The card's contents.
 
@@ -48,6 +49,7 @@ def make_card(
       relative_error: by layer and linear, see ``convert.quantize_layer.quantize_layer``.
       before: perplexity of the float model, where a text was given.
       after: of the checkpoint, on the same text.
+      notes: of the source.
     """
     card: Card = {
         "job": job,
@@ -55,6 +57,7 @@ def make_card(
         "outliers": outliers,
         "relative_error": relative_error,
         "perplexity": None,
+        "notes": list(notes),
     }
     if before is not None and after is not None:
         card["perplexity"] = {

@@ -228,6 +228,7 @@ class _Conversion:
             relative_error=errors,
             before=before,
             after=after,
+            notes=self.source.notes,
         )
 
     def _stage(self, stage: str) -> Report:

@@ -81,6 +81,10 @@ class Rotated:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {**self.original.shapes, _HEAD: self.original.shapes[_EMBEDDING]}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.original.notes
+
     def tensor(self, name: str) -> np.ndarray:
         """One tensor of the rotated model; a reader of the residual stream costs a read of its norm, too."""
         if name == _EMBEDDING:

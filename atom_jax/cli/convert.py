@@ -182,6 +182,8 @@ def convert(
     )
     with progress_bars() as report:
         card = run(src, out, options, report)
+    for line in card.get("notes") or []:
+        note(line)
     if json_output:
         print_json(card)
     else:

@@ -30,6 +30,8 @@ def inspect(
     stdout.print(_facts("model", _model_facts(config)))
     stdout.print(_facts("recipe", job.get("recipe") or {}))
     stdout.print(_facts("made from", {key: value for key, value in job.items() if key != "recipe"}))
+    if card.get("notes"):
+        stdout.print(_facts("notes", {str(number): line for number, line in enumerate(card["notes"], 1)}))
     if card.get("calibration"):
         stdout.print(_facts("calibration", card["calibration"]))
     if card.get("outliers"):

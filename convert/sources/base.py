@@ -6,14 +6,14 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from atom_jax.config import ModelConfig
-from atom_jax.errors import AtomError
+from atom_jax.errors import AtomError, one_line
 from convert.architectures import expected_tensors
 
 
@@ -25,7 +25,8 @@ class Source(Protocol):
     Attributes:
       config: the architecture; its quantization is left at the default (bf16).
       shapes: every tensor of the model, in the order of the model. Tensors that the model does not use
-        (rotary tables, an ``lm_head.weight`` beside tied embeddings) are left out.
+        (rotary tables, an ``lm_head.weight`` that equals the tied embedding) are left out.
+      notes: what was decided where the files leave a choice, each one line for the user.
     """
 
     @property
@@ -33,6 +34,9 @@ class Source(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
     def tensor(self, name: str) -> np.ndarray:
         """One tensor as float32, C-contiguous, in memory of its own; nothing of it stays mapped or cached.
@@ -62,6 +66,32 @@ class TensorInfo:
 
     def __str__(self) -> str:
         return f"{self.file}: tensor {self.name} {list(self.shape)}"
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def untie(
+    config: ModelConfig, found: Mapping[str, TensorInfo], equal: Callable[[TensorInfo, TensorInfo], bool]
+) -> tuple[ModelConfig, list[str]]:
+    """``config``, untied where the checkpoint has an lm_head that is not its embedding, and a note of that.
+
+    Args:
+      config: as config.json says.
+      found: every tensor in its files, by the names of the model.
+      equal: whether two matrices of the same shape and dtype hold the same values.
+    """
+    head, embedding = found.get(HEAD), found.get(EMBEDDING)
+    if not config.tie_word_embeddings or head is None or embedding is None:
+        return config, []
+    comparable = len(head.shape) == 2 and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    if comparable and equal(head, embedding):
+        return config, []
+    note = (
+        f"{head.file}: {head.name} differs from {embedding.name}, so they are not tied, although config.json "
+        "ties them"
+    )
+    return config.replace(tie_word_embeddings=False), [note]
 
 
 _EXPERT = re.compile(r"(^|[._])(experts?|block_sparse_moe|router|exps|gate_inp)([._]|$)")
@@ -94,14 +124,13 @@ def check_tensors(
 
     Args:
       config: what the checkpoint says it is.
-      found: every tensor in its files, by the name there (see ``canonical_names``).
+      found: every tensor in its files, by the names of the model.
       where: file or folder to name when a tensor is missing.
       dtypes: the dtypes that can be read; None leaves that check to the caller.
 
     Raises:
       AtomError: a tensor is missing, or has another shape or dtype than it must, or cannot be left out.
     """
-    found = canonical_names(found)
     expected = expected_tensors(config)
     for name in found.keys() - expected.keys():
         _reject_meaningful_extra(config, name, found[name])
@@ -182,6 +211,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       AtomError: the file cannot be read, or does not hold a JSON object.
     """
+    refuse_pointer(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -191,6 +221,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise AtomError(f"{path}: must hold a JSON object, found {type(data).__name__}")
     return data
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises AtomError where ``path`` is what git leaves in place of a large file that was not fetched."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(len(_POINTER))
+    except OSError:
+        return  # whoever reads the file says why it cannot be read
+    if start == _POINTER:
+        raise AtomError(f"{path}: is a Git LFS pointer and not the file itself; fetch it with 'git lfs pull'")
 
 
 def digest(files: Iterable[Path]) -> str:
@@ -203,9 +247,3 @@ def digest(files: Iterable[Path]) -> str:
         except OSError as error:
             raise AtomError(f"{path}: cannot be read: {one_line(error)}") from error
     return total.hexdigest()
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an exception from a library, as one line of a bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"{text[:197]}..." if len(text) > 200 else text

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,28 +9,23 @@ from typing import Any
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from convert.architectures import parse_config, with_generation_config
-from convert.sources.base import TensorInfo, one_line, read_json
-from convert.sources.layout import WeightFiles
+from convert.rope_rules import rope_notes
+from convert.sources.base import TensorInfo, canonical_names, read_json
+from convert.sources.layout import WeightFiles, unused_weights
+from convert.sources.tokenizer_files import TOKENIZER_FILES, folder_tokenizer, stop_token_id, tokenizer_file
+from convert.sources.tokenizer_writer import write_tokenizer_files
 
 CONFIG_FILES = ("config.json", "generation_config.json")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """The configuration in ``folder``: config.json, and the end-of-sequence ids of generation_config.json.
+    """The configuration in ``folder``: config.json, with every end-of-sequence id that the folder names.
+
+    They are those of config.json, of generation_config.json and of the tokenizer, in this order.
 
     Raises:
-      AtomError: config.json is missing or unusable, or generation_config.json is there and unusable.
+      AtomError: config.json is missing or unusable, or generation_config.json or the tokenizer is there and
+        unusable.
     """
     path, generation = (folder / name for name in CONFIG_FILES)
     if not path.is_file():
@@ -40,18 +33,34 @@ def load_config(folder: Path) -> ModelConfig:
     config = parse_config(read_json(path), where=str(path))
     if generation.is_file():
         config = with_generation_config(config, read_json(generation), where=str(generation))
+    stop = stop_token_id(folder, config) if tokenizer_file(folder) else None
+    if stop is not None:
+        config = config.replace(eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, stop))))
     return config
 
 
 def config_files(folder: Path) -> list[Path]:
-    """The configuration files that ``folder`` has, in a fixed order."""
-    return [folder / name for name in CONFIG_FILES if (folder / name).is_file()]
+    """The configuration and tokenizer files that ``folder`` has, in a fixed order."""
+    names = (*CONFIG_FILES, *TOKENIZER_FILES)
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def notes(folder: Path, taken: list[Path]) -> tuple[str, ...]:
+    """What was decided about a folder whose weights are read from ``taken``: RoPE rule, weights not used."""
+    path = folder / CONFIG_FILES[0]
+    said = rope_notes(read_json(path), str(path))
+    others = unused_weights([path.name for path in folder.iterdir()], [path.name for path in taken])
+    if others:
+        used = taken[0].name if len(taken) == 1 else f"{taken[0].name} and {len(taken) - 1} more"
+        left = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        said.append(f"{folder}: weights are read from {used}; not used: {left}")
+    return tuple(said)
 
 
 def collect(
     folder: Path, weights: WeightFiles, describe: Callable[[Path], Mapping[str, TensorInfo]]
 ) -> dict[str, TensorInfo]:
-    """Every tensor in the weight files of ``folder``, by its name there.
+    """Every tensor in the weight files of ``folder``, by its canonical name (see ``canonical_names``).
 
     Args:
       folder: where the files are.
@@ -59,8 +68,7 @@ def collect(
       describe: gives the tensors of one file.
 
     Raises:
-      AtomError: a file cannot be read, or does not hold what the index says; without an index, two files hold
-        a tensor of the same name.
+      AtomError: a file cannot be read, or does not hold what the index says; two tensors have the same name.
     """
     infos: dict[str, TensorInfo] = {}
     if weights.index is not None:
@@ -69,13 +77,12 @@ def collect(
             found = describe(folder / file)
             check_shard(index, folder / file, tensors, found)
             infos.update({name: found[name] for name in tensors})
-        return infos
-    for file in weights.files:
+    for file in weights.files:  # there are none beside an index
         found = describe(folder / file)
         for name in sorted(infos.keys() & found.keys()):
             raise AtomError(f"{found[name]} is in {infos[name].file.name}, too, and there is no index")
         infos.update(found)
-    return infos
+    return canonical_names(infos)
 
 
 def shards(index: Path) -> dict[str, list[str]]:
@@ -122,54 +129,10 @@ def check_shard(index: Path, shard: Path, tensors: list[str], found: Any) -> Non
 
 
 def write_tokenizer(folder: Path, config: ModelConfig, out: Path) -> None:
-    """Copies the tokenizer of ``folder`` to ``out``; one without tokenizer.json is converted by transformers.
+    """Writes the tokenizer of ``folder`` into the folder ``out`` (``convert.sources.tokenizer_files``).
 
     Raises:
-      AtomError: there is no tokenizer, or it cannot be converted.
+      AtomError: there is no tokenizer, or it cannot be used.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    if not (folder / "tokenizer.json").is_file():
-        _convert_slow_tokenizer(folder, out)
-        return
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
-    if not (folder / "tokenizer_config.json").is_file():
-        _write_minimal_config(config, out)
-
-
-def _convert_slow_tokenizer(folder: Path, out: Path) -> None:
-    try:
-        from transformers import AutoTokenizer
-
-        # trust_remote_code stays off: a checkpoint must not run code of its own.
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
-        tokenizer.save_pretrained(out)
-    except Exception as error:  # whatever a third-party tokenizer file can provoke
-        raise AtomError(f"{folder}: no tokenizer.json, and none can be made: {one_line(error)}") from error
-    if not (out / "tokenizer.json").is_file():
-        raise AtomError(f"{folder}: no tokenizer.json, and its tokenizer cannot be saved as one")
-
-
-def _write_minimal_config(config: ModelConfig, out: Path) -> None:
-    """tokenizer_config.json for a bare tokenizer.json, with the special tokens that the model names."""
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises a bare Exception
-        raise AtomError(f"{out / 'tokenizer.json'}: is not a tokenizer: {one_line(error)}") from error
-    ids = {"bos_token": config.bos_token_id, "eos_token": next(iter(config.eos_token_ids), None)}
-    tokens = {key: tokenizer.id_to_token(value) for key, value in ids.items() if value is not None}
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
-        **{key: token for key, token in tokens.items() if token is not None},
-    }
-    write_json(out / "tokenizer_config.json", settings)
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Writes ``data`` as readable JSON."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    tokenizer, settings = folder_tokenizer(folder, config)
+    write_tokenizer_files(tokenizer, settings, out, where=str(tokenizer_file(folder)))

@@ -34,6 +34,7 @@ class GGUFSource:
             for tensor in (self._file.tensors[original],)
         }
         self._infos = check_tensors(self.config, found, where=path)
+        self.notes: tuple[str, ...] = ()
         self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in self._infos.items()}
 
     def tensor(self, name: str) -> np.ndarray:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from atom_jax.errors import AtomError
+from convert.rope_rules import yarn_scale
 from convert.sources.gguf_file import GGUFFile
+from convert.sources.gguf_tokenizer import NO_TOKEN, STOP_TOKENS
 
 # Mistral models have the architecture "llama" in GGUF.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -42,6 +44,19 @@ _IN_LAYER = {
 }
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")  # end of text, of turn, of message
+_YARN_KEYS = {
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+# Keys of rope.scaling with the value that they have where they are left out.
+_NEUTRAL = (
+    ("attn_factor", 1.0),
+    ("yarn_attn_factor", 1.0),
+    ("yarn_ext_factor", 1.0),
+    ("yarn_ext_factor", -1.0),
+)
 # The frequency rule of Llama 3.1, 3.2 and 3.3; only the factor differs between them (8 and 32).
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -86,12 +101,26 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is not None:
         config["vocab_size"] = embedding.shape[0]
-    config["bos_token_id"] = own.get("tokenizer.ggml.bos_token_id")
-    stops = [own[f"tokenizer.ggml.{key}"] for key in _STOP_KEYS if f"tokenizer.ggml.{key}" in own]
-    config["eos_token_id"] = stops or None
+    config["bos_token_id"] = _token_id(own, "bos_token_id")
+    config["eos_token_id"] = [_token_id(own, key) for key in _STOP_KEYS] + _stop_tokens(own)
     _reject_unsupported(file, own, config)
     config["rope_parameters"] = _rope(file, own, config)
     return config
+
+
+def _token_id(own: dict[str, Any], key: str) -> Any:
+    value = own.get(f"tokenizer.ggml.{key}")
+    return None if value in NO_TOKEN else value
+
+
+def _stop_tokens(own: dict[str, Any]) -> list[int]:
+    """Ids of the tokens that end a turn by their name: many files have no key for them."""
+    tokens = own.get("tokenizer.ggml.tokens")
+    return (
+        [index for index, token in enumerate(tokens) if token in STOP_TOKENS]
+        if isinstance(tokens, list)
+        else []
+    )
 
 
 def _even_share(config: dict[str, Any]) -> Any:
@@ -130,6 +159,7 @@ def _rope(file: GGUFFile, own: dict[str, Any], config: dict[str, Any]) -> dict[s
     """The ``rope_parameters`` section."""
     theta = {"rope_theta": _decimal(own.get("rope.freq_base", 10000.0))}
     kind = own.get("rope.scaling.type", "linear" if "rope.scale_linear" in own else "none")
+    scaling = _scaling(file, own, kind)
     if "rope_freqs.weight" in file.tensors:
         if kind not in ("none", "llama3"):
             raise AtomError(
@@ -138,8 +168,35 @@ def _rope(file: GGUFFile, own: dict[str, Any], config: dict[str, Any]) -> dict[s
         return {**theta, **_llama3(file, theta["rope_theta"], config)}
     if kind == "none":
         return {**theta, "rope_type": "default"}
+    if kind == "yarn":
+        return {**theta, **_yarn(scaling)}
     factor = own.get("rope.scaling.factor", own.get("rope.scale_linear"))
     return {**theta, "rope_type": kind, **({} if factor is None else {"factor": _decimal(factor)})}
+
+
+def _yarn(scaling: dict[str, Any]) -> dict[str, Any]:
+    """YaRN, whose rule in llama.cpp is that of transformers, times ``attn_factor``."""
+    rules: dict[str, Any] = {"rope_type": "yarn"}
+    rules |= {name: scaling[key] for key, name in _YARN_KEYS.items() if key in scaling}
+    weight, factor = scaling.get("yarn_attn_factor", scaling.get("attn_factor", 1.0)), rules.get("factor")
+    if weight != 1.0 and isinstance(weight, float) and isinstance(factor, float):
+        rules["attention_factor"] = weight * yarn_scale(factor)
+    return rules
+
+
+def _scaling(file: GGUFFile, own: dict[str, Any], kind: Any) -> dict[str, Any]:
+    """The keys ``rope.scaling.*``; AtomError for one that would change the rule in a way that is unknown."""
+    prefix = "rope.scaling."
+    scaling = {
+        key.removeprefix(prefix): _decimal(value) for key, value in own.items() if key.startswith(prefix)
+    }
+    known = {"type", "finetuned", *_YARN_KEYS}
+    if kind == "yarn":
+        known |= {"attn_factor", "yarn_attn_factor"}
+    for key, value in scaling.items():
+        if key not in known and (key, value) not in _NEUTRAL:
+            raise AtomError(f"{file.path}: {prefix}{key} {value!r:.40} is not supported beside {kind!r:.40}")
+    return scaling
 
 
 def _llama3(file: GGUFFile, theta: Any, config: dict[str, Any]) -> dict[str, Any]:

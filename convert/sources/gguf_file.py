@@ -13,7 +13,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
 from atom_jax.errors import AtomError
-from convert.sources.base import one_line
+from convert.sources.base import one_line, refuse_pointer
 from convert.sources.layout import shard_set
 
 _CHUNK_BYTES = 1 << 24  # dequantizing takes a few times its output; done in pieces of about this many bytes
@@ -120,6 +120,7 @@ class GGUFFile:
 
 def _parse(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     """Metadata and tensor table of one file, checked against its size; AtomError as in ``GGUFFile.open``."""
+    refuse_pointer(path)
     try:
         reader = _CheckedReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}

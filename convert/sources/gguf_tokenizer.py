@@ -12,11 +12,26 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from atom_jax.errors import AtomError
 from convert.sources.base import one_line
-from convert.sources.folder import write_json
-from convert.sources.gguf_pretokenizers import PRE_TOKENIZERS
+from convert.sources.gguf_pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from convert.sources.sentencepiece_bpe import SentencePieceBPE, build_sentencepiece, first_ids, template
+from convert.sources.tokenizer_writer import write_tokenizer_files
 
 _PREFIX = "tokenizer.ggml."
-_SPACE = "\u2581"  # SentencePiece's visible space
+NO_TOKEN = (-1, 2**32 - 1)  # ids that mean none: the second is -1 without its sign
+# Tokens that end a text or a turn whatever the metadata say, as in llama.cpp; of any type, because files have
+# them as ordinary tokens, too.
+STOP_TOKENS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|end_of_turn|>",
+    "<end_of_utterance>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<｜end▁of▁sentence｜>",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +52,13 @@ class _Vocabulary:
             raise AtomError(f"{self.where}: {_PREFIX}{key} must be a {kind.__name__}, found {value!r:.60}")
         return value
 
-    def ids(self) -> dict[str, int]:
-        """Token -> id; of a token that occurs twice, the first id."""
-        return {token: index for index, token in reversed(list(enumerate(self.tokens)))}
-
     def of_type(self, *types: TokenType) -> list[str]:
         return [token for token, kind in zip(self.tokens, self.types, strict=True) if kind in types]
 
     def special(self, name: str) -> tuple[str, int] | None:
         """The token, and its id, that ``<name>_token_id`` points to."""
         index = self.get(f"{name}_token_id", int)
-        if index is None:
+        if index is None or index in NO_TOKEN:
             return None
         if not 0 <= index < len(self.tokens):
             raise AtomError(
@@ -65,19 +76,13 @@ def write_tokenizer(metadata: dict[str, Any], out: Path, *, where: str) -> None:
     vocabulary = _vocabulary(metadata, where)
     tokenizer = build_tokenizer(metadata, where=where)
     settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
         "model_max_length": metadata.get(f"{metadata.get('general.architecture')}.context_length"),
         "chat_template": metadata.get("tokenizer.chat_template"),
     }
     for key, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token = vocabulary.special(name)
         settings[f"{key}_token"] = token and token[0]
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out / "tokenizer.json"))
-    write_json(
-        out / "tokenizer_config.json", {key: value for key, value in settings.items() if value is not None}
-    )
+    write_tokenizer_files(tokenizer, settings, out, where=where)
 
 
 def build_tokenizer(metadata: dict[str, Any], *, where: str) -> Tokenizer:
@@ -119,6 +124,10 @@ def _vocabulary(metadata: dict[str, Any], where: str) -> _Vocabulary:
         types = [int(TokenType.NORMAL)] * len(tokens)
     if not isinstance(types, list) or len(types) != len(tokens):
         raise AtomError(f"{where}: {_PREFIX}token_type must be a list of {len(tokens)}, one for each token")
+    types = [
+        int(TokenType.CONTROL) if token in STOP_TOKENS else kind
+        for token, kind in zip(tokens, types, strict=True)
+    ]
     return _Vocabulary(where, metadata, tokens, types)
 
 
@@ -131,12 +140,25 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
             f"supported: {', '.join(PRE_TOKENIZERS)}"
         )
     rules = PRE_TOKENIZERS[name]
-    merges = [tuple(merge.split(" ")) for merge in vocabulary.get("merges", list, [])]
+    merges: list[Any] = [tuple(merge.split(" ")) for merge in vocabulary.get("merges", list, [])]
     if not merges or any(len(merge) != 2 for merge in merges):
         raise AtomError(f"{vocabulary.where}: {_PREFIX}merges must be a list of pairs of tokens")
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocabulary.ids(), merges=merges, ignore_merges=rules.ignore_merges)
-    )
+    add = _added_around(vocabulary, add_bos=rules.add_bos)
+    return byte_level_tokenizer(first_ids(vocabulary.tokens), merges, rules, template(*add))
+
+
+def byte_level_tokenizer(
+    ids: dict[str, int], merges: list[tuple[str, str]], rules: PreTokenizer, around: Any
+) -> Tokenizer:
+    """The tokenizer without special tokens.
+
+    Args:
+      ids: token -> id.
+      merges: pairs of tokens, first the one that is joined first.
+      rules: how text is cut.
+      around: post-processor that adds special tokens, or None.
+    """
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=rules.ignore_merges))
     if rules.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -145,8 +167,7 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     byte_level = processors.ByteLevel(trim_offsets=False)
-    template = _template(vocabulary, add_bos=rules.add_bos)
-    tokenizer.post_processor = processors.Sequence([byte_level, template]) if template else byte_level
+    tokenizer.post_processor = processors.Sequence([byte_level, around]) if around else byte_level
     return tokenizer
 
 
@@ -158,60 +179,25 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     unknown = vocabulary.special("unknown") or next(
         ((token, 0) for token in vocabulary.of_type(TokenType.UNKNOWN)), None
     )
-    ids = vocabulary.ids()
-    byte_fallback = all(f"<0x{byte:02X}>" in ids for byte in range(256))
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=ids,
-            merges=_merges(vocabulary, scores),
-            unk_token=unknown and unknown[0],
-            fuse_unk=True,
-            byte_fallback=byte_fallback,
+    tokenizer = build_sentencepiece(
+        SentencePieceBPE(
+            vocabulary.tokens,
+            vocabulary.types,
+            scores,
+            unknown=unknown and unknown[0],
+            prefix=vocabulary.get("add_space_prefix", bool, True),
         )
     )
-    prefix = vocabulary.get("add_space_prefix", bool, True)
-    tokenizer.normalizer = normalizers.Sequence(
-        ([normalizers.Prepend(_SPACE)] if prefix else []) + [normalizers.Replace(" ", _SPACE)]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-        + ([decoders.Strip(content=" ", left=1)] if prefix else [])
-    )
-    template = _template(vocabulary, add_bos=True)
-    if template:
-        tokenizer.post_processor = template
+    around = template(*_added_around(vocabulary, add_bos=True))
+    if around:
+        tokenizer.post_processor = around
     return tokenizer
 
 
-def _merges(vocabulary: _Vocabulary, scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to join two tokens into a third, best score of the third first."""
-    mergeable = {
-        token: (index, score)
-        for index, (token, kind, score) in enumerate(
-            zip(vocabulary.tokens, vocabulary.types, scores, strict=True)
-        )
-        if kind == TokenType.NORMAL
-    }
-    found = [
-        (-score, index, mergeable[token[:cut]][0], mergeable[token[cut:]][0], token[:cut], token[cut:])
-        for token, (index, score) in mergeable.items()
-        for cut in range(1, len(token))
-        if token[:cut] in mergeable and token[cut:] in mergeable
-    ]
-    return [(left, right) for *_, left, right in sorted(found)]
-
-
-def _template(vocabulary: _Vocabulary, *, add_bos: bool) -> Any:
-    """Adds BOS and EOS where the metadata (for BOS, else ``add_bos``) say so; None for neither."""
+def _added_around(
+    vocabulary: _Vocabulary, *, add_bos: bool
+) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:
+    """BOS and EOS, each where the metadata (for BOS, else ``add_bos``) say that it is added."""
     bos = vocabulary.special("bos") if vocabulary.get("add_bos_token", bool, add_bos) else None
     eos = vocabulary.special("eos") if vocabulary.get("add_eos_token", bool, False) else None
-    if bos is None and eos is None:
-        return None
-    # "$A:0" and ":1" are the two texts of a pair; the numbers are their type ids.
-    parts = [
-        [*([f"{bos[0]}:{part}"] if bos else []), f"${text}:{part}", *([f"{eos[0]}:{part}"] if eos else [])]
-        for part, text in enumerate("AB")
-    ]
-    return processors.TemplateProcessing(
-        single=parts[0], pair=parts[0] + parts[1], special_tokens=[token for token in (bos, eos) if token]
-    )
+    return bos, eos

@@ -11,8 +11,9 @@ from typing import Any
 
 from atom_jax.errors import AtomError
 from convert.sources.base import one_line
-from convert.sources.folder import CONFIG_FILES, TOKENIZER_FILES, placed
+from convert.sources.folder import CONFIG_FILES, placed
 from convert.sources.layout import find_weights, reject_adapter
+from convert.sources.tokenizer_files import TOKENIZER_FILES
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
@@ -116,7 +117,7 @@ def _cached(hub: Any, repo_id: str, revision: str | None, where: str, reason: Ex
 
 
 def wanted_files(files: list[str], where: str, fetch: Callable[[list[str]], Path]) -> list[str]:
-    """The files of a model to download: safetensors or, where there are none, PyTorch weights.
+    """The files of a model to download: the weights that ``find_weights`` takes, configuration, tokenizer.
 
     Only the top folder is read: repositories keep other formats and precisions in sub-folders.
 

@@ -20,6 +20,8 @@ _INDEXES: dict[Format, str] = {"safetensors": SAFETENSORS_INDEX, "torch": TORCH_
 _SINGLES: dict[Format, str] = {"safetensors": SAFETENSORS_SINGLE, "torch": TORCH_SINGLE}
 # Not the weights of a model: adapters, and what trainers leave beside them.
 _OTHER = re.compile(r"(adapter|optimizer|scheduler|scaler|training_args|random_states|rng_state).*")
+# By their names alone the weights of a model, in any format.
+_WEIGHTS = re.compile(r".*\.(safetensors|gguf)|pytorch_model.*\.bin|consolidated.*\.pth")
 # name-00001-of-00003.safetensors; what stands after the numbers is a variant ("fp16").
 _SHARD = re.compile(r"(?P<stem>.*?)(?P<number>\d+)-of-(?P<count>\d+)(?P<rest>\D.*)")
 _MOST_SHARDS = 10_000  # far above any real model
@@ -41,10 +43,11 @@ class WeightFiles:
 
 
 def find_weights(names: Iterable[str], where: str) -> WeightFiles | None:
-    """The weights among the ``names`` of a folder: safetensors or, where there are none, PyTorch's.
+    """The weights among the ``names`` of a folder.
 
-    An index comes first, then the usual name of a single file, then the usual names of shards, then whatever
-    other weights there are.
+    Those that transformers takes come first, in its order: of safetensors, then of PyTorch, the usual name of
+    a single file, then the usual index. Then, again by format, come those that it does not look for: the
+    usual names of shards, the only index, whatever other weights there are.
 
     Args:
       names: of the files in the folder itself.
@@ -58,10 +61,25 @@ def find_weights(names: Iterable[str], where: str) -> WeightFiles | None:
     """
     names = set(names)
     for kind in _SUFFIXES:
-        found = _find(names, kind, where)
+        if _SINGLES[kind] in names:
+            return WeightFiles(kind, None, (_SINGLES[kind],))
+        if _INDEXES[kind] in names:
+            return WeightFiles(kind, _INDEXES[kind], ())
+    for kind in _SUFFIXES:
+        found = _find_unusual(names, kind, where)
         if found is not None:
             return found
     return None
+
+
+def unused_weights(names: Iterable[str], taken: Collection[str]) -> list[str]:
+    """The weights among the ``names`` of a folder that are not those ``taken``, sorted.
+
+    A ``.bin`` or ``.pth`` counts only by a usual name: such files hold many other things.
+    """
+    return sorted(
+        name for name in set(names) - set(taken) if _WEIGHTS.fullmatch(name) and not _OTHER.fullmatch(name)
+    )
 
 
 def reject_adapter(names: Iterable[str], where: str) -> None:
@@ -74,14 +92,11 @@ def reject_adapter(names: Iterable[str], where: str) -> None:
             )
 
 
-def _find(names: Collection[str], kind: Format, where: str) -> WeightFiles | None:
+def _find_unusual(names: Collection[str], kind: Format, where: str) -> WeightFiles | None:
+    """Weights in the format ``kind`` that transformers does not look for."""
     suffix = _SUFFIXES[kind]
     weights = sorted(name for name in names if name.endswith(suffix) and not _OTHER.fullmatch(name))
     indexes = sorted(name for name in names if name.endswith(f"{suffix}.index.json"))
-    if _INDEXES[kind] in indexes:
-        return WeightFiles(kind, _INDEXES[kind], ())
-    if _SINGLES[kind] in weights:
-        return WeightFiles(kind, None, (_SINGLES[kind],))
     stem = _SINGLES[kind].removesuffix(suffix)
     usual = re.compile(rf"{re.escape(stem)}-\d+-of-\d+{re.escape(suffix)}")
     shards = [name for name in weights if usual.fullmatch(name)]

@@ -13,10 +13,20 @@ from safetensors import SafetensorError, safe_open
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from convert.sources import folder as hf
-from convert.sources.base import TensorInfo, check_tensors, digest, finite_float32, known, one_line
+from convert.sources.base import (
+    TensorInfo,
+    check_tensors,
+    digest,
+    finite_float32,
+    known,
+    one_line,
+    refuse_pointer,
+    untie,
+)
 from convert.sources.layout import WeightFiles
 
 DTYPES = ("F64", "F32", "F16", "BF16")
+_BLOCK = 1 << 22  # values compared at once
 
 
 class SafetensorsSource:
@@ -36,6 +46,8 @@ class SafetensorsSource:
         self.config: ModelConfig = hf.load_config(folder)
         found = hf.collect(folder, weights, _header)
         self._files = sorted({info.file for info in found.values()})
+        self.config, untied = untie(self.config, found, _equal)
+        self.notes = (*hf.notes(folder, self._files), *untied)
         self._infos = check_tensors(self.config, found, where=folder, dtypes=DTYPES)
         self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in self._infos.items()}
 
@@ -59,8 +71,28 @@ class SafetensorsSource:
         return digest([*hf.config_files(self._folder), *self._files])
 
 
+def _equal(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two matrices hold the same values, a block of rows at a time."""
+    if one.dtype not in DTYPES:
+        return False  # check_tensors refuses it
+    rows = max(1, _BLOCK // max(1, one.shape[-1]))
+    try:
+        with (
+            safe_open(one.file, framework="np", backend="pread") as a,
+            safe_open(other.file, framework="np", backend="pread") as b,
+        ):
+            parts = a.get_slice(one.name), b.get_slice(other.name)
+            return all(
+                np.array_equal(*(part[start : min(start + rows, one.shape[0])] for part in parts))
+                for start in range(0, one.shape[0], rows)
+            )
+    except (SafetensorError, OSError) as error:
+        raise AtomError(f"{one} cannot be read: {one_line(error)}") from error
+
+
 def _header(path: Path) -> dict[str, TensorInfo]:
     """The tensors in ``path``; the library checks their offsets against the file's size."""
+    refuse_pointer(path)
     try:
         with safe_open(path, framework="np", backend="pread") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

@@ -13,7 +13,16 @@ import numpy as np
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from convert.sources import folder as hf
-from convert.sources.base import TensorInfo, check_tensors, digest, finite_float32, known, one_line
+from convert.sources.base import (
+    TensorInfo,
+    check_tensors,
+    digest,
+    finite_float32,
+    known,
+    one_line,
+    refuse_pointer,
+    untie,
+)
 from convert.sources.layout import WeightFiles
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -40,6 +49,8 @@ class TorchSource:
         self.config: ModelConfig = hf.load_config(folder)
         found = hf.collect(folder, weights, _describe)
         self._files = sorted({info.file for info in found.values()})
+        self.config, untied = untie(self.config, found, _equal)
+        self.notes = (*hf.notes(folder, self._files), *untied)
         self._infos = check_tensors(self.config, found, where=folder, dtypes=DTYPES)
         self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in self._infos.items()}
 
@@ -79,6 +90,11 @@ def _import_torch(folder: Path) -> Any:
     return torch
 
 
+def _equal(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors hold the same values."""
+    return bool((_load(one.file)[one.name] == _load(other.file)[other.name]).all())
+
+
 def _describe(path: Path) -> dict[str, TensorInfo]:
     return {
         name: TensorInfo(name, path, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
@@ -94,6 +110,7 @@ def _load(path: Path) -> dict[str, Any]:
         one such mapping under a usual key.
     """
     torch = _import_torch(path.parent)
+    refuse_pointer(path)
     try:
         # The format before torch 1.6 is no zip file and cannot be mapped.
         mmap = zipfile.is_zipfile(path)

@@ -29,11 +29,16 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}  # the longest sequence below has all of its positions
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {"num_key_value_heads": 4}),
     "llama3-tied": ("Llama", {"tie_word_embeddings": True, "rope_theta": 500000.0}),
     "rope-llama3": ("Llama", {"rope_scaling": LLAMA3}),
     "rope-linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "head_dim": 24}),
+    "rope-yarn": ("Llama", {"rope_scaling": YARN}),
+    "rope-yarn-qwen3": ("Qwen3", {"rope_scaling": {**YARN, "truncate": False}, "head_dim": 32}),
+    "rope-dynamic": ("Qwen2", {"rope_scaling": DYNAMIC, "max_position_embeddings": 112}),
     "biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 32}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True, "rope_theta": 1e6}),
@@ -92,7 +97,7 @@ def test_family_matches_transformers(name: str, tmp_path: Path) -> None:
         assert out[row].tolist() == hf_greedy(model, tokens[row, :length], NEW_TOKENS)
 
 
-@pytest.mark.parametrize("name", ["rope-llama3", "rope-linear"])
+@pytest.mark.parametrize("name", ["rope-llama3", "rope-linear", "rope-yarn", "rope-yarn-qwen3"])
 def test_rope_scaling_matters_at_these_positions(name: str) -> None:
     """Otherwise the parity above would not tell one rule from another."""
     family, overrides = VARIANTS[name]

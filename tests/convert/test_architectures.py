@@ -109,6 +109,10 @@ def test_rope_spellings(overrides, rope):
 
 def test_end_of_sequence_ids():
     assert parse(eos_token_id=None).eos_token_ids == ()
+    assert parse_config({**tiny_config(), "eos_token_id": None}, where=WHERE).eos_token_ids == ()
+    assert parse(eos_token_id=-1).eos_token_ids == () == parse(eos_token_id=[-1, None]).eos_token_ids
+    assert parse(eos_token_id=[None, 2, -1, 0]).eos_token_ids == (2, 0)
+    assert parse(bos_token_id=-1).bos_token_id is None
     config = parse(eos_token_id=[2, 1, 2])
     assert config.eos_token_ids == (2, 1)
     merged = with_generation_config(config, {"eos_token_id": [1, 0]}, where="generation_config.json")
@@ -134,8 +138,6 @@ def test_end_of_sequence_ids():
         ("mistral", {"sliding_window": None, "max_position_embeddings": 32768}, ["sliding_window", "4096"]),
         ("qwen2", {"use_sliding_window": True}, ["use_sliding_window"]),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, ["sliding_attention"]),
-        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["'dynamic'", "llama3"]),
-        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["'yarn'"]),
         ("llama", {"rope_scaling": {"type": "longrope"}}, ["'longrope'"]),
         ("llama", {"rope_scaling": {"type": "linear"}}, ["rope_scaling.factor", "missing"]),
         ("llama", {"rope_scaling": {"factor": 2.0}}, ["rope_scaling.rope_type", "missing"]),
@@ -175,6 +177,7 @@ def test_end_of_sequence_ids():
         ("llama", {"attention_bias": 1}, ["attention_bias", "true or false"]),
         ("llama", {"eos_token_id": "</s>"}, ["eos_token_id", "'</s>'"]),
         ("llama", {"eos_token_id": [1, True]}, ["eos_token_id"]),
+        ("llama", {"eos_token_id": -2}, ["eos_token_id", "-2"]),
         ("llama", {"bos_token_id": 10**5000}, ["bos_token_id"]),
     ],
 )

@@ -4,14 +4,17 @@ import struct
 import gguf
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, TokenType
 
-from atom_jax.config import RopeConfig
+from atom_jax.checkpoint import load_tokenizer, read_config
+from atom_jax.config import RopeConfig, preset
+from atom_jax.detokenize import detokenize
 from atom_jax.errors import AtomError
 from convert.architectures import expected_tensors, parse_config
+from convert.pipeline import ConvertOptions, convert
 from convert.sources import open_source
 from convert.sources.gguf_config import llama3_divisors
-from tests.convert.tiny import fails, save_gguf, tiny_config, tiny_tensors, to_gguf
+from tests.convert.tiny import fails, save_gguf, tiny_config, tiny_tensors, tiny_vocabulary, to_gguf
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 BOTH = {"attention_bias": True, "mlp_bias": True}
@@ -62,6 +65,35 @@ def test_config_matches_that_of_the_folder_format(path):
     assert open_source(path).config == want
 
 
+@pytest.mark.parametrize("kind", [TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.NORMAL])
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|eot_id|>", "<end_of_turn>"])
+def test_tokens_that_end_a_turn_stop(path, tmp_path, token, kind):
+    config = tiny_config(vocab_size=len(tiny_vocabulary()) + 1)
+    vocabulary = [*tiny_vocabulary(), token]
+    types = [TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (len(vocabulary) - 4) + [kind]
+    metadata = {
+        "tokenizer.ggml.tokens": vocabulary,
+        "tokenizer.ggml.token_type": [int(kind) for kind in types],
+    }
+    save_gguf(path, "llama", to_gguf("llama", tiny_tensors(config), config), config, metadata=metadata)
+    assert open_source(path).config.eos_token_ids == (1, len(vocabulary) - 1)
+    convert(path, tmp_path / "out", ConvertOptions(preset("bf16")))
+    assert read_config(tmp_path / "out").eos_token_ids == (1, len(vocabulary) - 1)
+    tokenizer = load_tokenizer(tmp_path / "out")
+    # one token in a prompt, and no text in an answer
+    assert tokenizer(f"a{token}").input_ids == [vocabulary.index("a"), len(vocabulary) - 1]
+    assert detokenize(tokenizer, [vocabulary.index("a"), len(vocabulary) - 1]) == "a"
+
+
+def test_ids_that_mean_none(path, tmp_path):
+    keys = ("bos_token_id", "eos_token_id", "eot_token_id", "padding_token_id")
+    save(path, metadata={f"tokenizer.ggml.{key}": 2**32 - 1 for key in keys})
+    source = open_source(path)
+    assert source.config.bos_token_id is None and source.config.eos_token_ids == ()
+    source.write_tokenizer(tmp_path / "out")
+    assert "bos_token" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+
+
 def test_folder_with_one_file(path):
     save(path)
     (path.parent / "imatrix.bin").write_bytes(b"of llama.cpp")
@@ -109,6 +141,14 @@ def test_split_with_a_part_missing(parts):
     for given in (files[0], files[2], files[0].parent):
         with fails("one of 3 shards", files[1].name, "missing"):
             open_source(given)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_part_that_is_a_pointer(parts, number):
+    files = parts[0]
+    files[number].write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with fails(files[number], "Git LFS pointer", "git lfs pull"):
+        open_source(files[0])
 
 
 def test_parts_of_something_else(parts, path):
@@ -249,7 +289,8 @@ def test_llama3_divisors_are_those_of_transformers():
         ({"llama.attention.sliding_window": 64}, ["sliding window 64", "128"]),
         ({"llama.attention.value_length": 8}, ["value_length 8", "16"]),
         ({"llama.rope.dimension_count": 8}, ["rope.dimension_count 8", "16"]),
-        ({"llama.rope.scaling.type": "yarn"}, ["'yarn'"]),
+        ({"llama.rope.scaling.type": "yarn"}, ["factor", "missing"]),
+        ({"llama.rope.scaling.type": "longrope"}, ["'longrope'"]),
         ({"llama.rope.scaling.type": "linear"}, ["factor", "missing"]),
         ({"llama.embedding_length": None}, ["hidden_size", "missing"]),
         ({"llama.block_count": 3}, ["model.layers.2.input_layernorm.weight", "missing"]),

@@ -142,6 +142,7 @@ def test_ignore_merges():
         ({"pre": "llama-bpe", "add_bos_token": False}, ["a"]),
         ({"add_bos_token": True, "add_eos_token": True}, ["<|bos|>", "a", "<|eos|>"]),
         ({"add_bos_token": True, "bos_token_id": None}, ["a"]),
+        ({"add_bos_token": True, "bos_token_id": -1}, ["a"]),
     ],
 )
 def test_bos_and_eos(changes, expected):

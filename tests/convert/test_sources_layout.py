@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from convert.sources import open_source
+from convert.sources.layout import find_weights
 from tests.convert.tiny import fails, save_tiny, save_weights, tiny_config, tiny_tensors, write_json
 
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -83,6 +84,50 @@ def test_the_usual_shards_come_first(sharded: Path) -> None:
     save_file({"other": np.ones(3)}, sharded / "consolidated.safetensors")
     save_file({"other": np.ones(3)}, sharded / "model.fp16-00001-of-00001.safetensors")
     check_exact(sharded)
+
+
+ORDER = (
+    "model.safetensors",
+    INDEX,
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model-00001-of-00001.safetensors",
+    "model.fp16.safetensors.index.json",
+    "other.safetensors",
+    "pytorch_model-00001-of-00001.bin",
+    "pytorch_model.fp16.bin.index.json",
+    "other.bin",
+)
+
+
+@pytest.mark.parametrize("first", range(len(ORDER)))
+def test_order_of_sets(first: int) -> None:
+    """The first four are what transformers looks for, in its order."""
+    found = find_weights(reversed(ORDER[first:]), "folder")
+    assert found is not None
+    assert (found.index or found.files[0]) == ORDER[first]
+
+
+def test_shards_without_index_come_after_what_transformers_finds(sharded: Path) -> None:
+    torch = pytest.importorskip("torch")
+    (sharded / INDEX).unlink()
+    other = tiny_tensors(tiny_config(), seed=3)
+    torch.save(
+        {name: torch.from_numpy(array) for name, array in other.items()}, sharded / "pytorch_model.bin"
+    )
+    source = open_source(sharded)
+    np.testing.assert_array_equal(source.tensor(Q), other[Q])
+    (note,) = source.notes
+    assert "read from pytorch_model.bin; not used: model-00001-of-00003.safetensors" in note
+
+
+def test_what_is_no_weights_is_not_called_unused(folder: Path) -> None:
+    for name in ("adapter_model.safetensors", "optimizer.safetensors", "training_args.bin", "imatrix.bin"):
+        (folder / name).write_bytes(b"not looked at")
+    assert open_source(folder).notes == ()
+    (folder / "model-q4.gguf").write_bytes(b"not looked at")
+    (note,) = open_source(folder).notes
+    assert "read from model.safetensors; not used: model-q4.gguf" in note
 
 
 def test_two_sets_of_shards(sharded: Path) -> None:
@@ -234,6 +279,20 @@ def test_transformers_writes_a_model_without_its_head(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     for name, tensor in model.state_dict().items():
         np.testing.assert_array_equal(source.tensor(f"model.{name}"), tensor.numpy())
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_beside_tied_embeddings_under_other_names(tmp_path: Path, same: bool) -> None:
+    folder, tensors = save_tiny(tmp_path, tie_word_embeddings=True), tiny_tensors(tiny_config())
+    if same:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    save_weights(folder, {f"module.{name}": array for name, array in tensors.items()})
+    source = open_source(folder)
+    assert source.config.tie_word_embeddings == same
+    if not same:
+        np.testing.assert_array_equal(source.tensor("lm_head.weight"), tensors["lm_head.weight"])
+        (note,) = source.notes
+        assert "module.lm_head.weight differs from module.model.embed_tokens.weight" in note
 
 
 def test_two_names_for_one_tensor(folder: Path) -> None:

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from atom_jax.checkpoint import read_config, read_tree, shared_path, shared_specs
+from atom_jax.config import preset
 from convert.architectures import expected_tensors
+from convert.card import read_card
+from convert.pipeline import ConvertOptions, convert
 from convert.sources import open_source
 from tests.convert.tiny import (
     CHAT_TEMPLATE,
@@ -20,6 +24,7 @@ from tests.convert.tiny import (
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 INDEX = "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @pytest.fixture
@@ -73,17 +78,140 @@ def test_extra_tensors_are_left_out(folder):
         source.tensor("other")
 
 
-def test_tied_embeddings(tmp_path):
+def test_tied_embeddings(tmp_path, monkeypatch):
     folder = save_tiny(tmp_path, tie_word_embeddings=True)
     assert "lm_head.weight" not in open_source(folder).shapes
     tensors = tiny_tensors(tiny_config())
-    save_weights(folder, tensors)  # some checkpoints hold the tied tensor too
-    assert "lm_head.weight" not in open_source(folder).shapes
+    tensors[HEAD] = tensors[EMBEDDING]  # some checkpoints hold the tied tensor too
+    monkeypatch.setattr("convert.sources.safetensors._BLOCK", 100 * 64)  # compared in three pieces
+    save_weights(folder, tensors, shards=2)
+    (folder / "model.safetensors").unlink()
+    source = open_source(folder)
+    assert HEAD not in source.shapes and source.config.tie_word_embeddings and source.notes == ()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize("element", [0, -1])
+def test_tied_by_the_configuration_alone(tmp_path, dtype, element):
+    folder = save_tiny(tmp_path, tie_word_embeddings=True)
+    tensors = {name: value.astype(dtype) for name, value in tiny_tensors(tiny_config()).items()}
+    tensors[HEAD] = tensors[EMBEDDING].copy()
+    tensors[HEAD].reshape(-1)[element] += dtype(1)
+    save_weights(folder, tensors)
+    source = open_source(folder)
+    assert not source.config.tie_word_embeddings
+    np.testing.assert_array_equal(source.tensor(HEAD), tensors[HEAD].astype(np.float32))
+    (note,) = source.notes
+    assert all(part in note for part in ("model.safetensors", HEAD, EMBEDDING, "not tied"))
+
+
+@pytest.mark.parametrize(
+    ("head", "parts"),
+    [
+        (np.ones((5, 64), np.float32), ["[5, 64]", "expected"]),
+        (np.ones((265, 64), np.int8), ["I8", "BF16"]),
+    ],
+)
+def test_unusable_head_beside_tied_embeddings(tmp_path, head, parts):
+    folder = save_tiny(tmp_path, tie_word_embeddings=True)
+    save_weights(folder, {**tiny_tensors(tiny_config()), HEAD: head})
+    with fails(HEAD, *parts):
+        open_source(folder)
+
+
+def set_of(folder, seed, **options):
+    """Writes a set of weights of its own and returns its Q tensor."""
+    tensors = tiny_tensors(tiny_config(), seed)
+    save_weights(folder, tensors, **options)
+    return tensors[Q]
+
+
+def test_a_single_file_comes_before_an_index(folder):
+    set_of(folder, 1, shards=3)
+    expected = set_of(folder, 2)
+    source = open_source(folder)
+    np.testing.assert_array_equal(source.tensor(Q), expected)
+    (note,) = source.notes
+    assert all(
+        part in note for part in ("model.safetensors;", "not used", "model-00001-of-00003.safetensors")
+    )
+
+
+def test_an_index_comes_before_other_files(folder):
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    expected = set_of(folder, 1, shards=2)
+    source = open_source(folder)
+    np.testing.assert_array_equal(source.tensor(Q), expected)
+    (note,) = source.notes
+    assert all(
+        part in note for part in ("model-00001-of-00002.safetensors and 1 more", "consolidated.safetensors")
+    )
+
+
+def test_safetensors_come_before_pytorch(folder):
+    torch = pytest.importorskip("torch")
+    other = {name: torch.from_numpy(value) for name, value in tiny_tensors(tiny_config(), 5).items()}
+    torch.save(other, folder / "pytorch_model.bin")
+    source = open_source(folder)
+    np.testing.assert_array_equal(source.tensor(Q), tiny_tensors(tiny_config())[Q])
+    assert "not used: pytorch_model.bin" in source.notes[0]
+    # but files that transformers does not look for come after both
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    source = open_source(folder)
+    np.testing.assert_array_equal(source.tensor(Q), other[Q].numpy())
+    assert "read from pytorch_model.bin; not used: other.safetensors" in source.notes[0]
+
+
+@pytest.mark.parametrize("order", [("single", "sharded"), ("sharded", "single")])
+def test_the_order_is_that_of_transformers(folder, order):
+    transformers = pytest.importorskip("transformers")
+    for seed, kind in enumerate(order):
+        set_of(folder, 10 + seed, shards=1 if kind == "single" else 2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    theirs = model.state_dict()[Q].numpy()
+    np.testing.assert_array_equal(open_source(folder).tensor(Q), theirs)
+
+
+def test_notes_are_in_the_card(folder, tmp_path):
+    set_of(folder, 1, shards=2)
+    out = tmp_path / "out"
+    card = convert(folder, out, ConvertOptions(preset("bf16")))
+    assert card["notes"] == list(open_source(folder).notes) == read_card(out)["notes"]
+
+
+def test_an_untied_head_is_converted(tmp_path):
+    folder, out = save_tiny(tmp_path, tie_word_embeddings=True), tmp_path / "out"
+    tensors = tiny_tensors(tiny_config())
+    save_weights(folder, tensors)
+    convert(folder, out, ConvertOptions(preset("bf16")))
+    config = read_config(out)
+    assert not config.tie_word_embeddings
+    head = read_tree(shared_path(out), shared_specs(config))["lm_head"]
+    np.testing.assert_array_equal(head, tensors[HEAD].astype(ml_dtypes.bfloat16))
 
 
 def test_generation_config_adds_stop_tokens(folder):
     write_json(folder / "generation_config.json", {"eos_token_id": [2]})
     assert open_source(folder).config.eos_token_ids == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("token", "generation", "expected"),
+    [
+        ("<|turn|>", None, (1, 2)),
+        ({"content": "<|turn|>", "special": True}, [0, -1, None], (1, 0, 2)),
+        ("<|eos|>", None, (1,)),
+        (None, None, (1,)),
+        ("<|unknown|>", None, (1,)),
+    ],
+)
+def test_tokenizer_adds_its_stop_token(folder, tmp_path, token, generation, expected):
+    path = folder / "tokenizer_config.json"
+    write_json(path, json.loads(path.read_text()) | {"eos_token": token})
+    write_json(folder / "generation_config.json", {"eos_token_id": generation})
+    assert open_source(folder).config.eos_token_ids == expected
+    convert(folder, tmp_path / "out", ConvertOptions(preset("bf16")))
+    assert read_config(tmp_path / "out").eos_token_ids == expected
 
 
 def test_fingerprint(tmp_path, folder):

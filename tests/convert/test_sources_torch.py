@@ -189,6 +189,7 @@ def test_not_finite(folder):
 
 def test_shards_are_checked(folder):
     save_bin(folder, tiny_tensors(tiny_config()), shards=2)
+    (folder / "pytorch_model.bin").unlink()  # it would be taken
     shard: Path = folder / "pytorch_model-00002-of-00002.bin"
     torch.save({}, shard)
     with fails(shard, "missing", INDEX):
@@ -196,6 +197,27 @@ def test_shards_are_checked(folder):
     shard.unlink()
     with fails(INDEX, shard.name, "missing"):
         open_source(folder)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_head_beside_tied_embeddings(tmp_path, same):
+    folder, tensors = save_tiny(tmp_path, tie_word_embeddings=True), tiny_tensors(tiny_config())
+    if same:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    save_bin(folder, tensors)
+    source = open_source(folder)
+    assert source.config.tie_word_embeddings == same == ("lm_head.weight" not in source.shapes)
+    assert len(source.notes) == (not same)
+    if not same:
+        np.testing.assert_array_equal(source.tensor("lm_head.weight"), tensors["lm_head.weight"])
+        assert "pytorch_model.bin" in source.notes[0] and "lm_head.weight" in source.notes[0]
+
+
+def test_a_single_file_comes_before_an_index(folder):
+    save_bin(folder, tiny_tensors(tiny_config(), seed=7), shards=2)
+    source = open_source(folder)
+    np.testing.assert_array_equal(source.tensor(Q), tiny_tensors(tiny_config())[Q])
+    assert "read from pytorch_model.bin; not used: pytorch_model-00001-of-00002.bin" in source.notes[0]
 
 
 def test_without_torch(folder, monkeypatch):

@@ -1,0 +1,96 @@
+"""The tokenizer of a checkpoint: ``tokenizer.json`` as it is, never rebuilt by a class of transformers.
+
+Ids come from the ``tokenizers`` library alone. The classes of transformers that are named after a model
+(``LlamaTokenizer``, ...) build a pipeline of their own around the vocabulary in ``tokenizer.json``, which
+gives other ids than the file's. So no class is looked up here: ``PreTrainedTokenizerFast`` wraps the file's
+pipeline, and tokenizer_config.json only says which tokens are special and what the chat template is.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from atom_jax.errors import AtomError, one_line
+
+TOKENIZER_FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The pipeline in ``tokenizer.json``, without the truncation and padding that may be saved there.
+
+    Raises:
+      AtomError: the file is missing, or is no tokenizer.
+    """
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        raise AtomError(f"{path}: no such file; the folder has no tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise AtomError(f"{path}: not readable as a tokenizer: {one_line(error)}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def token_text(value: Any) -> str | None:
+    """A token in a JSON file of transformers, which is a string or an object with ``content``."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) and value else None
+
+
+def wrap_tokenizer(folder: Path) -> Any:
+    """The tokenizer in ``folder`` as transformers' ``PreTrainedTokenizerFast``.
+
+    Raises:
+      AtomError: a file is missing or damaged.
+    """
+    from transformers import (
+        PreTrainedTokenizerFast,
+    )  # seconds to import, and inspect or eval on ids need none
+
+    tokenizer = read_tokenizer(folder)
+    settings = _settings(folder / SETTINGS_FILE)
+    special = {name: token_text(settings.get(name)) for name in SPECIAL_TOKENS}
+    options: dict[str, Any] = {}
+    for name in ("chat_template", "model_max_length", "padding_side"):
+        if settings.get(name) is not None:
+            options[name] = settings[name]
+    template = folder / TEMPLATE_FILE
+    try:
+        if template.is_file():
+            options["chat_template"] = template.read_text(encoding="utf-8")
+        wrapped = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            clean_up_tokenization_spaces=False,
+            model_input_names=["input_ids", "attention_mask"],
+            **options,
+        )
+        for name, token in special.items():
+            # Set afterwards: given to the constructor, a token that is ordinary text in the file ("!" for
+            # padding) would be cut out of every text, and one that the file does not know get a new id.
+            known = token is not None and tokenizer.token_to_id(token) is not None
+            setattr(wrapped, name, token if known else None)
+        return wrapped
+    except Exception as error:  # transformers raises many types for unusable settings
+        raise AtomError(f"{folder}: not readable: {one_line(error)}") from error
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AtomError(f"{path}: not readable as JSON: {one_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise AtomError(f"{path}: a JSON object expected, found {type(settings).__name__}")
+    return settings
