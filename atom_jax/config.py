@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from typing import Any, Literal
 
-from atom_jax.errors import AtomError
+from atom_jax.errors import AtomError, not_one_of
 
 RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 Scheme = Literal["bf16", "w8a8", "w4a16", "w4a8kv4", "w4a4kv4"]
@@ -111,11 +111,9 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
-            raise AtomError(
-                f"scheme {self.scheme!r} is not supported; supported schemes: {', '.join(SCHEMES)}"
-            )
+            raise not_one_of("scheme", self.scheme, SCHEMES)
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
-            raise AtomError(f"group size {self.group_size} is not supported; use one of {GROUP_SIZES}")
+            raise not_one_of("group size", self.group_size, GROUP_SIZES)
         if self.num_outliers < 0:
             raise AtomError(f"number of outliers must not be negative, found {self.num_outliers}")
         for name, value in FIXED[self.scheme].items():
@@ -133,7 +131,7 @@ class QuantConfig:
             ("kv_groups", Literal[1, 2]),
         ):
             if getattr(self, name) not in typing.get_args(values):
-                raise AtomError(f"{name} {getattr(self, name)!r} is not one of {typing.get_args(values)}")
+                raise not_one_of(name, getattr(self, name), typing.get_args(values))
         if self.center_keys and (self.kv_bits, self.kv_rope) != (4, "post"):
             raise AtomError(
                 "center_keys needs kv_bits 4 and kv_rope 'post', "

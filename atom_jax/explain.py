@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from atom_jax.checkpoint import abstract_params, default_dtype
 from atom_jax.config import ModelConfig
-from atom_jax.errors import AtomError
+from atom_jax.errors import AtomError, not_one_of
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward
 from pallas_kernels import calls
-from pallas_kernels.dispatch import AUTO, REFERENCE, record_choices, use_implementation
+from pallas_kernels.dispatch import AUTO, IMPLEMENTATIONS, REFERENCE, record_choices, use_implementation
 from pallas_kernels.roofline import H200, seconds
 
 
@@ -53,6 +53,8 @@ def explain(
     Raises:
       AtomError: an op does not have that implementation, or it does not serve these shapes.
     """
+    if implementation not in (AUTO, *IMPLEMENTATIONS):
+        raise not_one_of("implementation", implementation, (AUTO, *IMPLEMENTATIONS))
     dtype = default_dtype() if implementation in (AUTO, REFERENCE) else jnp.bfloat16
     params = abstract_params(config, dtype)
     cache = jax.eval_shape(lambda: init_cache(config, batch, context, dtype=dtype))

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from atom_jax.llama import merge
-from atom_jax.perplexity import by_rows, make_windows, start_windows, targets
+from atom_jax.perplexity import by_rows, exp_of_mean, make_windows, start_windows, targets
 
 # Windows shorter than this run several at a time; more would only cost memory on a CPU.
 _BATCH_TOKENS = 512
@@ -234,13 +234,13 @@ def compare(
         if progress is not None:
             progress(int(lengths[: start + batch].sum()), int(lengths.sum()))
     scored = int((lengths - 1).sum())
-    for name, nll in zip("AB", sums, strict=False):
-        if not math.isfinite(nll):
-            raise AtomError(f"the output of model {name} is not finite")
-    nll_a, nll_b, kl, agreed = sums / scored
+    perplexity_a, perplexity_b = (
+        exp_of_mean(float(nll), scored, f"model {name}") for name, nll in zip("AB", sums, strict=False)
+    )
+    kl, agreed = sums[2:] / scored
     return Fidelity(
-        perplexity_a=math.exp(nll_a),
-        perplexity_b=math.exp(nll_b),
+        perplexity_a=perplexity_a,
+        perplexity_b=perplexity_b,
         kl_divergence=float(kl),
         top1_agreement=float(agreed),
         layer_snr_db=None if order is None else tuple(_decibels(*pair) for pair in energies),

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
+from atom_jax.generation import PREFILL_CHUNK
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import Llama, merge
 from pallas_kernels import PagedKVCache
@@ -91,8 +92,26 @@ def window_nll(
 ) -> Float32[Array, ""]:
     """``sum_nll`` of windows that start with an empty cache."""
     model = merge(params, config)
-    hidden, _ = model.hidden(tokens, *start_windows(model, tokens, lengths))
-    return sum_nll(model.logits, hidden, tokens, lengths)
+    return sum_nll(model.logits, hidden_in_chunks(model, tokens, lengths), tokens, lengths)
+
+
+def hidden_in_chunks(
+    model: Llama, tokens: Int32[Array, "batch seq"], lengths: Int32[Array, " batch"]
+) -> Float[Array, "batch seq hidden"]:
+    """What the head reads, computed as in ``generate``: chunks bound the memory of attention scores."""
+    batch, seq = tokens.shape
+    chunk = min(seq, PREFILL_CHUNK)
+    tokens = jnp.pad(tokens, ((0, 0), (0, -seq % chunk)))
+    positions, cache = start_windows(model, tokens, lengths)
+
+    def run(cache, piece):
+        some_tokens, some_positions = piece
+        hidden, cache = model.hidden(some_tokens, some_positions, cache)
+        return cache, hidden
+
+    pieces = [x.reshape(batch, -1, chunk).swapaxes(0, 1) for x in (tokens, positions)]
+    _, hidden = lax.scan(run, cache, tuple(pieces))
+    return hidden.swapaxes(0, 1).reshape(*tokens.shape, -1)[:, :seq]
 
 
 def start_windows(
@@ -129,6 +148,26 @@ def make_windows(
     return windows, np.minimum(seq_len, ids.size - starts).astype(np.int32)
 
 
+def exp_of_mean(nll: float, tokens: int, whose: str) -> float:
+    """The perplexity of ``tokens`` tokens whose negative log-likelihoods (nats) sum to ``nll``.
+
+    Args:
+      whose: the model's name in errors.
+
+    Raises:
+      AtomError: ``nll`` is not finite, or the perplexity is beyond the range of float64.
+    """
+    if not math.isfinite(nll):
+        raise AtomError(f"the output of {whose} is not finite, so it has no perplexity")
+    try:
+        return math.exp(nll / tokens)
+    except OverflowError:
+        raise AtomError(
+            f"the mean loss of {whose} is {nll / tokens:.0f} nats a token, a perplexity that no float holds; "
+            "are its weights damaged?"
+        ) from None
+
+
 def perplexity(
     params: nnx.State,
     tokens: Sequence[int] | np.ndarray,
@@ -149,7 +188,8 @@ def perplexity(
       progress: called with (tokens done, tokens in all) after each window.
 
     Raises:
-      AtomError: fewer than two tokens, ids out of range, or a window length the model does not have.
+      AtomError: fewer than two tokens, ids out of range, a window length the model does not have, or an
+        output of which there is no perplexity.
     """
     windows, lengths = make_windows(tokens, config=config, seq_len=seq_len, max_tokens=max_tokens)
     started = time.perf_counter()
@@ -162,4 +202,5 @@ def perplexity(
         if progress is not None:
             progress(int(lengths[: row + 1].sum()), int(lengths.sum()))
     scored = int((lengths - 1).sum())
-    return PerplexityResult(math.exp(total / scored), scored, time.perf_counter() - started)
+    value = exp_of_mean(total, scored, "the model")
+    return PerplexityResult(value, scored, time.perf_counter() - started)

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from atom_jax.config import ModelConfig
-from atom_jax.generation import PREFILL_CHUNK, bucket
-from atom_jax.llama import Llama, merge
-from atom_jax.perplexity import by_rows, start_windows
+from atom_jax.generation import bucket
+from atom_jax.llama import merge
+from atom_jax.perplexity import by_rows, hidden_in_chunks
 
 
 class Scored(NamedTuple):
@@ -24,24 +23,6 @@ class Scored(NamedTuple):
 
     log_likelihood: float
     is_greedy: bool
-
-
-def _hidden(
-    model: Llama, tokens: Int32[Array, "batch seq"], lengths: Int32[Array, " batch"]
-) -> Float[Array, "batch seq hidden"]:
-    """``model.hidden`` in chunks, which bounds the memory of attention scores as in ``generate``."""
-    batch, seq = tokens.shape
-    chunk = min(seq, PREFILL_CHUNK)
-    positions, cache = start_windows(model, tokens, lengths)
-
-    def run(cache, piece):
-        some_tokens, some_positions = piece
-        hidden, cache = model.hidden(some_tokens, some_positions, cache)
-        return cache, hidden
-
-    pieces = [x.reshape(batch, -1, chunk).swapaxes(0, 1) for x in (tokens, positions)]
-    _, hidden = lax.scan(run, cache, tuple(pieces))
-    return hidden.swapaxes(0, 1).reshape(batch, seq, -1)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -63,7 +44,7 @@ def score_batch(
       targets: ids; any where the result does not matter.
     """
     model = merge(params, config)
-    hidden = jnp.take_along_axis(_hidden(model, tokens, lengths), columns[..., None], axis=1)
+    hidden = jnp.take_along_axis(hidden_in_chunks(model, tokens, lengths), columns[..., None], axis=1)
 
     def scores(hidden: Array, targets: Array) -> tuple[Array, Array]:
         log = jax.nn.log_softmax(model.logits(hidden), axis=-1)

@@ -2,11 +2,12 @@
 
 import typer
 
-from atom_jax.cli.console import ReportingCommand
+from atom_jax.cli.console import ResumingCommand, prepare_process
 from atom_jax.cli.convert import convert
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command(cls=ReportingCommand)(convert)
+app.command(cls=ResumingCommand)(convert)
 
 if __name__ == "__main__":
+    prepare_process()
     app(prog_name="python -m convert")

@@ -370,5 +370,5 @@ class _Conversion:
 
         seq_len = min(SEQ_LEN, config.max_position_embeddings)
         return streamed_perplexity(
-            layers(), shared, tokens, config=config, seq_len=seq_len, report=self._stage(stage)
+            layers, shared, tokens, config=config, seq_len=seq_len, report=self._stage(stage)
         )

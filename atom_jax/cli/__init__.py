@@ -25,24 +25,24 @@ from atom_jax.cli import (
     inspect,
     serve,
 )
-from atom_jax.cli.console import ReportingCommand
+from atom_jax.cli.console import ReportingCommand, ResumingCommand, prepare_process
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("convert", cls=ReportingCommand)(convert.convert)
+app.command("convert", cls=ResumingCommand)(convert.convert)
 app.command("generate", cls=ReportingCommand)(generate.generate)
 app.command("serve", cls=ReportingCommand)(serve.serve)
-app.command("batch", cls=ReportingCommand)(batch.batch)
+app.command("batch", cls=ResumingCommand)(batch.batch)
 app.command("eval", cls=ReportingCommand)(evaluate.evaluate)
 app.command("compare", cls=ReportingCommand)(compare.compare)
-app.command("ablate", cls=ReportingCommand)(ablate.ablate)
+app.command("ablate", cls=ResumingCommand)(ablate.ablate)
 app.command("inspect", cls=ReportingCommand)(inspect.inspect)
 app.command("explain", cls=ReportingCommand)(explain.explain)
 app.command("doctor", cls=ReportingCommand)(doctor.doctor)
-app.command("demo", cls=ReportingCommand)(demo.demo)
+app.command("demo", cls=ResumingCommand)(demo.demo)
 
 
 def _print_version(wanted: bool) -> None:
@@ -66,4 +66,5 @@ def main() -> None:
     """The console script ``atom-jax`` and ``python -m atom_jax``."""
     # The tokenizer needs no torch; without this transformers says so on every start.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    prepare_process()
     app(prog_name="atom-jax")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -16,6 +20,7 @@ from typer.core import TyperCommand
 from atom_jax.errors import AtomError
 
 EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
@@ -26,12 +31,42 @@ stderr = Console(stderr=True)
 stdout = Console()
 
 
+def prepare_process() -> None:
+    """What a process of the command line needs before it runs a command. For entry points."""
+    for stream in (sys.stdout, sys.stderr):
+        # Whatever the encoding of the terminal or the file lacks is written as its code, not as an error.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    # Python's own handler is not there where the signal is ignored, as in the background of a shell.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """The first Ctrl-C ends the command in order; another one does not wait for that."""
+    signal.signal(signal.SIGINT, _leave)
+    raise KeyboardInterrupt
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    stderr.show_cursor()
+    os._exit(EXIT_INTERRUPTED)
+
+
 class ReportingCommand(TyperCommand):
-    """Turns what a user can cause into one line ``error: ...`` and status 2; a bug keeps its traceback."""
+    """Turns what a user can cause into one line ``error: ...`` and status 2; a bug keeps its traceback.
+
+    Ctrl-C is one line, too, and status 130.
+    """
+
+    interrupted = "interrupted"
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            note(self.interrupted)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
         except BrokenPipeError:
             raise  # the reader of our output is gone (`| head`): typer ends quietly
         except AtomError as error:
@@ -46,6 +81,12 @@ class ReportingCommand(TyperCommand):
                 raise
             message = f"out of memory: {str(error).splitlines()[0]}"
         fail(message)
+
+
+class ResumingCommand(ReportingCommand):
+    """A command that keeps on disk what it has done so far."""
+
+    interrupted = "interrupted; the same command goes on where this one stopped"
 
 
 def fail(message: str) -> NoReturn:
@@ -63,8 +104,12 @@ def _os_error(error: OSError) -> str:
 
 def print_json(data: dict[str, Any]) -> None:
     """The result of a command for machines: one object, on stdout."""
-    json.dump(data, sys.stdout, indent=2, ensure_ascii=False)
-    sys.stdout.write("\n")
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(data, indent=2)  # JSON has its own way to write any character in ASCII
+    sys.stdout.write(f"{text}\n")
 
 
 def note(message: str) -> None:

@@ -120,18 +120,19 @@ def encode_prompt(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
     """Token ids of a prompt, or of a first message to an assistant.
 
     Raises:
-      AtomError: no tokens, or no chat template (or one that fails).
+      AtomError: no tokens, not Unicode, or no chat template (or one that fails).
     """
     if chat:
-        from jinja2 import TemplateError
+        from atom_jax.chat import chat_text
 
-        if not tokenizer.chat_template:
-            raise AtomError("the model has no chat template; leave --chat out")
-        messages = [{"role": "user", "content": text}]
         try:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
-            raise AtomError(f"the model's chat template fails: {error}") from error
+            text = chat_text(tokenizer, [{"role": "user", "content": text}])
+        except AtomError as error:
+            raise AtomError(f"{error}; leave --chat out") from error
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are no text, or half of a pair in JSON
+        raise AtomError(f"prompt {text!r} is not valid Unicode") from None
     # The template writes the special tokens itself. verbose: our own error says when a prompt is too long.
     ids = tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids
     if not ids:

@@ -21,9 +21,10 @@ from atom_jax.cli.engine import (
     load_engine,
     served_name,
 )
-from atom_jax.errors import AtomError
+from atom_jax.errors import AtomError, not_one_of
 
 _LIMITS = "Limits"
+_LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 
 
 def serve(
@@ -62,8 +63,8 @@ def serve(
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(module) is None:
             raise AtomError(f"the server needs {module}: pip install 'atom-jax[serve]'")
-    if log_level not in ("critical", "error", "warning", "info", "debug"):
-        raise AtomError(f"log level {log_level!r} is not one of critical, error, warning, info, debug")
+    if log_level not in _LOG_LEVELS:
+        raise not_one_of("log level", log_level, _LOG_LEVELS)
 
     from atom_jax.server.app import Service
     from atom_jax.server.config import ServerConfig

@@ -6,7 +6,9 @@ import dataclasses
 import secrets
 from typing import Any
 
+from atom_jax.chat import chat_text
 from atom_jax.engine import RequestParams
+from atom_jax.errors import AtomError
 from atom_jax.server.errors import ApiError
 from atom_jax.server.protocol import ApiRequest, ChatCompletionRequest
 
@@ -65,15 +67,10 @@ def _ids(prompts: list[str] | list[list[int]], tokenizer: Any) -> list[list[int]
 
 
 def _chat_ids(request: ChatCompletionRequest, tokenizer: Any) -> list[int]:
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise ApiError(400, "the model has no chat template; use /v1/completions", param="messages")
-    messages = [message.for_template() for message in request.messages]
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise ApiError(400, f"the model's chat template refuses: {error}", param="messages") from error
+        text = chat_text(tokenizer, [message.for_template() for message in request.messages])
+    except AtomError as error:
+        raise ApiError(400, f"{error}; /v1/completions needs no template", param="messages") from error
     # The template writes the special tokens itself.
     return _encode(text, tokenizer, special=False)
 

@@ -136,6 +136,37 @@ class TestGenerate:
         settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": None}))
         fails("generate", copy, "--chat", "--prompt", "the", parts=["chat template", "--chat"])
 
+    @pytest.mark.parametrize(
+        ("template", "part"),
+        [
+            ("{{ raise_exception('no system role') }}", "no system role"),
+            ("{{ messages[0].content.nothing() }}", "nothing"),
+            ("{{ messages[7].role }}", "no element 7"),
+            ("{{ 1 // 0 }}", "zero"),
+            ("{{ messages | sort(attribute='x') | join(1, 2, 3, 4) }}", "chat template fails"),
+            ("{% for message in messages %}", "chat template fails"),
+            ("{{ 'a' * 10 + 1 }}", "chat template fails"),
+            ([{"name": "tool_use", "template": "a"}, {"name": "rag", "template": "b"}], "default"),
+        ],
+    )
+    def test_chat_template_that_fails(self, checkpoint, tmp_path, template, part):
+        """A template is the vendor's program: whatever it raises is one line."""
+        copy = tmp_path / "copy"
+        shutil.copytree(checkpoint, copy)
+        (copy / "tokenizer" / "chat_template.jinja").unlink(missing_ok=True)
+        settings = copy / "tokenizer" / "tokenizer_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
+        parts = ["the model's chat template fails", part, "leave --chat out"]
+        fails("generate", copy, "--chat", "--prompt", "the", parts=parts)
+
+    @pytest.mark.parametrize("options", [(), ("--chat",)])
+    def test_prompt_that_is_not_unicode(self, checkpoint, options, tmp_path):
+        """Bytes that are no UTF-8 on the command line, and half of a pair in a file."""
+        (tmp_path / "half.jsonl").write_text('{"prompt": "\\ud800"}')
+        bytes_of_the_shell = b"\xff".decode(errors="surrogateescape")
+        for prompt in (("--prompt", bytes_of_the_shell), ("--prompts-file", tmp_path / "half.jsonl")):
+            fails("generate", checkpoint, *prompt, *options, parts=["not valid Unicode"])
+
     def test_not_a_checkpoint(self, original, tmp_path):
         fails("generate", tmp_path / "no", "--prompt", "the", parts=[tmp_path / "no"])
         fails("generate", original, "--prompt", "the", parts=[original, "atom-jax convert"])

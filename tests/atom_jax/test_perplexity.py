@@ -1,4 +1,4 @@
-"""Perplexity equals a direct computation with transformers."""
+"""Perplexity equals a direct computation with transformers, and what has none is an error."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from atom_jax import compare
 from atom_jax.errors import AtomError
+from atom_jax.generation import PREFILL_CHUNK
+from atom_jax.llama import make_params
 from atom_jax.perplexity import perplexity
+from convert import streaming
 from convert.float_model import load_float
 from convert.sources import open_source
+from convert.streaming import streamed_perplexity
 from tests.atom_jax.hf import hf_logits, make_hf
-from tests.atom_jax.models import tiny_config
+from tests.atom_jax.models import tiny_config, tiny_params, tiny_tree
 
 SEQ = 50
 IDS = np.random.default_rng(0).integers(0, 160, 3 * SEQ + 7)
@@ -71,6 +76,80 @@ def test_more_rows_than_one_piece_of_the_head(models: tuple[Any, Any, Any]) -> N
     model, config, params = models
     result = perplexity(params, IDS[:150], config=config, seq_len=150)
     assert result.perplexity == pytest.approx(reference(model, IDS[:150], 150)[0], rel=1e-5)
+
+
+def test_windows_longer_than_a_chunk(tmp_path: Path) -> None:
+    """They are computed in chunks of prefill, here one and a part of another."""
+    count = PREFILL_CHUNK + 70
+    model = make_hf("Llama", {"max_position_embeddings": 1024})
+    model.save_pretrained(tmp_path)
+    config, params = load_float(open_source(tmp_path))
+    ids = np.random.default_rng(1).integers(0, 160, count + 30)
+    result = perplexity(params, ids, config=config, seq_len=count)
+    expected, scored = reference(model, ids, count)
+    assert (result.tokens, result.perplexity) == (scored, pytest.approx(expected, rel=1e-5))
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (1e5, "the mean loss of the model is [0-9]{4,} nats"),
+        (np.nan, "the output of the model is not finite"),
+    ],
+)
+def test_no_perplexity(scale: float, message: str) -> None:
+    """Beyond exp(709) there is no float64, and of no number no perplexity."""
+    config = tiny_config()
+    tree = tiny_tree(config)
+    params = make_params(config, {**tree, "lm_head": tree["lm_head"] * scale})
+    with pytest.raises(AtomError, match=message):
+        perplexity(params, IDS, config=config, seq_len=SEQ)
+    with pytest.raises(AtomError, match=message.replace("the model", "model B")):
+        compare(tiny_params(config), params, IDS, config_a=config, config_b=config, seq_len=SEQ)
+    layers = [{name: value[layer] for name, value in tree["layers"].items()} for layer in range(2)]
+    shared = {name: value for name, value in tree.items() if name != "layers"}
+    shared["lm_head"] = shared["lm_head"] * scale
+    with pytest.raises(AtomError, match=message.replace("the model", config.architecture)):
+        streamed_perplexity(lambda: layers, shared, IDS, config=config, seq_len=SEQ)
+
+
+def test_streamed_perplexity_of_a_text_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The residual stream of a part of the text is in memory; the value is that of the whole."""
+    config = tiny_config()
+    tree = tiny_tree(config)
+    layers = [{name: value[layer] for name, value in tree["layers"].items()} for layer in range(2)]
+    shared = {name: value for name, value in tree.items() if name != "layers"}
+    sizes: list[int] = []
+    reports: list[tuple[int, int]] = []
+
+    def measure() -> Any:
+        return streamed_perplexity(
+            lambda: layers,
+            shared,
+            IDS,
+            config=config,
+            seq_len=SEQ,
+            report=lambda done, total: reports.append((done, total)),
+        )
+
+    whole = measure()
+    assert reports == [(1, 2), (2, 2)]
+    reports.clear()
+    monkeypatch.setattr(streaming, "_RESIDUAL_TOKENS", 2 * SEQ + 1)
+    plain = streaming.embed
+
+    def embed(embedding: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        sizes.append(tokens.size)
+        return plain(embedding, tokens)
+
+    monkeypatch.setattr(streaming, "embed", embed)
+    parts = measure()
+    assert sizes == [2 * SEQ, 2 * SEQ]
+    assert reports == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert parts.tokens == whole.tokens
+    assert parts.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
+    direct = perplexity(tiny_params(config), IDS, config=config, seq_len=SEQ)
+    assert parts.perplexity == pytest.approx(direct.perplexity, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,27 @@
+"""Messages of a chat as the text that a model was trained to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from atom_jax.errors import AtomError
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    """The model's chat template applied to ``messages``, special tokens and the start of an answer included.
+
+    Args:
+      tokenizer: of transformers.
+      messages: each with "role" and "content".
+
+    Raises:
+      AtomError: there is no template, none of several is the default, or it fails on these messages.
+    """
+    if not tokenizer.chat_template:
+        raise AtomError("the model has no chat template")
+    try:
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except Exception as error:
+        # A template is a program of the model's author: it may refuse the messages, and fail in any way.
+        raise AtomError(f"the model's chat template fails: {error or type(error).__name__}") from error
