@@ -34,6 +34,7 @@ def not_one_of(what: str, value: object, choices: Iterable[object]) -> AtomError
 
 def did_you_mean(value: object, names: Iterable[str]) -> str:
     """``; did you mean NAME?``, or nothing where no name is near enough to ``value``."""
-    by_lower_case = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(str(value).lower(), by_lower_case, n=1)
+    by_lower_case, wrong = {name.lower(): name for name in names}, str(value).lower()
+    begun = [name for name in by_lower_case if wrong and name.startswith(wrong)]
+    near = begun or difflib.get_close_matches(wrong, by_lower_case, n=1)
     return f"; did you mean {by_lower_case[near[0]]}?" if near else ""

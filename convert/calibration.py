@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from atom_jax.errors import AtomError
+from atom_jax.errors import AtomError, did_you_mean
 from atom_jax.tokenizer import read_tokenizer
 from convert.help_topics import help_topics
 from convert.self_sampling import sample_tokens
@@ -103,7 +103,10 @@ def _dataset_text(name: str, characters: int) -> str:
     try:
         datasets = importlib.import_module("datasets")  # an extra: absent where types are checked
     except ImportError:
-        raise AtomError(f"{name}: to calibrate on a data set install atom-jax[datasets]") from None
+        raise AtomError(
+            f"{name}: no such file; to calibrate on a data set install atom-jax[datasets]"
+            f"{did_you_mean(name, [SAMPLED])}"
+        ) from None
     path, _, config = name.partition(":")
     pieces: list[str] = []
     try:
@@ -124,7 +127,7 @@ def _dataset_text(name: str, characters: int) -> str:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise AtomError(
             f"{name}: neither a file nor a data set that can be read ({reason}); "
-            "without a network give a text file"
+            f"without a network give a text file{did_you_mean(name, [SAMPLED])}"
         ) from error
     return "\n\n".join(pieces)
 

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from atom_jax.cli.console import JsonOption, note, print_json, progress_bars, stdout
+from atom_jax.cli.convert import CALIBRATION_DEFAULT, CALIBRATION_HELP, RevisionOption
 
 _DATA = "Data and evaluation"
 _WIDEST = 300  # characters of the table
@@ -38,8 +39,8 @@ def ablate(
     calib: Annotated[
         str | None,
         typer.Option(
-            help="Calibration text: a file (text or JSON Lines) or an org/name data set; "
-            "built-in English and text sampled from the model if not given, 'sampled' for the latter alone.",
+            help=CALIBRATION_HELP,
+            show_default=CALIBRATION_DEFAULT,
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -50,15 +51,15 @@ def ablate(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Text to measure perplexity on, may be repeated; Python's help and a module if not given.",
-            show_default=False,
+            help="Text to measure perplexity on, may be repeated.",
+            show_default="Python's help and one of its modules",
             rich_help_panel=_DATA,
         ),
     ] = None,
     eval_tokens: Annotated[
         int, typer.Option(help="Tokens of each text to use.", min=2, rich_help_panel=_DATA)
     ] = 4096,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    revision: RevisionOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Add the ideas of the method to SRC one after the other and measure what each buys.

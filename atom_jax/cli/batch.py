@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from atom_jax.cli.console import JsonOption, note, print_json, stderr
+from atom_jax.cli.console import LOG_SECONDS, JsonOption, note, print_json, stderr
 from atom_jax.cli.engine import (
     CheckpointArgument,
     DeterministicOption,
@@ -85,7 +85,7 @@ def batch(
 
 @contextmanager
 def _bar() -> Iterator[Callable[[BatchProgress], None]]:
-    """Draws results done and tokens per second on stderr while the block runs; nothing in a log."""
+    """Draws results done and tokens per second on stderr while the block runs; in a log, some lines."""
     columns = (
         TextColumn("requests"),
         BarColumn(),
@@ -93,12 +93,18 @@ def _bar() -> Iterator[Callable[[BatchProgress], None]]:
         TextColumn("{task.fields[rate]:.0f} tokens/s"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress:
+    live = stderr.is_terminal
+    with Progress(*columns, console=stderr, disable=not live) as progress:
         task = progress.add_task("", rate=0.0)
-        started = time.perf_counter()
+        started = last_line = progress.get_time()
 
         def report(now: BatchProgress) -> None:
-            rate = now.tokens / (time.perf_counter() - started)
+            nonlocal last_line
+            moment = progress.get_time()
+            rate = now.tokens / (moment - started)
             progress.update(task, completed=now.done, total=now.total, rate=rate)
+            if not live and moment - last_line >= LOG_SECONDS:
+                note(f"requests: {now.done} of {now.total}, {rate:.0f} tokens/s")
+                last_line = moment
 
         yield report

@@ -32,7 +32,7 @@ def compare(
     ],
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Use only that many tokens from the start.", min=2)
+        int | None, typer.Option(help="Use only that many tokens from the start.", min=2, show_default="all")
     ] = None,
     json_output: JsonOption = False,
 ) -> None:

@@ -22,6 +22,9 @@ from atom_jax.errors import AtomError
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
+# Where there is no terminal, a stage that takes longer than this says how far it is.
+LOG_SECONDS = 10.0
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 # (stage, done, total); stages come one after the other.
@@ -119,7 +122,10 @@ def note(message: str) -> None:
 
 @contextlib.contextmanager
 def progress_bars() -> Iterator[Report]:
-    """Draws one bar a stage on stderr while the block runs; in a log, a line when a stage is done."""
+    """Draws one bar a stage on stderr while the block runs.
+
+    In a log, a line when a stage is done, and some lines about one that takes longer.
+    """
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -129,10 +135,10 @@ def progress_bars() -> Iterator[Report]:
     live = stderr.is_terminal
     progress = Progress(*columns, console=stderr)
     tasks: dict[str, TaskID] = {}
-    last_report = progress.get_time()
+    last_report = last_line = progress.get_time()
 
     def report(stage: str, done: int, total: int) -> None:
-        nonlocal last_report
+        nonlocal last_report, last_line
         if stage not in tasks:
             if live:
                 progress.start()  # not earlier: bars that never come would leave an empty line
@@ -142,9 +148,11 @@ def progress_bars() -> Iterator[Report]:
             # The first report of a stage comes when some of it, and its compilation, is done already.
             progress.tasks[-1].start_time = last_report
         progress.update(tasks[stage], completed=done, total=total)
-        if done == total and not live:
-            note(f"{stage}: {progress.tasks[-1].elapsed or 0:.1f} s")
         last_report = progress.get_time()
+        if not live and (done == total or last_report - last_line >= LOG_SECONDS):
+            elapsed = f"{progress.tasks[-1].elapsed or 0:.1f} s"
+            note(f"{stage}: {elapsed}" if done == total else f"{stage}: {done} of {total}, {elapsed}")
+            last_line = last_report
 
     try:
         yield report

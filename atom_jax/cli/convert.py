@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from atom_jax.cli.console import JsonOption, format_bytes, note, print_json, progress_bars
+from atom_jax.config import FIXED, SCHEMES, preset
 from atom_jax.errors import AtomError
 
+_SCHEME = "w4a4kv4"
 # What a setting that was chosen is called.
 _SETTINGS = {"group_size": "groups of", "num_outliers": "number of outliers"}
 _WEIGHTS, _CACHE, _DATA = "Weights and activations", "KV cache", "Data and evaluation"
 
 
-class Reorder(StrEnum):
-    """Where the order of input channels is applied."""
+CALIBRATION_HELP = (
+    "Calibration text: a file (text or JSON Lines), an org/name data set, or 'sampled' from the model alone."
+)
+CALIBRATION_DEFAULT = "built-in English and text sampled from the model"
+RevisionOption = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit on the Hub.", show_default="the repository's own default"),
+]
 
-    FOLDED = "folded"
-    PER_LAYER = "per_layer"
-    NONE = "none"
 
-
-class KvRope(StrEnum):
-    """Whether keys are quantized before or after the rotary embedding."""
-
-    PRE = "pre"
-    POST = "post"
+def _default(setting: str) -> str:
+    """The default of a setting of the recipe, for ``--help``: that of the default scheme, then others."""
+    names = {None: "searched", True: "on", False: "off"}
+    by_value: dict[str, list[str]] = {}
+    for scheme in (_SCHEME, *(each for each in SCHEMES if each != _SCHEME)):
+        if setting not in FIXED[scheme]:
+            value = getattr(preset(scheme), setting)
+            text = names[value] if value is None or isinstance(value, bool) else str(value)
+            by_value.setdefault(text, []).append(scheme)
+    first, *others = by_value
+    return "; ".join([first, *(f"{value} in {', '.join(by_value[value])}" for value in others)])
 
 
 def convert(
@@ -44,70 +53,99 @@ def convert(
     ],
     scheme: Annotated[
         str, typer.Option(help="w4a4kv4 (Atom), w4a8kv4, w4a16, w8a8 or bf16 (not quantized).")
-    ] = "w4a4kv4",
+    ] = _SCHEME,
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="Channels that share a scale: 32, 64 or 128; if not given, 128 where that suits the model.",
+            help="Channels that share a scale: 32, 64 or 128.",
+            show_default=f"{_default('group_size')} where that suits the model",
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,
     num_outliers: Annotated[
         str | None,
         typer.Option(
-            help="Channels kept in 8 bits; if not given, 128 where that suits the model; "
-            "auto keeps as few as the activations allow.",
+            help="Channels kept in 8 bits; auto keeps as few as the activations allow.",
             metavar="INTEGER|auto",
+            show_default=f"{_default('num_outliers')} where that suits the model",
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,
     clip_w: Annotated[
         float | None,
         typer.Option(
-            help="Clipping of weights, (0, 1]; w4a4kv4 searches it for each group and output channel "
-            "if not given.",
+            help="Clipping of weights, (0, 1]; searched is for each group and output channel.",
+            show_default=_default("clip_w"),
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,
     clip_a: Annotated[
-        float | None, typer.Option(help="Clipping of activations, (0, 1].", rich_help_panel=_WEIGHTS)
+        float | None,
+        typer.Option(
+            help="Clipping of activations, (0, 1].", show_default=_default("clip_a"), rich_help_panel=_WEIGHTS
+        ),
     ] = None,
     gptq: Annotated[
         bool | None,
-        typer.Option("--gptq/--no-gptq", help="Compensate rounding errors.", rich_help_panel=_WEIGHTS),
+        typer.Option(
+            "--gptq/--no-gptq",
+            help="Compensate rounding errors.",
+            show_default=_default("gptq"),
+            rich_help_panel=_WEIGHTS,
+        ),
     ] = None,
     migrate: Annotated[
         bool | None,
         typer.Option(
             "--migrate/--no-migrate",
             help="Move scales between activations and weights where that makes the error smaller.",
+            show_default=_default("migrate"),
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,
     reorder: Annotated[
-        Reorder | None,
-        typer.Option(help="One order of channels for all layers, or one a layer.", rich_help_panel=_WEIGHTS),
+        str | None,
+        typer.Option(
+            metavar="folded|per_layer|none",
+            help="One order of channels for all layers, or one a layer.",
+            show_default=_default("reorder"),
+            rich_help_panel=_WEIGHTS,
+        ),
     ] = None,
     rotate: Annotated[
         bool | None,
         typer.Option(
             "--rotate/--no-rotate",
             help="Spread hot channels over all of them first.",
+            show_default=_default("rotate"),
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,
-    kv_bits: Annotated[int | None, typer.Option(help="4 or 16.", rich_help_panel=_CACHE)] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="4 or 16.", show_default=_default("kv_bits"), rich_help_panel=_CACHE)
+    ] = None,
     kv_groups: Annotated[
-        int | None, typer.Option(help="Scales a cached head has: 1 or 2.", rich_help_panel=_CACHE)
+        int | None,
+        typer.Option(
+            help="Scales a cached head has: 1 or 2.",
+            show_default=_default("kv_groups"),
+            rich_help_panel=_CACHE,
+        ),
     ] = None,
     kv_rope: Annotated[
-        KvRope | None,
-        typer.Option(help="Quantize keys before or after RoPE.", rich_help_panel=_CACHE),
+        str | None,
+        typer.Option(
+            metavar="pre|post",
+            help="Quantize keys before or after RoPE.",
+            show_default=_default("kv_rope"),
+            rich_help_panel=_CACHE,
+        ),
     ] = None,
     smooth_keys: Annotated[
         float | None,
         typer.Option(
-            help="Even out key channels, from 0 (off) to 1; searched for each kv head if not given.",
+            help="Even out key channels, from 0 (off) to 1; searched is for each kv head.",
+            show_default=_default("smooth_keys"),
             rich_help_panel=_CACHE,
         ),
     ] = None,
@@ -116,37 +154,36 @@ def convert(
         typer.Option(
             "--center-keys/--no-center-keys",
             help="Remove the mean of the keys before INT4; needs --kv-bits 4 and --kv-rope post.",
+            show_default=_default("center_keys"),
             rich_help_panel=_CACHE,
         ),
     ] = None,
     calib: Annotated[
         str | None,
         typer.Option(
-            help="Calibration text: a file (text or JSON Lines) or an org/name data set; "
-            "built-in English and text sampled from the model if not given, 'sampled' for the latter alone.",
+            help=CALIBRATION_HELP,
+            show_default=CALIBRATION_DEFAULT,
             rich_help_panel=_DATA,
         ),
     ] = None,
-    calib_tokens: Annotated[
-        int | None, typer.Option(help="Tokens to calibrate on.", rich_help_panel=_DATA)
-    ] = None,
+    calib_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.", rich_help_panel=_DATA)] = 8192,
     seed: Annotated[
         int, typer.Option(help="Of sampled text.", min=0, max=2**32 - 1, rich_help_panel=_DATA)
     ] = 0,
     eval_text: Annotated[
         Path | None,
-        typer.Option(help="Text to measure perplexity on, before and after.", rich_help_panel=_DATA),
+        typer.Option(
+            help="Text to measure perplexity on, before and after.",
+            show_default="none",
+            rich_help_panel=_DATA,
+        ),
     ] = None,
-    eval_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of it to use.", rich_help_panel=_DATA)
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    eval_tokens: Annotated[int, typer.Option(help="Tokens of it to use.", rich_help_panel=_DATA)] = 8192,
+    revision: RevisionOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Convert SRC (safetensors, PyTorch or GGUF) to a checkpoint in the folder OUT."""
-    # First what needs no JAX, so that a wrong option is answered at once.
-    from atom_jax.config import FIXED, preset
-
+    # First what does not import the converter, so that a wrong option is answered at once.
     auto_outliers = num_outliers == "auto"
     changes = _given(
         group_size=group_size,
@@ -155,11 +192,11 @@ def convert(
         clip_a=clip_a,
         gptq=gptq,
         migrate=migrate,
-        reorder=None if reorder is None else reorder.value,
+        reorder=reorder,
         rotate=rotate,
         kv_bits=kv_bits,
         kv_groups=kv_groups,
-        kv_rope=None if kv_rope is None else kv_rope.value,
+        kv_rope=kv_rope,
         smooth_keys=smooth_keys,
         center_keys=center_keys,
     )
@@ -173,12 +210,13 @@ def convert(
     options = ConvertOptions(
         quantization=quantization,
         calibration=calib,
+        calibration_tokens=calib_tokens,
         seed=seed,
         eval_text=eval_text,
+        eval_tokens=eval_tokens,
         revision=revision,
         auto_outliers=auto_outliers,
         flexible=flexible,
-        **_given(calibration_tokens=calib_tokens, eval_tokens=eval_tokens),
     )
     with progress_bars() as report:
         card = run(src, out, options, report)
@@ -196,6 +234,11 @@ def convert(
                 f"{number}: {error:.4f}" for number, error in outliers["relative_error"].items()
             )
             note(f"{outliers['chosen']} outliers chosen; relative error by their number: {errors}")
+        if measured := card.get("perplexity"):
+            note(
+                f"perplexity of {eval_text}: {measured['before']:.4f} before, {measured['after']:.4f} after "
+                f"({measured['ratio']:.4f} times), over {measured['tokens']} tokens"
+            )
         note(f"{out}: {scheme} checkpoint, {format_bytes(size)}; details: atom-jax inspect {out}")
 
 

@@ -21,7 +21,8 @@ _NEW_TOKENS = 96
 
 def demo(
     folder: Annotated[
-        Path | None, typer.Option("--dir", help="Keeps the checkpoints; in the cache if not given.")
+        Path | None,
+        typer.Option("--dir", help="Keeps the checkpoints.", show_default="in the user's cache folder"),
     ] = None,
     prompt: Annotated[str, typer.Option(help="What to ask the model.")] = _PROMPT,
     json_output: JsonOption = False,

@@ -21,13 +21,13 @@ CheckpointArgument = Annotated[
 ]
 ModelNameOption = Annotated[
     str | None,
-    typer.Option(help="What requests call the model; the folder's name if not given.", show_default=False),
+    typer.Option(help="What requests call the model.", show_default="the folder's name"),
 ]
 MemoryOption = Annotated[
     float | None,
     typer.Option(
         help="For weights and cache together; what the weights leave becomes cache pages.",
-        show_default=False,
+        show_default="weights and 4 GiB, or less",
         rich_help_panel=_ENGINE,
     ),
 ]
@@ -42,7 +42,7 @@ MaxModelLenOption = Annotated[
     typer.Option(
         help="Most tokens of a prompt and its answer together.",
         min=2,
-        show_default=False,
+        show_default="the model's, at most 4096",
         rich_help_panel=_ENGINE,
     ),
 ]

@@ -24,32 +24,42 @@ def evaluate(
         Path | None,
         typer.Option(
             help='UTF-8 text, or JSON Lines (.jsonl) with a "text" each.',
-            show_default=False,
+            show_default="none",
             rich_help_panel=_TEXT,
         ),
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.", rich_help_panel=_TEXT)] = 512,
     max_tokens: Annotated[
         int | None,
-        typer.Option(help="Use only that many tokens from the start.", min=2, rich_help_panel=_TEXT),
+        typer.Option(
+            help="Use only that many tokens from the start.",
+            min=2,
+            show_default="all",
+            rich_help_panel=_TEXT,
+        ),
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Names, separated by commas.", show_default=False, rich_help_panel=_TASKS),
+        typer.Option(help="Names, separated by commas.", show_default="none", rich_help_panel=_TASKS),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Use only that many examples of each.", min=1, rich_help_panel=_TASKS)
+        int | None,
+        typer.Option(
+            help="Use only that many examples of each.", min=1, show_default="all", rich_help_panel=_TASKS
+        ),
     ] = None,
     num_fewshot: Annotated[
         int | None,
         typer.Option(
-            help="Solved examples before each; the task's own number if not given.",
+            help="Solved examples before each.",
             min=0,
+            show_default="the task's own number",
             rich_help_panel=_TASKS,
         ),
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option(help="Folder with tasks of your own.", rich_help_panel=_TASKS)
+        Path | None,
+        typer.Option(help="Folder with tasks of your own.", show_default="none", rich_help_panel=_TASKS),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences at a time.", min=1, rich_help_panel=_TASKS)] = 8,
     json_output: JsonOption = False,

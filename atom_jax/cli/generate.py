@@ -27,12 +27,17 @@ def generate(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CKPT", help="Converted checkpoint.", show_default=False)
     ],
+    text: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="Text to continue.", show_default=False)
+    ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Repeat it for a batch.", show_default=False)
+        list[str] | None, typer.Option(help="Another prompt; repeat it for a batch.", show_default="none")
     ] = None,
     prompts_file: Annotated[
         Path | None,
-        typer.Option(help='One prompt a line; in a .jsonl file, the "prompt" of each line.'),
+        typer.Option(
+            help='One prompt a line; in a .jsonl file, the "prompt" of each line.', show_default="none"
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="For each prompt.")] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
@@ -50,12 +55,14 @@ def generate(
     ] = 0,
     stop_id: Annotated[
         list[int] | None,
-        typer.Option(help="Token that ends a text, besides the model's own; repeatable.", show_default=False),
+        typer.Option(
+            help="Token that ends a text, besides the model's own; repeatable.", show_default="none"
+        ),
     ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Continue one or more prompts."""
-    prompts = _prompts(prompt or [], prompts_file)
+    prompts = _prompts(([] if text is None else [text]) + (prompt or []), prompts_file)
 
     from atom_jax import SamplingParams, load
 
@@ -85,7 +92,7 @@ def generate(
 def _prompts(given: list[str], file: Path | None) -> list[str]:
     prompts = given + (_read_prompts(file) if file is not None else [])
     if not prompts:
-        raise AtomError("no prompt: give --prompt TEXT or --prompts-file FILE")
+        raise AtomError("no prompt: give TEXT after the checkpoint, --prompt TEXT or --prompts-file FILE")
     return prompts
 
 

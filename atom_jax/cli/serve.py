@@ -37,7 +37,7 @@ def serve(
         typer.Option(
             help="Requests must bring it. Others on the machine can read a command line, not the variable.",
             envvar="ATOM_JAX_API_KEY",
-            show_default=False,
+            show_default="none is asked for",
         ),
     ] = None,
     memory_gb: MemoryOption = None,

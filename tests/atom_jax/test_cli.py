@@ -1,11 +1,15 @@
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+import typer
+from typer.core import TyperGroup, TyperOption
 from typer.testing import CliRunner
 
 import atom_jax
@@ -102,6 +106,11 @@ class TestConvert:
         ("options", "parts"),
         [
             ("--scheme w2a2", ["'w2a2'", "bf16", "w8a8", "w4a4kv4"]),
+            ("--scheme w4a4", ["'w4a4'", "did you mean w4a4kv4?"]),
+            ("--scheme W8A8", ["'W8A8'", "did you mean w8a8?"]),
+            ("--reorder perlayer", ["reorder 'perlayer' is not one of", "did you mean per_layer?"]),
+            ("--kv-rope pst", ["kv_rope 'pst' is not one of pre, post", "did you mean post?"]),
+            ("--kv-groups 3", ["kv_groups 3 is not one of 1, 2"]),
             ("--scheme w8a8 --num-outliers 64", ["w8a8 has no setting num_outliers"]),
             ("--scheme w8a8 --num-outliers auto", ["w8a8 has no setting num_outliers"]),
             ("--num-outliers many", ["--num-outliers", "'many'", "'auto'"]),
@@ -115,6 +124,24 @@ class TestConvert:
     def test_unsupported_options(self, made, tmp_path, options, parts):
         assert len(fails("convert", "SRC", tmp_path / "out", *options.split(), parts=parts)) == 1
         assert made == []
+
+    def test_measured_perplexity_is_printed(self, monkeypatch, tmp_path, text):
+        card = {"perplexity": {"before": 20.0, "after": 25.0, "ratio": 1.25, "tokens": 99}}
+        monkeypatch.setattr("convert.pipeline.convert", lambda src, out, *args: card)
+        result = run("convert", "SRC", tmp_path / "out", "--eval-text", text)
+        expected = f"perplexity of {text}: 20.0000 before, 25.0000 after (1.2500 times), over 99 tokens"
+        assert expected in result.stderr.splitlines()
+
+    def test_a_long_stage_reports_without_a_terminal(self, made, monkeypatch, tmp_path):
+        monkeypatch.setattr(console, "LOG_SECONDS", 0.0)
+        first, second, *_ = run("convert", "SRC", tmp_path / "out").stderr.splitlines()
+        assert re.fullmatch(r"first: 1 of 2, [\d.]+ s", first)
+        assert re.fullmatch(r"second: [\d.]+ s", second)
+
+    def test_a_short_stage_reports_its_end(self, made, monkeypatch, tmp_path):
+        monkeypatch.setattr(console, "LOG_SECONDS", math.inf)
+        only, *_ = run("convert", "SRC", tmp_path / "out").stderr.splitlines()
+        assert re.fullmatch(r"second: [\d.]+ s", only)
 
     def test_for_real(self, original, text, tmp_path):
         out = tmp_path / "out"
@@ -208,6 +235,30 @@ class TestProgram:
             assert command in shown
             assert "--json" in run(command, "--help").stdout
         assert "serve" in shown
+
+    def test_help_shows_every_default(self):
+        """What is asked for when an option is left out; a switch without a counterpart is off."""
+        group = typer.main.get_command(app)
+        assert isinstance(group, TyperGroup)
+        context = group.make_context("atom-jax", ["--help"], resilient_parsing=True)
+        shown = 0
+        for name, command in group.commands.items():
+            for option in command.get_params(context):
+                if not isinstance(option, TyperOption) or option.required:
+                    continue
+                if option.is_flag and not option.secondary_opts:
+                    assert not option.default, option.name
+                    continue
+                record = option.get_help_record(context)
+                assert record is not None and "default: " in record[1], f"{name} --{option.name}: {record}"
+                shown += 1
+        assert shown > 60
+
+    def test_defaults_of_the_recipe(self):
+        shown = " ".join(run("convert", "--help").stdout.replace("│", " ").split())
+        assert "[default: (4; 16 in bf16, w8a8, w4a16)]" in shown
+        assert "[default: (on; off in bf16, w8a8, w4a16)]" in shown  # --center-keys
+        assert "[default: (searched)]" in shown
 
     def test_version(self):
         assert run("--version").stdout == f"atom-jax {atom_jax.__version__}\n"

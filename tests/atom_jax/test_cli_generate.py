@@ -29,6 +29,15 @@ class TestGenerate:
         assert result.stdout == text + "\n"
         assert "tokens/s" in result.stderr
 
+    def test_prompt_after_the_checkpoint(self, checkpoint):
+        options = ("--max-new-tokens", 8)
+        want = run("generate", checkpoint, "--prompt", PROMPT, *options).stdout
+        assert run("generate", checkpoint, PROMPT, *options).stdout == want
+        both = run_json("generate", checkpoint, PROMPT, "--prompt", "12", *options)["results"]
+        assert [result["prompt"] for result in both] == [PROMPT, "12"]
+        # Words without quotes are a mistake, not prompts of their own.
+        assert "extra argument" in run("generate", checkpoint, "the", "tin", status=2).stderr
+
     def test_text_comes_piece_by_piece(self, checkpoint, monkeypatch):
         """Each step's text is written before the next step is taken."""
         model = load(checkpoint)

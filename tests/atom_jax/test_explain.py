@@ -92,3 +92,4 @@ def test_command(checkpoint):
     assert {line["op"]: line["count"] for line in shown["decode"]}["kv_append"] == 1
     assert "kv_append" in run("explain", checkpoint).stdout
     fails("explain", checkpoint, "--implementation", "abacus", parts=["abacus", "reference"])
+    fails("explain", checkpoint, "--implementation", "mosaic_sm80", parts=["did you mean mosaic_sm90?"])

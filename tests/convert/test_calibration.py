@@ -137,6 +137,8 @@ def test_dataset_that_cannot_be_read(
     monkeypatch.setitem(sys.modules, "datasets", None)
     with fails("org/name", "install atom-jax[datasets]"):
         convert(sources["llama"], tmp_path / "out", options)
+    with fails("sample:", "no such file", "did you mean sampled?"):
+        convert(sources["llama"], tmp_path / "out", dataclasses.replace(options, calibration="sample"))
     assert not list(tmp_path.iterdir())
 
 

@@ -98,6 +98,7 @@ def test_soak(server):
 
 class TestCommand:
     def test_wrong_options(self, checkpoint, monkeypatch):
+        fails("serve", checkpoint, "--log-level", "warn", parts=["log level 'warn'", "did you mean warning?"])
         fails("serve", checkpoint, "--request-timeout", 0, parts=["request_timeout"])
         fails("serve", checkpoint, "--host", "256.0.0.1", parts=["256.0.0.1"])
         fails("serve", checkpoint, "--port", 0, "--memory-gb", 1e-6, parts=["--memory-gb", "weights"])
