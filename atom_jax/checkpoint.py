@@ -33,7 +33,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from atom_jax.config import ModelConfig
-from atom_jax.errors import AtomError
+from atom_jax.errors import AtomError, WriteError
 from atom_jax.kernel_check import check_kernels
 from atom_jax.llama import index_shapes, linear_shapes, make_params, vector_shapes
 from atom_jax.tokenizer import wrap_tokenizer
@@ -116,14 +116,14 @@ def write_tree(path: Path, tree: Tree) -> None:
     """Writes one Orbax item; ``path`` exists afterwards complete or not at all.
 
     Raises:
-      AtomError: it cannot be written, e.g. because the disk is full.
+      WriteError: it cannot be written, e.g. because the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _silent_orbax(), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path.absolute(), tree, force=True)
     except Exception as error:  # Orbax and TensorStore raise many types where a write fails
-        raise AtomError(f"{path}: cannot be written: {_one_line(error)}") from error
+        raise WriteError(f"{path}: cannot be written: {_one_line(error)}") from error
 
 
 def read_tree(path: Path, specs: Specs) -> Tree:

@@ -15,7 +15,7 @@ from jaxtyping import Int32
 
 from atom_jax.checkpoint import CARD_FILE, CONFIG_FILE, TOKENIZER_FOLDER, load
 from atom_jax.config import QuantConfig, preset
-from atom_jax.errors import AtomError
+from atom_jax.errors import AtomError, WriteError
 from atom_jax.perplexity import perplexity
 from convert.calibration import encode
 from convert.card import versions
@@ -151,6 +151,8 @@ def _convert(gguf: Path, out: Path, options: ConvertOptions, progress: Progress)
     """Converts, in the place of what an earlier version of the program made of it."""
     try:
         convert(gguf, out, options, progress)
+    except WriteError:
+        raise
     except AtomError:
         # Only what a conversion wrote is removed, whatever folder the user chose.
         old = [out] if (out / CARD_FILE).is_file() else []

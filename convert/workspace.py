@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from atom_jax.errors import AtomError
+from atom_jax.errors import AtomError, WriteError
 
 
 class Workspace:
@@ -33,6 +33,11 @@ class Workspace:
 
     def path(self, name: str) -> Path:
         return self.root / "work" / name
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to go on with."""
+        return any(path.name != "job.json" for path in self.path("").iterdir())
 
     def write_json(self, name: str, data: Any) -> None:
         _replace(self.path(name), lambda file: file.write(json.dumps(data).encode()))
@@ -77,6 +82,7 @@ def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             write(file)
         os.replace(temporary, path)
     except OSError as error:  # a failed write does not say of which file
+        temporary.unlink(missing_ok=True)  # it may be what fills the disk
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
@@ -91,7 +97,8 @@ def _write_array(file: BinaryIO, array: np.ndarray) -> None:
 def open_workspace(out: Path, job: dict[str, Any]) -> Iterator[Workspace]:
     """The workspace of ``job``, found again if an earlier run of the same job did not end.
 
-    An error that ends the conversion removes the workspace; a kill or an interrupt leaves it, to go on.
+    A kill, an interrupt or a file that cannot be written leaves the workspace, to go on, unless nothing is
+    in it yet; any other error that ends the conversion removes it.
 
     Args:
       out: folder to make; must not exist, or be empty.
@@ -99,7 +106,7 @@ def open_workspace(out: Path, job: dict[str, Any]) -> Iterator[Workspace]:
 
     Raises:
       AtomError: OUT exists, another process works on it, there is an unfinished conversion of another job,
-        or a file cannot be written.
+        or (WriteError) a file cannot be written.
     """
     root = _partial(out)
     _check_free(out)
@@ -119,7 +126,14 @@ def open_workspace(out: Path, job: dict[str, Any]) -> Iterator[Workspace]:
                     folder.mkdir()
                 workspace.write_json("job.json", job)
             yield workspace
-        except (AtomError, OSError):
+        except (WriteError, OSError) as error:
+            if not workspace.begun:
+                _remove(root)
+                raise
+            raise WriteError(
+                f"{_reason(error, root)}; what is done is kept in {root}: the same command goes on"
+            ) from error
+        except AtomError:
             _remove(root)
             raise
 
@@ -145,11 +159,17 @@ def _check_free(out: Path) -> None:
 
 @contextlib.contextmanager
 def _one_error(root: Path) -> Iterator[None]:
-    """Whatever the file system refuses is an AtomError that names the file, or else ``root``."""
+    """Whatever the file system refuses is a WriteError that names the file, or else ``root``."""
     try:
         yield
     except OSError as error:
-        raise AtomError(f"{error.filename or root}: {error.strerror or error}") from error
+        raise WriteError(_reason(error, root)) from error
+
+
+def _reason(error: OSError | WriteError, root: Path) -> str:
+    if isinstance(error, WriteError):
+        return str(error)
+    return f"{error.filename or root}: {error.strerror or error}"
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import pickle
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from atom_jax.config import QuantConfig, preset
+from atom_jax.errors import AtomError
 from convert import pipeline, workspace
 from convert.pipeline import convert
 from convert.workspace import Workspace
@@ -152,7 +154,7 @@ def test_killed_while_an_error_cleans_up(
     out = tmp_path / "out"
 
     def fail(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise AtomError("something is wrong with the source")
 
     def remove_half(root: Path, **kwargs: Any) -> None:
         if root == partial(out):
@@ -170,6 +172,63 @@ def test_killed_while_an_error_cleans_up(
     convert(job[0], out, job[1])
     assert_same(contents(out), expected)
     assert not partial(out).exists()
+
+
+@pytest.mark.parametrize("kind", ["write_array", "write_tree", "write_json", "write_config", "write_card"])
+def test_full_disk_once(
+    kind: str,
+    job: tuple[Path, Any],
+    expected: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was done before the last write of each kind failed is not done again."""
+    written: list[str] = []
+    fail_at: int | None = None
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def write(*args: Any, **kwargs: Any) -> Any:
+            nonlocal fail_at
+            if len(written) == fail_at:
+                fail_at = None
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written.append(name)
+            return function(*args, **kwargs)
+
+        return write
+
+    for owner, names in (
+        (Workspace, ("write_array", "write_json")),
+        (pipeline, ("write_tree", "write_config", "write_card")),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
+    convert(job[0], tmp_path / "whole", job[1])
+    all_writes = list(written)
+    written.clear()
+    last = len(all_writes) - 1 - all_writes[::-1].index(kind)
+    fail_at = last
+    out = tmp_path / "out"
+    with fails(os.strerror(errno.ENOSPC), partial(out), "the same command goes on"):
+        convert(job[0], out, job[1])
+    assert not out.exists() and partial(out).exists()
+    written.clear()
+    convert(job[0], out, job[1])
+    assert len(written) < len(all_writes) / 2
+    assert_same(contents(out), expected)
+    assert not partial(out).exists()
+
+
+def test_full_disk_before_anything_is_done(
+    job: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Workspace, "write_array", full)  # of the calibration
+    with fails(os.strerror(errno.ENOSPC)):
+        convert(job[0], tmp_path / "out", job[1])
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_process_at_a_time(job: tuple[Path, Any], tmp_path: Path) -> None:
