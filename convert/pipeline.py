@@ -105,8 +105,8 @@ def convert(
       The accuracy card, also in ``out``.
 
     Raises:
-      AtomError: the source, an option or a text cannot be used, or ``out`` exists and is not empty. Nothing is
-        left behind.
+      AtomError: the source, an option or a text cannot be used, or ``out`` exists and is not empty. Nothing
+        is left behind.
       WriteError: the disk is full, or the like; what is done is kept, as after a kill.
     """
     report = progress or (lambda stage, done, total: None)
