@@ -9,7 +9,13 @@ import typer
 from rich.table import Table
 
 from atom_jax.cli.console import JsonOption, note, print_json, progress_bars, stdout
-from atom_jax.cli.convert import CALIBRATION_DEFAULT, CALIBRATION_HELP, RevisionOption
+from atom_jax.cli.convert import (
+    CALIBRATION_DEFAULT,
+    CALIBRATION_HELP,
+    GROUP_SIZE_DEFAULT,
+    NUM_OUTLIERS_DEFAULT,
+    RevisionOption,
+)
 
 _DATA = "Data and evaluation"
 _WIDEST = 300  # characters of the table
@@ -28,13 +34,11 @@ def ablate(
     ],
     group_size: Annotated[
         int | None,
-        typer.Option(
-            help="Channels that share a scale: 32, 64 or 128; if not given, 128 where that suits the model."
-        ),
+        typer.Option(help="Channels that share a scale: 32, 64 or 128.", show_default=GROUP_SIZE_DEFAULT),
     ] = None,
     num_outliers: Annotated[
         int | None,
-        typer.Option(help="Channels kept in 8 bits; if not given, 128 where that suits the model."),
+        typer.Option(help="Channels kept in 8 bits.", show_default=NUM_OUTLIERS_DEFAULT),
     ] = None,
     calib: Annotated[
         str | None,

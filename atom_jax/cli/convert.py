@@ -40,6 +40,10 @@ def _default(setting: str) -> str:
     return "; ".join([first, *(f"{value} in {', '.join(by_value[value])}" for value in others)])
 
 
+GROUP_SIZE_DEFAULT = f"{_default('group_size')} where that suits the model"
+NUM_OUTLIERS_DEFAULT = f"{_default('num_outliers')} where that suits the model"
+
+
 def convert(
     src: Annotated[
         str,
@@ -58,7 +62,7 @@ def convert(
         int | None,
         typer.Option(
             help="Channels that share a scale: 32, 64 or 128.",
-            show_default=f"{_default('group_size')} where that suits the model",
+            show_default=GROUP_SIZE_DEFAULT,
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,
@@ -67,7 +71,7 @@ def convert(
         typer.Option(
             help="Channels kept in 8 bits; auto keeps as few as the activations allow.",
             metavar="INTEGER|auto",
-            show_default=f"{_default('num_outliers')} where that suits the model",
+            show_default=NUM_OUTLIERS_DEFAULT,
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,
