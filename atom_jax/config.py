@@ -167,6 +167,9 @@ class ModelConfig:
 
     ``qkv_bias``/``o_bias``/``mlp_bias`` say which projections carry a bias (Qwen2: only the first;
     Llama with attention_bias: the first two); ``qk_norm`` is Qwen3's RMSNorm over head_dim.
+
+    ``windows`` is the sliding window of each layer: a query at position p sees the keys at p - window + 1 to
+    p. None is a layer that sees the whole context; empty means that all do.
     """
 
     architecture: str
@@ -185,9 +188,23 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     quantization: QuantConfig = QuantConfig(scheme="bf16", kv_bits=16, num_outliers=0, gptq=False)
+
+    def __post_init__(self) -> None:
+        if self.windows and len(self.windows) != self.num_layers:
+            raise AtomError(f"windows of {len(self.windows)} layers in a model of {self.num_layers}")
+        for window in self.windows:
+            if window is not None and (type(window) is not int or window < 1):
+                raise AtomError(f"a window must be a positive integer, or null, found {window!r}")
+
+    @property
+    def longest_window(self) -> int | None:
+        """How many of the last positions any layer sees; None where a layer sees all."""
+        bounded = [window for window in self.windows if window is not None]
+        return max(bounded) if bounded and len(bounded) == self.num_layers else None
 
     @property
     def q_size(self) -> int:
@@ -200,6 +217,10 @@ class ModelConfig:
     def replace(self, **changes: Any) -> ModelConfig:
         return dataclasses.replace(self, **changes)
 
+    def of_layer(self, layer: int) -> ModelConfig:
+        """The configuration of a model that is this one layer."""
+        return self.replace(num_layers=1, windows=self.windows[layer : layer + 1])
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -211,6 +232,7 @@ class ModelConfig:
             data["rope"] = RopeConfig(**data["rope"])
             data["quantization"] = QuantConfig(**data["quantization"])
             data["eos_token_ids"] = tuple(data["eos_token_ids"])
+            data["windows"] = tuple(data.get("windows", ()))  # older checkpoints have no such key
             return cls(**data)
         except (KeyError, TypeError) as error:
             raise AtomError(f"model configuration is not readable: {error}") from error

@@ -19,6 +19,8 @@ from pallas_kernels import PagedKVCache, kv_append, paged_attention
 from pallas_kernels.norm_quantize.reference import rms_norm
 
 Capture = dict[str, Array]
+# The window of a layer that sees everything: longer than any sequence, and position - window is an int32.
+_UNBOUNDED = 2**30
 
 
 class Step(NamedTuple):
@@ -38,6 +40,16 @@ def make_step(positions: Int32[Array, "batch seq"], cache: PagedKVCache, config:
     if cache.kv_rope == "pre":
         key_rope = rope_table(jnp.arange(cache.max_length), config.rope, config.head_dim)
     return Step(positions, cache.slots(positions), cos, sin, key_rope)
+
+
+def layer_window(config: ModelConfig, layer: Int32[Array, ""]) -> Int32[Array, ""] | None:
+    """The sliding window of a layer as data, so that one program serves all layers; None if none has one."""
+    windows = [_UNBOUNDED if window is None else window for window in config.windows]
+    if min(windows, default=_UNBOUNDED) == _UNBOUNDED:
+        return None
+    if len(set(windows)) == 1:
+        return jnp.int32(windows[0])  # looked up in an array, it would be a launch a layer
+    return jnp.asarray(windows, jnp.int32)[layer]
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -102,6 +114,7 @@ class Layer(nnx.Module):
         """The residual stream after the layer, and the cache with this layer's keys and values.
 
         Args:
+          layer: index in the cache, and in the windows of the configuration.
           capture: filled with the input of each linear (calibration; float weights only).
         """
         config, param = self.config, self.param
@@ -127,7 +140,14 @@ class Layer(nnx.Module):
             eps=config.rms_norm_eps,
         )
         q = q.reshape(*step.positions.shape, config.num_heads, config.head_dim)
-        attended = paged_attention(q, cache, layer=layer, positions=step.positions, key_rope=step.key_rope)
+        attended = paged_attention(
+            q,
+            cache,
+            layer=layer,
+            positions=step.positions,
+            key_rope=step.key_rope,
+            window=layer_window(config, layer),
+        )
         attended = attended.reshape(x.shape[0], config.q_size)
         x = project("o", attention_input(attended, param("o_proj"), param("o_indices"), config), residual=x)
 

@@ -2,7 +2,7 @@
 
 Nothing in a ``config.json`` is trusted. Every value that decides what the model computes is read with its
 type and range checked, and a feature that Atom-JAX does not compute is an error that names it: silently
-converting, say, a sliding window to full attention would give a model that is wrong only on long prompts.
+converting, say, chunked attention to full attention would give a model that is wrong only on long prompts.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ class Family:
       mlp_bias: whether the key ``mlp_bias`` is read.
       qk_norm: RMSNorm over head_dim on queries and keys.
       default_kv_heads: whether a missing ``num_key_value_heads`` means one per query head (Llama 1).
-      default_window: the sliding window that Hugging Face assumes where the key is missing.
+      windows: which layers have the sliding window: "never", "all" or "config" (``use_sliding_window``, and
+        ``layer_types`` or ``max_window_layers``).
     """
 
     attention_bias: str = "never"
     mlp_bias: bool = False
     qk_norm: bool = False
     default_kv_heads: bool = False
-    default_window: int | None = None
+    windows: str = "never"
 
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(attention_bias="config", mlp_bias=True, default_kv_heads=True),
-    "MistralForCausalLM": Family(default_window=4096),
-    "Qwen2ForCausalLM": Family(attention_bias="qkv"),
-    "Qwen3ForCausalLM": Family(attention_bias="config", qk_norm=True),
+    "MistralForCausalLM": Family(windows="all"),
+    "Qwen2ForCausalLM": Family(attention_bias="qkv", windows="config"),
+    "Qwen3ForCausalLM": Family(attention_bias="config", qk_norm=True, windows="config"),
 }
 # A model that was saved without its head: it converts where the head is the embedding.
 HEADLESS = {name.replace("ForCausalLM", "Model"): name for name in FAMILIES}
@@ -53,6 +54,10 @@ MODEL_TYPES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+# What transformers takes where the keys are missing.
+_DEFAULT_WINDOW = 4096
+_DEFAULT_MAX_WINDOW_LAYERS = 28
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 _REQUIRED = object()
 
 
@@ -146,7 +151,6 @@ def parse_config(hf: dict[str, Any], *, where: str) -> ModelConfig:
     family = FAMILIES[architecture]
     _reject_unsupported(reader)
     max_positions = reader.integer("max_position_embeddings")
-    _reject_sliding_window(reader, architecture, family, max_positions)
     num_heads = reader.integer("num_attention_heads")
     num_kv_heads = _num_kv_heads(reader, family, num_heads)
     num_layers = reader.integer("num_hidden_layers")
@@ -172,6 +176,7 @@ def parse_config(hf: dict[str, Any], *, where: str) -> ModelConfig:
         o_bias=bias,
         mlp_bias=family.mlp_bias and reader.boolean("mlp_bias"),
         qk_norm=family.qk_norm,
+        windows=_windows(reader, family, num_layers, max_positions),
         bos_token_id=next(iter(_token_ids(reader, "bos_token_id", vocab_size)), None),
         eos_token_ids=_token_ids(reader, "eos_token_id", vocab_size),
     )
@@ -249,24 +254,44 @@ def _reject_unsupported(reader: _Reader) -> None:
         raise reader.fail("hidden_act", f"{_show(activation)} is not supported; supported: 'silu'")
 
 
-def _reject_sliding_window(reader: _Reader, architecture: str, family: Family, max_positions: int) -> None:
-    """Raises AtomError where a layer attends to less than the whole context."""
-    if architecture == "MistralForCausalLM":
-        window = reader.optional_integer("sliding_window", family.default_window)
-        if window is not None and window < max_positions:
-            raise reader.fail(
-                "sliding_window", f"{window} < max_position_embeddings {max_positions}: not supported"
-            )
-    if reader.boolean("use_sliding_window"):
-        raise reader.fail("use_sliding_window", "true is not supported: only full attention is")
-    layer_types = reader.data.get("layer_types")
-    if layer_types is not None:
-        if not isinstance(layer_types, list):
-            raise reader.fail("layer_types", f"must be a list, found {_show(layer_types)}")
-        for kind in layer_types:
-            # Mistral has no use for the key; its window is decided above.
-            if kind != "full_attention" and architecture != "MistralForCausalLM":
-                raise reader.fail("layer_types", f"names {_show(kind)}; only 'full_attention' is supported")
+def _windows(reader: _Reader, family: Family, num_layers: int, max_positions: int) -> tuple[int | None, ...]:
+    """The sliding window of each layer, as transformers reads them; empty where no layer loses anything."""
+    if family.windows == "all":  # has no use for the other keys, and transformers ignores them
+        window = reader.optional_integer("sliding_window", _DEFAULT_WINDOW)
+        windows = (window,) * num_layers
+    else:
+        used = reader.boolean("use_sliding_window")
+        if used and family.windows == "never":
+            raise reader.fail("use_sliding_window", "true is not supported for this architecture")
+        window = reader.optional_integer("sliding_window", _DEFAULT_WINDOW) if used else None
+        first = num_layers
+        if window is not None:
+            first = reader.integer("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS, minimum=0)
+        kinds = _layer_types(reader, num_layers)
+        if kinds is None:
+            kinds = [_SLIDING if layer >= first else _FULL for layer in range(num_layers)]
+        if window is None and _SLIDING in kinds:
+            raise reader.fail("layer_types", f"names {_SLIDING!r}, but no sliding_window is in use")
+        windows = tuple(window if kind == _SLIDING else None for kind in kinds)
+    # A window as long as the context hides nothing.
+    windows = tuple(None if window is None or window >= max_positions else window for window in windows)
+    return windows if any(windows) else ()
+
+
+def _layer_types(reader: _Reader, num_layers: int) -> list[str] | None:
+    """The kind of attention of each layer; None where the configuration does not name them."""
+    kinds = reader.data.get("layer_types")
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list):
+        raise reader.fail("layer_types", f"must be a list, found {_show(kinds)}")
+    for kind in kinds:
+        if kind not in (_FULL, _SLIDING):
+            supported = f"supported: {_FULL!r}, {_SLIDING!r}"
+            raise reader.fail("layer_types", f"names {_show(kind)}, which is not supported; {supported}")
+    if len(kinds) != num_layers:
+        raise reader.fail("layer_types", f"names {len(kinds)} layers, num_hidden_layers is {num_layers}")
+    return kinds
 
 
 def _num_kv_heads(reader: _Reader, family: Family, num_heads: int) -> int:

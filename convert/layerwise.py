@@ -61,7 +61,9 @@ def residual_order(
         params = on_device(read_layer(source, layer))
         energies = {name: jnp.zeros(size) for name, size in projections(config).items()}
         for batch in batches(x):
-            batch[...], energies = run_windows_with_energies(params, batch, energies, config=config)
+            batch[...], energies = run_windows_with_energies(
+                params, batch, energies, config=config.of_layer(layer)
+            )
         for name in ("qkv", "gate_up"):
             share = np.asarray(energies[name], np.float64)
             total += np.sqrt(share / max(share.sum(), 1e-30))
@@ -83,7 +85,7 @@ def mean_hessians(
 
     Args:
       windows: the residual stream before the layer.
-      config: of the float model.
+      config: of the float layer.
     """
     params = on_device(tree)
     totals = {name: jnp.zeros((size, size)) for name, size in projections(config).items()}
@@ -107,8 +109,8 @@ def quantize_on_windows(
     Args:
       tree: a float layer whose residual stream is in its final order.
       windows: the residual stream before the layer; not looked at if the recipe needs no calibration.
-      float_config: of the float model.
-      config: of the checkpoint.
+      float_config: of the float layer.
+      config: of the same layer of the checkpoint.
 
     Raises:
       AtomError: a linear that cannot be quantized; the message names it.

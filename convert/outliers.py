@@ -105,12 +105,12 @@ def outlier_errors(
     errors = []
     for layer in range(config.num_layers):
         params = on_device(read_layer(source, layer))
-        for name, rows in projection_inputs(params, x, config=config).items():
+        for name, rows in projection_inputs(params, x, config=config.of_layer(layer)).items():
             measured = _errors(params[f"{name}_proj"], rows, numbers=numbers, quantization=quantization)
             errors.append(np.asarray(measured, np.float64))
             if not np.isfinite(errors[-1]).all():
                 raise AtomError(f"layer {layer}: {name}_proj: its output or its inputs are not finite")
-        advance(params, x, config)
+        advance(params, x, config.of_layer(layer))
         report(layer + 1, config.num_layers)
     return dict(zip(numbers, np.mean(errors, axis=0).tolist(), strict=True))
 

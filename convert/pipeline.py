@@ -331,7 +331,7 @@ class _Conversion:
                 params = tree
             write_tree(layer_path(workspace.checkpoint, layer), stored_form(params, layer_specs(config)))
             if windows.size:
-                advance(params, windows, config)
+                advance(params, windows, config.of_layer(layer))
                 if not np.isfinite(windows).all():
                     raise AtomError(f"layer {layer}: the output of the quantized layer is not finite")
                 workspace.write_array(f"residual-{layer + 1:04d}.npy", windows)
@@ -346,7 +346,12 @@ class _Conversion:
         self, layer: int, tree: dict[str, np.ndarray], windows: Float32[np.ndarray, "windows seq hidden"]
     ) -> tuple[dict[str, Any], dict[str, float]]:
         try:
-            return quantize_on_windows(tree, windows, float_config=self.source.config, config=self.config)
+            return quantize_on_windows(
+                tree,
+                windows,
+                float_config=self.source.config.of_layer(layer),
+                config=self.config.of_layer(layer),
+            )
         except AtomError as error:
             raise AtomError(f"layer {layer}: {error}") from error
 

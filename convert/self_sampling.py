@@ -77,20 +77,18 @@ def sample_tokens(
         return params
 
     rounds = -(-num_tokens // (BATCH * SEQUENCE_LENGTH))
-    one_layer = config.replace(num_layers=1)
+    configs = [config.of_layer(layer) for layer in range(config.num_layers)]
     pieces = []
     for piece in range(rounds):
         key = jax.random.fold_in(jax.random.key(seed), piece)
         token = jax.random.randint(key, (BATCH,), 0, config.vocab_size, jnp.int32)
         sequence = [token]
-        caches = [
-            init_cache(one_layer, BATCH, SEQUENCE_LENGTH, dtype=jnp.float32) for _ in range(config.num_layers)
-        ]
+        caches = [init_cache(one_layer, BATCH, SEQUENCE_LENGTH, dtype=jnp.float32) for one_layer in configs]
         for position in range(SEQUENCE_LENGTH - 1):
             x = jnp.take(shared["embedding"], token, axis=0)
             for layer in range(config.num_layers):
                 x, caches[layer] = _layer_step(
-                    layer_params(layer), x, caches[layer], jnp.int32(position), config=config
+                    layer_params(layer), x, caches[layer], jnp.int32(position), config=configs[layer]
                 )
             token = _next_token(shared, x, jax.random.fold_in(key, position + 1), eps=config.rms_norm_eps)
             sequence.append(token)

@@ -49,6 +49,7 @@ def _run(
     config: ModelConfig, params: Params, x: Float32[Array, "batch seq hidden"], capture: Capture | None
 ) -> Float32[Array, "batch seq hidden"]:
     batch, seq, hidden = x.shape
+    # Refuses a model whose layers have windows: which of them this is, ``of_layer`` must say.
     cache = init_cache(config.replace(num_layers=1), batch, seq, dtype=x.dtype)
     positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq))
     step = make_step(positions, cache, config)
@@ -151,7 +152,7 @@ def streamed_perplexity(
         part = slice(start, start + some)
         x = embed(shared["embedding"], windows[part])
         for index, params in enumerate(layers()):
-            advance(params, x, config)
+            advance(params, x, config.of_layer(index))
             if report is not None:
                 report(done * config.num_layers + index + 1, len(starts) * config.num_layers)
         nll += _residual_nll(x, windows[part], lengths[part], shared, config)

@@ -203,12 +203,14 @@ class _Ablation:
             if order is not None:
                 tree = permute_residual(tree, order)
             try:
-                params = _layer_params(step, tree, calibration, source.config, config)
+                params = _layer_params(
+                    step, tree, calibration, source.config.of_layer(layer), config.of_layer(layer)
+                )
             except AtomError as error:
                 raise AtomError(f"step {step.name}: layer {layer}: {error}") from error
             for stream in (calibration, *evaluated.values()):
                 for batch in batches(stream):
-                    batch[...] = run(params, batch, config=config)
+                    batch[...] = run(params, batch, config=config.of_layer(layer))
                 if not np.isfinite(stream).all():
                     raise AtomError(f"step {step.name}: the output of layer {layer} is not finite")
             self.progress(step.name, layer + 1, config.num_layers)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float32, Int32
 from atom_jax.config import ModelConfig, QuantConfig
 from atom_jax.kv_cache import init_cache
 from atom_jax.layers import linear
-from atom_jax.llama import linear_shapes, make_step
+from atom_jax.llama import layer_window, linear_shapes, make_step
 from convert.float_model import Tree
 from convert.layerwise import mean_hessians
 from convert.quantize_layer import LayerStatistics, fold_order, gather_inputs, input_orders
@@ -83,7 +83,14 @@ def run_simulated(
         eps=config.rms_norm_eps,
     )
     q = q.reshape(batch, seq, config.num_heads, config.head_dim)
-    attended = paged_attention(q, cache, layer=jnp.int32(0), positions=step.positions, key_rope=step.key_rope)
+    attended = paged_attention(
+        q,
+        cache,
+        layer=jnp.int32(0),
+        positions=step.positions,
+        key_rope=step.key_rope,
+        window=layer_window(config, jnp.int32(0)),
+    )
     rows = project("o", attended.reshape(batch * seq, config.q_size), rows)
     gate_up = project("gate_up", rms_norm(rows, params["post_attention_norm"], config.rms_norm_eps))
     return project("down", silu_mul(gate_up), rows).reshape(x.shape)

@@ -15,8 +15,9 @@ def paged_attention(
     layer: Int32[Array, ""],
     positions: Int32[Array, "batch seq"],
     key_rope: tuple[Float32[Array, "keys half"], Float32[Array, "keys half"]] | None = None,
+    window: Int32[Array, ""] | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Attention of each query to the cached keys at its own and all earlier positions.
+    """Attention of each query to the cached keys at its own and all earlier positions, or the last of them.
 
     The tokens' own keys and values are in the cache already (``kv_append`` ran before), so one piece,
     chunks and single tokens give the same result. Softmax in float32, scale 1/sqrt(head_dim). Single tokens
@@ -28,6 +29,8 @@ def paged_attention(
       layer: index of the layer.
       positions: of the queries, consecutive in each sequence; negative ones are padding, only at the end of a
         row, and their output is meaningless but finite.
+      window: a query at position p sees the keys at p - window + 1 to p; 1 to 2**30. Pages without such a
+        key are not read by kernels, and count for nothing in the reference, which needs them finite.
       key_rope: cos and sin at positions 0..max_length-1, needed exactly when keys are stored unrotated.
 
     Raises:
@@ -45,9 +48,11 @@ def paged_attention(
     if key_rope is not None and (key_rope[0].shape != table or key_rope[1].shape != table):
         found = f"{key_rope[0].shape}, {key_rope[1].shape}"
         raise ValueError(f"paged_attention: key_rope {found}, expected {table}")
+    if window is not None and window.shape != ():
+        raise ValueError(f"paged_attention: window {window.shape}, expected a scalar")
     if (key_rope is not None) != (cache.kv_rope == "pre"):
         raise ValueError(
             f"paged_attention: key_rope given: {key_rope is not None}, cache stores {cache.kv_rope}-RoPE keys"
         )
     op = "paged_attention" if seq == 1 else "prefill_attention"
-    return dispatch.run(op, q, cache, layer, positions, key_rope)
+    return dispatch.run(op, q, cache, layer, positions, key_rope, window)

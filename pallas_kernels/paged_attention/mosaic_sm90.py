@@ -60,6 +60,7 @@ def configuration(
     layer: Int32[Array, ""],
     positions: Int32[Array, "batch seq"],
     key_rope: Any,
+    window: Int32[Array, ""] | None = None,
 ) -> Config:
     """What ``run`` would use."""
     kv_bits = 4 if cache.quantized else 16
@@ -80,6 +81,7 @@ def unsupported(
     layer: Int32[Array, ""],
     positions: Int32[Array, "batch seq"],
     key_rope: Any,
+    window: Int32[Array, ""] | None = None,
 ) -> str | None:
     """Why ``run`` cannot serve this call; None if it can."""
     _, seq, num_heads, head_dim = q.shape
@@ -87,6 +89,8 @@ def unsupported(
         return f"{seq} queries a sequence: prefill_attention serves more than one"
     if key_rope is not None:
         return 'keys stored before RoPE (kv_rope="pre"): this kernel reads keys that are rotated already'
+    if window is not None:
+        return "a sliding window: this kernel reads all keys"
     if head_dim not in (64, 128):
         return f"head_dim {head_dim}, not 64 or 128"
     if cache.page_size != fragments.STEP:
@@ -106,6 +110,7 @@ def run(
     layer: Int32[Array, ""],
     positions: Int32[Array, "batch 1"],
     key_rope: None,
+    window: Int32[Array, ""] | None = None,
 ) -> Float[Array, "batch 1 heads head_dim"]:
     """See ``api.paged_attention``."""
     config = configuration(q, cache, layer, positions, key_rope)

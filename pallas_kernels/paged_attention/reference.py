@@ -56,6 +56,7 @@ def run(
     layer: Int32[Array, ""],
     positions: Int32[Array, "batch seq"],
     key_rope: tuple[Float32[Array, "keys half"], Float32[Array, "keys half"]] | None,
+    window: Int32[Array, ""] | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """See ``api.paged_attention``."""
     batch, seq, _, head_dim = q.shape
@@ -80,7 +81,10 @@ def run(
             total = jnp.sum(query.astype(jnp.float32), -1).transpose(0, 2, 3, 1)[..., None]
             product = (product - total * zero[half]) * scale[half]
         scores = scores + product
-    visible = jnp.arange(cache.max_length) <= positions[..., None]
+    keys = jnp.arange(cache.max_length)
+    visible = keys <= positions[..., None]
+    if window is not None:
+        visible &= keys > positions[..., None] - window
     scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1)
 

@@ -39,8 +39,12 @@ def candidates(q: Any, *arguments: Any) -> list[flash.Config]:
     ]
 
 
-def unsupported(q: Any, cache: PagedKVCache, *arguments: Any) -> str | None:
+def unsupported(
+    q: Any, cache: PagedKVCache, layer: Any, positions: Any, key_rope: Any, window: Any = None
+) -> str | None:
     """Why ``run`` cannot serve these arguments; None if it can."""
+    if window is not None:
+        return "a sliding window: this kernel reads all keys"
     if q.dtype != jnp.bfloat16:
         return f"queries of {q.dtype}, not of bfloat16"
     if cache.head_dim not in (64, 128):
@@ -58,6 +62,7 @@ def run(
     layer: Int32[Array, ""],
     positions: Int32[Array, "batch seq"],
     key_rope: tuple[Float32[Array, "keys half"], Float32[Array, "keys half"]] | None,
+    window: Int32[Array, ""] | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """See ``paged_attention.api.paged_attention``."""
     return run_with(configuration(q), q, cache, layer, positions, key_rope)

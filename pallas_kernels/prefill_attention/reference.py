@@ -14,6 +14,7 @@ def run(
     layer: Int32[Array, ""],
     positions: Int32[Array, "batch seq"],
     key_rope: tuple[Float32[Array, "keys half"], Float32[Array, "keys half"]] | None,
+    window: Int32[Array, ""] | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """See ``paged_attention.api.paged_attention``."""
-    return paged_attention.run(q, cache, layer, positions, key_rope)
+    return paged_attention.run(q, cache, layer, positions, key_rope, window)

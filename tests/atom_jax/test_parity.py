@@ -41,13 +41,38 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rope-dynamic": ("Qwen2", {"rope_scaling": DYNAMIC, "max_position_embeddings": 112}),
     "biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 32}),
+    "mistral-window": ("Mistral", {"sliding_window": 16}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True, "rope_theta": 1e6}),
+    "qwen2-window": (
+        "Qwen2",
+        {
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 24,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen2-layer-types": (
+        "Qwen2",
+        {
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "qwen3": ("Qwen3", {"head_dim": 32, "rms_norm_eps": 1e-6}),
     "qwen3-bias": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
 }
 
+WINDOWS = {
+    "mistral-window": (16, 16),
+    "qwen2-window": (None, 24, 24),
+    "qwen2-layer-types": (5, None, 5),
+}
+
 # Goes through both libraries' ``generate`` too, which compiles for seconds and is the same code for all.
-GENERATED = "qwen2"
+GENERATED = ("qwen2", "mistral-window")
 
 
 def prefill_and_decode(
@@ -89,12 +114,39 @@ def test_family_matches_transformers(name: str, tmp_path: Path) -> None:
         assert relative_error(logits[row, :length], expected[:length]) < 1e-5
         # Each token is the one transformers would have chosen after those before it.
         assert greedy[row].tolist() == expected[length - 1 : -1].argmax(-1).tolist()
-    if name != GENERATED:
+    if name not in GENERATED:
         return
     out, counts = generate(params, tokens, lengths, config=config, max_new_tokens=NEW_TOKENS)
     assert counts.tolist() == [NEW_TOKENS] * len(LENGTHS)
     for row, length in enumerate(lengths):
         assert out[row].tolist() == hf_greedy(model, tokens[row, :length], NEW_TOKENS)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_in_chunks_match_transformers(name: str, chunk: int, tmp_path: Path) -> None:
+    """Pieces that begin and end inside a window, as long as one, and longer than all; pages of 8 tokens."""
+    model = make_hf(*VARIANTS[name])
+    model.save_pretrained(tmp_path)
+    config, params = load_float(open_source(tmp_path))
+    assert config.windows == WINDOWS[name]
+    tokens, _ = ragged_prompts([70], config.vocab_size)
+    cache, logits = init_cache(config, 1, 70, page_size=8, dtype=jnp.float32), []
+    for start in range(0, 70, chunk):
+        piece = jnp.asarray(tokens[:, start : start + chunk])
+        positions = start + jnp.arange(piece.shape[1], dtype=jnp.int32)[None]
+        new, cache = forward(params, piece, positions, cache, config=config)
+        logits.append(np.asarray(new[0]))
+    assert relative_error(np.concatenate(logits), hf_logits(model, tokens[0])) < 1e-5
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_matter_at_these_positions(name: str) -> None:
+    family, overrides = VARIANTS[name]
+    full = {**overrides, "sliding_window": None, "layer_types": None}
+    windowed, unwindowed = make_hf(family, overrides), make_hf(family, full)
+    tokens, _ = ragged_prompts(LENGTHS, 160)
+    assert relative_error(hf_logits(windowed, tokens[0]), hf_logits(unwindowed, tokens[0])) > 0.1
 
 
 @pytest.mark.parametrize("name", ["rope-llama3", "rope-linear", "rope-yarn", "rope-yarn-qwen3"])

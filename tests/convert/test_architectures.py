@@ -75,6 +75,40 @@ def test_saved_without_its_head(family):
     assert parse(family, architectures=[headless]) == parse(family)
 
 
+SLIDING = {"use_sliding_window": True, "sliding_window": 64}
+MIXED = ["sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "windows"),
+    [
+        ("llama", {}, ()),
+        ("mistral", {}, ()),  # 4096, and there are 128 positions
+        ("mistral", {"sliding_window": 64}, (64, 64)),
+        ("mistral", {"sliding_window": 128}, ()),
+        ("mistral", {"sliding_window": None, "max_position_embeddings": 32768}, (4096, 4096)),
+        ("qwen2", {"sliding_window": 64}, ()),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 0}, ()),
+        ("qwen2", {**SLIDING, "max_window_layers": 0}, (64, 64)),
+        ("qwen2", {**SLIDING, "max_window_layers": 1}, (None, 64)),
+        ("qwen2", {**SLIDING, "max_window_layers": 2}, ()),
+        ("qwen2", SLIDING, ()),  # 28 layers without one
+        ("qwen2", {**SLIDING, "max_window_layers": 0, "layer_types": MIXED}, (64, None)),
+        ("qwen2", {"layer_types": ["full_attention"] * 2}, ()),
+        ("qwen3", {**SLIDING, "max_window_layers": 1}, (None, 64)),
+    ],
+)
+def test_windows(family, overrides, windows):
+    assert parse(family, **overrides).windows == windows
+
+
+def test_null_is_no_window():
+    mistral = {**tiny_config("mistral"), "sliding_window": None, "max_position_embeddings": 32768}
+    qwen2 = {**tiny_config("qwen2", use_sliding_window=True, max_window_layers=0), "sliding_window": None}
+    for settings in (mistral, qwen2):
+        assert parse_config(settings, where=WHERE).windows == ()
+
+
 def test_llama1_spelling():
     config = parse(num_key_value_heads=None, head_dim=None, rope_theta=None)
     assert (config.num_kv_heads, config.head_dim, config.rope.theta) == (4, 16, 10000.0)
@@ -134,10 +168,16 @@ def test_end_of_sequence_ids():
             ["num_local_experts"],
         ),
         ("qwen3", {"num_experts": 128}, ["num_experts", "128"]),
-        ("mistral", {"sliding_window": 64}, ["sliding_window", "64", "128"]),
-        ("mistral", {"sliding_window": None, "max_position_embeddings": 32768}, ["sliding_window", "4096"]),
-        ("qwen2", {"use_sliding_window": True}, ["use_sliding_window"]),
+        ("mistral", {"sliding_window": 0}, ["sliding_window", "at least 1"]),
+        ("mistral", {"sliding_window": "64"}, ["sliding_window", "integer", "'64'"]),
+        ("llama", {"use_sliding_window": True}, ["use_sliding_window", "not supported"]),
+        ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, ["sliding_attention"]),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, ["sliding_attention"]),
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, ["chunked_attention"]),
+        ("qwen2", {"layer_types": ["full_attention"]}, ["layer_types", "1 layers", "2"]),
+        ("qwen2", {"layer_types": "sliding_attention"}, ["layer_types", "list"]),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": -1}, ["max_window_layers", "-1"]),
+        ("qwen2", {"use_sliding_window": 1}, ["use_sliding_window", "true or false"]),
         ("llama", {"rope_scaling": {"type": "longrope"}}, ["'longrope'"]),
         ("llama", {"rope_scaling": {"type": "linear"}}, ["rope_scaling.factor", "missing"]),
         ("llama", {"rope_scaling": {"factor": 2.0}}, ["rope_scaling.rope_type", "missing"]),

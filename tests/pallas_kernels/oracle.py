@@ -263,9 +263,16 @@ def store(cache: Cache, k: np.ndarray, v: np.ndarray, layer: int, slots: np.ndar
 
 
 def attention(
-    q: np.ndarray, cache: Cache, layer: int, positions: np.ndarray, theta: float = 1e4
+    q: np.ndarray,
+    cache: Cache,
+    layer: int,
+    positions: np.ndarray,
+    theta: float = 1e4,
+    window: int | None = None,
 ) -> np.ndarray:
     """Each query [batch, seq, heads, head_dim] against the keys at its own and earlier positions.
+
+    With a window, against the last ``window`` of these keys.
 
     Rows of padding queries (negative positions) are left NaN: nothing may be compared to them.
     """
@@ -283,7 +290,8 @@ def attention(
             visible = int(positions[b, s]) + 1
             if visible <= 0 or head // repeat != kv_head:
                 continue
-            scores = np.array(keys[:visible]) @ q[b, s, head] / np.sqrt(head_dim)
+            seen = slice(0 if window is None else max(visible - window, 0), visible)
+            scores = np.array(keys[seen]) @ q[b, s, head] / np.sqrt(head_dim)
             weights = np.exp(scores - scores.max())
-            out[b, s, head] = weights @ np.array(values[:visible]) / weights.sum()
+            out[b, s, head] = weights @ np.array(values[seen]) / weights.sum()
     return out

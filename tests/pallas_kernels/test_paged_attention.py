@@ -37,22 +37,32 @@ def make_positions(seq: int) -> np.ndarray:
     return np.array([row + [-1] * (seq - len(row)) for row in rows])
 
 
-def attend(q: np.ndarray, cache: oracle.Cache, layer: int, positions: np.ndarray) -> np.ndarray:
+def attend(
+    q: np.ndarray, cache: oracle.Cache, layer: int, positions: np.ndarray, window: int | None = None
+) -> np.ndarray:
     return _attend(
         jnp.asarray(q),
         bridge.cache(cache),
         layer=jnp.int32(layer),
         positions=jnp.asarray(positions, jnp.int32),
         key_rope=key_rope(cache.kv_rope),
+        window=None if window is None else jnp.int32(window),
     )
 
 
-def check(q: np.ndarray, cache: oracle.Cache, layer: int, positions: np.ndarray, tolerance: float) -> None:
-    actual = attend(q, cache, layer, positions)
+def check(
+    q: np.ndarray,
+    cache: oracle.Cache,
+    layer: int,
+    positions: np.ndarray,
+    tolerance: float,
+    window: int | None = None,
+) -> None:
+    actual = attend(q, cache, layer, positions, window)
     assert actual.dtype == q.dtype
     assert np.isfinite(np.asarray(actual, np.float32)).all()  # those of padding queries too
     real = positions >= 0
-    expected = oracle.attention(q, cache, layer, positions)
+    expected = oracle.attention(q, cache, layer, positions, window=window)
     for sequence in range(
         len(LENGTHS)
     ):  # each on its own: a short one may not hide behind the norm of the rest
@@ -77,6 +87,33 @@ def test_int4_pages(dtype: str, kv_rope: str, heads: int, kv_heads: int, seq: in
     cache = make_cache(rng, kv_rope, dtype, kv_heads)
     q = rng.normal(size=(len(LENGTHS), seq, heads, DIM)).astype(np.float32)
     check(q, cache, 1, make_positions(seq), 1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 7, PAGE, PAGE + 1, 2**30])
+@pytest.mark.parametrize(("dtype", "kv_rope", "seq"), [("int4x2", "post", 1), ("int4", "pre", 12)])
+def test_windows(dtype: str, kv_rope: str, seq: int, window: int):
+    rng = np.random.default_rng(window % 100)
+    cache = make_cache(rng, kv_rope, dtype)
+    q = rng.normal(size=(len(LENGTHS), seq, 6, DIM)).astype(np.float32)
+    check(q, cache, 1, make_positions(seq), 1e-5, window)
+
+
+def test_tokens_before_the_window_are_not_seen():
+    """Bit for bit the same whatever the cache holds there, and whatever page a table names."""
+    rng = np.random.default_rng(13)
+    cache, window = make_cache(rng, "pre", "int4"), 5
+    q = rng.normal(size=(len(LENGTHS), 1, 2, DIM)).astype(np.float32)
+    positions = np.array([[0], [6], [8], [20]])
+    tables = cache.block_tables.copy()
+    other = cache._replace(k=15 - cache.k, v=15 - cache.v, block_tables=tables)
+    for sequence, last in enumerate(positions[:, 0]):
+        first = max(last - window + 1, 0)
+        for t in range(first, last + 1):
+            at = (slice(None), tables[sequence, t // PAGE], slice(None), t % PAGE)
+            other.k[at], other.v[at] = cache.k[at], cache.v[at]
+        tables[sequence, : first // PAGE] = -1
+    found, expected = (attend(q, c, 0, positions, window) for c in (other, cache))
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -168,13 +205,14 @@ def test_rejects():
     table = key_rope("pre")
     short = jnp.ones((1, DIM // 2))
 
-    def call(cache=cache, q=(4, 1, 6, DIM), positions=(4, 1), key_rope=None):
+    def call(cache=cache, q=(4, 1, 6, DIM), positions=(4, 1), key_rope=None, window=None):
         paged_attention(
             jnp.ones(q),
             cache,
             layer=jnp.int32(0),
             positions=jnp.zeros(positions, jnp.int32),
             key_rope=key_rope,
+            window=window,
         )
 
     with pytest.raises(ValueError, match=r"q \(4, 1, 6, 16\).*cache of 2 heads of 32"):
@@ -185,6 +223,8 @@ def test_rejects():
         call(positions=(4, 2))
     with pytest.raises(ValueError, match=r"q \(1, 1, 6, 32\), block tables \(4, 3\)"):
         call(q=(1, 1, 6, DIM), positions=(1, 1))
+    with pytest.raises(ValueError, match=r"window \(4,\), expected a scalar"):
+        call(window=jnp.ones(4, jnp.int32))
     with pytest.raises(ValueError, match="key_rope given: True, cache stores post-RoPE keys"):
         call(key_rope=table)
     with pytest.raises(ValueError, match="key_rope given: False, cache stores pre-RoPE keys"):
