@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ _LOG2_E = 1 / math.log(2)
 # format ends at 2**16, and holds what is 2**28 times smaller without losing digits.
 _WEIGHT_UNIT = 2.0**14
 _SMALLEST_SCALE = 2.0**-24  # of float16
+# Which tokens of a page, given by their offsets, are in sight.
+Visible = Callable[[Array], Array]
 _LARGEST_QUERY = float(jnp.finfo(jnp.float16).max)
 
 
@@ -40,6 +43,7 @@ class Problem:
     kv_groups: int  # 0: bfloat16 pages
     splits: int
     stages: int
+    windowed: bool  # whether there is a window to be read
 
     @property
     def queries(self) -> int:
@@ -67,8 +71,13 @@ def body(
     page_barriers: Any,
 ) -> None:
     """Attends to the pages of one split; ``mosaic_sm90`` says what the refs are."""
-    *scales_gmem, tables_gmem, positions_gmem, layer_gmem = refs[: len(scales_smem) + 3]
-    outputs_gmem = refs[len(scales_smem) + 3 :]
+    num_inputs = len(scales_smem) + 3 + problem.windowed
+    scales_gmem, refs, outputs_gmem = (
+        refs[: len(scales_smem)],
+        refs[len(scales_smem) : num_inputs],
+        refs[num_inputs:],
+    )
+    tables_gmem, positions_gmem, layer_gmem, *window_gmem = refs
     stages, splits, rows = problem.stages, problem.splits, problem.heads_per_kv
     batch, head, split = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("split")
 
@@ -79,8 +88,11 @@ def body(
 
     length = positions_gmem[batch] + 1
     num_pages = jnp.clip((length + STEP - 1) // STEP, 0, problem.blocks)
-    pages_per_split = (num_pages + splits - 1) // splits
-    first = split * pages_per_split
+    # The first token in sight, and its page.
+    start = jnp.maximum(length - window_gmem[0][0], 0) if window_gmem else 0
+    out_of_sight = jnp.minimum(start // STEP, num_pages) if window_gmem else 0
+    pages_per_split = (num_pages - out_of_sight + splits - 1) // splits
+    first = out_of_sight + split * pages_per_split
     count = jnp.clip(num_pages - first, 0, pages_per_split)
     layer = layer_gmem[0]
 
@@ -120,8 +132,13 @@ def body(
         next_page = page_number(step + stages)
         scales = [ref.at[slot] for ref in scales_smem]
         scores = products.scores(k_smem.at[slot], *scales[:1])
-        visible = length - (first + step) * STEP
-        scores = jnp.where(token < visible, scores, masked)
+        page_start = (first + step) * STEP
+
+        def visible(token: Array) -> Array:
+            seen = token < length - page_start
+            return seen & (token >= start - page_start) if window_gmem else seen
+
+        scores = jnp.where(visible(token), scores, masked)
         new_greatest = jnp.maximum(greatest, fragments.warp_max(scores))
         decay = jnp.exp2((greatest - new_greatest) * problem.exponent)
         weights = jnp.exp2(scores * problem.exponent - new_greatest * problem.exponent)
@@ -177,7 +194,7 @@ class _FloatProducts:
         return (zeros,) * self.num_tiles
 
     def accumulate(
-        self, tiles: fragments.Tiles, decay: Array, weights: Array, visible: Array, v_smem: Any
+        self, tiles: fragments.Tiles, decay: Array, weights: Array, visible: Visible, v_smem: Any
     ) -> fragments.Tiles:
         tiles = tuple(tile * decay for tile in tiles)
         return fragments.accumulate_float(tiles, v_smem, weights.astype(v_smem.dtype))
@@ -229,11 +246,11 @@ class _IntProducts:
         return (zeros,) * self.num_tiles, (zeros,) * self.groups, power
 
     def accumulate(
-        self, sums: Any, decay: Array, weights: Array, visible: Array, v_smem: Any, scales_smem: Any
+        self, sums: Any, decay: Array, weights: Array, visible: Visible, v_smem: Any, scales_smem: Any
     ) -> Any:
         tiles, offsets, power = sums
-        # A token that is not there has a weight in warps that see no other, and its page may hold anything.
-        there = plgpu.broadcasted_iota(jnp.int32, (STEP,), 0, layout=TOKENS) < visible
+        # A token out of sight has a weight in warps that have seen no other, and its page may hold anything.
+        there = visible(plgpu.broadcasted_iota(jnp.int32, (STEP,), 0, layout=TOKENS))
         scales = [jnp.where(there, self._load(scales_smem, group), 0.0) for group in range(self.groups)]
         new_power = fragments.warp_scale(power, functools.reduce(jnp.maximum, scales))
         decay = decay * self._over_columns(_ratio(power, new_power))

@@ -6,6 +6,9 @@ a page by tokens and run their own softmax (see ``fragments``); they are joined 
 Where there are fewer kv heads than the GPU has room for, sequences are split over CTAs, whose outputs are
 joined by their log-sum-exp.
 
+With a sliding window, pages wholly before it are neither read nor shared out; without one, the kernel is
+compiled without it.
+
 Scales and zero points are applied to the products: score = scale * (q.codes - zero * sum(q)), output =
 sum(p * scale * codes) - sum(p * scale * zero). Queries of INT4 keys (clipped where float16 ends, at 65504)
 and p * scale, in a unit of its own (see ``decode``), are float16, which is more precise than bfloat16; sums
@@ -89,8 +92,6 @@ def unsupported(
         return f"{seq} queries a sequence: prefill_attention serves more than one"
     if key_rope is not None:
         return 'keys stored before RoPE (kv_rope="pre"): this kernel reads keys that are rotated already'
-    if window is not None:
-        return "a sliding window: this kernel reads all keys"
     if head_dim not in (64, 128):
         return f"head_dim {head_dim}, not 64 or 128"
     if cache.page_size != fragments.STEP:
@@ -114,7 +115,7 @@ def run(
 ) -> Float[Array, "batch 1 heads head_dim"]:
     """See ``api.paged_attention``."""
     config = configuration(q, cache, layer, positions, key_rope)
-    return run_with(config, q, cache, layer, positions, key_rope)
+    return run_with(config, q, cache, layer, positions, key_rope, window)
 
 
 def run_with(
@@ -124,9 +125,10 @@ def run_with(
     layer: Int32[Array, ""],
     positions: Int32[Array, "batch 1"],
     key_rope: None,
+    window: Int32[Array, ""] | None = None,
 ) -> Float[Array, "batch 1 heads head_dim"]:
     """``run`` with a chosen configuration."""
-    out, lse = _decode(q[:, 0], cache, layer, positions[:, 0], config)
+    out, lse = _decode(q[:, 0], cache, layer, positions[:, 0], window, config)
     if config.splits > 1:
         out = combine(out, lse, q.shape[2], q.dtype)
     return out.reshape(q.shape)
@@ -137,6 +139,7 @@ def _decode(
     cache: PagedKVCache,
     layer: Int32[Array, ""],
     positions: Int32[Array, " batch"],
+    window: Int32[Array, ""] | None,
     config: Config,
 ) -> tuple[Array, Array]:
     """Launches the kernel.
@@ -157,6 +160,7 @@ def _decode(
         kv_groups=groups,
         splits=config.splits,
         stages=config.stages,
+        windowed=window is not None,
     )
     queries, splits, stages = problem.queries, config.splits, config.stages
 
@@ -165,6 +169,8 @@ def _decode(
     if cache.k_scales is not None and cache.v_scales is not None:
         operands += [x.reshape(-1, 2 * groups, page_size) for x in (cache.k_scales, cache.v_scales)]
     operands += [cache.block_tables, positions, layer.reshape(1)]
+    if window is not None:
+        operands.append(window.reshape(1))
 
     dtype = cache.k_pages.dtype
     bits = dtype.itemsize * 8

@@ -1,4 +1,8 @@
-"""Flash attention over gathered keys: causal by the position of each query, whatever the chunk's offset."""
+"""Flash attention over gathered keys: causal by the position of each query, whatever the chunk's offset.
+
+With a sliding window, a tile of queries begins at the first block of keys that its first query sees; without
+one, the kernel is compiled without it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,9 @@ from pallas_kernels import dispatch, mosaic
 
 # Query rows of one wgmma.
 ROWS = 64
-_MASKED = -1e30
+# Exponent of a key out of sight, as in decode attention: it underflows next to any other, and where a row has
+# seen no other yet, the difference of two such exponents, each rounded on its own, stays small.
+_MASKED = -(2.0**26)
 # An alias jax declares where type checkers do not look.
 _ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 _MATRIX = plgpu.Layout.WGMMA
@@ -49,15 +55,17 @@ def attention(
     k: BFloat16[Array, "batch keys kv_heads head_dim"],
     v: BFloat16[Array, "batch keys kv_heads head_dim"],
     positions: Int32[Array, "batch seq"],
+    window: Int32[Array, ""] | None,
     config: Config,
 ) -> BFloat16[Array, "batch seq heads head_dim"]:
-    """Attention of each query to the keys up to its position.
+    """Attention of each query to the keys up to its position, or to the last ``window`` of them.
 
     Args:
       k, v: finite up to the first position of each tile of queries plus ``config.block_queries``, rounded up
-        to whole ``config.block_keys``; ``keys`` is a multiple of these.
-      positions: consecutive in each sequence; negative ones (padding), at the end, look at the first key. seq
-        is a multiple of ``config.block_queries``.
+        to whole ``config.block_keys``; ``keys`` is a multiple of these. With a window, from the first key
+        that a query of the sequence sees, rounded down likewise.
+      positions: consecutive in each sequence; negative ones (padding), at the end, look at the first key, or
+        at any. seq is a multiple of ``config.block_queries``.
     """
     batch, seq, num_heads, head_dim = q.shape
     group = num_heads // k.shape[2]
@@ -65,14 +73,14 @@ def attention(
     block, stages, consumers = config.block_keys, config.stages, config.consumers
     # Softmax in base 2: one instruction an element.
     scale = math.log2(math.e) / math.sqrt(head_dim)
+    masked_score = _MASKED / scale
 
     def body(
         q_gmem: Any,
         k_gmem: Any,
         v_gmem: Any,
         positions_gmem: Any,
-        out_gmem: Any,
-        *,
+        *refs: Any,
         q_smem: Any,
         k_smem: Any,
         v_smem: Any,
@@ -81,14 +89,25 @@ def attention(
         v_ready: Any,
         consumed: Any,
     ) -> None:
+        *window_gmem, out_gmem = refs
         sequence, head, warpgroup = (lax.axis_index(name) for name in ("sequence", "head", "warpgroup"))
         # Last queries first: they have the most keys, and short blocks fill the end of the launch.
         tile = num_tiles - 1 - lax.axis_index("tile")
         # Positions are consecutive: the first of a tile says which keys all its queries see (these need no
         # mask) and which none does.
         first = jnp.maximum(positions_gmem[sequence, tile * config.block_queries], 0)
+        begin = start = 0
+        if window_gmem:
+            # A tile of padding goes where the sequence begins: keys from the first on are not gathered.
+            first = jnp.maximum(first, positions_gmem[sequence, 0])
+            begin = lax.div(jnp.maximum(first + 1 - window_gmem[0][0], 0), block)
+            start = pl.cdiv(jnp.maximum(first + config.block_queries - window_gmem[0][0], 0), block)
         steps = pl.cdiv(jnp.minimum(first + config.block_queries, k.shape[1]), block)
+        # Steps ``start`` to ``unmasked`` are of keys that all queries see.
         unmasked = lax.div(first + 1, block)
+        if window_gmem:
+            start = jnp.minimum(start, steps)
+            unmasked = jnp.maximum(unmasked, start)
 
         def rows_of(consumer: Any) -> Any:
             return pl.ds(tile * config.block_queries + consumer * ROWS, ROWS)
@@ -103,7 +122,7 @@ def attention(
             def copy(step: Any, carry: None) -> None:
                 slot = lax.rem(step, stages)
 
-                @pl.when(step >= stages)
+                @pl.when(step >= begin + stages)
                 def _() -> None:
                     plgpu.barrier_wait(consumed.at[slot])
 
@@ -112,7 +131,7 @@ def attention(
                 plgpu.copy_gmem_to_smem(k_gmem.at[sequence, keys, kv_head], k_smem.at[slot], k_ready.at[slot])
                 plgpu.copy_gmem_to_smem(v_gmem.at[sequence, keys, kv_head], v_smem.at[slot], v_ready.at[slot])
 
-            lax.fori_loop(0, steps, copy, None)
+            lax.fori_loop(begin, steps, copy, None)
 
         @pl.when(warpgroup < consumers)
         def _() -> None:
@@ -121,6 +140,7 @@ def attention(
                 positions_gmem.at[sequence, rows_of(warpgroup)], layout=_PER_ROW, optimized=False
             )
             position = jnp.maximum(position, 0)
+            hidden = position - window_gmem[0][0] if window_gmem else None  # the last key before the window
             plgpu.barrier_wait(q_ready.at[warpgroup])
 
             def step(index: Any, carry: Any, *, masked: bool) -> Any:
@@ -130,7 +150,10 @@ def attention(
                 scores = _product(q_smem.at[warpgroup], k_smem.at[slot])
                 if masked:
                     key = index * block + plgpu.broadcasted_iota(jnp.int32, (ROWS, block), 1, layout=_MATRIX)
-                    scores = jnp.where(key <= _per_row(position, block), scores, _MASKED)
+                    seen = key <= _per_row(position, block)
+                    if hidden is not None:
+                        seen &= key > _per_row(hidden, block)
+                    scores = jnp.where(seen, scores, masked_score)
                 new_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
                 weights = jnp.exp2(scores * scale - _per_row(new_largest * scale, block))
                 shrink = jnp.exp2((largest - new_largest) * scale)
@@ -142,14 +165,14 @@ def attention(
                 return accumulator, new_largest, total
 
             zeros = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), _MATRIX)
-            lowest = plgpu.layout_cast(jnp.full((ROWS,), _MASKED, jnp.float32), _PER_ROW)
+            lowest = plgpu.layout_cast(jnp.full((ROWS,), masked_score, jnp.float32), _PER_ROW)
             nothing = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _PER_ROW)
-            carry = lax.fori_loop(
-                0, unmasked, functools.partial(step, masked=False), (zeros, lowest, nothing)
-            )
-            accumulator, _, total = lax.fori_loop(
-                unmasked, steps, functools.partial(step, masked=True), carry
-            )
+            carry = (zeros, lowest, nothing)
+            masked, all_seen = (functools.partial(step, masked=masked) for masked in (True, False))
+            if window_gmem:
+                carry = lax.fori_loop(begin, start, masked, carry)
+            carry = lax.fori_loop(start, unmasked, all_seen, carry)
+            accumulator, _, total = lax.fori_loop(unmasked, steps, masked, carry)
             out_smem = q_smem.at[warpgroup]
             out_smem[...] = (accumulator * _per_row(1.0 / total, head_dim)).astype(jnp.bfloat16)
             plgpu.commit_smem()
@@ -176,7 +199,7 @@ def attention(
             "consumed": plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         },
         compiler_options={"approx_math": True},
-    )(q, k, v, positions)
+    )(q, k, v, positions, *(() if window is None else (window.reshape(1),)))
 
 
 def _per_row(values: Array, columns: int) -> Array:

@@ -34,6 +34,7 @@ def gather(
     layer: Int32[Array, ""],
     positions: Int32[Array, "batch seq"],
     key_rope: KeyRope | None,
+    window: Int32[Array, ""] | None = None,
     *,
     stride: int,
     step: int,
@@ -46,6 +47,8 @@ def gather(
         those before the first position of some tile plus ``stride``, rounded up to a multiple of ``step``.
         Blocks from there on are left as the memory was. The bound is taken in the kernel: as an array it
         would be three more launches a layer.
+      window: of the queries; blocks are left as well where the first of a sequence's queries sees no key of
+        their ``step``.
       key_rope: cos and sin of each position of the block tables, if the cache stores unrotated keys.
       num_keys: a multiple of the page size, and what follows the block tables' last position is noise.
     """
@@ -61,6 +64,7 @@ def gather(
         block_tables_gmem: Any,
         layer_gmem: Any,
         positions_gmem: Any,
+        window_gmem: Any,
         k_gmem: Any,
         v_gmem: Any,
         *,
@@ -74,7 +78,13 @@ def gather(
         firsts = [positions_gmem[sequence, query] for query in range(0, positions.shape[1], stride)]
         wanted = pl.cdiv(jnp.maximum(functools.reduce(jnp.maximum, firsts), 0) + stride, step) * step
 
-        @pl.when(block * page_size < wanted)
+        needed = block * page_size < wanted
+        if window is not None:
+            # Positions are consecutive, so the first one sees the earliest key.
+            seen = jnp.maximum(positions_gmem[sequence, 0] + 1 - window_gmem[0], 0)
+            needed &= block * page_size >= lax.div(seen, step) * step
+
+        @pl.when(needed)
         def _() -> None:
             layer = layer_gmem[0]
             known = jnp.minimum(block, num_blocks - 1)
@@ -116,7 +126,14 @@ def gather(
         },
         # Shared memory is written once, by TMA (``barrier``) or before commit_smem, which is a barrier.
         compiler_options={"unsafe_no_auto_barriers": True},
-    )(pages, tables, cache.block_tables, layer.reshape(1), positions)
+    )(
+        pages,
+        tables,
+        cache.block_tables,
+        layer.reshape(1),
+        positions,
+        None if window is None else window.reshape(1),
+    )
     return k, v
 
 

@@ -39,12 +39,8 @@ def candidates(q: Any, *arguments: Any) -> list[flash.Config]:
     ]
 
 
-def unsupported(
-    q: Any, cache: PagedKVCache, layer: Any, positions: Any, key_rope: Any, window: Any = None
-) -> str | None:
+def unsupported(q: Any, cache: PagedKVCache, *arguments: Any) -> str | None:
     """Why ``run`` cannot serve these arguments; None if it can."""
-    if window is not None:
-        return "a sliding window: this kernel reads all keys"
     if q.dtype != jnp.bfloat16:
         return f"queries of {q.dtype}, not of bfloat16"
     if cache.head_dim not in (64, 128):
@@ -65,7 +61,7 @@ def run(
     window: Int32[Array, ""] | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """See ``paged_attention.api.paged_attention``."""
-    return run_with(configuration(q), q, cache, layer, positions, key_rope)
+    return run_with(configuration(q), q, cache, layer, positions, key_rope, window)
 
 
 def run_with(
@@ -75,6 +71,7 @@ def run_with(
     layer: Int32[Array, ""],
     positions: Int32[Array, "batch seq"],
     key_rope: tuple[Float32[Array, "keys half"], Float32[Array, "keys half"]] | None,
+    window: Int32[Array, ""] | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """``run`` with a chosen configuration."""
     seq = positions.shape[1]
@@ -85,6 +82,6 @@ def run_with(
     step = max(config.block_keys, cache.page_size)
     num_keys = -(-cache.max_length // step) * step
     k, v = gather(
-        cache, layer, positions, key_rope, stride=config.block_queries, step=step, num_keys=num_keys
+        cache, layer, positions, key_rope, window, stride=config.block_queries, step=step, num_keys=num_keys
     )
-    return flash.attention(q, k, v, positions, config)[:, :seq]
+    return flash.attention(q, k, v, positions, window, config)[:, :seq]

@@ -221,7 +221,7 @@ def _flash(q: Array, cache: PagedKVCache, positions: Array, config: flash.Config
     batch, _, num_heads, head_dim = q.shape
     shape = (batch, cache.max_length, cache.num_kv_heads, head_dim)
     k, v = (jnp.asarray(rng.normal(size=shape), q.dtype) for _ in range(2))
-    out, runs = _execute(lambda: flash.attention(q, k, v, positions, config), 1)
+    out, runs = _execute(lambda: flash.attention(q, k, v, positions, None, config), 1)
     (written,) = runs[0].written_outputs
     (head,), rows = np.flatnonzero(written.any((0, 1, 3))), np.flatnonzero(written.any((0, 2, 3)))
     assert len(rows) == config.block_queries

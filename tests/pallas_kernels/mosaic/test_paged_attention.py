@@ -28,8 +28,8 @@ PAGE = 64
 LAYER = 1
 
 
-def attend(q: Any, cache: PagedKVCache, layer: Any, positions: Any) -> jax.Array:
-    return paged_attention(q, cache, layer=layer, positions=positions)
+def attend(q: Any, cache: PagedKVCache, layer: Any, positions: Any, window: Any = None) -> jax.Array:
+    return paged_attention(q, cache, layer=layer, positions=positions, window=window)
 
 
 def abstract_arguments(shape: LayerShape, batch: int, tokens: int, kv_groups: int) -> tuple[Any, ...]:
@@ -59,9 +59,13 @@ def distinct_models() -> dict[str, LayerShape]:
     return {name: MODELS[name] for name in found.values()}
 
 
-def check_compiled(shape: LayerShape, batch: int, tokens: int, kv_groups: int) -> None:
+def check_compiled(
+    shape: LayerShape, batch: int, tokens: int, kv_groups: int, *, windowed: bool = False
+) -> None:
     arguments = abstract_arguments(shape, batch, tokens, kv_groups)
-    kernels = {kernel.name.removesuffix("_0"): kernel for kernel in compile_and_check(attend, *arguments)}
+    window = (jax.ShapeDtypeStruct((), jnp.int32),) if windowed else ()
+    compiled = compile_and_check(attend, *arguments, *window)
+    kernels = {kernel.name.removesuffix("_0"): kernel for kernel in compiled}
     splits = mosaic_sm90.configuration(*arguments, key_rope=None).splits
     joined = {"paged_attention_combine"} if splits > 1 else set()
     assert kernels.keys() == {"paged_attention"} | joined
@@ -95,6 +99,12 @@ def test_compiles_other_formats(model: str, kv_groups: int):
     check_compiled(MODELS[model], 16, 8192, kv_groups)
 
 
+@needs_cuda_compiler
+@pytest.mark.parametrize("kv_groups", [2, 0])
+def test_windows_compile(kv_groups: int):
+    check_compiled(MODELS["Llama-3-8B"], 16, 8192, kv_groups, windowed=True)
+
+
 # Length of each sequence: padding, one token, up to a page, one more, several pages.
 LENGTHS = [0, 1, PAGE, PAGE + 1, 3 * PAGE - 7]
 BLOCKS = 4
@@ -125,15 +135,19 @@ def make_arguments(
 
 
 def check_numerics(
-    execute: Execute, arguments: tuple[jax.Array, PagedKVCache, jax.Array, jax.Array], tolerance: float
+    execute: Execute,
+    arguments: tuple[jax.Array, PagedKVCache, jax.Array, jax.Array],
+    tolerance: float,
+    window: int | None = None,
 ) -> None:
     """Against the reference in float32, each sequence on its own."""
     q, cache, layer, positions = arguments
-    actual = execute(attend, q, cache, layer, positions)
+    width = None if window is None else jnp.int32(window)
+    actual = execute(attend, q, cache, layer, positions, width)
     assert actual.dtype == q.dtype and actual.shape == q.shape
     actual = np.asarray(actual, np.float32)
     assert np.isfinite(actual).all()
-    expected = np.asarray(reference.run(q.astype(jnp.float32), cache, layer, positions, None))
+    expected = np.asarray(reference.run(q.astype(jnp.float32), cache, layer, positions, None, width))
     for sequence, position in enumerate(np.asarray(positions)[:, 0]):
         if position >= 0:
             assert oracle.relative_error(actual[sequence], expected[sequence]) < tolerance, sequence
@@ -169,6 +183,41 @@ def test_numerics(
     monkeypatch.setattr(mosaic_sm90, "heuristics", lambda *_: config)
     rng = np.random.default_rng(heads + head_dim)
     check_numerics(execute, make_arguments(rng, dtype, heads, kv_heads, head_dim, LENGTHS), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "window", "splits"),
+    [
+        ("int4x2", 1, 1),
+        ("int4x2", 70, 2),  # from the middle of a page to that of the next but one
+        ("int4", 2 * PAGE, 3),
+        ("int4x2", 2**30, 2),  # longer than all
+        ("bfloat16", 9, 2),  # in a warp's tokens, whose others see nothing; a split without pages
+        ("bfloat16", PAGE + 1, 1),
+    ],
+)
+def test_windows(execute: Execute, dtype: str, window: int, splits: int, monkeypatch: pytest.MonkeyPatch):
+    config = mosaic_sm90.Config(splits=splits, stages=2)
+    monkeypatch.setattr(mosaic_sm90, "heuristics", lambda *_: config)
+    rng = np.random.default_rng(window % 1000)
+    arguments = make_arguments(rng, dtype, 4, 2, 64, [*LENGTHS, 4 * PAGE])
+    check_numerics(execute, arguments, TOLERANCE[dtype], window)
+
+
+def test_what_is_before_the_window_may_be_anything(execute: Execute):
+    """Pages wholly before it are not looked up; scales of tokens before it do not reach the result."""
+    length, window = 3 * PAGE, PAGE + 10
+    q, cache, layer, positions = make_arguments(np.random.default_rng(14), "int4x2", 2, 1, 64, [length])
+    first, page = length - window, cache.block_tables[0, 1]
+    assert cache.k_scales is not None and cache.v_scales is not None
+    k_scales, v_scales = (
+        x.at[LAYER, page, :, :, : first % PAGE].set(jnp.asarray(65504, jnp.float16))
+        for x in (cache.k_scales, cache.v_scales)
+    )
+    tables = cache.block_tables.at[0, 0].set(-1)
+    dirty = dataclasses.replace(cache, k_scales=k_scales, v_scales=v_scales, block_tables=tables)
+    found, expected = (execute(attend, q, c, layer, positions, jnp.int32(window)) for c in (dirty, cache))
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", ["int4x2", "bfloat16"])

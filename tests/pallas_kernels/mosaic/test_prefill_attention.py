@@ -19,14 +19,15 @@ from tests.pallas_kernels.mosaic.support import (
     TMA_STORE,
     Execute,
     compile_and_check,
+    emulated,
     needs_cuda_compiler,
 )
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 
-def attend(q, cache, layer, positions, key_rope):
-    return paged_attention(q, cache, layer=layer, positions=positions, key_rope=key_rope)
+def attend(q, cache, layer, positions, key_rope, window=None):
+    return paged_attention(q, cache, layer=layer, positions=positions, key_rope=key_rope, window=window)
 
 
 def abstract_arguments(
@@ -76,6 +77,15 @@ def test_compiles(model: str, batch: int, seq: int, kv_groups: int, kv_rope: str
     assert seq <= 64 or attention.registers <= 168
     if attention.instructions is not None:
         assert attention.instructions.counts["HGMMA"]
+
+
+@needs_cuda_compiler
+@pytest.mark.parametrize(("seq", "kv_groups"), [(64, 2), (2048, 2), (2048, 0)])
+def test_windows_compile(seq: int, kv_groups: int):
+    shape = MODELS["Llama-3-8B"]
+    arguments = abstract_arguments(shape, 1, seq, blocks=64, kv_groups=kv_groups, kv_rope="post")
+    attention, _ = compile_and_check(attend, *arguments, jax.ShapeDtypeStruct((), jnp.int32))
+    assert seq <= 64 or attention.registers <= 168
 
 
 @needs_cuda_compiler
@@ -180,6 +190,55 @@ def test_equals_the_oracle(
     for sequence, real in enumerate(positions >= 0):
         error = oracle.relative_error(np.asarray(out[sequence])[real], expected[sequence][real])
         assert error < 1e-2, sequence
+
+
+@pytest.mark.parametrize(
+    ("dtype", "page_size", "lengths", "seq", "window", "consumers"),
+    [
+        ("int4x2", 16, [300, 100, 20], 10, 37, 1),  # from the middle of a page; a sequence shorter than it
+        ("bfloat16", 16, [330, 190], 70, 1, 1),  # two tiles, each query sees itself
+        ("int4x2", 64, [400, 260], 150, 100, 2),  # one tile is all padding; no step that all queries see
+        ("bfloat16", 64, [500], 64, 300, 1),  # steps that all queries see, between two that are masked
+        ("int4x2", 32, [150, 70], 100, 2**30, 1),  # longer than all
+    ],
+)
+def test_windows(
+    execute: Execute,
+    dtype: str,
+    page_size: int,
+    lengths: list[int],
+    seq: int,
+    window: int,
+    consumers: int,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    # The interpreter wants every phase of a barrier to be waited for, and that of the last slots is not.
+    stages = 2 if execute is emulated else 8
+    config = flash.Config(consumers=consumers, block_keys=64, stages=stages)
+    monkeypatch.setattr(mosaic_sm90, "heuristics", lambda *_: config)
+    rng = np.random.default_rng(seq)
+    blocks = -(-max(lengths) // page_size)
+    cache, _ = make_cache(rng, lengths, blocks, kv_rope="post", dtype=dtype, head_dim=64, page_size=page_size)
+    # The last tokens of each sequence but a fifth of them in the later ones, so that rows end in padding.
+    counts = [seq if row == 0 else seq // 5 for row in range(len(lengths))]
+    rows = [list(range(length - count, length)) for length, count in zip(lengths, counts, strict=True)]
+    positions = np.array([row + [-1] * (seq - len(row)) for row in rows])
+    tables = np.array(cache.block_tables)
+    for sequence, row in enumerate(rows):  # nothing looks for what is wholly before the window
+        tables[sequence, : max(row[0] + 1 - window, 0) // page_size] = -1
+    q = rng.normal(size=(len(lengths), seq, 2, 64)).astype(oracle.BF16)
+
+    def attend_layer(q, cache, positions, window):
+        return attend(q, cache, jnp.int32(1), positions, None, window)
+
+    given = bridge.cache(cache._replace(block_tables=tables))
+    out = np.asarray(
+        execute(attend_layer, q, given, jnp.asarray(positions, jnp.int32), jnp.int32(window)), np.float32
+    )
+    assert np.isfinite(out).all()
+    expected = oracle.attention(q, cache, 1, positions, window=window)
+    for sequence, real in enumerate(positions >= 0):
+        assert oracle.relative_error(out[sequence][real], expected[sequence][real]) < 1e-2, sequence
 
 
 def test_other_tiles(execute: Execute, monkeypatch: pytest.MonkeyPatch):
