@@ -202,7 +202,7 @@ def _gathered(
     cache: PagedKVCache, layer: Array, positions: Array, config: flash.Config, clusters: int
 ) -> Sample:
     how = {"stride": config.block_queries, "step": config.block_keys, "num_keys": cache.max_length}
-    found, runs = _execute(lambda: gather(cache, layer, positions, None, **how), clusters)
+    found, runs = _execute(lambda: gather(cache, layer, positions, None, None, **how), clusters)
     for name, values, written in zip("kv", found, runs[0].written_outputs, strict=True):
         # [batch, blocks, kv heads, tokens, ...]
         pages = getattr(cache, f"{name}_pages")[layer, cache.block_tables]
