@@ -69,6 +69,7 @@ class Engine:
             page_size=config.page_size,
             max_num_seqs=config.max_num_seqs,
             buckets=buckets,
+            window=model.config.longest_window,
             prefix_caching=config.prefix_caching,
             deterministic=config.deterministic,
         )

@@ -15,6 +15,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+# In a list of the pages of blocks: of a block that no query sees any more (a sliding window).
+NO_PAGE = -1
+
 
 def extend_hashes(hashes: list[bytes], tokens: Sequence[int], page_size: int) -> None:
     """Appends to ``hashes`` (one for each full page) those of the pages of ``tokens`` that it lacks.
@@ -66,15 +69,22 @@ class PagePool:
             pages.append(page)
         return pages
 
-    def match(self, hashes: Iterable[bytes]) -> list[int]:
-        """The pages of the longest prefix that is cached or in use; they are not taken yet."""
-        pages = []
-        for digest in hashes:
-            page = self._page_of.get(digest)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
+    def match(self, hashes: Sequence[bytes], *, in_sight: int | None = None, unit: int = 1) -> list[int]:
+        """The pages of the longest prefix that is cached or in use; they are not taken yet.
+
+        Args:
+          in_sight: so many of its last pages are all that what follows sees, at least one: the others need
+            not be there, and are NO_PAGE. None: it sees all.
+          unit: the prefix is of a multiple of so many pages.
+        """
+        known = longest = 0
+        for number, digest in enumerate(hashes, start=1):
+            known = known + 1 if digest in self._page_of else 0  # without a gap, up to this one
+            wanted = number if in_sight is None else min(number, in_sight)
+            if known >= wanted and number % unit == 0:
+                longest = number
+        first = 0 if in_sight is None else max(longest - in_sight, 0)
+        return [NO_PAGE] * first + [self._page_of[digest] for digest in hashes[first:longest]]
 
     def unused(self, pages: Iterable[int]) -> int:
         """How many of ``pages`` nobody uses: taking them makes so many fewer available."""

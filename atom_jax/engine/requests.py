@@ -184,7 +184,8 @@ class SequenceState:
       arrival: number of the request; a lower one goes first.
       prompt_tokens: of ``tokens``.
       hashes: of the full pages of ``tokens``, as far as they were needed.
-      pages: of its positions, in order; none while it waits.
+      pages: of its positions, in order; none while it waits. NO_PAGE for the first ``out_of_sight`` of them,
+        which no query sees any more.
       slot: where the device keeps its last token; -1 while it waits.
       prefill_until: positions below this are computed in chunks, the others one at a time.
       published: pages that the prefix cache was told of.
@@ -199,6 +200,7 @@ class SequenceState:
     prompt_tokens: int
     hashes: list[bytes] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
+    out_of_sight: int = 0
     slot: int = -1
     computed: int = 0
     in_flight: int = 0

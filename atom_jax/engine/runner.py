@@ -199,7 +199,7 @@ class Runner:
             known = sequence.tokens[piece.start : piece.start + piece.count]
             rows.tokens[row, : piece.count] = known or _ON_DEVICE
             pages = sequence.pages[: shape.blocks]
-            rows.tables[row, : len(pages)] = pages
+            rows.tables[row, : len(pages)] = np.maximum(pages, 0)  # nobody looks up what is out of sight
             rows.start[row] = piece.start
             rows.count[row] = piece.count
             rows.source[row] = sequence.slot

@@ -9,6 +9,9 @@ where the next step wants them. Only what the host alone can know comes late: th
 sequence may then be in a step that was dispatched already; that step writes to a page that is free by now.
 It does no harm, because programs run in the order of dispatch, each on the pages that the one before
 returned: whoever gets the page next overwrites it later.
+
+Where every layer has a sliding window, a sequence gives back the pages before the window of its next query. A
+program of the same step may write to them: those that read them were dispatched before.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from atom_jax.engine.buckets import Buckets
-from atom_jax.engine.pages import PagePool, extend_hashes
+from atom_jax.engine.pages import NO_PAGE, PagePool, extend_hashes
 from atom_jax.engine.requests import SequenceState
 
 
@@ -52,7 +55,11 @@ class Plan:
 
 
 class Scheduler:
-    """The queue, the running sequences and their pages."""
+    """The queue, the running sequences and their pages.
+
+    Args:
+      window: how many of the last positions a query sees in any layer; None where a layer sees all.
+    """
 
     def __init__(
         self,
@@ -61,6 +68,7 @@ class Scheduler:
         page_size: int,
         max_num_seqs: int,
         buckets: Buckets,
+        window: int | None = None,
         prefix_caching: bool = True,
         deterministic: bool = False,
     ) -> None:
@@ -70,6 +78,7 @@ class Scheduler:
         self.preemptions = 0
         self._page_size = page_size
         self._buckets = buckets
+        self._window = window
         self._prefix_caching = prefix_caching
         self._deterministic = deterministic
         self._slots = list(range(max_num_seqs - 1, -1, -1))
@@ -112,6 +121,7 @@ class Scheduler:
 
     def _grow(self, sequence: SequenceState) -> bool:
         """Sees to a page for the next position; False if that took the sequence's own pages."""
+        self._give_back(sequence)
         while self.pages(sequence.computed + 1) > len(sequence.pages):
             if self.pool.available:
                 sequence.pages += self.pool.allocate(1)
@@ -124,6 +134,16 @@ class Scheduler:
                 return False
         return True
 
+    def _give_back(self, sequence: SequenceState) -> None:
+        """Releases the pages that neither the next query of the sequence nor any later one sees."""
+        if self._window is None:
+            return
+        seen = max(sequence.computed + 1 - self._window, 0) // self._page_size
+        if seen > sequence.out_of_sight:
+            self.pool.release(sequence.pages[sequence.out_of_sight : seen])
+            sequence.pages[:seen] = [NO_PAGE] * seen
+            sequence.out_of_sight = seen
+
     def _prefill(self) -> Iterator[Piece]:
         """Chunks of the oldest prompts that are not computed yet, as many as share a program."""
         begun = deque(sequence for sequence in self.running if sequence.computed < sequence.prefill_until)
@@ -132,6 +152,7 @@ class Scheduler:
             if begun:
                 sequence, found = begun.popleft(), None
                 start, until = sequence.computed, sequence.prefill_until
+                self._give_back(sequence)
             elif self._head_may_start():
                 sequence = self.waiting[0]
                 found = self._match(sequence)
@@ -155,7 +176,7 @@ class Scheduler:
         if not self.waiting or not self._slots or self.waiting[0].in_flight:
             return False
         found = self._match(self.waiting[0])
-        needed = self.pages(self._prefill_end(self.waiting[0])) - len(found) + self.pool.unused(found)
+        needed = self.pages(self._prefill_end(self.waiting[0])) - len(found) + self.pool.unused(_held(found))
         # A page for each running sequence is left: to admit and preempt in turn would compute for nothing.
         return needed + len(self.running) <= self.pool.available
 
@@ -163,9 +184,10 @@ class Scheduler:
         """Gives the head of the queue its slot and the pages that its chunks need, ``found`` among them."""
         self.waiting.popleft()
         self.running.append(sequence)
-        self.pool.take(found)
+        self.pool.take(_held(found))
         sequence.prefill_until = self._prefill_end(sequence)
         sequence.pages = found + self.pool.allocate(self.pages(sequence.prefill_until) - len(found))
+        sequence.out_of_sight = len(found) - len(_held(found))
         sequence.slot = self._slots.pop()
         sequence.computed = len(found) * self._page_size
         sequence.published = len(found)
@@ -177,13 +199,16 @@ class Scheduler:
         return sequence.prompt_tokens if self._deterministic else len(sequence.tokens)
 
     def _match(self, sequence: SequenceState) -> list[int]:
-        """Cached pages of the sequence's beginning; its last token is computed always, for its logits."""
+        """Cached pages of the sequence's beginning, NO_PAGE for those that the next query does not see.
+
+        The last token is computed always, for its logits.
+        """
         if not self._prefix_caching:
             return []
         extend_hashes(sequence.hashes, sequence.tokens, self._page_size)
-        found = self.pool.match(sequence.hashes[: (self._prefill_end(sequence) - 1) // self._page_size])
-        unit = self._cache_unit
-        return found[: len(found) // unit * unit]
+        hashes = sequence.hashes[: (self._prefill_end(sequence) - 1) // self._page_size]
+        in_sight = None if self._window is None else max(self.pages(self._window - 1), 1)
+        return self.pool.match(hashes, in_sight=in_sight, unit=self._cache_unit)
 
     @property
     def _cache_unit(self) -> int:
@@ -199,7 +224,7 @@ class Scheduler:
         full = min(sequence.computed, known) // (unit * self._page_size) * unit
         if full > sequence.published:
             extend_hashes(sequence.hashes, sequence.tokens, self._page_size)
-            for block in range(sequence.published, full):
+            for block in range(max(sequence.published, sequence.out_of_sight), full):
                 self.pool.publish(sequence.pages[block], sequence.hashes[block])
             sequence.published = full
 
@@ -214,8 +239,14 @@ class Scheduler:
     def _vacate(self, sequence: SequenceState) -> None:
         """Takes a running sequence's pages and slot."""
         self.running.remove(sequence)
-        self.pool.release(sequence.pages)
+        self.pool.release(_held(sequence.pages))
         self._slots.append(sequence.slot)
         sequence.pages = []
+        sequence.out_of_sight = 0
         sequence.slot = -1
         sequence.computed = 0
+
+
+def _held(pages: list[int]) -> list[int]:
+    """Those that are in sight."""
+    return [page for page in pages if page != NO_PAGE]

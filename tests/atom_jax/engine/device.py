@@ -39,10 +39,15 @@ def answer(prompt: Sequence[int], max_new_tokens: int) -> list[int]:
 
 @dataclasses.dataclass
 class Server:
-    """A scheduler with this device, and results that come one step late, as in the engine."""
+    """A scheduler with this device, and results that come one step late, as in the engine.
+
+    ``window``: the positions that a query sees, itself included; at least 2, since a token on the device is
+    known by what was written just before it.
+    """
 
     config: EngineConfig
     max_model_len: int
+    window: int | None = None
 
     def __post_init__(self) -> None:
         assert self.config.num_pages is not None
@@ -52,6 +57,7 @@ class Server:
             page_size=self.config.page_size,
             max_num_seqs=self.config.max_num_seqs,
             buckets=self.buckets,
+            window=self.window,
             prefix_caching=self.config.prefix_caching,
             deterministic=self.config.deterministic,
         )
@@ -96,11 +102,15 @@ class Server:
                 known = [self.last_tokens[sequence.slot]]
             assert len(known) == piece.count
             prefix = 0
-            for position, token in enumerate(sequence.tokens[: piece.start]):  # what attention reads
+            seen = 0 if self.window is None else piece.start + 1 - self.window
+            for position, token in enumerate(sequence.tokens[: piece.start]):
                 prefix = extended(prefix, token)
-                assert self.contents[sequence.pages[position // size], position % size] == prefix
+                if position >= seen:  # what attention reads
+                    page = sequence.pages[position // size]
+                    assert page >= 0 and self.contents[page, position % size] == prefix
             if piece.start > len(sequence.tokens):
                 page, offset = divmod(piece.start - 1, size)
+                assert sequence.pages[page] >= 0
                 prefix = self.contents[sequence.pages[page], offset]
             for position, token in enumerate(known, start=piece.start):
                 page = sequence.pages[position // size]
@@ -145,3 +155,9 @@ class Server:
         assert users == [pool.users(page) for page in range(pool.num_pages)]
         assert pool.available == users.count(0)
         assert not any(s.pages for s in scheduler.waiting)
+        if self.window is not None:
+            # Of what is computed: the pages of a window, one that it begins in, and those of the last piece.
+            for piece in plan.pieces:
+                blocks = piece.sequence.pages[: scheduler.pages(piece.start + piece.count)]
+                most = scheduler.pages(self.window - 1) + scheduler.pages(piece.count) + 1
+                assert sum(page >= 0 for page in blocks) <= most, "pages out of sight are kept"

@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from atom_jax.engine.pages import PagePool, extend_hashes
+from atom_jax.engine.pages import NO_PAGE, PagePool, extend_hashes
 
 PAGE = 4
 
@@ -76,6 +76,30 @@ def test_of_two_pages_that_hold_the_same_one_is_known() -> None:
     pool.release([first, second])
     assert pool.match(digests) == [first]
     assert pool.allocate(1) == [second]  # free, not cached
+
+
+@hypothesis.given(
+    known=st.lists(st.booleans(), max_size=12),
+    in_sight=st.one_of(st.none(), st.integers(1, 13)),
+    unit=st.integers(1, 4),
+)
+def test_the_longest_prefix_whose_pages_in_sight_are_known(
+    known: list[bool], in_sight: int | None, unit: int
+) -> None:
+    digests = hashes(list(range(PAGE * len(known))))
+    pool = PagePool(max(len(known), 1))
+    pages = pool.allocate(len(known))
+    for page, digest, there in zip(pages, digests, known, strict=True):
+        if there:
+            pool.publish(page, digest)
+
+    def first_seen(length: int) -> int:
+        return 0 if in_sight is None else max(length - in_sight, 0)
+
+    lengths = [n for n in range(0, len(known) + 1, unit) if all(known[first_seen(n) : n])]
+    longest = max(lengths)
+    first = first_seen(longest)
+    assert pool.match(digests, in_sight=in_sight, unit=unit) == [NO_PAGE] * first + pages[first:longest]
 
 
 def test_more_than_there_is() -> None:

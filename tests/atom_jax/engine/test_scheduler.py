@@ -9,16 +9,17 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from atom_jax.engine.pages import NO_PAGE
 from atom_jax.engine.requests import EngineConfig, SequenceState
 from tests.atom_jax.engine.device import EOS, VOCABULARY, Server, answer
 
 MAX_LENGTH = 40
 
 
-def server(**settings: Any) -> Server:
+def server(window: int | None = None, **settings: Any) -> Server:
     """Pages of 4 tokens, chunks of 16, four sequences at once, few pages."""
     defaults = {"num_pages": 14, "page_size": 4, "max_num_seqs": 4, "token_budget": 20}
-    return Server(EngineConfig(**{**defaults, **settings}), MAX_LENGTH)
+    return Server(EngineConfig(**{**defaults, **settings}), MAX_LENGTH, window)
 
 
 def drain(served: Server, limit: int = 2000) -> None:
@@ -80,17 +81,25 @@ class Traffic:
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("prefix_caching", [False, True])
-@hypothesis.given(st.integers(0, 2**32), st.integers(10, 40))
-@hypothesis.settings(max_examples=10)
-def test_random_traffic(deterministic: bool, prefix_caching: bool, seed: int, num_pages: int) -> None:
-    served = server(num_pages=num_pages, deterministic=deterministic, prefix_caching=prefix_caching)
+@hypothesis.given(
+    seed=st.integers(0, 2**32),
+    num_pages=st.integers(10, 40),
+    window=st.one_of(st.none(), st.integers(2, MAX_LENGTH + 1)),
+)
+@hypothesis.settings(max_examples=20)
+def test_random_traffic(
+    deterministic: bool, prefix_caching: bool, seed: int, num_pages: int, window: int | None
+) -> None:
+    settings = {"deterministic": deterministic, "prefix_caching": prefix_caching}
+    served = server(window, num_pages=num_pages, **settings)
     traffic = Traffic(served, seed)
     traffic.run(120)
     traffic.check()
 
 
-def test_random_traffic_for_thousands_of_steps_meets_everything() -> None:
-    served = server()
+@pytest.mark.parametrize(("window", "num_pages"), [(None, 14), (12, 10), (24, 14)])
+def test_random_traffic_for_thousands_of_steps_meets_everything(window: int | None, num_pages: int) -> None:
+    served = server(window, num_pages=num_pages)
     traffic = Traffic(served, 0)
     traffic.run(3000)
     traffic.check()
@@ -216,3 +225,78 @@ def test_pages_of_an_ended_sequence_go_to_another_while_its_surplus_step_is_in_f
     assert page in second.pages
     drain(served)
     assert answered(second) == answer([9] * 6, 3)
+
+
+def lasting(length: int, max_new_tokens: int) -> list[int]:
+    """A prompt whose answer does not end early."""
+    found = ([token] * length for token in range(1, VOCABULARY))
+    return next(prompt for prompt in found if len(answer(prompt, max_new_tokens)) == max_new_tokens)
+
+
+def test_pages_before_the_window_go_to_others() -> None:
+    """Of a long answer, no more is kept than the window; with caching it stays known until it is wanted."""
+    prompt = lasting(4, 36)
+    served = server(window=8, num_pages=10)
+    sequence = served.add(prompt, 36)
+    held = []
+    while served.busy:
+        served.step()
+        held.append(served.scheduler.pool.num_pages - served.scheduler.pool.available)
+    assert max(held) == 3  # 8 positions touch three pages of 4
+    assert answered(sequence) == answer(prompt, 36)
+
+
+def test_a_window_lets_more_sequences_run() -> None:
+    """Four answers of 40 tokens have a page of 10 taken away without a window, and none with one."""
+    prompt = lasting(4, 36)
+    for window, preempted in ((None, True), (8, False)):
+        served = server(window=window, num_pages=13, prefix_caching=False)
+        for _ in range(4):
+            served.add(prompt, 36)
+        drain(served)
+        assert (served.scheduler.preemptions > 0) == preempted
+        assert all(answered(sequence) == answer(prompt, 36) for sequence in served.ended)
+
+
+def test_a_prefix_is_found_by_what_is_in_sight_alone() -> None:
+    prompt = list(range(1, 33))
+    served = server(window=8, num_pages=12)
+    served.add(prompt, 1)
+    drain(served)
+    # The least recently used pages are forgotten: the first two, which left the window during prefill.
+    pool = served.scheduler.pool
+    pool.release(pool.allocate(6))
+    again = served.add([*prompt, 39], 2)
+    (piece,) = served.step().prefill
+    assert (piece.start, piece.count, again.cached_tokens) == (32, 1, 32)
+    assert again.pages[:6] == [NO_PAGE] * 6 and NO_PAGE not in again.pages[6:]
+    drain(served)
+    assert answered(again) == answer([*prompt, 39], 2)
+
+
+def test_a_shared_page_before_one_window_stays_with_who_sees_it() -> None:
+    """The first to leave it releases its own reference only."""
+    prompt = lasting(13, 20)
+    served = server(window=8, num_pages=14)
+    first = served.add(prompt, 20)
+    served.step()
+    second = served.add(prompt, 2)
+    while second.cached_tokens is None:
+        served.step()
+    shared = second.pages[2]
+    assert second.cached_tokens == 12 and first.pages[2] == shared
+    assert served.scheduler.pool.users(shared) == 2
+    drain(served)
+    assert answered(first) == answer(prompt, 20) and answered(second) == answer(prompt, 2)
+    assert served.scheduler.pool.available == 14
+
+
+def test_with_preemption_and_determinism_a_window_computes_the_same_again() -> None:
+    prompts = [[token] * 8 for token in range(1, VOCABULARY) if len(answer([token] * 8, 24)) == 24][:3]
+    for deterministic in (False, True):
+        served = server(window=20, num_pages=11, deterministic=deterministic)
+        sequences = [served.add(prompt, 24) for prompt in prompts]
+        drain(served)
+        assert served.scheduler.preemptions > 0
+        for prompt, sequence in zip(prompts, sequences, strict=True):
+            assert answered(sequence) == answer(prompt, 24)
