@@ -12,7 +12,7 @@ from convert.rope_rules import yarn_scale
 from convert.sources.gguf_file import GGUFFile
 from convert.sources.gguf_tokenizer import NO_TOKEN, STOP_TOKENS
 
-# Mistral models have the architecture "llama" in GGUF.
+# Mistral models have the architecture "llama" in GGUF; ``_window`` tells those with a window.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # llama.cpp rotates neighbouring channels of these, so their Q and K rows are stored in another order.
 PERMUTED = ("llama",)
@@ -104,6 +104,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     config["bos_token_id"] = _token_id(own, "bos_token_id")
     config["eos_token_id"] = [_token_id(own, key) for key in _STOP_KEYS] + _stop_tokens(own)
     _reject_unsupported(file, own, config)
+    config |= _window(file, arch, own, config)
     config["rope_parameters"] = _rope(file, own, config)
     return config
 
@@ -135,11 +136,6 @@ def _decimal(value: Any) -> Any:
 
 
 def _reject_unsupported(file: GGUFFile, own: dict[str, Any], config: dict[str, Any]) -> None:
-    window, context = own.get("attention.sliding_window"), config.get("max_position_embeddings")
-    if isinstance(window, int) and isinstance(context, int) and 0 < window < context:
-        raise AtomError(
-            f"{file.path}: sliding window {window} is shorter than the context {context}: not supported"
-        )
     head_dim = config.get("head_dim") or _even_share(config)
     if head_dim is None:
         return  # the metadata that it comes from are unusable, and parse_config names them
@@ -153,6 +149,22 @@ def _reject_unsupported(file: GGUFFile, own: dict[str, Any], config: dict[str, A
             f"{file.path}: rope.dimension_count {own['rope.dimension_count']} differs from the "
             f"head dimension {head_dim}: partial rotary embeddings are not supported"
         )
+
+
+def _window(file: GGUFFile, arch: str, own: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """What says that there is a sliding window. Of the models called "llama", only Mistral's have one."""
+    key = "attention.sliding_window"
+    window, context = own.get(key, 0), config.get("max_position_embeddings")
+    if isinstance(window, bool) or not isinstance(window, int) or window < 0:
+        raise AtomError(f"{file.path}: {key} must be an integer, at least 0, found {window!r:.40}")
+    if window == 0 or (isinstance(context, int) and window >= context):  # hides nothing
+        return {}
+    if arch != "llama" or f"{key}_pattern" in own:
+        raise AtomError(
+            f"{file.path}: {key} {window} is shorter than the context {context}, and which layers have it is "
+            "not read from GGUF files; convert the original checkpoint"
+        )
+    return {"architectures": ["MistralForCausalLM"], "sliding_window": window}
 
 
 def _rope(file: GGUFFile, own: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:

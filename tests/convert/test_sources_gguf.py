@@ -65,6 +65,25 @@ def test_config_matches_that_of_the_folder_format(path):
     assert open_source(path).config == want
 
 
+@pytest.mark.parametrize("window", [None, 0, 1, 64, 127, 128, 4096])
+def test_windows_of_mistral(path, window):
+    """As from a folder; llama.cpp calls the model "llama"."""
+    save(path, metadata=None if window is None else {"llama.attention.sliding_window": window})
+    config = open_source(path).config
+    family = "mistral" if window in (1, 64, 127) else "llama"
+    assert config == parse_config(tiny_config(family, sliding_window=window), where="")
+    assert config.windows == ((window, window) if family == "mistral" else ())
+
+
+def test_a_window_of_some_layers_is_refused(path):
+    """Qwen2's max_window_layers has no key in a GGUF file."""
+    save(path, "qwen2", metadata={"qwen2.attention.sliding_window": 64})
+    with fails(path, "sliding_window 64", "128", "which layers"):
+        open_source(path)
+    save(path, "qwen2", metadata={"qwen2.attention.sliding_window": 128})
+    assert open_source(path).config.windows == ()
+
+
 @pytest.mark.parametrize("kind", [TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.NORMAL])
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|eot_id|>", "<end_of_turn>"])
 def test_tokens_that_end_a_turn_stop(path, tmp_path, token, kind):
@@ -286,7 +305,11 @@ def test_llama3_divisors_are_those_of_transformers():
     [
         ({"general.architecture": "gemma3"}, ["'gemma3'", "qwen3"]),
         ({"llama.expert_count": 8}, ["num_local_experts", "8"]),
-        ({"llama.attention.sliding_window": 64}, ["sliding window 64", "128"]),
+        ({"llama.attention.sliding_window": "64"}, ["sliding_window", "integer", "'64'"]),
+        (
+            {"llama.attention.sliding_window": 64, "llama.attention.sliding_window_pattern": 2},
+            ["sliding_window 64", "128", "which layers"],
+        ),
         ({"llama.attention.value_length": 8}, ["value_length 8", "16"]),
         ({"llama.rope.dimension_count": 8}, ["rope.dimension_count 8", "16"]),
         ({"llama.rope.scaling.type": "yarn"}, ["factor", "missing"]),

@@ -88,7 +88,7 @@ def test_pages_go_only_where_every_layer_has_a_window(
 
 
 def test_four_bits_bit_for_bit_whatever_is_served_beside(folder: Path) -> None:
-    """With keys that are rotated when they are read, too: the pages of the table before the window are any."""
+    """With keys that are rotated when they are read, where the table names any page before the window."""
     quantization = preset("w4a4kv4", **TINY_GROUPS, kv_rope="pre", center_keys=False)
     config = tiny_config(quantization, vocab_size=len(tiny_vocabulary()), windows=(20, 9))
     model = Model(folder, config, tiny_params(config))
