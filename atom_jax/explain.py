@@ -41,7 +41,7 @@ class Line(NamedTuple):
 def explain(
     config: ModelConfig, *, batch: int, seq: int, context: int, implementation: str = AUTO
 ) -> list[Line]:
-    """The ops of one layer when ``batch`` sequences of ``context`` tokens each run ``seq`` of them.
+    """The ops of one layer, that with the longest window, when ``batch`` sequences of ``context`` tokens each run ``seq`` of them.
 
     Nothing is computed and no weight is needed: the step is traced with shapes, and every op says what it
     chose. With seq 1 this is a decode step.
@@ -71,10 +71,10 @@ def explain(
         raise AtomError(str(error)) from error
     lines: dict[Line, int] = {}
     for choice in choices:
-        cost = calls.cost(choice)
+        cost = calls.cost(choice, window=config.longest_window)
         line = Line(
             op=choice.op,
-            shape=calls.describe(choice),
+            shape=calls.describe(choice, window=config.longest_window),
             count=1,
             implementation=choice.implementation,
             reason=choice.reason,

@@ -19,18 +19,23 @@ from pallas_kernels.two_level_matmul.cost import cost as two_level_matmul_cost
 from pallas_kernels.weight_only_matmul.cost import cost as weight_only_matmul_cost
 
 
-def cost(call: Choice) -> Cost:
+def cost(call: Choice, *, window: int | None = None) -> Cost:
     """The least the call must move and multiply.
+
+    Args:
+      window: of the layer, if it has a sliding one: to the op, it is data.
 
     Raises:
       ValueError: the op has no cost model.
     """
-    return _COSTS[_known(call.op)](*call.arguments)
+    known = {"window": window} if call.op in _ATTENTION else {}
+    return _COSTS[_known(call.op)](*call.arguments, **known)
 
 
-def describe(call: Choice) -> str:
-    """The shape of the call, e.g. "M=64 N=6144 K=4096"."""
-    return _SHAPES[_known(call.op)](*call.arguments)
+def describe(call: Choice, *, window: int | None = None) -> str:
+    """The shape of the call, e.g. "M=64 N=6144 K=4096"; ``window`` as for ``cost``."""
+    shape = _SHAPES[_known(call.op)](*call.arguments)
+    return shape if window is None or call.op not in _ATTENTION else f"{shape} window={window}"
 
 
 def _known(op: str) -> str:
@@ -107,15 +112,15 @@ def _kv_append(
     )
 
 
-def _paged_attention(q: Any, cache: Any, *_: Any) -> Cost:
+def _paged_attention(q: Any, cache: Any, *_: Any, window: int | None) -> Cost:
     batch, _, num_heads, head_dim = q.shape
     kv_bits = 4 if cache.quantized else 16
     return paged_attention_cost(
-        batch, num_heads, cache.num_kv_heads, head_dim, cache.max_length, kv_bits, cache.kv_groups
+        batch, num_heads, cache.num_kv_heads, head_dim, cache.max_length, kv_bits, cache.kv_groups, window
     )
 
 
-def _prefill_attention(q: Any, cache: Any, *_: Any) -> Cost:
+def _prefill_attention(q: Any, cache: Any, *_: Any, window: int | None) -> Cost:
     batch, seq, num_heads, head_dim = q.shape
     return prefill_attention_cost(
         batch,
@@ -126,6 +131,7 @@ def _prefill_attention(q: Any, cache: Any, *_: Any) -> Cost:
         head_dim,
         cache.kv_groups,
         page_bytes=cache.k_pages.dtype.itemsize,
+        window=window,
     )
 
 
@@ -139,6 +145,7 @@ def _quantized_matmul_shape(x: Any, w: Any, *_: Any) -> str:
     return f"M={x.outliers.shape[0]} N={w.shape[0]} K={w.shape[1]}"
 
 
+_ATTENTION = ("paged_attention", "prefill_attention")
 _COSTS = {
     "grouped_matmul": _grouped_matmul,
     "two_level_matmul": _two_level_matmul,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,7 +50,19 @@ def _model_facts(config: Any) -> dict[str, Any]:
     return facts | {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
+        "sliding window": _windows(config.windows),
     }
+
+
+def _windows(windows: tuple[int | None, ...]) -> str:
+    """The window of all layers, or that of each run of layers."""
+    if len(set(windows)) <= 1:
+        return str((windows and windows[0]) or "none")
+    runs = []
+    for window, layers in itertools.groupby(range(len(windows)), key=lambda layer: windows[layer]):
+        first, *more = layers
+        runs.append(f"{window or 'none'} in {f'{first} to {more[-1]}' if more else first}")
+    return f"layers: {', '.join(runs)}"
 
 
 def _facts(title: str, facts: dict[str, Any]) -> Table:

@@ -26,6 +26,7 @@ CONFIGS = {
         preset("w4a4kv4", group_size=32, num_outliers=32, reorder="per_layer", center_keys=False), o_bias=True
     ),
     "centered": tiny_config(preset("w4a4kv4", group_size=32, num_outliers=32, center_keys=True)),
+    "windows": tiny_config(preset("bf16"), windows=(None, 64)),
     "per-channel": tiny_config(preset("w4a4kv4", group_size=None, num_outliers=0), tie_word_embeddings=True),
 }
 
@@ -211,6 +212,10 @@ def quantization(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (edited(num_layers=-1), "num_layers must be a positive integer, found -1"),
         (edited(eos_token_ids=3), "configuration is not readable"),
         (edited(quantization=None), "configuration is not readable"),
+        (edited(windows=64), "configuration is not readable"),
+        (edited(windows=[64]), "windows of 1 layers in a model of 2"),
+        (edited(windows=[64, 0]), "a window must be a positive integer, or null, found 0"),
+        (edited(windows=[True, 64]), "a window must be a positive integer, or null, found True"),
         (quantization(scheme="w2a2"), "scheme 'w2a2' is not supported"),
         (quantization(group_size=48), "group size 48 is not supported"),
         (quantization(center_keys=True, kv_bits=16), "center_keys needs kv_bits 4 and kv_rope 'post', found"),
@@ -234,6 +239,14 @@ def test_configuration_from_before_keys_were_centered(damaged: Path) -> None:
     file.write_text(json.dumps(data))
     model = checkpoint.load(damaged)
     assert model.config == CONFIGS["groups"] and "k_mean" not in checkpoint.layer_specs(model.config)
+
+
+def test_configuration_from_before_windows(damaged: Path) -> None:
+    file = damaged / checkpoint.CONFIG_FILE
+    data = json.loads(file.read_text())
+    del data["windows"]
+    file.write_text(json.dumps(data))
+    assert checkpoint.load(damaged).config == CONFIGS["groups"]
 
 
 @pytest.mark.parametrize("content", [b"", b'{"format_version": 1,', b"\xff\xfe", b"[" * 100_000])

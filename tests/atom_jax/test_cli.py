@@ -222,6 +222,18 @@ class TestInspect:
         assert card["job"]["source_sha256"] in "".join(row[1] for row in rows if len(row) == 2)
         parts = {row[0] for row in rows if row}
         assert {"params/layers", "params/shared", "tokenizer", "together"} <= parts
+        assert ["sliding window", "none"] in rows
+
+    @pytest.mark.parametrize(
+        ("windows", "shown"),
+        [([4096, 4096], "4096"), ([None, 64], "layers: none in 0, 64 in 1"), ([None, None], "none")],
+    )
+    def test_windows(self, checkpoint, tmp_path, windows, shown):
+        copy = tmp_path / "copy"
+        shutil.copytree(checkpoint, copy)
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | {"windows": windows}))
+        assert re.search(rf"sliding window +│ {shown} ", run("inspect", copy).stdout)
 
     def test_not_a_checkpoint(self, tmp_path):
         fails("inspect", tmp_path, parts=[tmp_path])

@@ -71,6 +71,21 @@ def test_a_chunk_is_prefilled_by_another_attention():
     assert calls(lines) == expected
 
 
+@pytest.mark.parametrize(("seq", "op"), [(1, "paged_attention"), (512, "prefill_attention")])
+def test_attention_counts_the_keys_in_the_window(seq: int, op: str):
+    def attention(windows: tuple[int | None, ...], context: int):
+        config = llama_3_8b()
+        config = config.replace(num_layers=2, windows=windows)
+        return next(line for line in explain(config, batch=1, seq=seq, context=context) if line.op == op)
+
+    full = attention((), 8192)
+    assert "window" not in full.shape and attention((None, 1024), 8192) == full  # that with the most keys
+    windowed = attention((1024, 512), 8192)
+    assert windowed.shape == f"{full.shape} window=1024"
+    # 8 heads of 64 + 8 bytes, key and value; the first query sees 1023 keys before it.
+    assert full.bytes - windowed.bytes == (8192 - (seq + 1023)) * 8 * 2 * 72
+
+
 @needs_new_jax
 def test_what_a_hopper_gpu_would_run_can_be_asked_on_a_cpu():
     lines = explain(llama_3_8b(), batch=16, seq=1, context=2048, implementation="mosaic_sm90")

@@ -56,7 +56,6 @@ def serve(engine: Engine, prompts: list[list[int]]) -> tuple[list[list[int]], in
     return answers, used
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("prefix_caching", [True, False])
 @pytest.mark.parametrize("windows", [(20, 9), (7, 7)])
 def test_answers_are_those_of_a_cache_that_keeps_all(

@@ -344,3 +344,5 @@ def test_cost():
     assert counted.bf16_ops == 128 * 32 * 2048 * 4 * 128
     assert roofline.seconds(counted, roofline.H200) == counted.bytes / 4.8e12
     assert cost(128, 32, 8, 128, 2048, 16, 0).bytes / counted.bytes > 3.5
+    assert cost(128, 32, 8, 128, 8192, 4, 2, window=2048) == counted
+    assert cost(128, 32, 8, 128, 2048, 4, 2, window=4096) == counted

@@ -276,3 +276,12 @@ def test_cost_counts_arrays_and_pairs():
     assert found.bytes == of_layer + 2 * q.size * 2 + batch * seq * 4
     pairs = sum(position + 1 for position in range(keys - seq, keys))
     assert found.bf16_ops == 4 * batch * shape.num_heads * shape.head_dim * pairs
+
+
+@pytest.mark.parametrize("window", [1, 5, 16, 17, 22, 23, 100])
+def test_cost_counts_what_a_window_leaves(window: int):
+    """One head of one sequence, its queries at 16 to 22."""
+    found, full = (cost(1, 7, 23, 1, 1, 64, 2, window=width) for width in (window, None))
+    seen = [set(range(max(position + 1 - window, 0), position + 1)) for position in range(16, 23)]
+    assert found.bf16_ops == 4 * 64 * sum(map(len, seen))
+    assert full.bytes - found.bytes == 2 * (23 - len(set.union(*seen))) * (32 + 8)
