@@ -2,7 +2,7 @@
 
     python -m bench.gpu [--only tests,kernels,generate]
 
-Each part is a process of its own with an end in time, writes its JSON to bench/results/h200/ as it goes, and
+Each part is a process of its own with an end in time, writes its JSON to bench/results/<GPU>/ as it goes, and
 is started again past whatever made it hang or lose the GPU (``bench.gpu.progress``). A part that fails does
 not keep the next from running; the exit status is 0 only if none did, and 2 where there is no CUDA GPU.
 """
@@ -23,7 +23,6 @@ from typing import Annotated
 import typer
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "bench" / "results" / "h200"
 # progress.DEVICE_LOST, without importing JAX into the process that watches.
 _DEVICE_LOST = 75
 _NO_GPU = 2
@@ -54,9 +53,9 @@ class Part:
     resume: str | None
 
 
-def parts() -> tuple[Part, ...]:
-    """All of them; their seconds add up to less than nine minutes."""
-    tests, kernels, generate = (RESULTS / f"{name}.json" for name in ("tests", "kernels", "generate"))
+def parts(results: Path) -> tuple[Part, ...]:
+    """All of them, with their files in ``results``; their seconds add up to less than nine minutes."""
+    tests, kernels, generate = (results / f"{name}.json" for name in ("tests", "kernels", "generate"))
     pytest = f"pytest tests/cuda -m cuda -q --maxfail=1000 -p no:cacheprovider --cuda-results={tests}"
     return (
         Part("tests", tuple(pytest.split()), tests, 195, 60, "--cuda-seconds", "--cuda-resume"),
@@ -79,16 +78,25 @@ def environment() -> dict[str, str]:
     }
 
 
-def missing_gpu() -> str | None:
-    """Why nothing can run here; None if there is a CUDA GPU that JAX uses."""
-    script = "import jax; print(jax.__version__, jax.default_backend(), jax.devices()[0].device_kind)"
+def gpu_results() -> Path:
+    """The folder for the results of the CUDA GPU that JAX uses.
+
+    Raises:
+      LookupError: there is none.
+    """
+    script = (
+        "import jax; from bench import record; kind = jax.devices()[0].device_kind;"
+        "print(jax.__version__, jax.default_backend(), record.gpu_results(kind), kind)"
+    )
     run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=False
     )
     if run.returncode != 0:
-        return (run.stderr.strip().splitlines() or ["python failed"])[-1]
-    version, backend, kind = run.stdout.strip().splitlines()[-1].split(maxsplit=2)
-    return None if backend == "gpu" else f"JAX {version} runs on {backend} ({kind})"
+        raise LookupError((run.stderr.strip().splitlines() or ["python failed"])[-1])
+    version, backend, results, kind = run.stdout.strip().splitlines()[-1].split(maxsplit=3)
+    if backend != "gpu":
+        raise LookupError(f"JAX {version} runs on {backend} ({kind})")
+    return Path(results)
 
 
 def run_part(part: Part) -> str | None:
@@ -161,20 +169,21 @@ def main(
     only: Annotated[str, typer.Option(help="Parts, separated by commas.")] = "tests,kernels,generate",
 ) -> None:
     """Runs the parts and says how each ended."""
-    reason = missing_gpu()
-    if reason is not None:
+    try:
+        results = gpu_results()
+    except LookupError as reason:
         print(f"make gpu needs a CUDA GPU: {reason}", file=sys.stderr)
-        raise typer.Exit(_NO_GPU)
-    chosen = [part for part in parts() if part.name in only.split(",")]
+        raise typer.Exit(_NO_GPU) from None
+    chosen = [part for part in parts(results) if part.name in only.split(",")]
     if not chosen:
-        raise typer.BadParameter(f"{only!r} names none of {', '.join(part.name for part in parts())}")
+        raise typer.BadParameter(f"{only!r} names none of {', '.join(part.name for part in parts(results))}")
     started = time.monotonic()
     endings = []
     for part in chosen:
         print(f"==> {part.name} (at {time.monotonic() - started:.0f} s)", flush=True)
         endings.append((part, run_part(part)))
     took = time.monotonic() - started
-    print(f"==> all parts ended after {took:.0f} s; results in {RESULTS.relative_to(ROOT)}")
+    print(f"==> all parts ended after {took:.0f} s; results in {results.relative_to(ROOT)}")
     for part, trouble in endings:
         print(f"    {part.name:9s} {'FAILED: ' + trouble if trouble else 'ok'}; {summary(part)}")
     if any(trouble for _, trouble in endings):

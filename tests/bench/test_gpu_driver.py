@@ -84,10 +84,8 @@ def test_without_a_gpu_one_line_and_a_status():
 
 
 def test_parts_fit_and_summaries(tmp_path: Path):
-    assert sum(each.seconds + 2 * driver._GRACE for each in driver.parts()) < 9 * 60
-    tests, kernels, generate = (
-        driver.dataclasses.replace(each, result=tmp_path / each.result.name) for each in driver.parts()
-    )
+    assert sum(each.seconds + 2 * driver._GRACE for each in driver.parts(tmp_path)) < 9 * 60
+    tests, kernels, generate = driver.parts(tmp_path)
     assert driver.summary(tests) == "no result"
     tests.result.write_text(json.dumps({"tests": [{"outcome": "passed"}] * 2 + [{"outcome": "failed"}]}))
     assert driver.summary(tests) == "1 failed, 2 passed"
