@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,8 @@ _NO_GPU = 2
 # Seconds between a polite end and none, and between the last thing begun and the end of a part.
 _GRACE = 5
 _LAST_THING = 25
+# Processes that share the tests: most of a test is compiling, on one core.
+_TEST_PROCESSES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,6 @@ class Part:
       resume: option that makes it go on with its JSON; None if it cannot.
     """
 
-    name: str
     command: tuple[str, ...]
     result: Path
     seconds: float
@@ -53,15 +55,25 @@ class Part:
     resume: str | None
 
 
-def parts(results: Path) -> tuple[Part, ...]:
-    """All of them, with their files in ``results``; their seconds add up to less than nine minutes."""
-    tests, kernels, generate = (results / f"{name}.json" for name in ("tests", "kernels", "generate"))
-    pytest = f"pytest tests/cuda -m cuda -q --maxfail=1000 -p no:cacheprovider --cuda-results={tests}"
-    return (
-        Part("tests", tuple(pytest.split()), tests, 195, 60, "--cuda-seconds", "--cuda-resume"),
-        Part("kernels", ("bench.kernels", f"--out={kernels}"), kernels, 200, 60, "--seconds", "--resume"),
-        Part("generate", ("bench.gpu_generate", f"--out={generate}"), generate, 130, 90, "--seconds", None),
-    )
+def parts(results: Path) -> dict[str, list[Part]]:
+    """All of them by name, with their files in ``results``; those of one name run at the same time.
+
+    The seconds of all names add up to less than nine minutes.
+    """
+    kernels, generate = results / "kernels.json", results / "generate.json"
+    return {
+        "tests": [_tests(results, number) for number in range(1, _TEST_PROCESSES + 1)],
+        "kernels": [Part(("bench.kernels", f"--out={kernels}"), kernels, 200, 60, "--seconds", "--resume")],
+        "generate": [Part(("bench.gpu_generate", f"--out={generate}"), generate, 130, 90, "--seconds", None)],
+    }
+
+
+def _tests(results: Path, number: int) -> Part:
+    """The share of the tests that process ``number`` of ``_TEST_PROCESSES`` runs."""
+    out = results / f"tests-{number}.json"
+    pytest = "pytest tests/cuda -m cuda -q --maxfail=1000 -p no:cacheprovider"
+    options = (f"--cuda-results={out}", f"--cuda-share={number}/{_TEST_PROCESSES}")
+    return Part((*pytest.split(), *options), out, 195, 60, "--cuda-seconds", "--cuda-resume")
 
 
 def environment() -> dict[str, str]:
@@ -153,13 +165,14 @@ def summary(part: Part) -> str:
         found = json.loads(part.result.read_text())
     except (OSError, ValueError):
         return "no result"
-    if part.name == "tests":
+    if "tests" in found:
         outcomes = [test["outcome"] for test in found["tests"]]
         return ", ".join(f"{outcomes.count(x)} {x}" for x in sorted(set(outcomes))) or "no test ended"
-    rows = found["results"]["cases" if part.name == "kernels" else "figures"]
+    kernels = "cases" in found["results"]
+    rows = found["results"]["cases" if kernels else "figures"]
     failed = sum("error" in row for row in rows)
     said = f"{len(rows) - failed} measured, {failed} failed, {len(found['results']['skipped'])} not reached"
-    if part.name == "kernels":
+    if kernels:
         targets = found["results"]["targets"]
         said += f"; targets met: {sum(entry['met'] is True for entry in targets)} of {len(targets)}"
     return said
@@ -174,18 +187,19 @@ def main(
     except LookupError as reason:
         print(f"make gpu needs a CUDA GPU: {reason}", file=sys.stderr)
         raise typer.Exit(_NO_GPU) from None
-    chosen = [part for part in parts(results) if part.name in only.split(",")]
+    chosen = {name: group for name, group in parts(results).items() if name in only.split(",")}
     if not chosen:
-        raise typer.BadParameter(f"{only!r} names none of {', '.join(part.name for part in parts(results))}")
+        raise typer.BadParameter(f"{only!r} names none of {', '.join(parts(results))}")
     started = time.monotonic()
     endings = []
-    for part in chosen:
-        print(f"==> {part.name} (at {time.monotonic() - started:.0f} s)", flush=True)
-        endings.append((part, run_part(part)))
+    for name, group in chosen.items():
+        print(f"==> {name} (at {time.monotonic() - started:.0f} s)", flush=True)
+        with ThreadPoolExecutor(len(group)) as pool:
+            endings += zip(group, pool.map(run_part, group), strict=True)
     took = time.monotonic() - started
     print(f"==> all parts ended after {took:.0f} s; results in {results.relative_to(ROOT)}")
     for part, trouble in endings:
-        print(f"    {part.name:9s} {'FAILED: ' + trouble if trouble else 'ok'}; {summary(part)}")
+        print(f"    {part.result.stem:9s} {'FAILED: ' + trouble if trouble else 'ok'}; {summary(part)}")
     if any(trouble for _, trouble in endings):
         raise typer.Exit(1)
 

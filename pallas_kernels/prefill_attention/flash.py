@@ -19,6 +19,9 @@ from pallas_kernels import dispatch, mosaic
 # Query rows of one wgmma.
 ROWS = 64
 _MASKED = -1e30
+# Registers a thread of a copying and of a multiplying warpgroup. A block of three warpgroups starts with 168 a
+# thread; if they asked for more in all, the last one would wait forever.
+_COPYING, _MULTIPLYING = 40, 232
 # An alias jax declares where type checkers do not look.
 _ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 _MATRIX = plgpu.Layout.WGMMA
@@ -95,7 +98,7 @@ def attention(
 
         @pl.when(warpgroup == consumers)
         def _() -> None:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(_COPYING, action="decrease")
             for consumer in range(consumers):
                 source = q_gmem.at[sequence, rows_of(consumer), head]
                 plgpu.copy_gmem_to_smem(source, q_smem.at[consumer], q_ready.at[consumer])
@@ -116,7 +119,7 @@ def attention(
 
         @pl.when(warpgroup < consumers)
         def _() -> None:
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(_MULTIPLYING, action="increase")
             position = mosaic.load(
                 positions_gmem.at[sequence, rows_of(warpgroup)], layout=_PER_ROW, optimized=False
             )
