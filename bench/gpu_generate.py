@@ -35,7 +35,6 @@ from bench.models import llama_3_8b
 from pallas_kernels import dispatch
 from pallas_kernels.verification.execute import device_lost
 
-OUT = record.RESULTS / "h200" / "generate.json"
 # Labels of a figure, and the call that measures it.
 Figure = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 SCHEMES = ("w4a4kv4", "bf16")
@@ -231,12 +230,13 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(
     smoke: Annotated[bool, typer.Option(help="A tiny model with the reference, on any device.")] = False,
     seconds: Annotated[float, typer.Option(help="After this no new figure is begun.")] = 100.0,
-    out: Annotated[Path, typer.Option(help="The result.")] = OUT,
+    out: Annotated[Path | None, typer.Option(help="The result; by default of this GPU's folder.")] = None,
 ) -> None:
     """Measures, prints and writes the JSON."""
     if not smoke and jax.default_backend() != "gpu":
         print(f"bench.gpu_generate needs a CUDA GPU; JAX {jax.__version__} runs on {jax.default_backend()}")
         raise typer.Exit(2)
+    out = out or record.gpu_results(jax.devices()[0].device_kind) / "generate.json"
     if not run(out, seconds, smoke=smoke):
         raise typer.Exit(1)
 

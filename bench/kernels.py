@@ -30,14 +30,12 @@ from bench.gpu import ceilings as ceilings_module
 from bench.gpu import progress, targets
 from bench.gpu.ceilings import Ceilings
 from bench.gpu.peers import peers
-from bench.gpu.sweep import sweep_cases
+from bench.gpu.sweep import sweep_cases, winners
 from bench.gpu.timing import Clock, jax_program, make_clock, make_sets, num_sets
-from pallas_kernels import dispatch, roofline, use_implementation
+from pallas_kernels import dispatch, use_implementation
 from pallas_kernels.verification import cases
 from pallas_kernels.verification.cases import Case
 from pallas_kernels.verification.execute import device_lost
-
-OUT = record.RESULTS / "h200" / "kernels.json"
 
 
 def ordered(all_cases: Iterable[Case]) -> list[Case]:
@@ -85,7 +83,7 @@ def measure_case(case: Case, clock: Clock, ceilings: Ceilings, implementation: s
     feedback = case.donated[0] if case.donated else None
     try:
         work = cost(case)
-        row |= {**dataclasses.asdict(work), "roofline_seconds": roofline.seconds(work, roofline.H200)}
+        row |= dataclasses.asdict(work)
         sets = make_sets(case.inputs, num_sets(work.bytes))
         with use_implementation(implementation), dispatch.record_choices() as choices:
             program = jax_program(case.call, sets, feedback=feedback)
@@ -258,7 +256,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="After this no new case is begun.")] = 200.0,
     resume: Annotated[bool, typer.Option(help="Go on with an interrupted result.")] = False,
     select: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
-    out: Annotated[Path, typer.Option(help="The result.")] = OUT,
+    out: Annotated[Path | None, typer.Option(help="The result; by default of this GPU's folder.")] = None,
 ) -> None:
     """Measures, writes the JSON and prints the tables."""
     if not smoke and jax.default_backend() != "gpu":
@@ -267,9 +265,10 @@ def main(
     found = smoke_cases() if smoke else ordered(cases.all_cases())
     selected = [case for case in found if select in case.name]
     if sweep:
-        sweep_cases(selected, make_clock(), seconds)
+        sweep_cases(selected, make_clock(), seconds, out or winners(jax.devices()[0].device_kind))
         return
     implementation = "reference" if smoke else "mosaic_sm90"
+    out = out or record.gpu_results(jax.devices()[0].device_kind) / "kernels.json"
     if not run(selected, out, implementation, seconds, resume=resume, smoke=smoke):
         raise typer.Exit(1)
 

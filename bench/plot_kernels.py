@@ -126,9 +126,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def main(
-    result: Annotated[Path, typer.Argument(help="JSON of bench.kernels.")] = RESULTS
-    / "h200"
-    / "kernels.json",
+    result: Annotated[Path, typer.Argument(help="JSON of bench.kernels.")],
     docs: Annotated[Path, typer.Option(help="Where to write.")] = DOCS,
 ) -> None:
     """Writes the page, and the plot if matplotlib is there."""

@@ -2,7 +2,7 @@
 
     python -m bench.gpu [--only tests,kernels,generate]
 
-Each part is a process of its own with an end in time, writes its JSON to bench/results/h200/ as it goes, and
+Each part is a process of its own with an end in time, writes its JSON to bench/results/<GPU>/ as it goes, and
 is started again past whatever made it hang or lose the GPU (``bench.gpu.progress``). A part that fails does
 not keep the next from running; the exit status is 0 only if none did, and 2 where there is no CUDA GPU.
 """
@@ -17,19 +17,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "bench" / "results" / "h200"
 # progress.DEVICE_LOST, without importing JAX into the process that watches.
 _DEVICE_LOST = 75
 _NO_GPU = 2
 # Seconds between a polite end and none, and between the last thing begun and the end of a part.
 _GRACE = 5
 _LAST_THING = 25
+# Processes that share the tests: most of a test is compiling, on one core.
+_TEST_PROCESSES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,6 @@ class Part:
       resume: option that makes it go on with its JSON; None if it cannot.
     """
 
-    name: str
     command: tuple[str, ...]
     result: Path
     seconds: float
@@ -54,15 +55,25 @@ class Part:
     resume: str | None
 
 
-def parts() -> tuple[Part, ...]:
-    """All of them; their seconds add up to less than nine minutes."""
-    tests, kernels, generate = (RESULTS / f"{name}.json" for name in ("tests", "kernels", "generate"))
-    pytest = f"pytest tests/cuda -m cuda -q --maxfail=1000 -p no:cacheprovider --cuda-results={tests}"
-    return (
-        Part("tests", tuple(pytest.split()), tests, 195, 60, "--cuda-seconds", "--cuda-resume"),
-        Part("kernels", ("bench.kernels", f"--out={kernels}"), kernels, 200, 60, "--seconds", "--resume"),
-        Part("generate", ("bench.gpu_generate", f"--out={generate}"), generate, 130, 90, "--seconds", None),
-    )
+def parts(results: Path) -> dict[str, list[Part]]:
+    """All of them by name, with their files in ``results``; those of one name run at the same time.
+
+    The seconds of all names add up to less than nine minutes.
+    """
+    kernels, generate = results / "kernels.json", results / "generate.json"
+    return {
+        "tests": [_tests(results, number) for number in range(1, _TEST_PROCESSES + 1)],
+        "kernels": [Part(("bench.kernels", f"--out={kernels}"), kernels, 200, 60, "--seconds", "--resume")],
+        "generate": [Part(("bench.gpu_generate", f"--out={generate}"), generate, 130, 90, "--seconds", None)],
+    }
+
+
+def _tests(results: Path, number: int) -> Part:
+    """The share of the tests that process ``number`` of ``_TEST_PROCESSES`` runs."""
+    out = results / f"tests-{number}.json"
+    pytest = "pytest tests/cuda -m cuda -q --maxfail=1000 -p no:cacheprovider"
+    options = (f"--cuda-results={out}", f"--cuda-share={number}/{_TEST_PROCESSES}")
+    return Part((*pytest.split(), *options), out, 195, 60, "--cuda-seconds", "--cuda-resume")
 
 
 def environment() -> dict[str, str]:
@@ -79,16 +90,25 @@ def environment() -> dict[str, str]:
     }
 
 
-def missing_gpu() -> str | None:
-    """Why nothing can run here; None if there is a CUDA GPU that JAX uses."""
-    script = "import jax; print(jax.__version__, jax.default_backend(), jax.devices()[0].device_kind)"
+def gpu_results() -> Path:
+    """The folder for the results of the CUDA GPU that JAX uses.
+
+    Raises:
+      LookupError: there is none.
+    """
+    script = (
+        "import jax; from bench import record; kind = jax.devices()[0].device_kind;"
+        "print(jax.__version__, jax.default_backend(), record.gpu_results(kind), kind)"
+    )
     run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=False
     )
     if run.returncode != 0:
-        return (run.stderr.strip().splitlines() or ["python failed"])[-1]
-    version, backend, kind = run.stdout.strip().splitlines()[-1].split(maxsplit=2)
-    return None if backend == "gpu" else f"JAX {version} runs on {backend} ({kind})"
+        raise LookupError((run.stderr.strip().splitlines() or ["python failed"])[-1])
+    version, backend, results, kind = run.stdout.strip().splitlines()[-1].split(maxsplit=3)
+    if backend != "gpu":
+        raise LookupError(f"JAX {version} runs on {backend} ({kind})")
+    return Path(results)
 
 
 def run_part(part: Part) -> str | None:
@@ -145,13 +165,14 @@ def summary(part: Part) -> str:
         found = json.loads(part.result.read_text())
     except (OSError, ValueError):
         return "no result"
-    if part.name == "tests":
+    if "tests" in found:
         outcomes = [test["outcome"] for test in found["tests"]]
         return ", ".join(f"{outcomes.count(x)} {x}" for x in sorted(set(outcomes))) or "no test ended"
-    rows = found["results"]["cases" if part.name == "kernels" else "figures"]
+    kernels = "cases" in found["results"]
+    rows = found["results"]["cases" if kernels else "figures"]
     failed = sum("error" in row for row in rows)
     said = f"{len(rows) - failed} measured, {failed} failed, {len(found['results']['skipped'])} not reached"
-    if part.name == "kernels":
+    if kernels:
         targets = found["results"]["targets"]
         said += f"; targets met: {sum(entry['met'] is True for entry in targets)} of {len(targets)}"
     return said
@@ -161,22 +182,24 @@ def main(
     only: Annotated[str, typer.Option(help="Parts, separated by commas.")] = "tests,kernels,generate",
 ) -> None:
     """Runs the parts and says how each ended."""
-    reason = missing_gpu()
-    if reason is not None:
+    try:
+        results = gpu_results()
+    except LookupError as reason:
         print(f"make gpu needs a CUDA GPU: {reason}", file=sys.stderr)
-        raise typer.Exit(_NO_GPU)
-    chosen = [part for part in parts() if part.name in only.split(",")]
+        raise typer.Exit(_NO_GPU) from None
+    chosen = {name: group for name, group in parts(results).items() if name in only.split(",")}
     if not chosen:
-        raise typer.BadParameter(f"{only!r} names none of {', '.join(part.name for part in parts())}")
+        raise typer.BadParameter(f"{only!r} names none of {', '.join(parts(results))}")
     started = time.monotonic()
     endings = []
-    for part in chosen:
-        print(f"==> {part.name} (at {time.monotonic() - started:.0f} s)", flush=True)
-        endings.append((part, run_part(part)))
+    for name, group in chosen.items():
+        print(f"==> {name} (at {time.monotonic() - started:.0f} s)", flush=True)
+        with ThreadPoolExecutor(len(group)) as pool:
+            endings += zip(group, pool.map(run_part, group), strict=True)
     took = time.monotonic() - started
-    print(f"==> all parts ended after {took:.0f} s; results in {RESULTS.relative_to(ROOT)}")
+    print(f"==> all parts ended after {took:.0f} s; results in {results.relative_to(ROOT)}")
     for part, trouble in endings:
-        print(f"    {part.name:9s} {'FAILED: ' + trouble if trouble else 'ok'}; {summary(part)}")
+        print(f"    {part.result.stem:9s} {'FAILED: ' + trouble if trouble else 'ok'}; {summary(part)}")
     if any(trouble for _, trouble in endings):
         raise typer.Exit(1)
 

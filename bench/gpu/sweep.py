@@ -28,7 +28,12 @@ from pallas_kernels import dispatch, use_implementation
 from pallas_kernels.verification.cases import Case
 
 IMPLEMENTATION = "mosaic_sm90"
-WINNERS = Path(pallas_kernels.__file__).parent / "tuning" / "h200.json"
+TUNING = Path(pallas_kernels.__file__).parent / "tuning"
+
+
+def winners(device_kind: str) -> Path:
+    """The file of a GPU's winners, e.g. pallas_kernels/tuning/h100.json."""
+    return TUNING / f"{record.gpu_results(device_kind).name}.json"
 
 
 def tunable(case: Case) -> Any:
@@ -73,7 +78,7 @@ def measure(case: Case, module: Any, config: Any, clock: Clock, sets: list[Any])
     return tried | {"seconds": timing.seconds}
 
 
-def sweep_cases(selected: Sequence[Case], clock: Clock, budget: float, out: Path = WINNERS) -> None:
+def sweep_cases(selected: Sequence[Case], clock: Clock, budget: float, out: Path) -> None:
     """Measures all candidates of each case for at most ``budget`` seconds and writes ``out`` after each."""
     deadline = time.monotonic() + budget
     entries: list[dict[str, Any]] = []

@@ -296,4 +296,8 @@ class _Child:
 def _environment() -> dict[str, str]:
     """Of a child: this process's modules, and GPU memory only as it is needed."""
     modules = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-    return {**os.environ, "PYTHONPATH": modules, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment = {**os.environ, "PYTHONPATH": modules, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and "cpu" not in platforms.split(","):  # the reference of integers runs there
+        environment["JAX_PLATFORMS"] = f"{platforms},cpu"
+    return environment

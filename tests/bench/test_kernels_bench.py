@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 import typer
 
-from bench import kernels
+from bench import kernels, record
 from bench.costs import cost
 from bench.gpu import progress, sweep, targets, timing
 from bench.gpu.peers import peers
@@ -197,3 +197,8 @@ def test_sweep_takes_the_fastest_configuration(tmp_path: Path, monkeypatch: pyte
     assert tried == [1, 2, 3] and reference.run is original
     assert entry["winner"] == {"config": {"scale": 2}, "seconds": 1e-6}
     assert "too much shared memory" in entry["tried"][2]["error"]
+
+
+def test_results_are_kept_by_gpu():
+    assert record.gpu_results("NVIDIA H100 80GB HBM3") == record.RESULTS / "h100"
+    assert sweep.winners("NVIDIA H200") == sweep.TUNING / "h200.json"

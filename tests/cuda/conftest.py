@@ -18,6 +18,7 @@ _RESULTS = pytest.StashKey[Any]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("GPU tests (give tests/cuda on the command line)")
     group.addoption("--cuda-results", type=Path, help="JSON that is complete after every test")
+    group.addoption("--cuda-share", default="1/1", help="I/N: only every N-th test, from the I-th on")
     group.addoption("--cuda-seconds", type=float, help="tests that would begin later than this are skipped")
     group.addoption("--cuda-resume", action="store_true", help="without the tests already in --cuda-results")
 
@@ -37,6 +38,8 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    number, count = (int(word) for word in config.getoption("--cuda-share", "1/1").split("/"))
+    items[:] = items[number - 1 :: count]
     results = config.stash.get(_RESULTS, None)
     if results is not None:
         done = results.done()
