@@ -41,10 +41,11 @@ class Line(NamedTuple):
 def explain(
     config: ModelConfig, *, batch: int, seq: int, context: int, implementation: str = AUTO
 ) -> list[Line]:
-    """The ops of one layer, that with the longest window, when ``batch`` sequences of ``context`` tokens each run ``seq`` of them.
+    """The ops of one layer when ``batch`` sequences of ``context`` tokens each run ``seq`` of them.
 
-    Nothing is computed and no weight is needed: the step is traced with shapes, and every op says what it
-    chose. With seq 1 this is a decode step.
+    Where layers have sliding windows, it is the layer that sees the most. Nothing is computed and no weight
+    is needed: the step is traced with shapes, and every op says what it chose. With seq 1 this is a decode
+    step.
 
     Args:
       implementation: see ``pallas_kernels.use_implementation``; "mosaic_sm90" shows, on any device, what a

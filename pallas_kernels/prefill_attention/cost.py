@@ -18,8 +18,9 @@ def cost(
 ) -> Cost:
     """Cost of the last ``seq`` queries of ``batch`` sequences of ``keys`` tokens, in bfloat16.
 
-    The products count only the pairs that a causal mask and the window leave, and the keys only those in a pair. The gathered keys and values of the Hopper kernel,
-    written and read once more, are an implementation's choice and not counted.
+    The products count only the pairs that a causal mask and the window leave, and the pages only the keys in
+    one. The gathered keys and values of the Hopper kernel, written and read once more, are a choice of the
+    implementation and not counted.
 
     Args:
       kv_groups: groups an INT4 head is cut into; 0 for float pages.

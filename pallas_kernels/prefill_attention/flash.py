@@ -25,8 +25,8 @@ ROWS = 64
 # Exponent of a key out of sight, as in decode attention: it underflows next to any other, and where a row has
 # seen no other yet, the difference of two such exponents, each rounded on its own, stays small.
 _MASKED = -(2.0**26)
-# Registers a thread of a copying and of a multiplying warpgroup. A block of three warpgroups starts with 168 a
-# thread; if they asked for more in all, the last one would wait forever.
+# Registers a thread of a copying and of a multiplying warpgroup. A block of three warpgroups starts with 168
+# a thread; if they asked for more in all, the last one would wait forever.
 _COPYING, _MULTIPLYING = 40, 232
 # An alias jax declares where type checkers do not look.
 _ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]

@@ -63,6 +63,9 @@ def _small() -> Iterator[Case]:
     for kv_bits in (4, 16):
         yield cases.attention(TINY, 1, 5, 100, kv_bits)
     yield variants.one_scale(TINY, 1, 5, 100, "pre")
+    # From the middle of a page, with pages before it that are not read.
+    yield variants.windowed(TINY, 1, 1, 300, 100)
+    yield variants.windowed(TINY, 1, 5, 200, 100)
 
 
 def _real() -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""Forms of the ops that no case of the models has: other groups, epilogues, reordering, keys before RoPE."""
+"""Forms of the ops that no case of the models has: groups, epilogues, orders, keys before RoPE, windows."""
 
 from __future__ import annotations
 
@@ -85,3 +85,18 @@ def one_scale(model: str, batch: int, seq: int, length: int, kv_rope: str) -> Ca
 
     shape = f"batch={batch} queries={seq} keys={length} one scale, {kv_rope}"
     return dataclasses.replace(case, shape=shape, call=call, inputs=inputs)
+
+
+def windowed(model: str, batch: int, seq: int, length: int, window: int) -> Case:
+    """Attention in a layer with a sliding window."""
+    case = cases.attention(model, batch, seq, length)
+
+    def call(q: Array, cache: Any, index: Array, positions: Array, window: Array) -> Array:
+        return paged_attention(q, cache, layer=index, positions=positions, window=window)
+
+    return dataclasses.replace(
+        case,
+        shape=f"{case.shape} window={window}",
+        call=call,
+        inputs=lambda key: (*case.inputs(key), jnp.int32(window)),
+    )

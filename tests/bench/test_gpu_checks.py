@@ -55,8 +55,20 @@ def test_variants_are_calls_of_the_ops():
         variants.reordered(3, 512),
         variants.one_scale("Llama-3-8B", 1, 1, 100, "post"),
         variants.one_scale("Llama-3-8B", 1, 5, 100, "pre"),
+        variants.windowed("Llama-3-8B", 1, 1, 200, 70),
+        variants.windowed("Llama-3-8B", 1, 5, 200, 70),
     ):
         support.check_case(case, kernels="auto")
+
+
+def test_a_window_that_is_not_kept_is_noticed():
+    for seq in (1, 5):
+        case = variants.windowed(MODEL, 1, seq, 200, 70)
+        inputs = case.inputs(jax.random.key(0))
+        expected = case.call(*inputs)
+        for window in (69, 71, 2**30):
+            with pytest.raises(AssertionError):
+                compare.check_result(case, inputs, case.call(*inputs[:-1], jnp.int32(window)), expected)
 
 
 def test_norm_with_residual():
@@ -151,9 +163,9 @@ def test_model_comparison_sees_a_wrong_op(monkeypatch: pytest.MonkeyPatch):
     config, params = tiny_model()
     original, calls = reference.run, []
 
-    def wrong(q, cache, layer, positions, key_rope):
+    def wrong(q, *arguments):
         calls.append(q.shape)
-        out = original(q, cache, layer, positions, key_rope)
+        out = original(q, *arguments)
         return -out[:, :, ::-1] if len(calls) % 2 else out
 
     clear_traces()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from pallas_kernels.verification.cases import Case
-from pallas_kernels.verification.variants import epilogue, one_scale, reordered, reordered_norm
+from pallas_kernels.verification.variants import epilogue, one_scale, reordered, reordered_norm, windowed
 from tests.cuda import support
 
 
@@ -19,6 +19,8 @@ def selected() -> Iterator[Case]:
     yield reordered(64, 4096)
     yield one_scale("Llama-3-8B", 16, 1, 1000, "post")
     yield one_scale("Llama-3-8B", 2, 200, 1000, "pre")
+    yield windowed("Llama-3-8B", 16, 1, 1000, 300)
+    yield windowed("Llama-3-8B", 2, 200, 1000, 300)
 
 
 CASES = list(selected())
