@@ -113,9 +113,12 @@ def test_no_perplexity(scale: float, message: str) -> None:
         streamed_perplexity(lambda: layers, shared, IDS, config=config, seq_len=SEQ)
 
 
-def test_streamed_perplexity_of_a_text_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("windows", [(), (5, 5), (None, 9)])
+def test_streamed_perplexity_of_a_text_of_any_length(
+    windows: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The residual stream of a part of the text is in memory; the value is that of the whole."""
-    config = tiny_config()
+    config = tiny_config(windows=windows)
     tree = tiny_tree(config)
     layers = [{name: value[layer] for name, value in tree["layers"].items()} for layer in range(2)]
     shared = {name: value for name, value in tree.items() if name != "layers"}
@@ -150,6 +153,9 @@ def test_streamed_perplexity_of_a_text_of_any_length(monkeypatch: pytest.MonkeyP
     assert parts.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
     direct = perplexity(tiny_params(config), IDS, config=config, seq_len=SEQ)
     assert parts.perplexity == pytest.approx(direct.perplexity, rel=1e-5)
+    if windows:
+        full = perplexity(tiny_params(config), IDS, config=config.replace(windows=()), seq_len=SEQ)
+        assert parts.perplexity != pytest.approx(full.perplexity, rel=1e-3)
 
 
 @pytest.mark.parametrize(

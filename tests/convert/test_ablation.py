@@ -168,12 +168,15 @@ def test_report(report: dict[str, Any], options: AblationOptions) -> None:
     assert report["job"]["texts"]["text.txt"]["tokens"] == 300
 
 
-@pytest.mark.parametrize(("family", "overrides"), [("llama", {"attention_bias": True}), ("qwen3", {})])
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [("llama", {"attention_bias": True}), ("qwen3", {}), ("mistral", {"sliding_window": 8})],
+)
 def test_simulation_differs_from_what_is_stored_by_the_rounding_of_outliers(
     family: str, overrides: dict[str, Any], tmp_path: Path
 ) -> None:
     opened = open_source(save_tiny(tmp_path, family, **overrides))
-    tree, config = read_layer(opened, 0), opened.config
+    tree, config = read_layer(opened, 0), opened.config.of_layer(0)
     windows = np.random.default_rng(0).normal(size=(2, 64, 64)).astype(np.float32)
     expected = np.asarray(run_windows(tree, windows, config=config))
     quantized = config.replace(quantization=recipes(STEPS)["simulated"])

@@ -93,6 +93,35 @@ def test_bf16_is_the_original_rounded(family: str, sources: Mapping[str, Path], 
     assert relative(actual, logits(params, config, TOKENS)) < 0.02
 
 
+WINDOWED: dict[str, tuple[dict[str, Any], tuple[int | None, ...]]] = {
+    "mistral": ({"sliding_window": 12}, (12, 12)),
+    "qwen2": ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, (None, 9)),
+}
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_sliding_windows(family: str, text: Path, tmp_path: Path) -> None:
+    """The windows are in the checkpoint, and calibration and the card's perplexity keep them."""
+    overrides, windows = WINDOWED[family]
+    folder = save_tiny(tmp_path, family, **overrides)
+    source = open_source(folder)
+    config, params = load_float(source)
+    assert config.windows == windows
+    full = config.replace(windows=())
+    assert relative(logits(params, config, TOKENS), logits(params, full, TOKENS)) > 0.05
+    options = tiny_options(text, quantization=changed(), eval_text=text, eval_tokens=300)
+    card = convert(folder, tmp_path / "out", options)
+    check_errors(card, source.config)
+    model = atom_jax.load(tmp_path / "out")
+    assert model.config.windows == windows
+    actual = logits(model.params, model.config, TOKENS)
+    assert relative(actual, logits(params, config, TOKENS)) < 0.4
+    tokens = encode(tmp_path / "out" / "tokenizer", prose(4000))[:300]
+    for name, (of, settings) in {"before": (params, config), "after": (model.params, model.config)}.items():
+        found = atom_jax.perplexity(of, tokens, config=settings, seq_len=128).perplexity
+        assert card["perplexity"][name] == pytest.approx(found, rel=1e-3), name
+
+
 # The recipes, and how far 4 bits may take a random model's logits: unrelated ones would be at 1.4.
 VARIANTS = {
     "llama": (changed(kv_rope="pre", gptq=False), 0.3),
