@@ -22,7 +22,7 @@ from atom_jax.engine.requests import (
     TokenLogprobs,
 )
 from atom_jax.engine.runner import Chosen, Runner, page_bytes, unpack
-from atom_jax.engine.scheduler import Plan, Scheduler
+from atom_jax.engine.scheduler import Plan, Scheduler, most_pages
 from atom_jax.errors import AtomError
 from atom_jax.generation import activation_dtype
 
@@ -46,7 +46,8 @@ class Engine:
     device computes. The engine belongs to one thread.
 
     Attributes:
-      max_model_len: most tokens of a prompt and its answer together; no more than the cache holds.
+      max_model_len: most tokens of a prompt and its answer together; no more than the cache holds, unless
+        every layer has a sliding window.
     """
 
     def __init__(self, model: Model, config: EngineConfig = EngineConfig()) -> None:
@@ -61,8 +62,9 @@ class Engine:
         if self.max_model_len > positions:
             raise AtomError(f"max_model_len {self.max_model_len} exceeds the model's {positions} positions")
         self._num_pages = _num_pages(model, config, self.max_model_len)
-        # No request may be longer than the cache.
-        self.max_model_len = min(self.max_model_len, self._num_pages * config.page_size)
+        if self._num_pages < _most_pages(model, config, self.max_model_len):
+            # No request may be longer than the cache.
+            self.max_model_len = min(self.max_model_len, self._num_pages * config.page_size)
         buckets = make_buckets(config, self.max_model_len)
         self._scheduler = Scheduler(
             num_pages=self._num_pages,
@@ -262,6 +264,12 @@ def _completion(outputs: list[Output]) -> Completion:
     )
 
 
+def _most_pages(model: Model, config: EngineConfig, max_model_len: int) -> int:
+    """Pages that the longest request has at a time: those of a window and a step, if it is longer."""
+    pages, window = -(-max_model_len // config.page_size), model.config.longest_window
+    return pages if window is None else min(pages, most_pages(window, config.token_budget, config.page_size))
+
+
 def _num_pages(model: Model, config: EngineConfig, max_model_len: int) -> int:
     """Pages of the cache, from whichever size the configuration gives."""
     if config.num_pages is not None:
@@ -271,7 +279,7 @@ def _num_pages(model: Model, config: EngineConfig, max_model_len: int) -> int:
         if config.memory_bytes < size:
             raise AtomError(f"memory_bytes {config.memory_bytes} is less than a page, {size} bytes")
         return config.memory_bytes // size
-    wanted = config.max_num_seqs * -(-max_model_len // config.page_size)
+    wanted = config.max_num_seqs * _most_pages(model, config, max_model_len)
     pages = max(1, min(wanted, _MAX_DEFAULT_BYTES // size))
     _logger.info("%d pages of %d tokens, %.2f GiB", pages, config.page_size, pages * size / 2**30)
     return pages

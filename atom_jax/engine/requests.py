@@ -140,11 +140,11 @@ class EngineConfig:
     Attributes:
       num_pages: of the cache. None: what fits ``memory_bytes``.
       memory_bytes: for the cache's pages. None (and no ``num_pages``): enough for ``max_num_seqs`` sequences
-        of ``max_model_len`` tokens, at most 4 GiB.
+        of ``max_model_len`` tokens, or what windows keep of them, at most 4 GiB.
       page_size: tokens a page.
       max_num_seqs: requests that run at once.
-      max_model_len: prompt and answer together, at most what the cache holds. None: the model's positions, at
-        most 4096.
+      max_model_len: prompt and answer together, at most what the cache holds, unless every layer has a
+        sliding window. None: the model's positions, at most 4096.
       token_budget: tokens that one step computes at most, decode and prefill together.
       prefix_caching: keep the pages of ended requests for prompts that begin alike.
       deterministic: an answer is the same, bit for bit, whatever is served beside it. One decode shape of
@@ -184,8 +184,8 @@ class SequenceState:
       arrival: number of the request; a lower one goes first.
       prompt_tokens: of ``tokens``.
       hashes: of the full pages of ``tokens``, as far as they were needed.
-      pages: of its positions, in order; none while it waits. NO_PAGE for the first ``out_of_sight`` of them,
-        which no query sees any more.
+      pages: of its positions, in order, those of later chunks maybe not yet; none while it waits. NO_PAGE for
+        the first ``out_of_sight`` of them, which no query sees any more.
       slot: where the device keeps its last token; -1 while it waits.
       prefill_until: positions below this are computed in chunks, the others one at a time.
       published: pages that the prefix cache was told of.

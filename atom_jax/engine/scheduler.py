@@ -10,15 +10,16 @@ sequence may then be in a step that was dispatched already; that step writes to 
 It does no harm, because programs run in the order of dispatch, each on the pages that the one before
 returned: whoever gets the page next overwrites it later.
 
-Where every layer has a sliding window, a sequence gives back the pages before the window of its next query. A
-program of the same step may write to them: those that read them were dispatched before.
+Where every layer has a sliding window, a sequence gives back the pages before the window of its next query,
+and takes those of its prompt chunk by chunk. A program of the same step may write to what was given back:
+those that read it were dispatched before.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from atom_jax.engine.buckets import Buckets
 from atom_jax.engine.pages import NO_PAGE, PagePool, extend_hashes
@@ -52,6 +53,16 @@ class Plan:
     def pieces(self) -> tuple[Piece, ...]:
         """All rows."""
         return self.decode + self.prefill
+
+
+def most_pages(window: int, tokens: int, page_size: int) -> int:
+    """Pages that a sequence has at a time, at most, where a query sees ``window`` positions.
+
+    Args:
+      tokens: that a step computes of the sequence.
+    """
+    positions = window - 1 + tokens
+    return -(-(positions - 1) // page_size) + 1  # wherever in a page they begin
 
 
 class Scheduler:
@@ -107,7 +118,8 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """The next step. The state is then as if it had run already."""
-        plan = Plan(tuple(self._decode()), tuple(self._prefill()))
+        decode = tuple(self._decode())
+        plan = Plan(decode, tuple(self._prefill({piece.sequence for piece in decode})))
         for piece in plan.pieces:
             self._publish(piece.sequence)
         return plan
@@ -116,17 +128,22 @@ class Scheduler:
         for sequence in list(self.running):  # oldest first: who is preempted has not had its turn
             started = sequence.slot >= 0 and sequence.computed >= sequence.prefill_until
             wanted = sequence.generated < sequence.params.max_new_tokens
-            if started and wanted and self._grow(sequence):
+            if started and wanted and self._grow(sequence, 1, frozenset()):
                 yield self._advance(sequence, 1)
 
-    def _grow(self, sequence: SequenceState) -> bool:
-        """Sees to a page for the next position; False if that took the sequence's own pages."""
+    def _grow(self, sequence: SequenceState, count: int, planned: Set[SequenceState]) -> bool:
+        """Sees to pages for the next ``count`` positions; False if the sequence must wait for them.
+
+        The sequence that arrived last gives up its own: this one, maybe, but none of ``planned``.
+        """
         self._give_back(sequence)
-        while self.pages(sequence.computed + 1) > len(sequence.pages):
-            if self.pool.available:
-                sequence.pages += self.pool.allocate(1)
-                continue
+        while (missing := self.pages(sequence.computed + count) - len(sequence.pages)) > 0:
+            if missing <= self.pool.available:
+                sequence.pages += self.pool.allocate(missing)
+                break
             victim = self.running[-1]
+            if victim in planned:
+                return False
             self._vacate(victim)
             self.waiting.appendleft(victim)
             self.preemptions += 1
@@ -144,15 +161,16 @@ class Scheduler:
             sequence.pages[:seen] = [NO_PAGE] * seen
             sequence.out_of_sight = seen
 
-    def _prefill(self) -> Iterator[Piece]:
+    def _prefill(self, decoding: Set[SequenceState]) -> Iterator[Piece]:
         """Chunks of the oldest prompts that are not computed yet, as many as share a program."""
         begun = deque(sequence for sequence in self.running if sequence.computed < sequence.prefill_until)
         rows = width = 0
         while rows == 0 or rows < self._buckets.prefill_rows(width):
             if begun:
                 sequence, found = begun.popleft(), None
+                if sequence.slot < 0:  # an older one has taken its pages just now
+                    continue
                 start, until = sequence.computed, sequence.prefill_until
-                self._give_back(sequence)
             elif self._head_may_start():
                 sequence = self.waiting[0]
                 found = self._match(sequence)
@@ -167,6 +185,8 @@ class Scheduler:
                 return
             if found is not None:
                 self._admit(sequence, found)
+            if not self._grow(sequence, until - start if self._window is None else count, decoding):
+                return
             rows += 1
             yield self._advance(sequence, count)
 
@@ -175,18 +195,33 @@ class Scheduler:
         # The tokens of one that was preempted may be on the device still; they come with the next results.
         if not self.waiting or not self._slots or self.waiting[0].in_flight:
             return False
-        found = self._match(self.waiting[0])
-        needed = self.pages(self._prefill_end(self.waiting[0])) - len(found) + self.pool.unused(_held(found))
-        # A page for each running sequence is left: to admit and preempt in turn would compute for nothing.
-        return needed + len(self.running) <= self.pool.available
+        head = self.waiting[0]
+        found = self._match(head)
+        held = _held(found)
+        needed = self._needed(self._prefill_end(head), len(found), len(held)) + self.pool.unused(held)
+        # What the chunks of others will take, and a page for each running sequence, is left: to admit and
+        # preempt in turn would compute for nothing.
+        left = len(self.running)
+        for sequence in self.running:
+            if sequence.computed < sequence.prefill_until:
+                blocks = len(sequence.pages)
+                left += self._needed(sequence.prefill_until, blocks, blocks - sequence.out_of_sight)
+        return needed + left <= self.pool.available
+
+    def _needed(self, until: int, blocks: int, held: int) -> int:
+        """Pages that a prompt takes after its first ``blocks``, of which it holds ``held``."""
+        needed = self.pages(until) - blocks
+        if self._window is None:
+            return needed
+        return min(needed, max(most_pages(self._window, self._buckets.chunk, self._page_size) - held, 0))
 
     def _admit(self, sequence: SequenceState, found: list[int]) -> None:
-        """Gives the head of the queue its slot and the pages that its chunks need, ``found`` among them."""
+        """Gives the head of the queue its slot and the pages that were found."""
         self.waiting.popleft()
         self.running.append(sequence)
         self.pool.take(_held(found))
         sequence.prefill_until = self._prefill_end(sequence)
-        sequence.pages = found + self.pool.allocate(self.pages(sequence.prefill_until) - len(found))
+        sequence.pages = found
         sequence.out_of_sight = len(found) - len(_held(found))
         sequence.slot = self._slots.pop()
         sequence.computed = len(found) * self._page_size

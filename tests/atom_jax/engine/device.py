@@ -10,7 +10,7 @@ import numpy as np
 
 from atom_jax.engine.buckets import make_buckets
 from atom_jax.engine.requests import EngineConfig, RequestParams, SequenceState
-from atom_jax.engine.scheduler import Plan, Scheduler
+from atom_jax.engine.scheduler import Plan, Scheduler, most_pages
 
 EOS = 0
 VOCABULARY = 40
@@ -156,8 +156,6 @@ class Server:
         assert pool.available == users.count(0)
         assert not any(s.pages for s in scheduler.waiting)
         if self.window is not None:
-            # Of what is computed: the pages of a window, one that it begins in, and those of the last piece.
             for piece in plan.pieces:
-                blocks = piece.sequence.pages[: scheduler.pages(piece.start + piece.count)]
-                most = scheduler.pages(self.window - 1) + scheduler.pages(piece.count) + 1
-                assert sum(page >= 0 for page in blocks) <= most, "pages out of sight are kept"
+                held = sum(page >= 0 for page in piece.sequence.pages)
+                assert held <= most_pages(self.window, piece.count, self.config.page_size)

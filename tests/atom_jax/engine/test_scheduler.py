@@ -11,6 +11,7 @@ import pytest
 
 from atom_jax.engine.pages import NO_PAGE
 from atom_jax.engine.requests import EngineConfig, SequenceState
+from atom_jax.engine.scheduler import most_pages
 from tests.atom_jax.engine.device import EOS, VOCABULARY, Server, answer
 
 MAX_LENGTH = 40
@@ -35,10 +36,13 @@ def answered(sequence: SequenceState) -> list[int]:
 
 
 class Traffic:
-    """Random requests, many of which begin alike, and aborts."""
+    """Random requests, many of which begin alike, and aborts.
 
-    def __init__(self, served: Server, seed: int) -> None:
-        self.served, self.rng = served, np.random.default_rng(seed)
+    Prompts end in 1 to ``most_own`` tokens that are not shared.
+    """
+
+    def __init__(self, served: Server, seed: int, most_own: int = 5) -> None:
+        self.served, self.rng, self.most_own = served, np.random.default_rng(seed), most_own
         self.prefixes = [list(self.rng.integers(1, VOCABULARY, 24)) for _ in range(3)]
         self.prompts: dict[int, list[int]] = {}
         self.aborted: set[int] = set()
@@ -46,8 +50,9 @@ class Traffic:
     def arrive(self) -> None:
         rng = self.rng
         shared = self.prefixes[rng.integers(3)][: rng.integers(0, 25)]
-        prompt = [int(token) for token in (*shared, *rng.integers(1, VOCABULARY, rng.integers(1, 6)))]
-        sequence = self.served.add(prompt, int(rng.integers(1, MAX_LENGTH - len(prompt) + 1)))
+        own = rng.integers(1, VOCABULARY, rng.integers(1, self.most_own + 1))
+        prompt = [int(token) for token in (*shared, *own)]
+        sequence = self.served.add(prompt, int(rng.integers(1, self.served.max_model_len - len(prompt) + 1)))
         self.prompts[sequence.arrival] = prompt
 
     def abort(self) -> None:
@@ -83,21 +88,38 @@ class Traffic:
 @pytest.mark.parametrize("prefix_caching", [False, True])
 @hypothesis.given(
     seed=st.integers(0, 2**32),
-    num_pages=st.integers(10, 40),
+    more=st.integers(0, 30),
     window=st.one_of(st.none(), st.integers(2, MAX_LENGTH + 1)),
 )
 @hypothesis.settings(max_examples=20)
 def test_random_traffic(
-    deterministic: bool, prefix_caching: bool, seed: int, num_pages: int, window: int | None
+    deterministic: bool, prefix_caching: bool, seed: int, more: int, window: int | None
 ) -> None:
+    """With no pages, or a few, more than the longest request has at a time."""
     settings = {"deterministic": deterministic, "prefix_caching": prefix_caching}
-    served = server(window, num_pages=num_pages, **settings)
+    least = 10 if window is None else min(10, most_pages(window, 16, 4))
+    served = server(window, num_pages=least + more, **settings)
     traffic = Traffic(served, seed)
     traffic.run(120)
     traffic.check()
 
 
-@pytest.mark.parametrize(("window", "num_pages"), [(None, 14), (12, 10), (24, 14)])
+@pytest.mark.parametrize("deterministic", [False, True])
+@hypothesis.given(seed=st.integers(0, 2**32), window=st.integers(2, 60), more=st.integers(0, 4))
+@hypothesis.settings(max_examples=20)
+def test_with_a_window_the_cache_is_smaller_than_a_request(
+    deterministic: bool, seed: int, window: int, more: int
+) -> None:
+    num_pages = most_pages(window, 16, 4) + more
+    config = EngineConfig(
+        num_pages=num_pages, page_size=4, max_num_seqs=4, token_budget=20, deterministic=deterministic
+    )
+    traffic = Traffic(Server(config, 160, window), seed, most_own=100)
+    traffic.run(120)
+    traffic.check()
+
+
+@pytest.mark.parametrize(("window", "num_pages"), [(None, 14), (12, 10), (16, 9), (24, 14)])
 def test_random_traffic_for_thousands_of_steps_meets_everything(window: int | None, num_pages: int) -> None:
     served = server(window, num_pages=num_pages)
     traffic = Traffic(served, 0)

@@ -86,6 +86,24 @@ def test_pages_go_only_where_every_layer_has_a_window(
     assert most == used
 
 
+def test_a_request_may_be_longer_than_the_cache(folder: Path) -> None:
+    """A prompt of 90 tokens and its answer in 6 pages of 8; without a window, the cache is the limit."""
+    small = dataclasses.replace(SIZES, num_pages=6, max_model_len=128)
+    model = make_model(folder, (20, 9))
+    prompts = make_prompts(model, [90, 71, 3])
+    answers, _ = serve(Engine(model, small), prompts)
+    assert answers == generated(model, prompts, 24)
+    for windows in ((), (None, 9), (64, 9)):
+        assert Engine(make_model(folder, windows), small).max_model_len == 48
+
+
+def test_cache_of_the_default_size_holds_the_windows(folder: Path) -> None:
+    """Of two sequences: 20 positions and 10 tokens of a step lie in 5 pages of 8, 128 tokens in 16."""
+    default = dataclasses.replace(SIZES, num_pages=None, max_model_len=128)
+    for windows, pages in (((20, 9), 5), ((None, 9), 16), ((), 16), ((250, 9), 16)):
+        assert Engine(make_model(folder, windows), default).stats().num_pages == 2 * pages
+
+
 def test_four_bits_bit_for_bit_whatever_is_served_beside(folder: Path) -> None:
     """With keys that are rotated when they are read, where the table names any page before the window."""
     quantization = preset("w4a4kv4", **TINY_GROUPS, kv_rope="pre", center_keys=False)
