@@ -26,15 +26,16 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def compile_step(batch: int, seq: int) -> tuple[Any, Any, Any]:
+def compile_step(batch: int, seq: int, window: int | None) -> tuple[Any, Any, Any]:
     """The step on ``seq`` tokens of ``batch`` sequences; its params and cache as shapes."""
+    config = CONFIG if window is None else CONFIG.replace(windows=(window,) * CONFIG.num_layers)
     params = abstract_params(CONFIG)
     cache = jax.eval_shape(lambda: init_cache(CONFIG, batch, CONTEXT))
     tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
     select = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
 
     def step(params, tokens, positions, cache, select):
-        return forward(params, tokens, positions, cache, config=CONFIG, select=select)
+        return forward(params, tokens, positions, cache, config=config, select=select)
 
     compiled, kernels = aot.compile_for_h200(step, params, tokens, tokens, cache, select, donate_argnums=(3,))
     assert kernels
@@ -44,10 +45,12 @@ def compile_step(batch: int, seq: int) -> tuple[Any, Any, Any]:
 @needs_cuda_compiler
 @needs_updates_in_place
 @pytest.mark.parametrize(
-    ("batch", "seq"), [(64, 1), (16, 1), (1, 512)], ids=["decode", "decode, split", "prefill"]
+    ("batch", "seq", "window"),
+    [(64, 1, None), (16, 1, None), (1, 512, None), (64, 1, 1024)],
+    ids=["decode", "decode, split", "prefill", "decode, window"],
 )
-def test_step_copies_nothing_large_and_launches_little(batch, seq, record_property, capsys):
-    compiled, params, cache = compile_step(batch, seq)
+def test_step_copies_nothing_large_and_launches_little(batch, seq, window, record_property, capsys):
+    compiled, params, cache = compile_step(batch, seq, window)
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     (layer_loop,) = (body for body in hlo.loop_bodies(text) if len(hlo.launches(body)) > 3)

@@ -15,7 +15,7 @@ from tests.pallas_kernels.ptx import emulate
 BATCH, PROMPT, NEW_TOKENS = 2, 80, 3
 
 
-def small_model(architecture: str, num_kv_heads: int) -> ModelConfig:
+def small_model(architecture: str, num_kv_heads: int, windows: tuple[int | None, ...]) -> ModelConfig:
     return ModelConfig(
         architecture=architecture,
         vocab_size=512,
@@ -27,16 +27,25 @@ def small_model(architecture: str, num_kv_heads: int) -> ModelConfig:
         head_dim=64,
         max_position_embeddings=256,
         qk_norm=architecture.startswith("Qwen3"),
+        windows=windows,
         quantization=preset("w4a4kv4", group_size=64, num_outliers=64, center_keys=True),
     )
 
 
 @needs_cuda_compiler
 @needs_updates_in_place
-@pytest.mark.parametrize(("architecture", "num_kv_heads"), [("LlamaForCausalLM", 3), ("Qwen3ForCausalLM", 1)])
-def test_steps_equal_the_reference(architecture: str, num_kv_heads: int):
+@pytest.mark.parametrize(
+    ("architecture", "num_kv_heads", "windows"),
+    [
+        ("LlamaForCausalLM", 3, ()),
+        ("Qwen3ForCausalLM", 1, ()),
+        ("MistralForCausalLM", 3, (30, 30)),
+        ("Qwen2ForCausalLM", 3, (None, 70)),
+    ],
+)
+def test_steps_equal_the_reference(architecture: str, num_kv_heads: int, windows: tuple[int | None, ...]):
     """Two chunks of a prompt, then tokens one by one: logits, and the tokens chosen by them."""
-    config = small_model(architecture, num_kv_heads)
+    config = small_model(architecture, num_kv_heads, windows)
     params = random_params(config, support.key_of(architecture))
     with emulate.emulated((0, 1)) as runs:
         found = test_model.compare_greedy(
