@@ -138,11 +138,11 @@ def running(service: Service) -> Iterator[tuple[str, DrainingServer]]:
         yield f"http://127.0.0.1:{sock.getsockname()[1]}", server
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(300)
         assert not thread.is_alive()
 
 
-def until(condition: Any, seconds: float = 20) -> None:
+def until(condition: Any, seconds: float = 300) -> None:
     """Waits for ``condition()``."""
     deadline = time.monotonic() + seconds
     while not condition():

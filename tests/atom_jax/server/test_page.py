@@ -36,7 +36,7 @@ def open_page(browser, serve):
         wrong = []
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda request: request.url.startswith(server.url) or wrong.append(request.url))
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(300_000)
         page.goto(server.url)
         return page, server, wrong
 
@@ -53,11 +53,11 @@ def say(page, text, tokens=8):
 
 def wait_for(page, selector, text):
     """Until the last element of ``selector`` has a text that matches."""
-    playwright.expect(page.locator(selector).last).to_have_text(re.compile(text), timeout=20_000)
+    playwright.expect(page.locator(selector).last).to_have_text(re.compile(text), timeout=300_000)
 
 
 def wait_until_answered(page):
-    playwright.expect(page.locator("#send")).to_be_enabled(timeout=20_000)
+    playwright.expect(page.locator("#send")).to_be_enabled(timeout=300_000)
 
 
 def test_chat_and_metrics(open_page):
