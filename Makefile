@@ -29,6 +29,10 @@ demo: $(VENV)/.stamp-base ## Convert a real model to 4 bits, compare it with the
 
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
+# Compiled programs are kept between runs, for the most of the tests' time is compilation.
+test test-all: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+test test-all: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
+
 .PHONY: test
 test: $(VENV)/.stamp-test ## Run the tests that take seconds each, and compare SmolLM2 in float with transformers
 	$(PYTEST) -m "not slow" $(ARGS)

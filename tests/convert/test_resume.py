@@ -285,11 +285,14 @@ pipeline.convert(src, out, options, progress)
 """
 
 
+WITHOUT_GPTQ = dataclasses.replace(ATOM, gptq=False)  # spares the process most of the compilation
+
+
 @pytest.mark.parametrize(
     ("moment", "quantization"),
     [
-        ("sampling", ATOM),
-        ("writing", dataclasses.replace(ATOM, gptq=False)),  # spares the process most of the compilation
+        pytest.param("sampling", ATOM, marks=pytest.mark.slow),
+        pytest.param("writing", WITHOUT_GPTQ, marks=pytest.mark.slow),
         ("published", preset("bf16")),
     ],
 )

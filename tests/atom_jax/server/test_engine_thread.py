@@ -21,7 +21,7 @@ def run(scenario, engine=None, **options):
         thread = EngineThread(engine, **options)
         thread.start()
         try:
-            return await asyncio.wait_for(scenario(thread, engine), 20)
+            return await scenario(thread, engine)
         finally:
             await thread.stop()
 

@@ -74,10 +74,10 @@ def test_chat_and_metrics(open_page):
 
 
 def test_stop_frees_the_pages(open_page, engine):
-    engine.step_seconds = 0.05
+    engine.pause_after = 3
     page, _, wrong = open_page()
     say(page, "a", tokens=60)
-    wait_for(page, "#log p.assistant", "^[a-z]{3}")
+    wait_for(page, "#log p.assistant", "^[a-z]{3}$")
     page.click("#stop")
     wait_until_answered(page)
     until(lambda: engine.aborted == 1 and not engine.requests)

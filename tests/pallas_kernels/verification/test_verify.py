@@ -77,6 +77,7 @@ def test_inputs_are_the_same_in_every_run():
     assert not (first.key == second.key).all()
 
 
+@pytest.mark.slow
 def test_right_and_wrong_kernels_and_ones_that_raise_or_abort():
     names = small("norm_quantize", "quantize", "silu_quantize", "grouped_matmul")
     behaviours = {"quantize": "raise", "silu_quantize": "abort", "grouped_matmul": "wrong"}
