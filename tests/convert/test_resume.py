@@ -94,6 +94,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     return Steps(monkeypatch)
 
 
+@pytest.mark.slow
 def test_killed_before_every_step(
     job: tuple[Path, Any], expected: dict[str, Any], steps: Steps, tmp_path: Path
 ) -> None:

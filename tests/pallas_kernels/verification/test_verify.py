@@ -115,6 +115,7 @@ def test_a_hang_ends_in_time_and_is_told():
     assert outcomes(results) == {"quantize": FAILED}
 
 
+@pytest.mark.slow
 def test_a_killed_child_is_followed_by_another():
     names = small("quantize", "silu_quantize")
     results = verify.verify(names, KERNEL, command=command(quantize="kill"), limits=PATIENT, children=1)
@@ -122,6 +123,7 @@ def test_a_killed_child_is_followed_by_another():
     assert outcomes(results) == {"quantize": FAILED, "silu_quantize": GOOD}
 
 
+@pytest.mark.slow
 def test_lack_of_memory_and_of_support_are_no_failures_but_a_lowering_is():
     names = small("quantize", "silu_quantize", "norm_quantize")
     results = verify.verify(
