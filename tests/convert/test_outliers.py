@@ -84,6 +84,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("hot", "expected"), [(32, 32), (48, 64)])
 def test_as_many_as_there_are_hot_channels(hot: int, expected: int, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
