@@ -19,9 +19,6 @@ from pallas_kernels import dispatch, mosaic
 # Query rows of one wgmma.
 ROWS = 64
 _MASKED = -1e30
-# Registers a thread of a copying and of a multiplying warpgroup. A block of three warpgroups starts with 168 a
-# thread; if they asked for more in all, the last one would wait forever.
-_COPYING, _MULTIPLYING = 40, 232
 # An alias jax declares where type checkers do not look.
 _ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 _MATRIX = plgpu.Layout.WGMMA
@@ -66,6 +63,7 @@ def attention(
     group = num_heads // k.shape[2]
     num_tiles = seq // config.block_queries
     block, stages, consumers = config.block_keys, config.stages, config.consumers
+    copying, multiplying = mosaic.registers_of_roles(consumers)
     # Softmax in base 2: one instruction an element.
     scale = math.log2(math.e) / math.sqrt(head_dim)
 
@@ -98,7 +96,7 @@ def attention(
 
         @pl.when(warpgroup == consumers)
         def _() -> None:
-            plgpu.set_max_registers(_COPYING, action="decrease")
+            plgpu.set_max_registers(copying, action="decrease")
             for consumer in range(consumers):
                 source = q_gmem.at[sequence, rows_of(consumer), head]
                 plgpu.copy_gmem_to_smem(source, q_smem.at[consumer], q_ready.at[consumer])
@@ -119,7 +117,7 @@ def attention(
 
         @pl.when(warpgroup < consumers)
         def _() -> None:
-            plgpu.set_max_registers(_MULTIPLYING, action="increase")
+            plgpu.set_max_registers(multiplying, action="increase")
             position = mosaic.load(
                 positions_gmem.at[sequence, rows_of(warpgroup)], layout=_PER_ROW, optimized=False
             )

@@ -38,7 +38,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    number, count = (int(word) for word in config.getoption("--cuda-share", "1/1").split("/"))
+    number, count = (int(word) for word in str(config.getoption("--cuda-share", "1/1")).split("/"))
     items[:] = items[number - 1 :: count]
     results = config.stash.get(_RESULTS, None)
     if results is not None:
