@@ -36,8 +36,8 @@ from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError, WriteError
 from atom_jax.kernel_check import check_kernels
 from atom_jax.llama import index_shapes, linear_shapes, make_params, vector_shapes
+from atom_jax.schemes import SCHEMES
 from atom_jax.tokenizer import wrap_tokenizer
-from atom_jax.weights import FORMATS
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -48,7 +48,7 @@ _SIZES = frozenset(
     ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 )
 
-# name -> array, or name -> the arrays of a quantized linear by name (see ``atom_jax.weights``).
+# name -> array, or name -> the arrays of a quantized linear by name (see ``atom_jax.schemes``).
 Tree = dict[str, Any]
 Specs = dict[str, Any]
 
@@ -71,10 +71,8 @@ class Model:
 
 def linear_spec(shape: tuple[int, int], config: ModelConfig) -> Specs | jax.ShapeDtypeStruct:
     """How a linear [N, K] is stored under this configuration; AtomError if its K does not suit the groups."""
-    quantization = config.quantization
-    if not quantization.quantizes_linears:
-        return _spec(shape, jnp.bfloat16)
-    return FORMATS[quantization.scheme].stored(shape, quantization)
+    weight = SCHEMES[config.quantization.scheme].weight
+    return _spec(shape, jnp.bfloat16) if weight is None else weight.stored(shape, config.quantization)
 
 
 def layer_specs(config: ModelConfig) -> Specs:
@@ -246,11 +244,11 @@ def load_tokenizer(checkpoint: Path) -> Any:
 
 def layer_params(tree: Tree, config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:
     """A stored layer, or a stack of them, as the parameters of ``llama.Layer`` on the default device."""
-    quantization, shapes = config.quantization, linear_shapes(config)
+    weight, shapes = SCHEMES[config.quantization.scheme].weight, linear_shapes(config)
 
     def revive(name: str, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return FORMATS[quantization.scheme].revive(value, shapes[name], quantization)
+        if weight is not None and isinstance(value, Mapping):
+            return weight.revive(value, shapes[name], config.quantization)
         return jnp.asarray(value, dtype if value.dtype == jnp.bfloat16 else value.dtype)
 
     return {name: revive(name, value) for name, value in tree.items()}

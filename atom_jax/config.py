@@ -7,40 +7,13 @@ import typing
 from typing import Any, Literal
 
 from atom_jax.errors import AtomError, not_one_of
+from atom_jax.schemes import SCHEMES
 
 RopeScaling = Literal["none", "linear", "llama3", "yarn"]
-Scheme = Literal["bf16", "w8a8", "w4a16", "w4a8kv4", "w4a4kv4"]
 Reorder = Literal["folded", "per_layer", "none"]
 KvRope = Literal["pre", "post"]
 
-SCHEMES: tuple[str, ...] = typing.get_args(Scheme)
 GROUP_SIZES = (32, 64, 128)
-
-# Settings that a scheme has no use for, and the one value they have in it; any other is an error.
-_NO_OUTLIERS: dict[str, Any] = {"num_outliers": 0, "clip_w": 1.0, "clip_a": 1.0, "reorder": "none"}
-FIXED: dict[str, dict[str, Any]] = {
-    "bf16": {
-        "group_size": 128,
-        "num_outliers": 0,
-        "clip_w": 0.85,
-        "clip_a": 0.9,
-        "gptq": False,
-        "reorder": "folded",
-        "rotate": False,
-        "migrate": False,
-    },
-    "w8a8": {**_NO_OUTLIERS, "group_size": None, "gptq": False, "migrate": True},
-    "w4a16": {**_NO_OUTLIERS, "migrate": False},
-    "w4a8kv4": {**_NO_OUTLIERS, "migrate": False},
-    "w4a4kv4": {},
-}
-# Defaults of a scheme that are not QuantConfig's.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "bf16": {"kv_bits": 16},
-    "w8a8": {"kv_bits": 16},
-    "w4a16": {"kv_bits": 16},
-    "w4a4kv4": {"clip_w": None, "migrate": True},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +44,10 @@ class RopeConfig:
 class QuantConfig:
     """How a checkpoint is quantized (docs/quantization.md); ``preset`` makes one.
 
-    ``scheme`` says what a linear stores and multiplies: ``bf16`` floats; ``w8a8`` INT8 weights and
-    activations (SmoothQuant); ``w4a16`` INT4 weights, float activations; ``w4a8kv4`` INT4 weights of two
-    levels, INT8 activations (QServe); ``w4a4kv4`` INT4 weights and activations with INT8 outliers (Atom).
-    Settings that a scheme does not use have one value in it (``FIXED``).
+    The defaults are those of ``w4a4kv4``, the same as ``preset("w4a4kv4")`` gives.
+
+    ``scheme`` says what a linear stores and multiplies; ``atom_jax/schemes`` has them. Settings that a scheme
+    does not use have one value in it.
 
     ``rotate`` spreads hot channels of the residual stream and of the values over all of them.
 
@@ -94,17 +67,17 @@ class QuantConfig:
     they are the naive per-token, per-channel W4A4 that the method is compared with.
     """
 
-    scheme: Scheme = "w4a4kv4"
+    scheme: str = "w4a4kv4"
     group_size: int | None = 128
     num_outliers: int = 128
-    clip_w: float | None = 0.85
+    clip_w: float | None = None
     clip_a: float = 0.9
     gptq: bool = True
     reorder: Reorder = "folded"
     rotate: bool = False
-    migrate: bool = False
+    migrate: bool = True
     smooth_keys: float | None = None
-    center_keys: bool = False
+    center_keys: bool = True
     kv_bits: Literal[4, 16] = 4
     kv_groups: Literal[1, 2] = 2
     kv_rope: KvRope = "post"
@@ -116,7 +89,7 @@ class QuantConfig:
             raise not_one_of("group size", self.group_size, GROUP_SIZES)
         if self.num_outliers < 0:
             raise AtomError(f"number of outliers must not be negative, found {self.num_outliers}")
-        for name, value in FIXED[self.scheme].items():
+        for name, value in SCHEMES[self.scheme].unused.items():
             if getattr(self, name) != value:
                 raise AtomError(f"{self.scheme} has no setting {name}; leave it out")
         for name, clip in (("clip_w", self.clip_w), ("clip_a", self.clip_a)):
@@ -140,7 +113,7 @@ class QuantConfig:
 
     @property
     def quantizes_linears(self) -> bool:
-        return self.scheme != "bf16"
+        return SCHEMES[self.scheme].weight is not None
 
     @property
     def fits_keys(self) -> bool:
@@ -154,11 +127,13 @@ def preset(scheme: str, **changes: Any) -> QuantConfig:
     Raises:
       AtomError: the scheme, or a changed value, is not supported.
     """
-    settings = {**_DEFAULTS.get(scheme, {}), **FIXED.get(scheme, {}), **changes}
-    # Keys are centred wherever that is possible and something is calibrated.
-    cache = (settings.get("kv_bits", 4), settings.get("kv_rope", "post"))
-    settings.setdefault("center_keys", cache == (4, "post") and scheme != "bf16")
-    return QuantConfig(scheme=typing.cast(Scheme, scheme), **settings)
+    if scheme not in SCHEMES:
+        raise not_one_of("scheme", scheme, SCHEMES)
+    settings = {**SCHEMES[scheme].defaults, **SCHEMES[scheme].unused, **changes}
+    # Keys are centred wherever that is possible.
+    cache = (settings.get("kv_bits", QuantConfig.kv_bits), settings.get("kv_rope", QuantConfig.kv_rope))
+    settings.setdefault("center_keys", cache == (4, "post"))
+    return QuantConfig(scheme=scheme, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +166,7 @@ class ModelConfig:
     windows: tuple[int | None, ...] = ()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    quantization: QuantConfig = QuantConfig(scheme="bf16", kv_bits=16, num_outliers=0, gptq=False)
+    quantization: QuantConfig = dataclasses.field(default_factory=lambda: preset("bf16"))
 
     def __post_init__(self) -> None:
         if self.windows and len(self.windows) != self.num_layers:
@@ -230,9 +205,10 @@ class ModelConfig:
         try:
             data = dict(data)
             data["rope"] = RopeConfig(**data["rope"])
-            data["quantization"] = QuantConfig(**data["quantization"])
+            # Older checkpoints have no such keys.
+            data["quantization"] = QuantConfig(**{"center_keys": False, **data["quantization"]})
             data["eos_token_ids"] = tuple(data["eos_token_ids"])
-            data["windows"] = tuple(data.get("windows", ()))  # older checkpoints have no such key
+            data["windows"] = tuple(data.get("windows", ()))
             return cls(**data)
         except (KeyError, TypeError) as error:
             raise AtomError(f"model configuration is not readable: {error}") from error

@@ -13,8 +13,9 @@ import jax
 
 from atom_jax import __version__
 from atom_jax.compilation_cache import compilation_cache_folder
-from atom_jax.config import SCHEMES, ModelConfig, preset
+from atom_jax.config import ModelConfig, preset
 from atom_jax.explain import Line, explain
+from atom_jax.schemes import SCHEMES
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import REFERENCE
 from pallas_kernels.verification import verdicts

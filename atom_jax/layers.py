@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from atom_jax.config import ModelConfig
+from atom_jax.schemes import SCHEMES
 from pallas_kernels import (
     ActivationFormat,
     QuantizedActivation,
-    QuantizedWeight,
-    TwoLevelWeight,
-    WeightOnlyInt4,
-    grouped_matmul,
     norm_quantize,
     quantize,
     silu_quantize,
-    two_level_matmul,
-    weight_only_matmul,
 )
 from pallas_kernels.norm_quantize.reference import rms_norm
 from pallas_kernels.silu_quantize.reference import silu_mul
 
-Weight = Float[Array, "*lead n k"] | QuantizedWeight | TwoLevelWeight | WeightOnlyInt4
+# A float array, or the type of a scheme's weights.
+Weight = Any
 Activation = Float[Array, "m k"] | QuantizedActivation
 
-# How to multiply with a quantized weight; a float one is multiplied by XLA.
-_MATMULS: dict[type, Callable[..., Array]] = {
-    QuantizedWeight: grouped_matmul,
-    TwoLevelWeight: two_level_matmul,
-    WeightOnlyInt4: weight_only_matmul,
-}
+# By the type of the weight: a model may hold float ones beside those of its scheme.
+_FORMATS = {scheme.weight.weight: scheme.weight for scheme in SCHEMES.values() if scheme.weight is not None}
 
 
 def _format(weight: Weight, config: ModelConfig) -> ActivationFormat | None:
     """How the input of ``weight`` is quantized; None if it stays in floating point."""
-    if isinstance(weight, QuantizedWeight | TwoLevelWeight):
-        return weight.activation_format(config.quantization.clip_a)
-    return None
+    found = _FORMATS.get(type(weight))
+    return None if found is None else found.activation(weight, config.quantization.clip_a)
 
 
 def norm_input(
@@ -80,8 +71,8 @@ def linear(
     residual: Float[Array, "m n"] | None = None,
 ) -> Float[Array, "m n"]:
     """``x @ weight.T (+ bias) (+ residual)``, accumulated in float32, returned in ``dtype``."""
-    if matmul := _MATMULS.get(type(weight)):
-        return matmul(x, weight, bias=bias, residual=residual, out_dtype=dtype)
+    if (found := _FORMATS.get(type(weight))) is not None:
+        return found.matmul(x, weight, bias=bias, residual=residual, out_dtype=dtype)
     assert isinstance(weight, jax.Array) and not isinstance(x, QuantizedActivation)
     # The weight on the left: XLA's CPU matmul is fastest that way for few rows, and a GPU's does not care.
     y = jnp.matmul(weight, x.T, preferred_element_type=jnp.float32).T

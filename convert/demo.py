@@ -52,6 +52,8 @@ VARIANTS = (
             clip_a=1.0,
             gptq=False,
             reorder="none",
+            migrate=False,
+            center_keys=False,
             kv_bits=16,
         ),
     ),

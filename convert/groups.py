@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
-from atom_jax.config import FIXED, GROUP_SIZES, ModelConfig, QuantConfig
+from atom_jax.config import GROUP_SIZES, ModelConfig, QuantConfig
 from atom_jax.errors import AtomError
 from atom_jax.llama import linear_shapes
-from atom_jax.weights import FORMATS
+from atom_jax.schemes import SCHEMES
 
 _WITHOUT_GROUPS = (
     f"no groups of {', '.join(map(str, GROUP_SIZES))} suit every linear: use the scheme w8a8, which has "
@@ -26,12 +26,13 @@ _OUTLIER_PART = 8
 
 def has_groups(quantization: QuantConfig) -> bool:
     """Whether the weights of the scheme are cut into groups."""
-    return quantization.quantizes_linears and FORMATS[quantization.scheme].grouped
+    weight = SCHEMES[quantization.scheme].weight
+    return weight is not None and weight.grouped
 
 
 def has_outliers(quantization: QuantConfig) -> bool:
     """Whether the scheme has a setting for outliers."""
-    return "num_outliers" not in FIXED[quantization.scheme]
+    return SCHEMES[quantization.scheme].has("num_outliers")
 
 
 def check_groups(name: str, channels: int, group_size: int | None, num_outliers: int | None) -> int:

@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from atom_jax.config import ModelConfig
+from convert.groups import has_groups
 from pallas_kernels import quantize
 
 Layer = dict[str, np.ndarray]
@@ -65,7 +66,7 @@ def search_factors(
             None if name not in orders else jnp.asarray(orders[name]),
             _heads(name, config),
             partial(_output_error, round_weight=round_weight, clip_a=config.quantization.clip_a),
-            rows=config.quantization.scheme == "w8a8",
+            rows=not has_groups(config.quantization),
         )
         for name, x in inputs.items()
     }

@@ -25,9 +25,10 @@ from atom_jax.checkpoint import (
     write_config,
     write_tree,
 )
-from atom_jax.config import FIXED, ModelConfig, QuantConfig
+from atom_jax.config import ModelConfig, QuantConfig
 from atom_jax.errors import AtomError
 from atom_jax.perplexity import PerplexityResult
+from atom_jax.schemes import SCHEMES
 from convert.calibration import SEQ_LEN, encode, load_calibration, read_text
 from convert.card import Card, make_card, read_card, versions, write_card
 from convert.float_model import read_layer, read_shared
@@ -77,7 +78,7 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         scheme = self.quantization.scheme
-        if self.auto_outliers and "num_outliers" in FIXED[scheme]:
+        if self.auto_outliers and not SCHEMES[scheme].has("num_outliers"):
             raise AtomError(f"{scheme} has no setting num_outliers; leave it out")
 
     @property

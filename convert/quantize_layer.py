@@ -16,51 +16,13 @@ from jaxtyping import Array, Float32
 from atom_jax.config import ModelConfig, QuantConfig
 from atom_jax.errors import AtomError
 from atom_jax.llama import linear_shapes, vector_shapes
-from convert.gptq import gptq
-from convert.group_gptq import quantize_two_level, quantize_weight_only
 from convert.groups import check_model
 from convert.keys import fit_keys, scale_keys
 from convert.migrate import fold_factors, search_factors
 from convert.reorder import energy_order, head_order, permute_heads, permute_inputs, permute_mlp
-from convert.rtn import quantize_int8, quantize_weight
-from pallas_kernels import QuantizedWeight, TwoLevelWeight, WeightOnlyInt4
+from convert.schemes import quantize
 
 Layer = dict[str, np.ndarray]
-
-
-Quantizer = Callable[[Array, Array | None, QuantConfig], Any]
-
-
-def _quantize_w4a4(weight: Array, hessian: Array | None, quantization: QuantConfig) -> QuantizedWeight:
-    options: Any = {
-        "group_size": quantization.group_size,
-        "num_outliers": quantization.num_outliers,
-        "clip_w": quantization.clip_w,
-    }
-    if quantization.gptq and hessian is not None:
-        return gptq(weight, hessian, **options)
-    return quantize_weight(weight, **options)
-
-
-def _quantize_w8a8(weight: Array, hessian: Array | None, quantization: QuantConfig) -> QuantizedWeight:
-    return quantize_int8(weight)
-
-
-def _quantize_w4a16(weight: Array, hessian: Array | None, quantization: QuantConfig) -> WeightOnlyInt4:
-    return quantize_weight_only(weight, hessian if quantization.gptq else None, quantization.group_size)
-
-
-def _quantize_w4a8(weight: Array, hessian: Array | None, quantization: QuantConfig) -> TwoLevelWeight:
-    return quantize_two_level(weight, hessian if quantization.gptq else None, quantization.group_size)
-
-
-# A weight, the Hessian of its inputs (None without calibration) and the recipe -> the weight stored.
-QUANTIZERS: dict[str, Quantizer] = {
-    "w8a8": _quantize_w8a8,
-    "w4a16": _quantize_w4a16,
-    "w4a8kv4": _quantize_w4a8,
-    "w4a4kv4": _quantize_w4a4,
-}
 
 
 @functools.cache  # one object for each recipe: what is compiled for it serves all layers
@@ -69,7 +31,7 @@ def _round_to_nearest(quantization: QuantConfig) -> Callable[[Array], Any]:
         quantization = dataclasses.replace(quantization, clip_w=0.85)
 
     def round_weight(weight: Array) -> Any:
-        return QUANTIZERS[quantization.scheme](weight, None, quantization)
+        return quantize(weight, None, quantization)
 
     return round_weight
 
@@ -225,7 +187,7 @@ def quantize_layer(
         weight = jnp.asarray(layer.pop(name))
         hessian = hessians.pop(name.removesuffix("_proj"), None)
         try:
-            params[name] = QUANTIZERS[quantization.scheme](weight, hessian, quantization)
+            params[name] = quantize(weight, hessian, quantization)
         except AtomError as error:
             raise AtomError(f"{name}: {error}") from error
         errors[name] = float(_relative_error(weight, params[name], hessian))

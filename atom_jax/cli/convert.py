@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from atom_jax.cli.console import JsonOption, format_bytes, note, print_json, progress_bars
-from atom_jax.config import FIXED, SCHEMES, preset
+from atom_jax.config import preset
 from atom_jax.errors import AtomError
+from atom_jax.schemes import SCHEMES
 
 _SCHEME = "w4a4kv4"
 # What a setting that was chosen is called.
@@ -32,7 +33,7 @@ def _default(setting: str) -> str:
     names = {None: "searched", True: "on", False: "off"}
     by_value: dict[str, list[str]] = {}
     for scheme in (_SCHEME, *(each for each in SCHEMES if each != _SCHEME)):
-        if setting not in FIXED[scheme]:
+        if SCHEMES[scheme].has(setting):
             value = getattr(preset(scheme), setting)
             text = names[value] if value is None or isinstance(value, bool) else str(value)
             by_value.setdefault(text, []).append(scheme)
@@ -56,7 +57,7 @@ def convert(
         Path, typer.Argument(help="Folder to create; may exist if it is empty.", show_default=False)
     ],
     scheme: Annotated[
-        str, typer.Option(help="w4a4kv4 (Atom), w4a8kv4, w4a16, w8a8 or bf16 (not quantized).")
+        str, typer.Option(help="; ".join(f"{name} ({each.about})" for name, each in SCHEMES.items()))
     ] = _SCHEME,
     group_size: Annotated[
         int | None,
@@ -206,7 +207,7 @@ def convert(
     )
     quantization = preset(scheme, **changes)
     given = {"group_size": group_size, "num_outliers": num_outliers}
-    flexible = tuple(name for name, value in given.items() if value is None and name not in FIXED[scheme])
+    flexible = tuple(name for name, value in given.items() if value is None and SCHEMES[scheme].has(name))
 
     from convert.pipeline import ConvertOptions
     from convert.pipeline import convert as run

@@ -34,7 +34,16 @@ from tests.convert.jobs import contents, prose, save_text
 from tests.convert.tiny import fails, save_tiny
 
 # A short chain: an integer step after the simulated one it differs from in the outliers alone, and a branch.
-GROUPS = {"group_size": 32, "num_outliers": 32, "reorder": "per_layer", "gptq": False, "kv_bits": 16}
+GROUPS = {
+    "group_size": 32,
+    "num_outliers": 32,
+    "reorder": "per_layer",
+    "gptq": False,
+    "kv_bits": 16,
+    "clip_w": 0.85,
+    "migrate": False,
+    "center_keys": False,
+}
 STEPS = (
     FLOAT,
     Step("simulated", "32 outliers in FP16", GROUPS, simulated=True, paper=11.34),

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atom_jax.checkpoint import read_config
-from atom_jax.config import FIXED, GROUP_SIZES, ModelConfig, preset
+from atom_jax.config import GROUP_SIZES, ModelConfig, preset
 from atom_jax.errors import AtomError
+from atom_jax.schemes import SCHEMES
 from convert.groups import CHOOSABLE, check_groups, check_model, choose_groups
 from convert.outliers import candidates
 from convert.pipeline import convert
@@ -196,7 +197,7 @@ def test_a_setting_that_is_given_is_kept(
 @pytest.mark.parametrize("scheme", ["bf16", "w8a8"])
 def test_schemes_without_groups(scheme: str) -> None:
     config = model(20, 20, 36, scheme)
-    assert FIXED[scheme].keys() >= CHOOSABLE
+    assert SCHEMES[scheme].unused.keys() >= CHOOSABLE
     assert choose_groups(config, ()) == config.quantization
 
 

@@ -37,7 +37,15 @@ RECIPES = {
     "w8a8": preset("w8a8"),
     "per_layer": preset("w4a4kv4", group_size=64, num_outliers=64, reorder="per_layer"),
     "naive": QuantConfig(
-        scheme="w4a4kv4", group_size=None, num_outliers=0, clip_w=1.0, clip_a=1.0, gptq=False, kv_bits=16
+        scheme="w4a4kv4",
+        group_size=None,
+        num_outliers=0,
+        clip_w=1.0,
+        clip_a=1.0,
+        gptq=False,
+        migrate=False,
+        center_keys=False,
+        kv_bits=16,
     ),
 }
 

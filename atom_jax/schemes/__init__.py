@@ -1,0 +1,19 @@
+"""The schemes by name. Each is a module here; how a weight gets into one is in ``convert/schemes``."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import MappingProxyType
+
+from atom_jax.schemes.base import Scheme, WeightFormat
+
+__all__ = ["SCHEMES", "Scheme", "WeightFormat"]
+
+
+def _found() -> dict[str, Scheme]:
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    return {name: importlib.import_module(f"{__name__}.{name}").SCHEME for name in names}
+
+
+SCHEMES = MappingProxyType(_found())

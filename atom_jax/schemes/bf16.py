@@ -1,0 +1,22 @@
+"""Linears of bfloat16, multiplied by XLA: what the others are compared with."""
+
+from __future__ import annotations
+
+from atom_jax.schemes.base import Scheme
+
+SCHEME = Scheme(
+    name="bf16",
+    about="not quantized",
+    weight=None,
+    unused={
+        "group_size": 128,
+        "num_outliers": 0,
+        "clip_w": 0.85,
+        "clip_a": 0.9,
+        "gptq": False,
+        "reorder": "folded",
+        "rotate": False,
+        "migrate": False,
+    },
+    defaults={"kv_bits": 16, "center_keys": False},
+)

@@ -1,0 +1,28 @@
+"""INT8 weights and activations, one scale a row of each (SmoothQuant, arXiv 2211.10438)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from atom_jax.schemes.base import NO_OUTLIERS, Scheme, Specs, WeightFormat, spec
+from pallas_kernels import QuantizedWeight, grouped_matmul
+
+
+def _specs(rows: int, channels: int, group_size: int, num_outliers: int) -> Specs:
+    """A weight without groups: its INT8 tail alone."""
+    return {
+        "packed": spec((rows, 0), jnp.int8),
+        "outliers": spec((rows, channels), jnp.int8),
+        "scales": spec((1, rows), jnp.bfloat16),
+    }
+
+
+SCHEME = Scheme(
+    name="w8a8",
+    about="SmoothQuant: INT8 weights and activations",
+    weight=WeightFormat(
+        QuantizedWeight, _specs, grouped_matmul, QuantizedWeight.activation_format, grouped=False
+    ),
+    unused={**NO_OUTLIERS, "group_size": None, "gptq": False, "migrate": True},
+    defaults={"kv_bits": 16},
+)
