@@ -1,4 +1,4 @@
-"""The values that the groups of an INT4 weight may take: asymmetric grids, chosen by the error they leave.
+"""The values that the groups of a weight may take: asymmetric grids, chosen by the error they leave.
 
 A grid is fitted to the weights of one group and row. The range [min, max], extended to zero, is shrunk by
 each of ``CLIPS``, and the one with the smallest squared error is kept, every channel weighted by its energy
@@ -18,11 +18,10 @@ from jaxtyping import Array, Float32, Int8
 from convert.rtn import storage_scale
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-LOW, HIGH = -8, 7
 # Largest first-level integer of a channel (QServe, arXiv 2405.04532, section 4.1): the second rounding, at
 # most half a step of 15 or 16, then ends within INT8.
 PROTECTIVE_RANGE = 119
-_MAX_GROUP_SCALE = 17  # 15 steps of it span INT8
+_MAX_GROUP_SCALE = 17  # 15 steps of it, those of 4 bits, span INT8
 
 
 class Grid(NamedTuple):
@@ -47,21 +46,27 @@ def channel_scales(weight: Float32[Array, "n k"]) -> Float32[Array, "n"]:
     return storage_scale(jnp.max(jnp.abs(weight), axis=1), 1.0, PROTECTIVE_RANGE)
 
 
-@partial(jax.jit, static_argnames=("group_size", "two_level"))
+@partial(jax.jit, static_argnames=("group_size", "bits", "two_level"))
 def fit_groups(
-    weight: Float32[Array, "n k"], energy: Float32[Array, "k"], group_size: int, *, two_level: bool
+    weight: Float32[Array, "n k"],
+    energy: Float32[Array, "k"],
+    group_size: int,
+    *,
+    bits: int = 4,
+    two_level: bool = False,
 ) -> Grid:
     """The grid [groups, n] of every group and row.
 
     Args:
       energy: weight of each channel's error.
+      bits: of an integer.
       two_level: the scale of a group is an integer times that of its row, and all values are INT8 multiples
-        of the row's (``TwoLevelWeight``); else it is any number that bfloat16 holds (``WeightOnlyInt4``).
+        of the row's (``TwoLevelWeight``); else it is any number that bfloat16 holds.
     """
     unit = channel_scales(weight)[:, None] if two_level else None
 
     def fit(group: tuple[Array, Array]) -> Grid:
-        return _fit(group[0], group[1], unit)
+        return _fit(group[0], group[1], unit, bits)
 
     rows = weight.shape[0]
     groups = jnp.swapaxes(weight.reshape(rows, -1, group_size), 0, 1)
@@ -69,13 +74,13 @@ def fit_groups(
 
 
 def _fit(
-    x: Float32[Array, "n size"], energy: Float32[Array, "size"], unit: Float32[Array, "n 1"] | None
+    x: Float32[Array, "n size"], energy: Float32[Array, "size"], unit: Float32[Array, "n 1"] | None, bits: int
 ) -> Grid:
     low = jnp.minimum(jnp.min(x, axis=1, keepdims=True), 0.0)
     high = jnp.maximum(jnp.max(x, axis=1, keepdims=True), 0.0)
 
     def candidate(clip: Array) -> tuple[Grid, Array]:
-        grid = _grid(low * clip, high * clip, unit)
+        grid = _grid(low * clip, high * clip, unit, bits)
         error = grid.value(grid.round(x)) - x
         return grid, jnp.sum(jnp.square(error) * energy, axis=1, keepdims=True)
 
@@ -88,23 +93,23 @@ def _fit(
 
 
 def _grid(
-    low: Float32[Array, "n 1"], high: Float32[Array, "n 1"], unit: Float32[Array, "n 1"] | None
+    low: Float32[Array, "n 1"], high: Float32[Array, "n 1"], unit: Float32[Array, "n 1"] | None, bits: int
 ) -> Grid:
     """The grid that spans [low, high], which holds zero."""
+    least, most = -(1 << bits - 1), (1 << bits - 1) - 1
+
+    def zero_of(scale: Array) -> Array:
+        return jnp.clip(least + jnp.round(-low * (1.0 / scale)), least, most)
+
     if unit is None:
-        scale = storage_scale(high - low, 1.0, HIGH - LOW)
-        zero = _zero(low, scale)
-        return Grid(scale, zero, jnp.full_like(scale, LOW), jnp.full_like(scale, HIGH))
-    steps = jnp.clip(jnp.round((high - low) / (unit * (HIGH - LOW))), 1, _MAX_GROUP_SCALE)
-    zero = _zero(low, steps * unit)
+        scale = storage_scale(high - low, 1.0, most - least)
+        return Grid(scale, zero_of(scale), jnp.full_like(scale, least), jnp.full_like(scale, most))
+    steps = jnp.clip(jnp.round((high - low) / (unit * (most - least))), 1, _MAX_GROUP_SCALE)
+    zero = zero_of(steps * unit)
     # Only what stays in INT8: (q - zero) * steps from -128 to 127.
     return Grid(
         steps * unit,
         zero,
-        jnp.maximum(LOW, zero - jnp.floor(128 / steps)),
-        jnp.minimum(HIGH, zero + jnp.floor(127 / steps)),
+        jnp.maximum(least, zero - jnp.floor(128 / steps)),
+        jnp.minimum(most, zero + jnp.floor(127 / steps)),
     )
-
-
-def _zero(low: Float32[Array, "n 1"], scale: Float32[Array, "n 1"]) -> Float32[Array, "n 1"]:
-    return jnp.clip(LOW + jnp.round(-low * (1.0 / scale)), LOW, HIGH)

@@ -1,4 +1,4 @@
-"""INT4 weights without outliers, w4a16's and w4a8kv4's: grids fitted group by group, then GPTQ on them.
+"""Weights of few bits without outliers: grids fitted group by group, then GPTQ on them.
 
 There is no INT8 tail that has to come last, so channels are rounded in the order of descending energy: the
 hottest, whose errors cost most, while all the others can still make up for them. The grids are fitted first,
@@ -40,7 +40,7 @@ def quantize_weight_only(
     Raises:
       AtomError: K is not whole groups, or weight or Hessian are not usable (see ``convert.gptq.gptq``).
     """
-    values, grids, group_size = _quantize(weight, hessian, group_size, two_level=False)
+    values, grids, group_size = quantize_groups(weight, hessian, group_size)
     return WeightOnlyInt4(pack_values(values), grids.scale, grids.zero.astype(jnp.int8), group_size)
 
 
@@ -50,29 +50,36 @@ def quantize_two_level(
     group_size: int | None,
 ) -> TwoLevelWeight:
     """Quantizes to INT4 groups that dequantize to INT8; arguments and errors of ``quantize_weight_only``."""
-    values, grids, group_size = _quantize(weight, hessian, group_size, two_level=True)
+    values, grids, group_size = quantize_groups(weight, hessian, group_size, two_level=True)
     scales = channel_scales(jnp.asarray(weight, jnp.float32))
     group_scales = jnp.round(grids.scale / scales).astype(jnp.int8)
     return TwoLevelWeight(pack_values(values), scales, group_scales, grids.zero.astype(jnp.int8), group_size)
 
 
-def _quantize(
+def quantize_groups(
     weight: Float32[Array | np.ndarray, "n k"],
     hessian: Float32[Array | np.ndarray, "k k"] | None,
     group_size: int | None,
     *,
-    two_level: bool,
+    bits: int = 4,
+    two_level: bool = False,
 ) -> tuple[Int8[Array, "n k"], Grid, int]:
+    """Signed integers of ``bits`` bits, the grid [groups, n] of each group, and the group size.
+
+    Arguments and errors are those of ``quantize_weight_only``; ``two_level`` is that of ``fit_groups``.
+    """
     channels = weight.shape[1]
     group_size = check_groups("weight", channels, group_size, None)
     weight = jnp.asarray(weight, jnp.float32)
     if hessian is None:
-        values, grids = _nearest(weight, group_size, two_level)
+        values, grids = _nearest(weight, group_size, bits, two_level)
     else:
         hessian = jnp.asarray(hessian, jnp.float32)
         order = jnp.argsort(-jnp.diagonal(hessian), stable=True)
         feedback = factorize(hessian[order][:, order], _DAMPING).feedback
-        grids = fit_groups(weight, _relative(jnp.diagonal(hessian)), group_size, two_level=two_level)
+        grids = fit_groups(
+            weight, _relative(jnp.diagonal(hessian)), group_size, bits=bits, two_level=two_level
+        )
         values = _sweep(weight, feedback, order, grids, group_size)
     # NaN or infinity in a weight reaches the scale of its group.
     if not bool(jnp.all(jnp.isfinite(grids.scale))):
@@ -86,11 +93,11 @@ def _relative(energy: Float32[Array, "k"]) -> Float32[Array, "k"]:
     return energy / jnp.where(mean > 0, mean, 1.0) + _DAMPING
 
 
-@partial(jax.jit, static_argnums=(1, 2))
+@partial(jax.jit, static_argnums=(1, 2, 3))
 def _nearest(
-    weight: Float32[Array, "n k"], group_size: int, two_level: bool
+    weight: Float32[Array, "n k"], group_size: int, bits: int, two_level: bool
 ) -> tuple[Int8[Array, "n k"], Grid]:
-    grids = fit_groups(weight, jnp.ones(weight.shape[1]), group_size, two_level=two_level)
+    grids = fit_groups(weight, jnp.ones(weight.shape[1]), group_size, bits=bits, two_level=two_level)
     per_channel = jax.tree.map(lambda a: jnp.repeat(a.T, group_size, axis=1), grids)
     return per_channel.round(weight), grids
 
