@@ -104,6 +104,18 @@ def store(ref: Any, value: jax.Array) -> None:
         _STORE(ref, value, optimized=False)
 
 
+def registers_of_roles(multiplying: int) -> tuple[int, int]:
+    """Registers a thread of the one copying warpgroup of a block, and of the ``multiplying`` others.
+
+    For ``plgpu.set_max_registers``. A block starts with the same number for every thread. What its warpgroups
+    ask for must not be more in all, or the last one waits for it forever. jax 0.12 ignores the request.
+    """
+    copying = 40
+    everyone = 65_536 // (128 * (multiplying + 1)) // 8 * 8
+    shared = (everyone * (multiplying + 1) - copying) // multiplying // 8 * 8
+    return copying, min(240, shared)
+
+
 def synchronize() -> None:
     """Waits for the four warps of this warpgroup. Interpreted, they are one thread."""
     if not dispatch.interpreting():

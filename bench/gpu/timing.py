@@ -35,8 +35,9 @@ import jax.numpy as jnp
 
 COLD_BYTES = 240_000_000
 MAX_SETS = 16
-# What the two clocks may differ by on a matmul of a millisecond.
-_AGREEMENT = 0.1
+# What the two clocks may differ by on a matmul of a millisecond: under load the GPU's own clock falls by a
+# tenth and more from one measurement to the next.
+_AGREEMENT = 0.3
 
 
 def num_sets(bytes_per_call: int) -> int:

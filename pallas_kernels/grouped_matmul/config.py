@@ -12,18 +12,19 @@ from pallas_kernels.qarrays import PACK_TILE
 # One warpgroup's wgmma covers this many output channels; one pipeline step this many bytes of each.
 ROWS = 64
 STEP_BYTES = 64
-# As many warpgroups as there are registers for, by tokens: 75, 127, 168 a thread with 32, 64, 128 (else 4).
-_MOST_WARPGROUPS = {64: 3, 128: 2}
+# As many warpgroups as there are registers for, by tokens (else 4).
+_MOST_WARPGROUPS = {64: 2, 128: 2}
 _MOST_CANDIDATES = 12
 
-# Rates of ``_decode_clocks``, per clock: estimates from data sheets and the machine code, without a GPU.
-_MEMORY_BYTES = 2450
+# Rates of ``_decode_clocks``, per clock. That of memory and the constants below fit 60 configurations of
+# decode calls of Llama-3-8B, timed on an H100 at 1.75 GHz; those of L2 and of an SM are estimates.
+_MEMORY_BYTES = 1200
 _L2_BYTES = 3300
 _SM_BYTES = 40
-# From a step's data being there to its sum being done, for one warpgroup alone.
-_STEP_LATENCY = 300
+# From a step's data being there to its sum being done, for one warpgroup alone; each token adds to it.
+_STEP_LATENCY, _TOKEN_LATENCY = 180, 8
 # Launch, first bytes, epilogue; what a cluster adds: its start and the exchange of partial sums.
-_CTA_CLOCKS = 2000
+_CTA_CLOCKS = 4500
 _EXCHANGE_CLOCKS = 1200
 _EXCHANGE_BYTES = 20
 
@@ -112,26 +113,27 @@ def _tokens(m: int, group_size: int) -> int:
 def _prefill(n: int, tokens: int) -> Config:
     """Bound by the tensor cores, if L2 keeps up.
 
-    With groups of 128 a step of a CTA is 512 clocks of wgmma (two warpgroups of 256) and about 580 issue
-    slots a scheduler. It needs 9 KB of weights and 17 KB of tokens, 45 bytes a clock, where L2 gives an SM
-    about 25. Four CTAs that multicast their tokens need 23. With 128 tokens a thread has 164 registers: three
-    warpgroups fit without setmaxnreg, which jax 0.12 ignores.
+    With groups of 128 a step of a CTA is 512 clocks of wgmma (two warpgroups of 256) and about 830 issue
+    slots a scheduler, 200 of them the producer's, and takes about 1,300 clocks on an H100. Two CTAs that
+    multicast their tokens are a tenth faster than four, which wait for each other more often.
     """
     (warpgroups,) = _warpgroups(n, [2])
     tiles = -(-n // (warpgroups * ROWS))
-    sharers = next(size for size in (4, 2, 1) if tiles % size == 0)
+    sharers = 2 if tiles % 2 == 0 else 1
     return Config(tokens, warpgroups, stages=4, sharers=sharers)
 
 
 def _decode(tokens: int, n: int, k: int) -> list[Config]:
-    """Bound by the weights' bytes: all that fit, the cheapest first."""
+    """Bound by the weights' bytes: all that fit, the cheapest first.
+
+    Sharing tokens in a cluster, on top of a split, made every call slower that was tried on an H100.
+    """
     found = [
-        Config(tokens, warpgroups, stages, splits, sharers)
+        Config(tokens, warpgroups, stages, splits)
         for warpgroups in _warpgroups(n, [2, _MOST_WARPGROUPS.get(tokens, 4)])
-        for stages in (8, 4)
-        for splits in (1, 2, 3, 4, 6, 8)
-        for sharers in ((1, 2) if tokens >= 64 else (1,))
-        if (splits * sharers <= 8 and n % (warpgroups * ROWS * sharers) == 0) or splits == sharers == 1
+        for stages in (4, 8)
+        for splits in (4, 3, 2, 1, 6, 8)  # of equals the first: 4 splits with 4 stages were timed most
+        if n % (warpgroups * ROWS) == 0 or splits == 1
     ]
     fitting = [config for config in found if config.smem_bytes <= MAX_SMEM_BYTES]
     return sorted(fitting, key=lambda config: _decode_clocks(config, n, k))
@@ -141,18 +143,18 @@ def _decode_clocks(config: Config, n: int, k: int) -> float:
     """Estimated duration of a decode call."""
     ctas = -(-n // config.channels) * config.splits
     steps = -(-k // (PACK_TILE * config.splits))
-    l2_bytes = config.stage_bytes - config.tokens * PACK_TILE * (config.sharers - 1) // config.sharers
     # Registers: at most 64 Ki an SM, about 64 a thread and 4 more for every 8 tokens.
     registers = 128 * (config.warpgroups + 1) * (64 + config.tokens // 2)
     resident = max(1, min(MAX_SMEM_BYTES // config.smem_bytes, 65536 // registers))
     busiest = -(-ctas // NUM_SMS)
     issue = 100 + 3 * config.tokens // 2
+    latency = _STEP_LATENCY + _TOKEN_LATENCY * max(16, config.tokens)
     together = min(busiest, resident) * config.warpgroups
     streaming = max(
         ctas * steps * config.channels * (STEP_BYTES + 4) / _MEMORY_BYTES,
-        ctas * steps * l2_bytes / _L2_BYTES,
+        ctas * steps * config.stage_bytes / _L2_BYTES,
         busiest * steps * config.stage_bytes / _SM_BYTES,
-        busiest * steps * config.warpgroups * max(issue, (_STEP_LATENCY + issue) / together),
+        busiest * steps * config.warpgroups * max(issue, (latency + issue) / together),
     )
     exchange = _EXCHANGE_CLOCKS + 4 * config.channels * config.tokens / _EXCHANGE_BYTES
     rounds = -(-ctas // (NUM_SMS * resident))

@@ -9,7 +9,9 @@ of it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -45,6 +47,11 @@ class Problem:
     @property
     def steps(self) -> int:
         return self.body_steps + pl.cdiv(self.num_outliers, STEP_BYTES)
+
+    @property
+    def part_tokens(self) -> int:
+        """Tokens of one product: a second one beside 128 of them does not fit into the registers."""
+        return self.config.tokens // 2 if self.num_groups and self.config.tokens > 64 else self.config.tokens
 
     @property
     def groups_per_step(self) -> int:
@@ -100,22 +107,30 @@ def body(problem: Problem, gmem: Mapping[str, Any], smem: Mapping[str, Any]) -> 
     first = split * problem.steps // config.splits
     last = (split + 1) * problem.steps // config.splits
 
+    # The sums of two parts need more registers than the producer does.
+    roles = mosaic.registers_of_roles(config.warpgroups) if problem.part_tokens < config.tokens else None
+
     @pl.when(warpgroup == config.warpgroups)
     def _() -> None:
+        if roles is not None:
+            plgpu.set_max_registers(roles[0], action="decrease")
         _produce(problem, gmem, smem, first, last)
 
     @pl.when(warpgroup < config.warpgroups)
     def _() -> None:
-        total = _consume(problem, smem, warpgroup, first, last)
+        if roles is not None:
+            plgpu.set_max_registers(roles[1], action="increase")
+        parts = _consume(problem, smem, warpgroup, first, last)
         if config.splits == 1:
-            _finish(problem, gmem, smem, warpgroup, 0, total)
+            _finish(problem, gmem, smem, warpgroup, 0, parts)
         else:
             token = split * config.reduced_tokens
 
-            def finish(parts: list[Any]) -> None:
-                _finish(problem, gmem, smem, warpgroup, token, sum(parts[1:], parts[0]))
+            def finish(received: list[Any]) -> None:
+                total = functools.reduce(operator.add, received)
+                _finish(problem, gmem, smem, warpgroup, token, [total])
 
-            leaves.exchange(config, gmem, smem, warpgroup, total, finish)
+            leaves.exchange(config, gmem, smem, warpgroup, parts, finish)
 
 
 def _first_channel(config: Config) -> Any:
@@ -211,46 +226,63 @@ def _produce(
 
 def _consume(
     problem: Problem, smem: Mapping[str, Any], warpgroup: Any, first: Any, last: Any
-) -> Float32[Array, "rows tokens"]:
-    """The warpgroup's sum over the steps of its CTA."""
+) -> list[Float32[Array, "rows tokens"]]:
+    """The warpgroup's sums over the steps of its CTA, ``problem.part_tokens`` tokens in each.
+
+    A product is rescaled while the tensor core works on the next one.
+    """
     config = problem.config
     groups = problem.groups_per_step
-    shape = (ROWS, config.tokens)
+    tokens, num_parts = problem.part_tokens, config.tokens // problem.part_tokens
+    shape = (ROWS, tokens)
     rows = pl.ds(warpgroup * ROWS, ROWS)
 
-    # The scales of channels are loaded before a product and arrive while the tensor core works. Those of
-    # tokens are many, and with 128 tokens there are no registers for them before it is done.
     def channel_scales(slot: Any, row: int) -> Any:
         return mosaic.load(smem["weight_scales_smem"].at[slot, row, rows], layout=_PER_CHANNEL)
 
-    def token_scales(slot: Any, row: int) -> Any:
-        return mosaic.load(smem["token_scales_smem"].at[slot, row], layout=_PER_TOKEN)
+    def token_scales(slot: Any, row: int, part: int) -> Any:
+        scales_smem = smem["token_scales_smem"].at[slot, row, pl.ds(part * tokens, tokens)]
+        return mosaic.load(scales_smem, layout=_PER_TOKEN)
 
     def rescale(total: Any, product: Any, per_channel: Any, per_token: Any) -> Any:
         scaled = product.astype(jnp.float32) * lax.broadcast_in_dim(per_channel, shape, [0])
         return total + scaled * lax.broadcast_in_dim(per_token, shape, [1])
 
-    def body_step(index: Any, total: Any) -> Any:
+    def release(index: Any) -> None:
+        plgpu.barrier_arrive(smem["released"].at[lax.rem(index, config.stages)])
+
+    def add(carry: Any, operands: Any, tokens_smem: Any, per_channel: Any, per_token: Any) -> Any:
+        """Multiplies each part by the channels of one row of scales; the last product is left pending."""
+        totals, pending = list(carry[0]), carry[1]
+        for part in range(num_parts):
+            before = (part - 1) % num_parts
+            product, totals[before] = leaves.multiply(
+                operands,
+                [ref.at[pl.ds(part * tokens, tokens)] for ref in tokens_smem],
+                functools.partial(rescale, totals[before], *pending),
+            )
+            pending = (product, per_channel, per_token(part))
+        # A loop must not carry the tensor core's own registers: the assembler would wait before each use.
+        return tuple(totals), (pending[0].astype(jnp.float32), *pending[1:])
+
+    def body_step(index: Any, carry: Any) -> Any:
         slot = lax.rem(index, config.stages)
         plgpu.barrier_wait(smem["filled"].at[slot])
         packed = mosaic.load(smem["weights_smem"].at[slot, rows], layout=leaves.OPERAND)
         halves = [smem["tokens_smem"].at[slot, half] for half in range(2)]
         operands = leaves.unpack_nibbles(packed, max(2, groups))
         for row in range(groups):
-            per_channel = channel_scales(slot, row)
-            if groups == 1:
-                product = leaves.multiply(operands, halves)
-            else:
-                product = leaves.multiply([operands[row]], [halves[row * 2 // groups]])
-            per_token = token_scales(slot, row)
-            if row == groups - 1:
-                plgpu.barrier_arrive(smem["released"].at[slot])
-            if problem.num_groups % groups:
-                # Beyond the last group the products are zero, but the scales belong to the tail or to nobody.
-                exists = (first + index) * groups + row < problem.num_groups
-                per_channel, per_token = _zero_unless(exists, per_channel), _zero_unless(exists, per_token)
-            total = rescale(total, product, per_channel * (1 / 16), per_token)
-        return total
+            # Beyond the last group the products are zero, but the scales belong to the tail or to nobody.
+            masked = problem.num_groups % groups != 0
+            exists = (first + index) * groups + row < problem.num_groups if masked else True
+            per_channel = _zero_unless(exists, channel_scales(slot, row) * (1 / 16))
+            per_token = lambda part, row=row, exists=exists: _zero_unless(  # noqa: E731
+                exists, token_scales(slot, row, part)
+            )
+            chosen = (operands, halves) if groups == 1 else ([operands[row]], [halves[row * 2 // groups]])
+            carry = add(carry, *chosen, per_channel, per_token)
+        release(index)
+        return carry
 
     def tail_operands(index: Any) -> tuple[Any, Any]:
         slot = lax.rem(index, config.stages)
@@ -258,17 +290,13 @@ def _consume(
         values = mosaic.load(smem["weights_smem"].at[slot, rows], layout=leaves.OPERAND)
         return values, smem["tokens_smem"].at[slot, 0]
 
-    def release(index: Any) -> None:
-        plgpu.barrier_arrive(smem["released"].at[lax.rem(index, config.stages)])
-
-    def tail_step(index: Any, total: Any) -> Any:
+    def tail_step(index: Any, carry: Any) -> Any:
         slot = lax.rem(index, config.stages)
         values, tokens_smem = tail_operands(index)
-        per_channel = channel_scales(slot, 0)
-        product = leaves.multiply([values], [tokens_smem])
-        per_token = token_scales(slot, 0)
+        per_token = functools.partial(token_scales, slot, 0)
+        carry = add(carry, [values], [tokens_smem], channel_scales(slot, 0), per_token)
         release(index)
-        return rescale(total, product, per_channel, per_token)
+        return carry
 
     total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _ACCUMULATOR)
     if not problem.num_groups:
@@ -278,34 +306,53 @@ def _consume(
         product = leaves.accumulate(count, config.tokens, tail_operands, release)
         slot = lax.rem(jnp.maximum(count - 1, 0), config.stages)
         per_channel = _zero_unless(count > 0, channel_scales(slot, 0))
-        return rescale(total, product, per_channel, _zero_unless(count > 0, token_scales(slot, 0)))
+        return [rescale(total, product, per_channel, _zero_unless(count > 0, token_scales(slot, 0, 0)))]
+    nothing = (
+        total,
+        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _PER_CHANNEL),
+        plgpu.layout_cast(jnp.zeros((tokens,), jnp.float32), _PER_TOKEN),
+    )
+    carry = ((total,) * num_parts, nothing)
     body_count = jnp.clip(problem.body_steps - first, 0, last - first)
-    total = lax.fori_loop(0, body_count, body_step, total)
+    carry = lax.fori_loop(0, body_count, body_step, carry)
     if problem.num_outliers:
-        total = lax.fori_loop(body_count, last - first, tail_step, total)
-    return total
+        carry = lax.fori_loop(body_count, last - first, tail_step, carry)
+    (*totals, total), pending = carry
+    return [*totals, rescale(total, *pending)]
 
 
 def _zero_unless(condition: Any, scales: Any) -> Any:
+    if condition is True:
+        return scales
     return jnp.where(lax.broadcast_in_dim(condition, scales.shape, ()), scales, jnp.zeros_like(scales))
 
 
 def _finish(
-    problem: Problem, gmem: Mapping[str, Any], smem: Mapping[str, Any], warpgroup: Any, token: Any, total: Any
+    problem: Problem,
+    gmem: Mapping[str, Any],
+    smem: Mapping[str, Any],
+    warpgroup: Any,
+    token: Any,
+    parts: Sequence[Float32[Array, "rows tokens"]],
 ) -> None:
-    """Adds bias and residual and stores; ``total`` is for the tokens from ``token`` of the tile on."""
+    """Adds bias and residual and stores; ``parts`` are for the tokens from ``token`` of the tile on."""
     config = problem.config
+    out_smem = smem["out_smem"].at[warpgroup]
+    residual_smem = smem.get("residual_smem", smem["out_smem"]).at[warpgroup]
     if "bias" in gmem:
         plgpu.barrier_wait(smem["bias_filled"])
         bias = mosaic.load(smem["bias_smem"].at[pl.ds(warpgroup * ROWS, ROWS)], layout=_PER_CHANNEL)
-        total = total + lax.broadcast_in_dim(bias.astype(jnp.float32), total.shape, [0])
     if "residual" in gmem:
         plgpu.barrier_wait(smem["residual_filled"])
-        residual_smem = smem.get("residual_smem", smem["out_smem"]).at[warpgroup]
-        residual = mosaic.load(residual_smem.T, layout=plgpu.Layout.WGMMA_TRANSPOSED)
-        total = total + plgpu.layout_cast(residual, _ACCUMULATOR).astype(jnp.float32)
-    out_smem = smem["out_smem"].at[warpgroup]
-    out_smem.T[...] = plgpu.layout_cast(total.astype(out_smem.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+    for number, total in enumerate(parts):
+        tokens = pl.ds(number * total.shape[1], total.shape[1])
+        if "bias" in gmem:
+            total = total + lax.broadcast_in_dim(bias.astype(jnp.float32), total.shape, [0])
+        if "residual" in gmem:
+            residual = mosaic.load(residual_smem.at[tokens].T, layout=plgpu.Layout.WGMMA_TRANSPOSED)
+            total = total + plgpu.layout_cast(residual, _ACCUMULATOR).astype(jnp.float32)
+        out = plgpu.layout_cast(total.astype(out_smem.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+        out_smem.at[tokens].T[...] = out
     plgpu.commit_smem()
     tokens = pl.ds(lax.axis_index("m") * config.tokens + token, config.reduced_tokens)
     channels = pl.ds(_first_channel(config) + warpgroup * ROWS, ROWS)

@@ -6,7 +6,7 @@ Each is one small function with a branch for interpret mode; the kernel around t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from pallas_kernels.grouped_matmul.config import ROWS, Config
 # Layout of 8-bit wgmma operands in registers: a thread holds four consecutive input channels a register.
 OPERAND = plgpu.Layout.WGMMA_8BIT
 _ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+T = TypeVar("T")
 _HIGH_NIBBLES = -0x0F0F0F10  # 0xF0F0F0F0 as a signed integer
 
 
@@ -74,20 +75,26 @@ def unpack_nibbles(packed: Int8[Array, "n half"], runs: int) -> tuple[Int8[Array
     return inline(unpack)(packed)
 
 
-def multiply(operands: Sequence[Int8[Array, "n k"]], tokens_smem: Sequence[Any]) -> Int32[Array, "n tokens"]:
-    """The sum of ``operand @ tokens.T`` over the pairs, operands from registers."""
+def multiply(
+    operands: Sequence[Int8[Array, "n k"]], tokens_smem: Sequence[Any], meanwhile: Callable[[], T]
+) -> tuple[Int32[Array, "n tokens"], T]:
+    """The sum of ``operand @ tokens.T`` over the pairs, operands in registers, and what ``meanwhile`` gives.
+
+    The tensor core works while the warpgroup does what ``meanwhile`` traces.
+    """
     tokens = tokens_smem[0].shape[0]
     if dispatch.interpreting():
         products = [
             lax.dot_general(operand, ref[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
             for operand, ref in zip(operands, tokens_smem, strict=True)
         ]
-        return sum(products[1:], products[0])
+        return sum(products[1:], products[0]), meanwhile()
 
     def accumulate(accumulator: Any) -> Any:
         for operand, ref in zip(operands, tokens_smem, strict=True):
             plgpu.wgmma(accumulator, operand, ref.T)
-        return accumulator[...]
+        result = meanwhile()
+        return accumulator[...], result
 
     shape = (operands[0].shape[0], tokens)
     return pl.run_scoped(accumulate, _ACC(shape, jnp.int32))
@@ -108,9 +115,9 @@ def accumulate(
 
         def add(step: Any, total: Any) -> Any:
             operand, tokens_smem = load(step)
-            total = total + multiply([operand], [tokens_smem])
+            product, _ = multiply([operand], [tokens_smem], lambda: None)
             release(step)
-            return total
+            return total + product
 
         return lax.fori_loop(0, count, add, jnp.zeros(shape, jnp.int32))
 
@@ -156,11 +163,12 @@ def exchange(
     gmem: Mapping[str, Any],
     smem: Mapping[str, Any],
     warpgroup: Any,
-    total: Float32[Array, "rows tokens"],
+    parts: Sequence[Float32[Array, "rows tokens"]],
     finish: Callable[[list[Any]], None],
 ) -> None:
     """Gives each CTA of the cluster that has tokens to finish the partial sums of all CTAs, in their order.
 
+    ``parts`` are the sums of this CTA, consecutive tokens in each; one CTA's tokens lie within one of them.
     ``finish`` is traced once, for the CTAs that finish something.
     """
     split = lax.axis_index("split")
@@ -169,13 +177,14 @@ def exchange(
     received = smem["received"].at[warpgroup]
     if dispatch.interpreting():
         inbox = gmem["inbox"].at[tuple(map(lax.axis_index, ("n", "m", "share")))]
-        inbox[split, warpgroup] = total
+        inbox[split, warpgroup] = jnp.concatenate(parts, axis=1)
         plgpu.barrier_arrive(received)
         mine = lambda source: inbox[source, warpgroup, :, pl.ds(split * reduced, reduced)]  # noqa: E731
     else:
         for receiver in range(receivers):
+            part, token = divmod(receiver * reduced, parts[0].shape[1])
             plgpu.async_store_smem(
-                total[:, receiver * reduced : (receiver + 1) * reduced],
+                parts[part][:, token : token + reduced],
                 smem["inbox_smem"].at[split, warpgroup],
                 received,
                 cluster_idx=jnp.int32(receiver),

@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float16, Float32, Int32, UInt8
 
-from pallas_kernels.norm_quantize.reference import rms_norm
+from pallas_kernels.norm_quantize.reference import rms_norm, rounded
 from pallas_kernels.qarrays import PagedKVCache, pack_int4
 
 # Smallest range a scale is computed from; a constant zero vector then has no division by zero.
@@ -19,7 +19,8 @@ def rope(
 ) -> Float[Array, "*lead head_dim"]:
     """Rotates the pairs (i, i + head_dim/2) of ``x``; the Hugging Face convention."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rounded(turned, x.dtype)
 
 
 def quantize_kv(

@@ -25,9 +25,6 @@ ROWS = 64
 # Exponent of a key out of sight, as in decode attention: it underflows next to any other, and where a row has
 # seen no other yet, the difference of two such exponents, each rounded on its own, stays small.
 _MASKED = -(2.0**26)
-# Registers a thread of a copying and of a multiplying warpgroup. A block of three warpgroups starts with 168
-# a thread; if they asked for more in all, the last one would wait forever.
-_COPYING, _MULTIPLYING = 40, 232
 # An alias jax declares where type checkers do not look.
 _ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 _MATRIX = plgpu.Layout.WGMMA
@@ -74,6 +71,7 @@ def attention(
     group = num_heads // k.shape[2]
     num_tiles = seq // config.block_queries
     block, stages, consumers = config.block_keys, config.stages, config.consumers
+    copying, multiplying = mosaic.registers_of_roles(consumers)
     # Softmax in base 2: one instruction an element.
     scale = math.log2(math.e) / math.sqrt(head_dim)
     masked_score = _MASKED / scale
@@ -117,7 +115,7 @@ def attention(
 
         @pl.when(warpgroup == consumers)
         def _() -> None:
-            plgpu.set_max_registers(_COPYING, action="decrease")
+            plgpu.set_max_registers(copying, action="decrease")
             for consumer in range(consumers):
                 source = q_gmem.at[sequence, rows_of(consumer), head]
                 plgpu.copy_gmem_to_smem(source, q_smem.at[consumer], q_ready.at[consumer])
@@ -138,7 +136,7 @@ def attention(
 
         @pl.when(warpgroup < consumers)
         def _() -> None:
-            plgpu.set_max_registers(_MULTIPLYING, action="increase")
+            plgpu.set_max_registers(multiplying, action="increase")
             position = mosaic.load(
                 positions_gmem.at[sequence, rows_of(warpgroup)], layout=_PER_ROW, optimized=False
             )

@@ -199,7 +199,10 @@ def test_no_warpgroup_is_without_output_channels(m: int, n: int):
 
 
 def test_configurations_of_real_layers():
-    """They fit in shared memory, clusters in what is portable; with few rows all SMs stream the weights."""
+    """They fit in shared memory, clusters in what is portable; with few rows enough SMs stream the weights.
+
+    On an H100, 64 blocks did as well as 128.
+    """
     for n, k, group_size, _ in LINEARS:
         for m in (*DECODE_ROWS, *PREFILL_ROWS, 3, 129):
             config = heuristics(m, n, k, group_size)
@@ -207,7 +210,7 @@ def test_configurations_of_real_layers():
             assert config.splits * config.sharers <= 8, (m, n, k, config)
             ctas = -(-n // config.channels) * config.splits
             if m <= 16 and n * k >= 4096 * 4096:
-                assert ctas >= 0.9 * NUM_SMS, (m, n, k, config)
+                assert ctas >= 0.4 * NUM_SMS, (m, n, k, config)
 
 
 @pytest.mark.parametrize(

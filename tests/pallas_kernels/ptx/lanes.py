@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tests.pallas_kernels.ptx.arithmetic import LANES
 from tests.pallas_kernels.ptx.instructions import (
     LANE,
+    RETRY,
     Execute,
     all_lanes,
     immediate,
@@ -53,12 +54,31 @@ def _prefetch(i: Instruction, code: Code) -> Execute:
     return lambda w: None
 
 
-@instruction(r"setmaxnreg\.(?:inc|dec)\.sync\.aligned\.u32")
-def _setmaxnreg(i: Instruction, code: Code) -> Execute:
+@instruction(r"setmaxnreg\.(inc|dec)\.sync\.aligned\.u32")
+def _setmaxnreg(i: Instruction, code: Code, direction: str) -> Execute:
     count = immediate(i.operands[0])
     if not 24 <= count <= 256 or count % 8:
         raise ValueError(f"{count} registers: a multiple of 8 from 24 to 256 expected")
-    return lambda w: w.together()
+
+    def run(w: Warp) -> Any:
+        w.together()
+        more, cta = count - w.registers, w.cta
+        if direction == "dec" and more > 0:
+            raise ValueError(f"dec from {w.registers} to {count} registers")
+        if direction == "inc" and more < 0:  # the assembler may give fewer at the start than it could
+            return None
+        if LANES * more > cta.free_registers:
+            # Given back by other warps, or never.
+            w.wait(
+                lambda: LANES * more <= cta.free_registers,
+                lambda: f"{LANES * more} more registers, of which {cta.free_registers} are free",
+            )
+            return RETRY
+        cta.free_registers -= LANES * more
+        w.registers = count
+        return None
+
+    return run
 
 
 @instruction(r"elect\.sync")

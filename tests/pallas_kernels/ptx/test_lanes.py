@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.pallas_kernels.ptx import machine
-from tests.pallas_kernels.ptx.errors import Deadlock, Divergence
+from tests.pallas_kernels.ptx.errors import Deadlock, Divergence, EmulationError
 from tests.pallas_kernels.ptx.support import LANES, Array, compute, run
 
 LANE = np.arange(LANES)
@@ -158,3 +158,26 @@ def test_loops_without_end(monkeypatch):
 def test_lanes_that_wait_for_each_other_are_reported():
     with pytest.raises(Deadlock, match=r"warp 0 of CTA .* barrier 0, with 32 of 64 threads there"):
         run("mov.u32 %r0, %tid.x; setp.lt.u32 %p0, %r0, 32; @%p0 bra A; bra B; A: bar.sync 0; B:", threads=64)
+
+
+# One warpgroup gives registers back, the others ask for more than the 168 that each thread of 384 has.
+GIVE_AND_TAKE = """
+mov.u32 %r1, %tid.x; setp.ge.u32 %p1, %r1, 256; @%p1 bra GIVE;
+setmaxnreg.inc.sync.aligned.u32 {taken}; ret;
+GIVE: setmaxnreg.dec.sync.aligned.u32 40;
+"""
+
+
+def test_registers_that_others_gave_back():
+    for seed in range(4):
+        run(GIVE_AND_TAKE.format(taken=232), threads=384, seed=seed)
+
+
+def test_registers_that_nobody_gives_back():
+    with pytest.raises(Deadlock, match="2304 more registers"):
+        run(GIVE_AND_TAKE.format(taken=240), threads=384)
+
+
+def test_registers_in_the_wrong_direction():
+    with pytest.raises(EmulationError, match="dec from 168 to 200 registers"):
+        run("setmaxnreg.dec.sync.aligned.u32 200;", threads=384)

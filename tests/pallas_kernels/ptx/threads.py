@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from tests.pallas_kernels.ptx.machine import Machine
 
 
+# Of an SM, and of a thread.
+_REGISTERS, _MAX_REGISTERS = 65_536, 256
+
+
 class Cluster:
     """CTAs that run together, and the copies that are under way in them."""
 
@@ -77,6 +81,8 @@ class CTA:
             lambda offset: f"byte {offset:#x} of {self.shared.name}",
             machine.name_of,
         )
+        # Those of the CTA that no warp has. It starts with as many as the assembler can give each thread.
+        self.free_registers = 0
         self.mbarriers: dict[int, MBarrier] = {}
         self.bars: dict[int, NamedBarrier] = {}
         special = {"cluster_ctarank": rank, "cluster_nctarank": math.prod(launch.cluster)}
@@ -125,6 +131,7 @@ class Warp:
     Attributes:
       R: registers by number: 32 unsigned integers or bools; None: nothing yet, or an accumulator in flight.
       S: special registers by name.
+      registers: that each of its threads may use.
       mask: active lanes; ``full``: all of them; ``others``: where the other lanes are, (instruction, lanes).
     """
 
@@ -140,6 +147,7 @@ class Warp:
             "laneid": np.arange(LANES, dtype=np.uint32),
             "warpid": np.full(LANES, index, np.uint32),
         }
+        self.registers = min(_MAX_REGISTERS, _REGISTERS // self.machine.kernel.threads // 8 * 8)
         self.pc = 0
         self.mask, self.full = np.ones(LANES, bool), True
         self.others: list[tuple[int, np.ndarray]] = []
