@@ -5,6 +5,7 @@ Usable on its own: it knows jax and nothing of the model, the checkpoint or the 
 
 from pallas_kernels.dispatch import use_implementation
 from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.int3 import WeightOnlyInt3
 from pallas_kernels.kv_append.api import kv_append
 from pallas_kernels.norm_quantize.api import norm_quantize
 from pallas_kernels.paged_attention.api import paged_attention
@@ -32,6 +33,7 @@ __all__ = [
     "QuantizedActivation",
     "QuantizedWeight",
     "TwoLevelWeight",
+    "WeightOnlyInt3",
     "WeightOnlyInt4",
     "grouped_matmul",
     "init_paged_kv_cache",

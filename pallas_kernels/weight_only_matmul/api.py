@@ -1,4 +1,4 @@
-"""``weight_only_matmul``: a float activation times an INT4 weight."""
+"""``weight_only_matmul``: a float activation times a weight of few bits."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
+from pallas_kernels.int3 import WeightOnlyInt3
 from pallas_kernels.qarrays import WeightOnlyInt4
 
 
 def weight_only_matmul(
     x: Float[Array, "m k"],
-    w: WeightOnlyInt4,
+    w: WeightOnlyInt4 | WeightOnlyInt3,
     *,
     bias: Float[Array, " n"] | None = None,
     residual: Float[Array, "m n"] | None = None,
@@ -25,6 +26,6 @@ def weight_only_matmul(
     Raises:
       ValueError: the two do not have the same channels, or w is a stack of weights.
     """
-    if w.packed.ndim != 2 or x.shape[-1] != w.shape[-1]:
+    if len(w.shape) != 2 or x.shape[-1] != w.shape[-1]:
         raise ValueError(f"weight_only_matmul: weight {w.shape} does not fit activation {x.shape}")
     return dispatch.run("weight_only_matmul", x, w, bias, residual, out_dtype)

@@ -1,4 +1,4 @@
-"""Float x INT4 matmul in plain jax.numpy; see ``pallas_kernels.reference_matmul`` for the layout.
+"""Float x INT4 or INT3 matmul in plain jax.numpy; see ``pallas_kernels.reference_matmul`` for the layout.
 
 The weight is dequantized in float32 on its way into a float32 product.
 """
@@ -8,18 +8,21 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.int3 import WeightOnlyInt3
 from pallas_kernels.qarrays import WeightOnlyInt4
 from pallas_kernels.reference_matmul import finish, per_run, run_length, split_halves, weight_halves
 
 
 def run(
     x: Float[Array, "m k"],
-    w: WeightOnlyInt4,
+    w: WeightOnlyInt4 | WeightOnlyInt3,
     bias: Float[Array, " n"] | None,
     residual: Float[Array, "m n"] | None,
     out_dtype: jnp.dtype,
 ) -> Float[Array, "m n"]:
     """See ``api.weight_only_matmul``."""
+    if isinstance(w, WeightOnlyInt3):
+        return finish(x.astype(jnp.float32) @ w.dequantize().T, bias, residual, out_dtype)
     halves = zip(
         weight_halves(w.packed, run_length(w.group_size)),
         per_run(w.scales, w.group_size),

@@ -268,8 +268,8 @@ class TestProgram:
 
     def test_defaults_of_the_recipe(self):
         shown = " ".join(run("convert", "--help").stdout.replace("│", " ").split())
-        assert "[default: (4; 16 in bf16, w4a16, w8a8)]" in shown
-        assert "[default: (on; off in bf16, w4a16, w8a8)]" in shown  # --center-keys
+        assert "[default: (4; 16 in bf16, w3a16, w4a16, w8a8)]" in shown
+        assert "[default: (on; off in bf16, w3a16, w4a16, w8a8)]" in shown  # --center-keys
         assert "[default: (searched)]" in shown
 
     def test_version(self):

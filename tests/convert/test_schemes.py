@@ -19,7 +19,7 @@ from convert.card import read_card
 from convert.float_model import load_float
 from convert.pipeline import convert
 from convert.sources import open_source
-from pallas_kernels import QuantizedWeight, TwoLevelWeight, WeightOnlyInt4
+from pallas_kernels import QuantizedWeight, TwoLevelWeight, WeightOnlyInt3, WeightOnlyInt4
 from tests.atom_jax.command import run, run_json
 from tests.convert.jobs import assert_same, contents, logits, partial, save_text, tiny_options
 from tests.convert.tiny import fails, save_tiny
@@ -29,6 +29,7 @@ TOKENS = np.random.default_rng(0).integers(3, 260, 64).astype(np.int32)
 # Scheme: what a tiny model needs changed, type of its linears, how far it may take the logits.
 SCHEMES: dict[str, tuple[dict[str, Any], type, float]] = {
     "w8a8": ({}, QuantizedWeight, 0.03),
+    "w3a16": ({"group_size": 32}, WeightOnlyInt3, 0.6),
     "w4a16": ({"group_size": 32}, WeightOnlyInt4, 0.3),
     "w4a8kv4": ({"group_size": 32}, TwoLevelWeight, 0.4),
 }

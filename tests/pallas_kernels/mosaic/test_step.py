@@ -39,7 +39,7 @@ def small_model(architecture: str, num_kv_heads: int, windows: tuple[int | None,
     [
         ("LlamaForCausalLM", 3, ()),
         ("Qwen3ForCausalLM", 1, ()),
-        ("MistralForCausalLM", 3, (30, 30)),
+        pytest.param("MistralForCausalLM", 3, (30, 30), marks=pytest.mark.nightly),
         ("Qwen2ForCausalLM", 3, (None, 70)),
     ],
 )

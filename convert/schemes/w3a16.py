@@ -1,0 +1,21 @@
+"""INT3 groups with zero points, by GPTQ where the recipe says so and there is a Hessian, or to nearest."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float32
+
+from atom_jax.config import QuantConfig
+from convert.group_gptq import quantize_groups
+from pallas_kernels import PACK_TILE, WeightOnlyInt3
+from pallas_kernels.int3 import pack_int3
+
+
+def quantize(
+    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, quantization: QuantConfig
+) -> WeightOnlyInt3:
+    """See ``convert.schemes.quantize``."""
+    hessian = hessian if quantization.gptq else None
+    values, grids, group_size = quantize_groups(weight, hessian, quantization.group_size, bits=3)
+    padded = jnp.pad(values, ((0, 0), (0, -values.shape[1] % PACK_TILE)))
+    return WeightOnlyInt3(*pack_int3(padded), grids.scale, grids.zero.astype(jnp.int8), group_size)
