@@ -148,3 +148,16 @@ def test_files_are_short() -> None:
         for file in files(*PACKAGES, "tests")
     }
     assert {file: count for file, count in lines.items() if count > MAX_LINES} == {}
+
+
+def test_every_scheme_is_complete() -> None:
+    """A scheme is a module for the model and, unless its linears stay floats, one for the converter."""
+    import convert.schemes
+    from atom_jax.schemes import SCHEMES
+
+    modules = {Path(file).stem for file in files("atom_jax/schemes")} - {"__init__", "base"}
+    assert {scheme.name for scheme in SCHEMES.values()} == set(SCHEMES) == modules
+    quantized = {name for name, scheme in SCHEMES.items() if scheme.weight is not None}
+    assert set(convert.schemes._MODULES) == quantized
+    for module in convert.schemes._MODULES.values():
+        assert callable(module.quantize)

@@ -53,7 +53,8 @@ def test_product_and_shape(channels: int, group_size: int):
     expected = (values - per_channel(zeros).astype(np.float64)) * per_channel(scales)
     assert weight.shape == (5, channels)
     np.testing.assert_allclose(weight.dequantize(), expected, rtol=1e-6)
-    x, bias, residual = (rng.normal(size=size).astype(np.float32) for size in ((3, channels), (5,), (3, 5)))
+    sizes = ((3, channels), (5,), (3, 5))
+    x, bias, residual = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in sizes)
     y = jax.jit(lambda: weight_only_matmul(x, weight, bias=bias, residual=residual, out_dtype=jnp.float32))()
     np.testing.assert_allclose(y, x @ expected.T + bias + residual, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="does not fit"):

@@ -27,12 +27,13 @@ from convert.sources import Source
 SEQ_LEN = 512
 EVAL_TOKENS = 4096
 # Half of the default is enough for those that lose least, and saves a minute.
-CALIBRATION_TOKENS = {"w8a8": 4096, "w4a16": 4096}
+CALIBRATION_TOKENS = {"w8a8": 4096, "w4a16": 4096, "w3a16": 4096}
 
 RECIPES = {
     "bf16": preset("bf16"),
     "atom": preset("w4a4kv4", group_size=64, num_outliers=64),
     "w4a8kv4": preset("w4a8kv4", group_size=64),
+    "w3a16": preset("w3a16", group_size=64),
     "w4a16": preset("w4a16", group_size=64),
     "w8a8": preset("w8a8"),
     "per_layer": preset("w4a4kv4", group_size=64, num_outliers=64, reorder="per_layer"),

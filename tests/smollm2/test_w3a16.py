@@ -1,0 +1,15 @@
+"""The scheme w3a16 on a real model: 3-bit weights and float activations (GPTQ)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
+
+
+def test_loses_little(perplexity: Callable[[str], float]) -> None:
+    ratio = perplexity("w3a16") / perplexity("bf16")
+    print(f"w3a16: {ratio:.3f} times the perplexity of float")
+    assert ratio <= 2.0
