@@ -10,6 +10,4 @@ pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 
 
 def test_loses_little(perplexity: Callable[[str], float]) -> None:
-    ratio = perplexity("w3a16") / perplexity("bf16")
-    print(f"w3a16: {ratio:.3f} times the perplexity of float")
-    assert ratio <= 2.0
+    assert perplexity("w3a16") <= 1.5 * perplexity("bf16")
