@@ -2,8 +2,8 @@
 
 import typer
 
-from atom_jax.cli.console import ResumingCommand, prepare_process
-from atom_jax.cli.convert import convert
+from atom_jax_cli.console import ResumingCommand, prepare_process
+from atom_jax_cli.convert import convert
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command(cls=ResumingCommand)(convert)

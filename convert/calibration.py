@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from atom_jax.errors import AtomError, did_you_mean
-from atom_jax.tokenizer import read_tokenizer
+from atom_jax.text import encode, read_text
 from convert.help_topics import help_topics
 from convert.self_sampling import sample_tokens
 from convert.sources import Source
@@ -42,42 +41,6 @@ class Calibration:
     @property
     def sha256(self) -> str:
         return hashlib.sha256(np.ascontiguousarray(self.tokens, "<i4").tobytes()).hexdigest()
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; of a .jsonl one, the "text" of each line.
-
-    Raises:
-      AtomError: no such file, not UTF-8, no text in it, or a line that is not {"text": ...}.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise AtomError(f"{path}: {reason}") from error
-    if path.suffix.lower() == ".jsonl":
-        text = "\n\n".join(
-            _json_text(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line
-        )
-    if not text.strip():
-        raise AtomError(f"{path}: holds no text")
-    return text
-
-
-def _json_text(path: Path, number: int, line: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise AtomError(f"{path}: line {number} is not JSON: {error}") from error
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise AtomError(f'{path}: line {number} has no "text" string')
-    return text
-
-
-def encode(tokenizer_folder: Path, text: str) -> Int32[np.ndarray, " tokens"]:
-    """Token ids of ``text`` without special tokens around it."""
-    return np.asarray(read_tokenizer(tokenizer_folder).encode(text, add_special_tokens=False).ids, np.int32)
 
 
 def spread_windows(

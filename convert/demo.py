@@ -17,7 +17,7 @@ from atom_jax.checkpoint import CARD_FILE, CONFIG_FILE, TOKENIZER_FOLDER, load
 from atom_jax.config import QuantConfig, preset
 from atom_jax.errors import AtomError, WriteError
 from atom_jax.perplexity import perplexity
-from convert.calibration import encode
+from atom_jax.text import encode
 from convert.card import versions
 from convert.help_topics import help_topics
 from convert.pipeline import ConvertOptions, Progress, convert

@@ -29,7 +29,8 @@ from atom_jax.config import ModelConfig, QuantConfig
 from atom_jax.errors import AtomError
 from atom_jax.perplexity import PerplexityResult
 from atom_jax.schemes import SCHEMES
-from convert.calibration import SEQ_LEN, encode, load_calibration, read_text
+from atom_jax.text import encode, read_text
+from convert.calibration import SEQ_LEN, load_calibration
 from convert.card import Card, make_card, read_card, versions, write_card
 from convert.float_model import read_layer, read_shared
 from convert.groups import choose_groups

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from atom_jax.errors import AtomError
-from convert.calibration import encode, read_text
+from atom_jax.text import encode, read_text
 from convert.help_topics import help_topics
 
 # Generous characters a token: no more of a text than is needed is tokenized.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from atom_jax.cli import app
+from atom_jax_cli import app
 
 ROOT = Path(__file__).parents[2]
 TEXT = "the thin ant in the tin 12 and the inn at 1212 in a hut. " * 12

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import atom_jax
 from atom_jax import load, perplexity
-from atom_jax.cli import app, console
-from convert.calibration import encode
+from atom_jax.text import encode
+from atom_jax_cli import app, console
 from convert.pipeline import ConvertOptions
 from tests.atom_jax.command import ROOT, TEXT, fails, run, run_json, subprocess_run
 

@@ -5,7 +5,7 @@ import pytest
 
 import atom_jax
 from atom_jax import load
-from convert.calibration import encode
+from atom_jax.text import encode
 from convert.pipeline import ConvertOptions
 from convert.pipeline import convert as convert_model
 from tests.atom_jax.command import TEXT, fails, run, run_json

@@ -9,7 +9,7 @@ import pytest
 
 import atom_jax
 from atom_jax import SamplingParams, generate, load
-from atom_jax.cli.generate import Generation
+from atom_jax_cli.generate import Generation
 from tests.atom_jax.command import PROMPT, fails, run, run_json, subprocess_run
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from atom_jax.cli import main
+from atom_jax_cli import main
 from tests.atom_jax.command import ROOT
 
 
@@ -85,7 +85,7 @@ class TestEncodings:
 
 _WAITING = """
 import atom_jax, os, signal, sys, threading
-from atom_jax.cli import main
+from atom_jax_cli import main
 
 def wait(*args, **kwargs):
     # A thread that the program waits for when it ends, as those that write checkpoints are.

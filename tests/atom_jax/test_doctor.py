@@ -13,8 +13,8 @@ import pytest
 
 import atom_jax
 from atom_jax import compilation_cache, doctor
-from atom_jax.cli.engine import load_engine
 from atom_jax.kernel_check import check_kernels
+from atom_jax_cli.engine import load_engine
 from pallas_kernels import dispatch, use_implementation
 from pallas_kernels.verification import device, verdicts, verify
 from pallas_kernels.verification.checks import all_checks

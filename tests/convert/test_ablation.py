@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from atom_jax.cli import app
 from atom_jax.config import QuantConfig, preset
 from atom_jax.llama import linear_shapes
+from atom_jax_cli import app
 from convert.ablation import run
 from convert.ablation.plot import PLOT_FILE, can_plot, plot
 from convert.ablation.results import RESULTS_FILE, table

@@ -15,8 +15,9 @@ import pytest
 
 import atom_jax
 from atom_jax.config import preset
+from atom_jax.text import encode
 from convert import self_sampling
-from convert.calibration import encode, load_calibration, spread_windows
+from convert.calibration import load_calibration, spread_windows
 from convert.float_model import load_float
 from convert.help_topics import help_topics
 from convert.pipeline import ConvertOptions, convert

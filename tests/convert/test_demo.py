@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 import atom_jax
-from atom_jax.cli import app
+from atom_jax_cli import app
 from convert import demo
 from tests.convert.tiny import fails, save_tiny
 

@@ -19,7 +19,8 @@ import atom_jax
 from atom_jax.checkpoint import CARD_FILE
 from atom_jax.config import ModelConfig, QuantConfig, preset
 from atom_jax.llama import linear_shapes, make_params
-from convert.calibration import encode, spread_windows
+from atom_jax.text import encode
+from convert.calibration import spread_windows
 from convert.card import read_card
 from convert.float_model import load_float, read_layer, read_shared
 from convert.pipeline import ConvertOptions, convert

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atom_jax.checkpoint import TOKENIZER_FOLDER, load_tokenizer
-from atom_jax.cli.generate import encode_prompt
 from atom_jax.config import preset
-from convert.calibration import encode
+from atom_jax.text import encode
+from atom_jax_cli.generate import encode_prompt
 from convert.pipeline import ConvertOptions, convert
 from convert.sources import open_source
 from convert.sources.sentencepiece_model import read_sentencepiece

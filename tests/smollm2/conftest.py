@@ -17,7 +17,7 @@ import pytest
 import atom_jax
 from atom_jax.config import QuantConfig, preset
 from atom_jax.errors import AtomError
-from convert.calibration import encode
+from atom_jax.text import encode
 from convert.help_topics import help_topics
 from convert.pipeline import ConvertOptions, convert
 from convert.self_sampling import sample_tokens

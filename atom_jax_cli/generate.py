@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atom_jax.cli.console import JsonOption, note, print_json, stderr, stdout
-from atom_jax.cli.kernels import check_kernels_for
 from atom_jax.errors import AtomError
+from atom_jax_cli.console import JsonOption, note, print_json, stderr, stdout
+from atom_jax_cli.kernels import check_kernels_for
 
 if TYPE_CHECKING:
     from atom_jax.checkpoint import Model

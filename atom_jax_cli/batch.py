@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from atom_jax.cli.console import LOG_SECONDS, JsonOption, note, print_json, stderr
-from atom_jax.cli.engine import (
+from atom_jax_cli.console import LOG_SECONDS, JsonOption, note, print_json, stderr
+from atom_jax_cli.engine import (
     CheckpointArgument,
     DeterministicOption,
     MaxModelLenOption,

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from atom_jax.cli.console import JsonOption, note, print_json, progress_bars, stderr, stdout
-from atom_jax.cli.kernels import check_kernels_for
 from atom_jax.errors import AtomError
+from atom_jax_cli.console import JsonOption, note, print_json, progress_bars, stderr, stdout
+from atom_jax_cli.kernels import check_kernels_for
 
 if TYPE_CHECKING:
     from atom_jax.fidelity import Fidelity
@@ -37,7 +37,7 @@ def compare(
     json_output: JsonOption = False,
 ) -> None:
     """Measure how far a checkpoint is from another: KL divergence, agreement, noise after each layer."""
-    from convert.calibration import encode, read_text
+    from atom_jax.text import encode, read_text
 
     content = read_text(text)
 

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from atom_jax.cli.console import note
-from atom_jax.cli.engine import (
+from atom_jax.errors import AtomError, not_one_of
+from atom_jax_cli.console import note
+from atom_jax_cli.engine import (
     CheckpointArgument,
     DeterministicOption,
     MaxModelLenOption,
@@ -21,7 +22,6 @@ from atom_jax.cli.engine import (
     load_engine,
     served_name,
 )
-from atom_jax.errors import AtomError, not_one_of
 
 _LIMITS = "Limits"
 _LOG_LEVELS = ("critical", "error", "warning", "info", "debug")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atom_jax.cli.console import format_bytes, note, progress_bars, stderr
-from atom_jax.cli.kernels import check_kernels_for
+from atom_jax_cli.console import format_bytes, note, progress_bars, stderr
+from atom_jax_cli.kernels import check_kernels_for
 
 if TYPE_CHECKING:
     from atom_jax.checkpoint import Model

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from atom_jax.cli.console import JsonOption, format_bytes, print_json, stdout
+from atom_jax_cli.console import JsonOption, format_bytes, print_json, stdout
 
 
 def inspect(

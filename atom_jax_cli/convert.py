@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from atom_jax.cli.console import JsonOption, format_bytes, note, print_json, progress_bars
 from atom_jax.config import preset
 from atom_jax.errors import AtomError
 from atom_jax.schemes import SCHEMES
+from atom_jax_cli.console import JsonOption, format_bytes, note, print_json, progress_bars
 
 _SCHEME = "w4a4kv4"
 # What a setting that was chosen is called.

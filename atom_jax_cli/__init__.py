@@ -1,8 +1,7 @@
 """The command line, ``atom-jax``.
 
-Commands import JAX, transformers and ``convert`` when they run, not before: ``--help`` and a mistyped
-option answer at once. This package is the one place of ``atom_jax`` that imports ``convert``, which
-depends on ``atom_jax``; the imports stay inside the commands, so there is no cycle when a module loads.
+It stands above ``atom_jax`` and ``convert``, which do not know of it. Commands import JAX, transformers and
+``convert`` when they run, not before: ``--help`` and a mistyped option answer at once.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from atom_jax.cli import (
+from atom_jax_cli import (
     ablate,
     batch,
     compare,
@@ -25,7 +24,7 @@ from atom_jax.cli import (
     inspect,
     serve,
 )
-from atom_jax.cli.console import ReportingCommand, ResumingCommand, prepare_process
+from atom_jax_cli.console import ReportingCommand, ResumingCommand, prepare_process
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from atom_jax.cli.console import JsonOption, note, print_json, progress_bars, stdout
-from atom_jax.cli.convert import (
+from atom_jax_cli.console import JsonOption, note, print_json, progress_bars, stdout
+from atom_jax_cli.convert import (
     CALIBRATION_DEFAULT,
     CALIBRATION_HELP,
     GROUP_SIZE_DEFAULT,

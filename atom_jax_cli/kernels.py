@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from atom_jax.cli.console import note, progress_bars, stderr
+from atom_jax_cli.console import note, progress_bars, stderr
 
 STAGE = "kernel checks"
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from atom_jax.cli.console import JsonOption, format_bytes, note, print_json, progress_bars, stdout
-from atom_jax.cli.kernels import STAGE
+from atom_jax_cli.console import JsonOption, format_bytes, note, print_json, progress_bars, stdout
+from atom_jax_cli.kernels import STAGE
 
 
 def doctor(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from atom_jax.cli.console import JsonOption, print_json, stdout
+from atom_jax_cli.console import JsonOption, print_json, stdout
 
 
 def explain(

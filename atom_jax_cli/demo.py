@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from atom_jax.cli.console import JsonOption, format_bytes, note, print_json, progress_bars, stderr, stdout
-from atom_jax.cli.generate import Generation, describe, encode_prompt
+from atom_jax_cli.console import JsonOption, format_bytes, note, print_json, progress_bars, stderr, stdout
+from atom_jax_cli.generate import Generation, describe, encode_prompt
 
 if TYPE_CHECKING:
     from convert.demo import VariantResult

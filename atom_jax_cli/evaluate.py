@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from atom_jax.cli.console import JsonOption, note, print_json, progress_bars, stderr, stdout
-from atom_jax.cli.kernels import check_kernels_for
 from atom_jax.errors import AtomError
+from atom_jax_cli.console import JsonOption, note, print_json, progress_bars, stderr, stdout
+from atom_jax_cli.kernels import check_kernels_for
 
 _TEXT, _TASKS = "Perplexity of a text", "Tasks (lm-eval)"
 
@@ -76,7 +76,7 @@ def evaluate(
 def _perplexity(
     checkpoint: Path, text: Path, seq_len: int, max_tokens: int | None, json_output: bool
 ) -> None:
-    from convert.calibration import encode, read_text
+    from atom_jax.text import encode, read_text
 
     content = read_text(text)
 
