@@ -13,7 +13,7 @@ from atom_jax_cli.console import JsonOption, format_bytes, note, print_json, pro
 from atom_jax_cli.generate import Generation, describe, encode_prompt
 
 if TYPE_CHECKING:
-    from convert.demo import VariantResult
+    from convert.demo.variants import VariantResult
 
 _PROMPT = "What is the capital of France, and what is it famous for?"
 _NEW_TOKENS = 96
@@ -34,8 +34,8 @@ def demo(
     note("SmolLM2-135M-Instruct in float, in naive 4 bits and in Atom's 4 bits (first run: some minutes)")
 
     from atom_jax import SamplingParams, load
-    from convert.demo import ATOM, prepare
-    from convert.smollm2 import cache_folder
+    from convert.demo.smollm2 import cache_folder
+    from convert.demo.variants import ATOM, prepare
 
     folder = cache_folder() / "demo" if folder is None else folder
     with progress_bars() as report:

@@ -22,7 +22,7 @@ import typer
 from bench import record
 from convert.ablation.plot import PLOT_FILE
 from convert.ablation.results import table
-from convert.smollm2 import cache_folder, smollm2_gguf
+from convert.demo.smollm2 import cache_folder, smollm2_gguf
 
 SETTINGS = (
     *("--group-size", "64", "--num-outliers", "64"),

@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import atom_jax
 from atom_jax.config import ModelConfig
 from bench.record import environment, save
+from convert.demo.smollm2 import smollm2_gguf
 from convert.float_model import load_float
-from convert.smollm2 import smollm2_gguf
 from convert.sources import Source, open_source
 
 PROMPT_TOKENS = 32

@@ -92,7 +92,7 @@ def choose_groups(
 
     Args:
       flexible: names of ``CHOOSABLE``; others are kept whatever they are.
-      measured_outliers: the number of outliers is chosen later (``convert.outliers``): only the group size is
+      measured_outliers: the number of outliers is chosen later (``passes.outliers``): only the group size is
         chosen here, so that there are numbers to choose from.
 
     Returns:

@@ -30,15 +30,16 @@ from atom_jax.errors import AtomError
 from atom_jax.perplexity import PerplexityResult
 from atom_jax.schemes import SCHEMES
 from atom_jax.text import encode, read_text
-from convert.calibration import SEQ_LEN, load_calibration
+from convert.calibrate.statistics import on_device
+from convert.calibrate.texts import SEQ_LEN, load_calibration
 from convert.card import Card, make_card, read_card, versions, write_card
 from convert.float_model import read_layer, read_shared
 from convert.groups import choose_groups
-from convert.layerwise import on_device, permute_shared, quantize_on_windows, residual_order
-from convert.outliers import BUDGET, candidates, choose_outliers, outlier_errors, with_outliers
-from convert.quantize_layer import check_config, needs_calibration
-from convert.reorder import permute_residual
-from convert.rotate import Rotated
+from convert.passes.order import permute_shared, residual_order
+from convert.passes.outliers import BUDGET, candidates, choose_outliers, outlier_errors, with_outliers
+from convert.passes.reorder import permute_residual
+from convert.passes.rotate import Rotated
+from convert.quantize_layer import check_config, needs_calibration, quantize_on_windows
 from convert.sources import Source, open_source
 from convert.streaming import Report, advance, embed, streamed_perplexity
 from convert.workspace import Workspace, open_workspace, remove_workspace
@@ -59,7 +60,7 @@ class ConvertOptions:
       eval_text: file whose perplexity before and after goes into the accuracy card.
       eval_tokens: how many of its tokens, from the start.
       revision: of a model on the Hub.
-      auto_outliers: how many outliers there are is measured (``convert.outliers``), whatever the recipe says.
+      auto_outliers: how many outliers there are is measured (``passes.outliers``), whatever the recipe says.
       flexible: settings that nobody asked for, of ``convert.groups.CHOOSABLE``: where the recipe's do not
         suit every linear of the model, others are taken that do.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from atom_jax.config import RopeConfig
 
 if TYPE_CHECKING:
-    from convert.architectures import _Reader as Reader
+    from convert.sources.architectures import _Reader as Reader
 
 _ROPE_KEYS = frozenset(
     (

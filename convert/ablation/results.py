@@ -14,7 +14,7 @@ import numpy as np
 from atom_jax.config import QuantConfig
 from atom_jax.errors import AtomError
 from convert.ablation.steps import FLOAT, PAPER_MODEL, Step, bases
-from convert.calibration import Calibration
+from convert.calibrate.texts import Calibration
 
 RESULTS_FILE = "ablation.json"
 _CALIBRATION_FILE = "calibration.npy"

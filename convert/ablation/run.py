@@ -25,15 +25,16 @@ from convert.ablation.results import Results, Row, report_of
 from convert.ablation.simulation import run_simulated, simulate_layer
 from convert.ablation.steps import Step, make_steps, recipes
 from convert.ablation.texts import load_texts
-from convert.calibration import SEQ_LEN, Calibration, load_calibration
+from convert.calibrate.statistics import on_device
+from convert.calibrate.texts import SEQ_LEN, Calibration, load_calibration
 from convert.card import versions
 from convert.float_model import Tree, read_layer, read_shared
 from convert.groups import CHOOSABLE, choose_groups
-from convert.layerwise import on_device, permute_shared, quantize_on_windows, residual_order
+from convert.passes.order import permute_shared, residual_order
+from convert.passes.reorder import permute_residual
+from convert.passes.rotate import Rotated
 from convert.pipeline import Progress, calibration_job
-from convert.quantize_layer import check_config, needs_calibration
-from convert.reorder import permute_residual
-from convert.rotate import Rotated
+from convert.quantize_layer import check_config, needs_calibration, quantize_on_windows
 from convert.sources import Source, open_source
 from convert.streaming import batches, embed, residual_perplexity, run_windows
 

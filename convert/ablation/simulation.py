@@ -7,6 +7,7 @@ tell what INT8 outliers cost, and nowhere else.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -20,10 +21,10 @@ from atom_jax.config import ModelConfig, QuantConfig
 from atom_jax.kv_cache import init_cache
 from atom_jax.layers import linear
 from atom_jax.llama import layer_window, linear_shapes, make_step
+from convert.calibrate.statistics import layer_statistics
 from convert.float_model import Tree
-from convert.layerwise import mean_hessians
-from convert.quantize_layer import LayerStatistics, fold_order, gather_inputs, input_orders
-from convert.rtn import quantize_weight
+from convert.quantize_layer import prepare_layer
+from convert.rounding.rtn import quantize_weight
 from pallas_kernels import ActivationFormat, kv_append, paged_attention, quantize
 from pallas_kernels.norm_quantize.reference import rms_norm
 from pallas_kernels.silu_quantize.reference import silu_mul
@@ -38,12 +39,12 @@ def simulate_layer(
 ) -> dict[str, Any]:
     """A float layer whose linears are rounded to nearest in all but their outlier channels.
 
-    Arguments are those of ``convert.layerwise.quantize_on_windows``; what ``run_simulated`` takes.
+    Arguments are those of ``convert.quantize_layer.quantize_on_windows``; what ``run_simulated`` takes.
     """
     quantization = config.quantization
-    statistics = LayerStatistics(mean_hessians(tree, windows, float_config), {})
-    layer, statistics = fold_order(dict(tree), statistics, config)
-    layer = gather_inputs(layer, input_orders(statistics, config))
+    order_alone = dataclasses.replace(quantization, migrate=False, smooth_keys=0.0, center_keys=False)
+    statistics = layer_statistics(tree, windows, float_config, with_inputs=False)
+    layer, _ = prepare_layer(dict(tree), statistics, config.replace(quantization=order_alone))
     for name, (_, channels) in linear_shapes(config).items():
         body = channels - quantization.num_outliers
         stored = quantize_weight(

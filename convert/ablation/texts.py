@@ -12,7 +12,7 @@ from jaxtyping import Int32
 
 from atom_jax.errors import AtomError
 from atom_jax.text import encode, read_text
-from convert.help_topics import help_topics
+from convert.calibrate.help_topics import help_topics
 
 # Generous characters a token: no more of a text than is needed is tokenized.
 _CHARACTERS_PER_TOKEN = 16

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from atom_jax.config import QuantConfig
-from convert.group_gptq import quantize_groups
+from convert.rounding.group_gptq import quantize_groups
 from pallas_kernels import PACK_TILE, WeightOnlyInt3
 from pallas_kernels.int3 import pack_int3
 

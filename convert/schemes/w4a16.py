@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float32
 
 from atom_jax.config import QuantConfig
-from convert.group_gptq import quantize_weight_only
+from convert.rounding.group_gptq import quantize_weight_only
 from pallas_kernels import WeightOnlyInt4
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from jaxtyping import Array, Float32
 
 from atom_jax.config import QuantConfig
-from convert.gptq import gptq
-from convert.rtn import quantize_weight
+from convert.rounding.gptq import gptq
+from convert.rounding.rtn import quantize_weight
 from pallas_kernels import QuantizedWeight
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float32
 
 from atom_jax.config import QuantConfig
-from convert.group_gptq import quantize_two_level
+from convert.rounding.group_gptq import quantize_two_level
 from pallas_kernels import TwoLevelWeight
 
 

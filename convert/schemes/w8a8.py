@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float32
 
 from atom_jax.config import QuantConfig
-from convert.rtn import quantize_int8
+from convert.rounding.rtn import quantize_int8
 from pallas_kernels import QuantizedWeight
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError, one_line
-from convert.architectures import expected_tensors
+from convert.sources.architectures import expected_tensors
 
 
 class Source(Protocol):

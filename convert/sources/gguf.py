@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from atom_jax.config import ModelConfig
-from convert.architectures import parse_config
 from convert.sources import gguf_config, gguf_tokenizer
+from convert.sources.architectures import parse_config
 from convert.sources.base import TensorInfo, check_tensors, digest, finite_float32, known
 from convert.sources.gguf_file import GGUFFile
 

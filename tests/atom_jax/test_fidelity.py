@@ -20,7 +20,7 @@ from atom_jax.errors import AtomError
 from atom_jax.fidelity import Fidelity, residual_order
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import Layer, linear_shapes, make_params, make_step, merge, vector_shapes
-from convert.reorder import permute_ends, permute_residual
+from convert.passes.reorder import permute_ends, permute_residual
 from tests.atom_jax.models import TINY_GROUPS, tiny_config, tiny_params, tiny_tree
 
 SEQ = 40

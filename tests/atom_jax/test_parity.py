@@ -12,8 +12,8 @@ import pytest
 from atom_jax.generation import generate
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward
+from convert.demo.smollm2 import smollm2_gguf
 from convert.float_model import load_float
-from convert.smollm2 import smollm2_gguf
 from convert.sources import open_source
 from tests.atom_jax.hf import hf_logits, make_hf, torch, transformers
 from tests.atom_jax.models import ragged_prompts, relative_error

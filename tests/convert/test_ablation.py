@@ -26,8 +26,8 @@ from convert.ablation.simulation import run_simulated, simulate_layer
 from convert.ablation.steps import FLOAT, Step, bases, make_steps, recipes
 from convert.ablation.texts import default_texts
 from convert.float_model import read_layer
-from convert.layerwise import quantize_on_windows
 from convert.pipeline import ConvertOptions, convert
+from convert.quantize_layer import quantize_on_windows
 from convert.sources import open_source
 from convert.streaming import run_windows
 from tests.convert.jobs import contents, prose, save_text

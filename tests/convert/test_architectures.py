@@ -3,7 +3,7 @@ import json
 import pytest
 
 from atom_jax.config import RopeConfig
-from convert.architectures import expected_tensors, parse_config, with_generation_config
+from convert.sources.architectures import expected_tensors, parse_config, with_generation_config
 from tests.convert.tiny import FAMILIES, fails, tiny_config
 
 WHERE = "some/config.json"

@@ -16,12 +16,12 @@ import pytest
 import atom_jax
 from atom_jax.config import preset
 from atom_jax.text import encode
-from convert import self_sampling
-from convert.calibration import load_calibration, spread_windows
+from convert.calibrate import self_sampling
+from convert.calibrate.help_topics import help_topics
+from convert.calibrate.self_sampling import sample_tokens
+from convert.calibrate.texts import load_calibration, spread_windows
 from convert.float_model import load_float
-from convert.help_topics import help_topics
 from convert.pipeline import ConvertOptions, convert
-from convert.self_sampling import sample_tokens
 from convert.sources import Source, open_source
 from tests.convert.jobs import TINY_TOKENS, partial, prose, save_text, tiny_options
 from tests.convert.tiny import fails, save_tiny

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 import atom_jax
 from atom_jax_cli import app
-from convert import demo
+from convert.demo import variants as demo
 from tests.convert.tiny import fails, save_tiny
 
 

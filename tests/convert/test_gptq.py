@@ -1,4 +1,4 @@
-"""convert.gptq against the algorithm as its paper states it, against RTN, and where it must not break."""
+"""GPTQ against the algorithm as its paper states it, against RTN, and where it must not break."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from atom_jax.errors import AtomError
-from convert.gptq import gptq
-from convert.rtn import quantize_weight
+from convert.rounding.gptq import gptq
+from convert.rounding.rtn import quantize_weight
 from pallas_kernels.qarrays import QuantizedWeight
 
 ROWS, CHANNELS = 48, 384

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atom_jax.errors import AtomError
-from convert.grids import CLIPS
-from convert.group_gptq import quantize_two_level, quantize_weight_only
+from convert.rounding.grids import CLIPS
+from convert.rounding.group_gptq import quantize_two_level, quantize_weight_only
 from pallas_kernels import TwoLevelWeight, unpack_int4
 from tests.convert.test_gptq import hessian_of, output_error, problem
 

@@ -16,7 +16,7 @@ from atom_jax.config import GROUP_SIZES, ModelConfig, preset
 from atom_jax.errors import AtomError
 from atom_jax.schemes import SCHEMES
 from convert.groups import CHOOSABLE, check_groups, check_model, choose_groups
-from convert.outliers import candidates
+from convert.passes.outliers import candidates
 from convert.pipeline import convert
 from convert.sources import open_source
 from tests.convert.jobs import save_text, tiny_options

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from atom_jax.config import KvRope, ModelConfig, RopeConfig, preset
-from convert.keys import KEY_STRENGTHS, QUERY_STRENGTHS, KeyFit, fit_keys, scale_keys
+from convert.passes.keys import KEY_STRENGTHS, QUERY_STRENGTHS, KeyFit, fit_keys, scale_keys
 from convert.streaming import run_windows
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, SEQ = 32, 4, 2, 8, 48, 24

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.layerwise import mean_hessians
+from convert.calibrate.statistics import mean_hessians
 from convert.streaming import _run, projection_inputs
 from tests.atom_jax.models import tiny_config, tiny_tree
 

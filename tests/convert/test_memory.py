@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from convert.architectures import expected_tensors, parse_config
+from convert.sources.architectures import expected_tensors, parse_config
 from tests.convert.jobs import partial, save_text
 from tests.convert.tiny import save_tokenizer, tiny_config, write_json
 

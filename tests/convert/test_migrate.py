@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from atom_jax.config import ModelConfig
-from convert.migrate import Layer, fold_factors, search_factors
-from convert.rtn import quantize_int8
+from convert.passes.migrate import Layer, fold_factors, search_factors
+from convert.rounding.rtn import quantize_int8
 from convert.streaming import projection_inputs, run_windows
 from pallas_kernels import grouped_matmul, quantize
 from tests.atom_jax.models import tiny_config, tiny_tree

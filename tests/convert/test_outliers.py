@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from atom_jax.checkpoint import read_config
 from atom_jax.config import ModelConfig, preset
 from convert.card import read_card
-from convert.outliers import BUDGET, candidates, choose_outliers
+from convert.passes.outliers import BUDGET, candidates, choose_outliers
 from convert.pipeline import convert
 from convert.sources import open_source
 from tests.convert.jobs import assert_same, contents, partial, save_text, tiny_options

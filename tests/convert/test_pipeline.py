@@ -20,12 +20,12 @@ from atom_jax.checkpoint import CARD_FILE
 from atom_jax.config import ModelConfig, QuantConfig, preset
 from atom_jax.llama import linear_shapes, make_params
 from atom_jax.text import encode
-from convert.calibration import spread_windows
+from convert.calibrate.texts import spread_windows
 from convert.card import read_card
 from convert.float_model import load_float, read_layer, read_shared
+from convert.passes.reorder import permute_ends, permute_residual
 from convert.pipeline import ConvertOptions, convert
 from convert.quantize_layer import LayerStatistics, prepare_layer
-from convert.reorder import permute_ends, permute_residual
 from convert.sources import open_source
 from convert.streaming import projections
 from tests.convert.jobs import (

@@ -1,4 +1,4 @@
-"""convert.reorder: folding a permutation into the weights leaves what a decoder layer computes unchanged."""
+"""Folding a permutation into the weights leaves what a decoder layer computes unchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
-from convert.reorder import (
+from convert.passes.reorder import (
     HeadOrder,
     Layer,
     energy_order,

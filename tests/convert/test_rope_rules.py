@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from atom_jax.rope import rope_frequencies, rope_table
-from convert.architectures import parse_config
 from convert.sources import open_source
+from convert.sources.architectures import parse_config
 from tests.convert.tiny import FAMILIES, fails, save_gguf, save_tiny, tiny_config, tiny_tensors, to_gguf
 
 WHERE = "some/config.json"

@@ -11,8 +11,8 @@ import pytest
 import atom_jax
 from atom_jax.config import preset
 from convert.float_model import load_float, read_layer, read_shared
+from convert.passes.rotate import Rotated, rotate
 from convert.pipeline import ConvertOptions, convert
-from convert.rotate import Rotated, rotate
 from convert.sources import Source, open_source
 from tests.convert.jobs import logits, save_text
 from tests.convert.tiny import fails, save_tiny, save_weights, tiny_config, tiny_tensors

@@ -1,4 +1,4 @@
-"""convert.rtn against an oracle in NumPy: same scales, same integers, bit for bit."""
+"""convert.rounding.rtn against an oracle in NumPy: same scales, same integers, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from atom_jax.errors import AtomError
-from convert.rtn import quantize_weight
+from convert.rounding.rtn import quantize_weight
 from pallas_kernels.qarrays import QuantizedWeight
 
 

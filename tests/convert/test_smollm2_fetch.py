@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from convert import smollm2
-from convert.smollm2 import FILE, cache_folder, smollm2_gguf
+from convert.demo import smollm2
+from convert.demo.smollm2 import FILE, cache_folder, smollm2_gguf
 from tests.convert.tiny import fails
 
 DATA = b"GGUF" + bytes(range(256)) * 20

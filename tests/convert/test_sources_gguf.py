@@ -10,9 +10,9 @@ from atom_jax.checkpoint import load_tokenizer, read_config
 from atom_jax.config import RopeConfig, preset
 from atom_jax.detokenize import detokenize
 from atom_jax.errors import AtomError
-from convert.architectures import expected_tensors, parse_config
 from convert.pipeline import ConvertOptions, convert
 from convert.sources import open_source
+from convert.sources.architectures import expected_tensors, parse_config
 from convert.sources.gguf_config import llama3_divisors
 from tests.convert.tiny import fails, save_gguf, tiny_config, tiny_tensors, tiny_vocabulary, to_gguf
 

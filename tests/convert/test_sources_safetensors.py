@@ -8,10 +8,10 @@ from safetensors.numpy import save_file
 
 from atom_jax.checkpoint import read_config, read_tree, shared_path, shared_specs
 from atom_jax.config import preset
-from convert.architectures import expected_tensors
 from convert.card import read_card
 from convert.pipeline import ConvertOptions, convert
 from convert.sources import open_source
+from convert.sources.architectures import expected_tensors
 from tests.convert.tiny import (
     CHAT_TEMPLATE,
     fails,

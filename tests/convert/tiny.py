@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from atom_jax.errors import AtomError
-from convert.architectures import expected_tensors, parse_config
+from convert.sources.architectures import expected_tensors, parse_config
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",

@@ -18,10 +18,10 @@ import atom_jax
 from atom_jax.config import QuantConfig, preset
 from atom_jax.errors import AtomError
 from atom_jax.text import encode
-from convert.help_topics import help_topics
+from convert.calibrate.help_topics import help_topics
+from convert.calibrate.self_sampling import sample_tokens
+from convert.demo.smollm2 import smollm2_gguf
 from convert.pipeline import ConvertOptions, convert
-from convert.self_sampling import sample_tokens
-from convert.smollm2 import smollm2_gguf
 from convert.sources import Source
 
 SEQ_LEN = 512
@@ -89,7 +89,7 @@ def checkpoint(gguf: Path, shared: Path) -> Callable[[str], Path]:
             return np.load(file)
 
     def make(name: str) -> Path:
-        with locked(shared / name), mock.patch("convert.calibration.sample_tokens", sample_once):
+        with locked(shared / name), mock.patch("convert.calibrate.texts.sample_tokens", sample_once):
             if not (shared / name).exists():
                 tokens = CALIBRATION_TOKENS.get(name, ConvertOptions.calibration_tokens)
                 convert(gguf, shared / name, ConvertOptions(RECIPES[name], calibration_tokens=tokens))

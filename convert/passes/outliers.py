@@ -18,10 +18,10 @@ from jaxtyping import Array, Float32, Int32
 from atom_jax.config import ModelConfig, QuantConfig
 from atom_jax.errors import AtomError
 from atom_jax.llama import linear_shapes
+from convert.calibrate.statistics import on_device
 from convert.float_model import read_layer
-from convert.layerwise import on_device
+from convert.passes.reorder import energy_order
 from convert.quantize_layer import check_config
-from convert.reorder import energy_order
 from convert.sources import Source
 from convert.streaming import Report, advance, embed, projection_inputs
 from pallas_kernels import quantize

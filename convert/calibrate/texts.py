@@ -13,8 +13,8 @@ from jaxtyping import Int32
 
 from atom_jax.errors import AtomError, did_you_mean
 from atom_jax.text import encode, read_text
-from convert.help_topics import help_topics
-from convert.self_sampling import sample_tokens
+from convert.calibrate.help_topics import help_topics
+from convert.calibrate.self_sampling import sample_tokens
 from convert.sources import Source
 from convert.streaming import Report
 

@@ -28,10 +28,10 @@ from jaxtyping import Array, Float, Float32
 
 from atom_jax.config import ModelConfig
 from atom_jax.rope import rope_table
+from convert.calibrate.statistics import LayerStatistics
+from convert.passes import Layer
 from pallas_kernels.kv_append.reference import dequantize_kv, quantize_kv, rope
 from pallas_kernels.norm_quantize.reference import rms_norm
-
-Layer = dict[str, np.ndarray]
 
 # Keys are fitted as if they stood anywhere up to here: what RoPE turns on the way has no mean to take off.
 POSITIONS = 2048
@@ -111,6 +111,17 @@ def scale_keys(
     if "qkv_bias" in layer:
         scaled["qkv_bias"] = layer["qkv_bias"] * per_row
     return scaled
+
+
+def even_keys(
+    layer: Layer, statistics: LayerStatistics, config: ModelConfig
+) -> tuple[Layer, LayerStatistics]:
+    """The pass: evens out the channels of the keys, and measures the mean that the cache leaves out."""
+    fit = fit_keys(layer, statistics.inputs["qkv"], config)
+    layer = scale_keys(layer, fit.factor, config)
+    if config.quantization.center_keys:
+        layer["k_mean"] = fit.mean.reshape(-1)
+    return layer, statistics
 
 
 @partial(jax.jit, static_argnames=("config",))

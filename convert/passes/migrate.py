@@ -17,6 +17,8 @@ token's largest channel, which no average over tokens (such as the Hessian) know
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -27,11 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from atom_jax.config import ModelConfig
+from atom_jax.config import ModelConfig, QuantConfig
+from convert import schemes
+from convert.calibrate.statistics import LayerStatistics
 from convert.groups import has_groups
+from convert.passes import Layer
 from pallas_kernels import quantize
 
-Layer = dict[str, np.ndarray]
 # By the name of a projection without "_proj"; the factor of each of its input channels.
 Factors = dict[str, Float[np.ndarray, "k"]]
 
@@ -148,3 +152,22 @@ def fold_factors(layer: Mapping[str, np.ndarray], factors: Factors, config: Mode
         if f"{name}_bias" in layer:
             layer[f"{name}_bias"] = layer[f"{name}_bias"] / per_row
     return layer
+
+
+def migrate(layer: Layer, statistics: LayerStatistics, config: ModelConfig) -> tuple[Layer, LayerStatistics]:
+    """The pass: searches the factors on the inputs of single tokens, and folds them."""
+    orders = {name: layer[f"{name}_indices"] for name in statistics.inputs if f"{name}_indices" in layer}
+    round_weight = _round_to_nearest(config.quantization)
+    factors = search_factors(layer, statistics.inputs, config, round_weight, orders)
+    return fold_factors(layer, factors, config), statistics.divided(factors)
+
+
+@functools.cache  # one object for each recipe: what is compiled for it serves all layers
+def _round_to_nearest(quantization: QuantConfig) -> Callable[[Array], Any]:
+    if quantization.clip_w is None:  # a search in the search would take long and change little
+        quantization = dataclasses.replace(quantization, clip_w=0.85)
+
+    def round_weight(weight: Array) -> Any:
+        return schemes.quantize(weight, None, quantization)
+
+    return round_weight

@@ -16,10 +16,10 @@ from jax import lax
 from jaxtyping import Array, Float32, Int8, Int32
 
 from atom_jax.errors import AtomError
-from convert.gptq import factorize
-from convert.grids import Grid, channel_scales, fit_groups
 from convert.groups import check_groups
-from convert.rtn import pack_values
+from convert.rounding.gptq import factorize
+from convert.rounding.grids import Grid, channel_scales, fit_groups
+from convert.rounding.rtn import pack_values
 from pallas_kernels import TwoLevelWeight, WeightOnlyInt4
 
 _BLOCK = 128  # channels whose errors are exchanged before the next matmul
@@ -38,7 +38,7 @@ def quantize_weight_only(
       group_size: None for one group over the whole row.
 
     Raises:
-      AtomError: K is not whole groups, or weight or Hessian are not usable (see ``convert.gptq.gptq``).
+      AtomError: K is not whole groups, or weight or Hessian are not usable (see ``gptq.gptq``).
     """
     values, grids, group_size = quantize_groups(weight, hessian, group_size)
     return WeightOnlyInt4(pack_values(values), grids.scale, grids.zero.astype(jnp.int8), group_size)
@@ -110,7 +110,7 @@ def _sweep(
     grids: Grid,
     group_size: int,
 ) -> Int8[Array, "n k"]:
-    """Rounds channel after channel in ``order``, which ``feedback`` is in (see ``convert.gptq``)."""
+    """Rounds channel after channel in ``order``, which ``feedback`` is in (see ``convert.rounding.gptq``)."""
     rows, channels = weight.shape
     padding = -channels % _BLOCK
     # Channel-major, so that a channel is contiguous; padding channels are zeros that nothing takes from.

@@ -25,8 +25,7 @@ from jaxtyping import Float, Int, Int32
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
-
-Layer = dict[str, np.ndarray]
+from convert.passes import Layer
 
 _READS_RESIDUAL = ("input_norm", "qkv_proj", "post_attention_norm", "gate_up_proj")  # along the last axis
 _WRITES_RESIDUAL = ("o_proj", "o_bias", "down_proj", "down_bias")  # along the first axis

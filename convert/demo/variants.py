@@ -18,10 +18,10 @@ from atom_jax.config import QuantConfig, preset
 from atom_jax.errors import AtomError, WriteError
 from atom_jax.perplexity import perplexity
 from atom_jax.text import encode
+from convert.calibrate.help_topics import help_topics
 from convert.card import versions
-from convert.help_topics import help_topics
+from convert.demo.smollm2 import SHA256, smollm2_gguf
 from convert.pipeline import ConvertOptions, Progress, convert
-from convert.smollm2 import SHA256, smollm2_gguf
 
 SEQ_LEN = 512
 EVAL_TOKENS = 2048

@@ -1,0 +1,1 @@
+"""The real small model of ``make demo``, and what it is converted to."""

@@ -1,0 +1,102 @@
+"""Which channels come last: the passes that bring the hottest into the INT8 tail (paper section 4.1)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from atom_jax.config import ModelConfig
+from convert.calibrate.statistics import LayerStatistics, on_device
+from convert.float_model import Tree, read_layer
+from convert.passes import Layer
+from convert.passes.reorder import (
+    energy_order,
+    head_order,
+    permute_ends,
+    permute_heads,
+    permute_inputs,
+    permute_mlp,
+)
+from convert.sources import Source
+from convert.streaming import Report, batches, embed, projections, run_windows_with_energies
+
+# The order of the residual stream needs the energies of every layer before the first is quantized: a second
+# pass over the float model, for which this many windows are enough.
+_ENERGY_WINDOWS = 4
+# Projections whose producers cannot all be permuted alike.
+_GATHERED = ("qkv", "o", "gate_up")
+
+
+def residual_order(
+    source: Source,
+    embedding: Float32[np.ndarray, "vocab hidden"],
+    tokens: Int32[np.ndarray, "windows seq"],
+    report: Report,
+) -> Int32[np.ndarray, " hidden"]:
+    """The one order of the residual stream that all layers share (folded), by their mean relative size.
+
+    The size is the root of the energy, as a scale is that of the largest channel of a group: a channel that
+    is hot in a few layers should not come before one that is warm in all.
+
+    Args:
+      embedding: of ``source``.
+      tokens: the calibration windows; the first few are used.
+      report: called with (layers done, layers in all).
+    """
+    config = source.config
+    total = np.zeros(config.hidden_size)
+    x = embed(embedding, tokens[:_ENERGY_WINDOWS])
+    for layer in range(config.num_layers):
+        params = on_device(read_layer(source, layer))
+        energies = {name: jnp.zeros(size) for name, size in projections(config).items()}
+        for batch in batches(x):
+            batch[...], energies = run_windows_with_energies(
+                params, batch, energies, config=config.of_layer(layer)
+            )
+        for name in ("qkv", "gate_up"):
+            share = np.asarray(energies[name], np.float64)
+            total += np.sqrt(share / max(share.sum(), 1e-30))
+        report(layer + 1, config.num_layers)
+    return energy_order(total)
+
+
+def permute_shared(shared: Tree, order: Int32[np.ndarray, " hidden"]) -> Tree:
+    """Embedding, norm and lm_head (unless tied) for a residual stream in this order."""
+    embedding, norm, lm_head = permute_ends(shared["embedding"], shared["norm"], shared.get("lm_head"), order)
+    permuted = {"embedding": embedding, "norm": norm}
+    return permuted if lm_head is None else permuted | {"lm_head": lm_head}
+
+
+def fold_order(
+    layer: Layer, statistics: LayerStatistics, config: ModelConfig
+) -> tuple[Layer, LayerStatistics]:
+    """Brings hot input channels last where their producers can be permuted alike (paper section 4.1).
+
+    The inner channels of the MLP always fold into gate and up. With ``reorder="folded"`` heads are reordered,
+    too, and the residual stream is taken as it comes (it was permuted as a whole).
+    """
+    perms = {"down": energy_order(statistics.energy("down"))}
+    layer = permute_mlp(layer, perms["down"])
+    if config.quantization.reorder == "folded":
+        heads = head_order(statistics.energy("o"), config.num_heads, config.num_kv_heads)
+        layer = permute_heads(layer, heads, config)
+        perms["o"] = heads.input_perm
+    return layer, statistics.permuted(perms)
+
+
+def choose_input_orders(
+    layer: Layer, statistics: LayerStatistics, config: ModelConfig
+) -> tuple[Layer, LayerStatistics]:
+    """The layer with the orders by which inputs are gathered at run time; nothing is permuted yet."""
+    orders = {f"{name}_indices": energy_order(statistics.energy(name)) for name in _GATHERED}
+    return {**layer, **orders}, statistics
+
+
+def gather_inputs(
+    layer: Layer, statistics: LayerStatistics, config: ModelConfig
+) -> tuple[Layer, LayerStatistics]:
+    """The layer with its input channels in the orders that ``choose_input_orders`` found."""
+    orders = {name: layer[f"{name}_indices"] for name in _GATHERED}
+    projections = {f"{name}_proj": permute_inputs(layer[f"{name}_proj"], orders[name]) for name in orders}
+    return {**layer, **projections}, statistics.permuted(orders)

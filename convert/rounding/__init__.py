@@ -1,0 +1,1 @@
+"""Float weights to integers: to nearest, and by GPTQ."""
