@@ -27,10 +27,19 @@ help: ## Show this list
 demo: $(VENV)/.stamp-base ## Convert a real model to 4 bits, compare it with the original, generate text
 	$(BIN)/atom-jax demo $(ARGS)
 
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Compiled programs are kept between runs, for the most of the tests' time is compilation.
+test test-all: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+test test-all: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
+
 .PHONY: test
-test: $(VENV)/.stamp-test ## Run the tests (those marked cuda are skipped without a GPU)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 \
-	  $(ARGS)
+test: $(VENV)/.stamp-test ## Run the tests that take seconds each, and compare SmolLM2 in float with transformers
+	$(PYTEST) -m "not slow" $(ARGS)
+
+.PHONY: test-all
+test-all: $(VENV)/.stamp-test ## Run all tests (those marked cuda are skipped without a GPU)
+	$(PYTEST) --durations=15 $(ARGS)
 
 .PHONY: test-kernels
 test-kernels: $(KERNELS_VENV)/.stamp ## Compile the GPU kernels for an H200 and run them interpreted and emulated, on the CPU

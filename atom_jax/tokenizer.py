@@ -53,9 +53,8 @@ def wrap_tokenizer(folder: Path) -> Any:
     Raises:
       AtomError: a file is missing or damaged.
     """
-    from transformers import (
-        PreTrainedTokenizerFast,
-    )  # seconds to import, and inspect or eval on ids need none
+    # Seconds to import, and inspect or eval on ids need none.
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = read_tokenizer(folder)
     settings = _settings(folder / SETTINGS_FILE)

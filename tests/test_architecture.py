@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -114,6 +115,31 @@ def test_nothing_unpickles_code() -> None:
                 )
             if ast.unparse(node.func) == "torch.load":
                 assert "weights_only" in options, f"{file}:{node.lineno}"
+
+
+def test_no_tokenizer_class_of_a_checkpoint_is_used() -> None:
+    """Classes that transformers names after models rebuild tokenizer.json, each version in its own way."""
+    used = {
+        name
+        for file in files(*PACKAGES)
+        for node in ast.walk(parse(file))
+        if isinstance(node, ast.ImportFrom) and node.module == "transformers"
+        for name in (alias.name for alias in node.names)
+        if "Tokenizer" in name
+    }
+    assert used == {"PreTrainedTokenizerFast"}
+
+
+def test_no_test_asserts_a_time() -> None:
+    """A busy machine must not change the verdict."""
+    clocks = re.compile(r"\b(perf_counter|monotonic|process_time|time\.time|timeit)\b")
+    found = {
+        f"{file}:{node.lineno}"
+        for file in files("tests")
+        for node in ast.walk(parse(file))
+        if isinstance(node, ast.Assert) and clocks.search(ast.unparse(node.test))
+    }
+    assert found == set()
 
 
 def test_files_are_short() -> None:

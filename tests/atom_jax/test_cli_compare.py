@@ -40,6 +40,7 @@ def other(tmp_path, **changes):
     return out
 
 
+@pytest.mark.slow
 def test_is_the_fidelity_of_the_library(checkpoint, quantized, text):
     """The quantized checkpoint's residual stream is reordered, and still compared channel by channel."""
     a, b = load(checkpoint), load(quantized)

@@ -97,6 +97,7 @@ def test_stops_where_the_gpu_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [row["error"] for row in results(out)["cases"]] == ["ValueError: the compiler refuses"]
 
 
+@pytest.mark.slow
 def test_order_and_costs_of_all_cases():
     ordered = kernels.ordered(cases.all_cases())
     assert len({case.name for case in ordered}) == len(ordered)

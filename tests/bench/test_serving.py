@@ -74,8 +74,9 @@ class TestDrive:
         """Requests wait for their time, and those that find no place wait longer for the first token."""
         _, slow = self.run(Load(rate=50))
         assert slow["seconds"] > 0.15
-        _, fast = self.run(Load(rate=5000), num_pages=1)
-        assert fast["ttft_seconds"]["p95"] > 10 * slow["ttft_seconds"]["p50"]
+        # All come at once, and 19 are before the last: of 5 steps each, none shorter than 2 ms.
+        _, fast = self.run(Load(rate=1e6), num_pages=1)
+        assert fast["ttft_seconds"]["p95"] > 0.15
 
 
 def test_pages_are_what_the_weights_leave():

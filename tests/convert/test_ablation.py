@@ -124,6 +124,7 @@ def test_a_branch_is_compared_with_its_base_and_nothing_follows_it() -> None:
 # The numbers.
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_the_checkpoint(
     source: Path, options: AblationOptions, report: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -210,6 +210,7 @@ def test_full_disk_at_first(tmp_path: Path) -> None:
     check_nothing_left(tmp_path)
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_what_is_done(tmp_path: Path) -> None:
     """The same command goes on when there is space again: tests/convert/test_resume.py."""
     source = save_tiny(tmp_path)

@@ -91,6 +91,7 @@ def test_nearest_matches_the_oracle(levels: str, seed: int, kind: str) -> None:
         np.testing.assert_array_equal(quantized.scales, unit)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**32 - 1), heat=st.sampled_from([0.0, 1.0, 3.0]), gptq=st.booleans())
 def test_first_level_is_always_int8(seed: int, heat: float, gptq: bool) -> None:
     """Also for rows of wild spread, and where GPTQ moves weights far out of the range of their grid."""

@@ -131,7 +131,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize(
+    "family",
+    ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "qwen2", "qwen3"))],
+)
 def test_converted_model_runs(family: str, sources: Mapping[str, Path], text: Path, tmp_path: Path) -> None:
     quantization, limit = VARIANTS[family]
     source = open_source(sources[family])

@@ -94,6 +94,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     return Steps(monkeypatch)
 
 
+@pytest.mark.slow
 def test_killed_before_every_step(
     job: tuple[Path, Any], expected: dict[str, Any], steps: Steps, tmp_path: Path
 ) -> None:
@@ -285,11 +286,14 @@ pipeline.convert(src, out, options, progress)
 """
 
 
+WITHOUT_GPTQ = dataclasses.replace(ATOM, gptq=False)  # spares the process most of the compilation
+
+
 @pytest.mark.parametrize(
     ("moment", "quantization"),
     [
-        ("sampling", ATOM),
-        ("writing", dataclasses.replace(ATOM, gptq=False)),  # spares the process most of the compilation
+        pytest.param("sampling", ATOM, marks=pytest.mark.slow),
+        pytest.param("writing", WITHOUT_GPTQ, marks=pytest.mark.slow),
         ("published", preset("bf16")),
     ],
 )

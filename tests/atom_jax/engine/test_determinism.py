@@ -46,6 +46,7 @@ def test_answers_alone_and_in_a_crowd_are_equal(quantized: Model) -> None:
         assert logprobs[str(number)] == [entry.logprob for entry in completion.logprobs]
 
 
+@pytest.mark.slow
 def test_a_hit_changes_no_bit(quantized: Model) -> None:
     prompt = np.random.default_rng(1).integers(3, 265, 45).tolist()
     params = RequestParams(max_new_tokens=10, ignore_eos=True, logprobs=20)

@@ -73,6 +73,7 @@ def tokens_of(outputs: list[Output]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_generate(engine: Engine, model: Model) -> None:
     prompts = prompts_of(model, [5, 31, 16])
     completions = engine.generate(prompts, GREEDY)

@@ -36,7 +36,7 @@ def serve(engine, tokenizer):
             url, server = stack.enter_context(running(service))
             key = changes.get("api_key", "none")
             client = stack.enter_context(OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0))
-            http = stack.enter_context(httpx.Client(base_url=url, timeout=20))
+            http = stack.enter_context(httpx.Client(base_url=url, timeout=300))
             return SimpleNamespace(service=service, server=server, url=url, client=client, http=http)
 
         yield start

@@ -1,5 +1,7 @@
 """Requests as they are read: what is honoured, refused, ignored, and what becomes of it in the engine."""
 
+import copy
+
 import pytest
 from pydantic import ValidationError
 
@@ -124,6 +126,26 @@ def test_chat_goes_through_the_template(tokenizer):
     messages = [{"role": "developer", "content": "12"}, {"role": "user", "content": parts}]
     (prompt,) = make_job(chat(messages=messages), tokenizer, max_model_len=64).prompts
     assert tokenizer.decode(prompt) == "<|turn|>12<|turn|>the tin"
+
+
+@pytest.mark.parametrize(
+    ("template", "part"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('no system role') }}", "fails: no system role"),
+        ("{{ messages[7].role }}", "no element 7"),
+        ("{{ 1 // 0 }}", "zero"),
+        ("{% for message in messages %}", "chat template fails"),
+        ({"tool_use": "a", "rag": "b"}, "default"),
+    ],
+)
+def test_a_template_that_fails_is_the_requests_error(tokenizer, template, part):
+    other = copy.copy(tokenizer)
+    other.chat_template = template
+    with pytest.raises(ApiError) as caught:
+        make_job(chat(), other, max_model_len=64)
+    assert caught.value.status == 400
+    assert part in caught.value.message and "/v1/completions" in caught.value.message
 
 
 @pytest.mark.parametrize(

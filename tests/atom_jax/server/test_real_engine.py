@@ -49,6 +49,7 @@ def complete(client, **changes):
     return client.completions.create(**options)
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_generates(client, model):
     ids = model.tokenizer(PROMPT).input_ids
     out = atom_jax.generate(
@@ -115,14 +116,14 @@ class TestCommand:
         ) as process:
             try:
                 self.drain(process)
-                assert process.wait(60) == 0
+                assert process.wait() == 0
             finally:
                 process.kill()
 
     def drain(self, process):
         """Sends SIGTERM while an answer is streamed."""
         url = next(line.split()[-1] for line in process.stderr if " at http://" in line)
-        with httpx.Client(base_url=url, timeout=60) as http:
+        with httpx.Client(base_url=url, timeout=300) as http:
             body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 100, "stream": True, "ignore_eos": True}
             with http.stream("POST", "/v1/completions", json=body) as answer:
                 lines = answer.iter_lines()

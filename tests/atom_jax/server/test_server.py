@@ -4,12 +4,12 @@ import concurrent.futures
 import json
 import signal
 import socket
-import time
 from typing import Any
 
 import openai
 import pytest
 
+from atom_jax.server.errors import invalid_request
 from tests.atom_jax.server.fake import MAX_MODEL_LEN, expected, letter, text_of, until
 
 PROMPT = [5, 6]
@@ -178,20 +178,28 @@ class TestLimits:
         assert answer.status_code == 413
         assert answer.json()["error"]["message"] == "the body is longer than 1000 bytes"
 
-    def test_a_body_of_the_largest_size_costs_little(self, serve):
+    def test_a_body_of_the_largest_size_costs_little(self, serve, monkeypatch):
+        """Of a wrong list the first wrong item is an error, not each of its hundred thousands."""
+        counts = []
+
+        def counted(errors):
+            counts.append(len(errors))
+            return invalid_request(errors)
+
+        monkeypatch.setattr("atom_jax.server.app.invalid_request", counted)
         server = serve()
         for prompt in ([[1]] * 400_000, [True] * 300_000, ["a"] * 400_000):
-            started = time.perf_counter()
             answer = server.http.post("/v1/completions", json={"model": "tiny", "prompt": prompt, "n": 128})
             assert answer.status_code == 400
-            assert len(answer.text) < 1000 and time.perf_counter() - started < 5
+            assert len(answer.text) < 1000
+        assert counts and max(counts) <= 8, counts
 
     def test_slow_body(self, serve):
         server = serve(read_timeout=0.1)
         with socket.create_connection(("127.0.0.1", server.http.base_url.port)) as connection:
             head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
             connection.sendall(head)
-            connection.settimeout(10)
+            connection.settimeout(300)
             assert connection.recv(4096).startswith(b"HTTP/1.1 408")
 
     def test_prompt(self, server):
@@ -200,7 +208,7 @@ class TestLimits:
         assert caught.value.code == "context_length_exceeded"
 
     def test_queue(self, serve, engine):
-        engine.step_seconds = 0.02
+        engine.pause_after = 1
         server = serve(max_in_flight=2)
         streams = [complete(server, **LONG, stream=True) for _ in range(2)]
         with pytest.raises(openai.RateLimitError) as caught:
@@ -210,12 +218,13 @@ class TestLimits:
         for stream in streams:
             stream.close()
         until(lambda: server.service.engine.in_flight == 0)
+        engine.pause_after = None
         complete(server)
         with pytest.raises(openai.BadRequestError, match="more than this server gives"):
             complete(server, n=3)
 
     def test_time(self, serve, engine):
-        engine.step_seconds = 0.02
+        engine.pause_after = 1
         server = serve(request_timeout=0.1)
         with pytest.raises(openai.InternalServerError) as caught:
             complete(server, **LONG)
@@ -247,7 +256,7 @@ class TestEnd:
         until(lambda: server.service.draining)
 
     def test_answers_end_and_new_ones_are_refused(self, serve, engine):
-        engine.step_seconds = 0.005
+        engine.pause_after = 1
         server = serve()
         stream = complete(server, **LONG, stream=True)
         next(stream)
@@ -256,11 +265,12 @@ class TestEnd:
         with pytest.raises(openai.InternalServerError, match="shutting down") as caught:
             complete(server)
         assert caught.value.response.headers["retry-after"]
+        engine.pause_after = None
         assert list(stream)[-1].choices[0].finish_reason == "length"
         until(lambda: server.server.should_exit)
 
     def test_what_takes_too_long_is_told_so(self, serve, engine):
-        engine.step_seconds = 0.02
+        engine.pause_after = 1
         server = serve(drain_timeout=0.1)
         with concurrent.futures.ThreadPoolExecutor() as pool:
             whole = pool.submit(complete, server, **LONG)
@@ -273,7 +283,7 @@ class TestEnd:
         until(lambda: server.server.should_exit)
 
     def test_a_second_signal_does_not_wait(self, serve, engine):
-        engine.step_seconds = 0.02
+        engine.pause_after = 1
         server = serve(drain_timeout=1000)
         stream = complete(server, **LONG, stream=True)
         self.terminate(server)
@@ -283,10 +293,14 @@ class TestEnd:
 
 
 class TestDisconnect:
-    def leave(self, server, stream):
+    def leave(self, server, engine, stream):
         if not stream:
-            with pytest.raises(openai.APITimeoutError):
-                complete(server, **LONG, timeout=0.1)
+            body = json.dumps({"model": "tiny", **LONG})
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head += f"Content-Length: {len(body)}\r\n\r\n"
+            with socket.create_connection(("127.0.0.1", server.http.base_url.port)) as connection:
+                connection.sendall((head + body).encode())
+                until(lambda: engine.generated == 1)
             return
         answer = complete(server, **LONG, stream=True)
         next(answer)
@@ -294,11 +308,10 @@ class TestDisconnect:
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_frees_the_pages(self, server, engine, stream):
-        engine.step_seconds = 0.02
-        self.leave(server, stream)
+        engine.pause_after = 1
+        self.leave(server, engine, stream)
         until(lambda: engine.aborted == 1 and server.service.engine.stats.free_pages == engine.num_pages)
         assert server.service.engine.in_flight == 0
-        assert engine.generated < MAX_MODEL_LEN - 2
 
 
 class TestMetrics:

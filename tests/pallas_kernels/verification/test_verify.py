@@ -77,6 +77,7 @@ def test_inputs_are_the_same_in_every_run():
     assert not (first.key == second.key).all()
 
 
+@pytest.mark.slow
 def test_right_and_wrong_kernels_and_ones_that_raise_or_abort():
     names = small("norm_quantize", "quantize", "silu_quantize", "grouped_matmul")
     behaviours = {"quantize": "raise", "silu_quantize": "abort", "grouped_matmul": "wrong"}
@@ -114,6 +115,7 @@ def test_a_hang_ends_in_time_and_is_told():
     assert outcomes(results) == {"quantize": FAILED}
 
 
+@pytest.mark.slow
 def test_a_killed_child_is_followed_by_another():
     names = small("quantize", "silu_quantize")
     results = verify.verify(names, KERNEL, command=command(quantize="kill"), limits=PATIENT, children=1)
@@ -121,6 +123,7 @@ def test_a_killed_child_is_followed_by_another():
     assert outcomes(results) == {"quantize": FAILED, "silu_quantize": GOOD}
 
 
+@pytest.mark.slow
 def test_lack_of_memory_and_of_support_are_no_failures_but_a_lowering_is():
     names = small("quantize", "silu_quantize", "norm_quantize")
     results = verify.verify(

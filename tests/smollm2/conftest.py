@@ -1,0 +1,110 @@
+"""The real SmolLM2 under the recipes of the tests, each converted and measured once."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import atom_jax
+from atom_jax.config import QuantConfig, preset
+from atom_jax.errors import AtomError
+from convert.calibration import encode
+from convert.help_topics import help_topics
+from convert.pipeline import ConvertOptions, convert
+from convert.self_sampling import sample_tokens
+from convert.smollm2 import smollm2_gguf
+from convert.sources import Source
+
+SEQ_LEN = 512
+EVAL_TOKENS = 4096
+# Half of the default is enough for those that lose least, and saves a minute.
+CALIBRATION_TOKENS = {"w8a8": 4096, "w4a16": 4096}
+
+RECIPES = {
+    "bf16": preset("bf16"),
+    "atom": preset("w4a4kv4", group_size=64, num_outliers=64),
+    "w4a8kv4": preset("w4a8kv4", group_size=64),
+    "w4a16": preset("w4a16", group_size=64),
+    "w8a8": preset("w8a8"),
+    "per_layer": preset("w4a4kv4", group_size=64, num_outliers=64, reorder="per_layer"),
+    "naive": QuantConfig(
+        scheme="w4a4kv4", group_size=None, num_outliers=0, clip_w=1.0, clip_a=1.0, gptq=False, kv_bits=16
+    ),
+}
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other workers out while one makes ``path``."""
+    with path.with_name(f"{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test run, the same for all workers of xdist."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "smollm2"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gguf() -> Path:
+    try:
+        return smollm2_gguf()
+    except AtomError as error:
+        pytest.skip(f"the model cannot be had: {error}")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(gguf: Path, shared: Path) -> Callable[[str], Path]:
+    """Converts under one of RECIPES, once. What is sampled for the first recipe serves others, too: it
+    depends on the model and the seed alone, and takes half a minute."""
+
+    def sample_once(source: Source, num_tokens: int, seed: int, report: Any = None) -> np.ndarray:
+        file = shared / f"sampled-{num_tokens}-{seed}.npy"
+        with locked(file):
+            if not file.exists():
+                np.save(file, sample_tokens(source, num_tokens, seed, report))
+            return np.load(file)
+
+    def make(name: str) -> Path:
+        with locked(shared / name), mock.patch("convert.calibration.sample_tokens", sample_once):
+            if not (shared / name).exists():
+                tokens = CALIBRATION_TOKENS.get(name, ConvertOptions.calibration_tokens)
+                convert(gguf, shared / name, ConvertOptions(RECIPES[name], calibration_tokens=tokens))
+        return shared / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def perplexity(checkpoint: Callable[[str], Path], shared: Path) -> Callable[[str], float]:
+    """Of a recipe's checkpoint on the second half of Python's help topics."""
+
+    def measure(name: str) -> float:
+        path = checkpoint(name)
+        file = shared / f"{name}-perplexity.json"
+        with locked(file):
+            if not file.exists():
+                model = atom_jax.load(path)
+                tokens = encode(path / "tokenizer", help_topics()[1][: 16 * EVAL_TOKENS])[:EVAL_TOKENS]
+                result = atom_jax.perplexity(model.params, tokens, config=model.config, seq_len=SEQ_LEN)
+                assert result.tokens == EVAL_TOKENS - EVAL_TOKENS // SEQ_LEN
+                file.write_text(json.dumps(result.perplexity))
+            value = json.loads(file.read_text())
+        print(f"{name}: perplexity {value:.2f}")
+        return value
+
+    return measure

@@ -1,0 +1,13 @@
+"""The scheme w4a16 on a real model: 4-bit weights and float activations (GPTQ)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
+
+
+def test_loses_little(perplexity: Callable[[str], float]) -> None:
+    assert perplexity("w4a16") <= 1.12 * perplexity("bf16")

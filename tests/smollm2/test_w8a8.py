@@ -1,0 +1,13 @@
+"""The scheme w8a8 on a real model: 8 bits (SmoothQuant)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
+
+
+def test_loses_little(perplexity: Callable[[str], float]) -> None:
+    assert perplexity("w8a8") <= 1.03 * perplexity("bf16")
