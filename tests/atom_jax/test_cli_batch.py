@@ -189,6 +189,7 @@ def test_kill_loses_and_repeats_nothing(go, tmp_path):
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_answers_are_those_of_generate(self, checkpoint, tmp_path, monkeypatch):
         monkeypatch.setattr("atom_jax.compilation_cache.enable_compilation_cache", lambda: None)
         prompts = ["the tin", "a hut", "12 12"]

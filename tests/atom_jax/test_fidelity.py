@@ -125,6 +125,7 @@ def test_equals_float64(
     assert_equal(compare(params, noisy, IDS[:count], config_a=CONFIG, config_b=CONFIG, seq_len=SEQ), want)
 
 
+@pytest.mark.slow
 def test_quantized_against_float(params: nnx.State) -> None:
     # Without a mean of the keys, which would be drawn among the weights and leave other ones to the rest.
     config = tiny_config(preset("w4a4kv4", **TINY_GROUPS, center_keys=False))

@@ -286,6 +286,7 @@ def test_a_conversion_that_names_none(tmp_path: Path) -> None:
     assert convert(source, tmp_path / "out", flexible) == card
 
 
+@pytest.mark.slow
 def test_a_group_size_for_outliers_that_are_measured(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 160, "intermediate_size": 256, "num_attention_heads": 10}
     source, text = save_tiny(tmp_path, **sizes), save_text(tmp_path / "text.txt")

@@ -101,6 +101,7 @@ def test_as_many_as_there_are_hot_channels(hot: int, expected: int, text: Path, 
     assert [(done, total) for stage, done, total in stages if stage == STAGE] == [(1, 2), (2, 2)]
 
 
+@pytest.mark.slow
 def test_a_rotated_model_is_measured_rotated(text: Path, tmp_path: Path) -> None:
     """No channel is hot any more, so outliers buy little."""
     source, gains = save_hot(tmp_path, 48), []

@@ -49,6 +49,7 @@ def complete(client, **changes):
     return client.completions.create(**options)
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_generates(client, model):
     ids = model.tokenizer(PROMPT).input_ids
     out = atom_jax.generate(
