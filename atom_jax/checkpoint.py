@@ -33,7 +33,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from atom_jax.config import ModelConfig
-from atom_jax.errors import AtomError, WriteError
+from atom_jax.errors import AtomError, WriteError, one_line
+from atom_jax.files import read_json
 from atom_jax.kernel_check import check_kernels
 from atom_jax.llama import index_shapes, linear_shapes, make_params, vector_shapes
 from atom_jax.schemes import SCHEMES
@@ -121,7 +122,7 @@ def write_tree(path: Path, tree: Tree) -> None:
         with _silent_orbax(), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path.absolute(), tree, force=True)
     except Exception as error:  # Orbax and TensorStore raise many types where a write fails
-        raise WriteError(f"{path}: cannot be written: {_one_line(error)}") from error
+        raise WriteError(f"{path}: cannot be written: {_reason(error)}") from error
 
 
 def read_tree(path: Path, specs: Specs) -> Tree:
@@ -136,7 +137,7 @@ def read_tree(path: Path, specs: Specs) -> Tree:
         with _silent_orbax(), ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.restore(path.absolute())
     except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
-        raise AtomError(f"{path}: not readable: {_one_line(error)}") from error
+        raise AtomError(f"{path}: not readable: {_reason(error)}") from error
     _check_tree(path, "", tree, specs)
     return tree
 
@@ -164,14 +165,10 @@ def _silent_orbax() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _one_line(error: Exception) -> str:
-    """The start of a library's message, which may be long, many lines, or empty.
-
-    Of TensorStore's, which end in what the operating system said, only that.
-    """
-    if said := re.search(r"([^:\[]+) \[os_error_code=", str(error)):
-        return said[1].strip()
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _reason(error: Exception) -> str:
+    """Of TensorStore's messages, which end in what the operating system said, only that."""
+    said = re.search(r"([^:\[]+) \[os_error_code=", str(error))
+    return said[1].strip() if said else one_line(error)
 
 
 def _check_tree(path: Path, prefix: str, tree: Any, specs: Specs) -> None:
@@ -199,6 +196,8 @@ def write_config(checkpoint: Path, config: ModelConfig) -> None:
 def read_config(checkpoint: Path) -> ModelConfig:
     """The configuration of a checkpoint folder; AtomError if it is not one, or of another version."""
     file = checkpoint / CONFIG_FILE
+    if not file.exists():
+        raise AtomError(f"{file}: no such file; is {checkpoint} a converted checkpoint?")
     data = read_json(file)
     version = data.pop("format_version", None)
     if version != FORMAT_VERSION:
@@ -215,23 +214,6 @@ def read_config(checkpoint: Path) -> ModelConfig:
     except AtomError as error:
         raise AtomError(f"{file}: {error}") from error
     return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; AtomError naming the file otherwise."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AtomError(f"{path}: no such file; is {path.parent} a converted checkpoint?") from None
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: bad UTF-8, bad JSON, an endless integer
-        raise AtomError(f"{path}: not readable as JSON: {_one_line(error)}") from error
-    if not isinstance(data, dict):
-        raise AtomError(f"{path}: a JSON object expected, found {type(data).__name__}")
-    return data
 
 
 def load_tokenizer(checkpoint: Path) -> Any:

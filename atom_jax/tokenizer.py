@@ -8,13 +8,13 @@ pipeline, and tokenizer_config.json only says which tokens are special and what 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from atom_jax.errors import AtomError, one_line
+from atom_jax.files import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
@@ -84,12 +84,4 @@ def wrap_tokenizer(folder: Path) -> Any:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AtomError(f"{path}: not readable as JSON: {one_line(error)}") from error
-    if not isinstance(settings, dict):
-        raise AtomError(f"{path}: a JSON object expected, found {type(settings).__name__}")
-    return settings
+    return read_json(path) if path.is_file() else {}

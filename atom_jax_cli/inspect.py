@@ -20,7 +20,8 @@ def inspect(
     json_output: JsonOption = False,
 ) -> None:
     """Show the accuracy card of a checkpoint and the size of its parts."""
-    from atom_jax.checkpoint import CARD_FILE, read_config, read_json
+    from atom_jax.checkpoint import CARD_FILE, read_config
+    from atom_jax.files import read_json
 
     config = read_config(checkpoint)
     card = read_json(checkpoint / CARD_FILE)

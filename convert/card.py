@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 import atom_jax
-from atom_jax.checkpoint import CARD_FILE, read_json
+from atom_jax.checkpoint import CARD_FILE
+from atom_jax.files import read_json
 from atom_jax.perplexity import PerplexityResult
 
 Card = dict[str, Any]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError, one_line
+from atom_jax.files import read_json
 from convert.sources.architectures import expected_tensors
 
 
@@ -205,25 +205,13 @@ def known(infos: Mapping[str, TensorInfo], name: str, *, where: Path) -> TensorI
     return infos[name]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
-
-    Raises:
-      AtomError: the file cannot be read, or does not hold a JSON object.
-    """
-    refuse_pointer(path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AtomError(f"{path}: cannot be read: {one_line(error)}") from error
-    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, an endless integer
-        raise AtomError(f"{path}: is not valid JSON: {one_line(error)}") from error
-    if not isinstance(data, dict):
-        raise AtomError(f"{path}: must hold a JSON object, found {type(data).__name__}")
-    return data
-
-
 _POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint; AtomError also for a pointer in the place of the file."""
+    refuse_pointer(path)
+    return read_json(path)
 
 
 def refuse_pointer(path: Path) -> None:

@@ -10,7 +10,7 @@ from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from convert.rope_rules import rope_notes
 from convert.sources.architectures import parse_config, with_generation_config
-from convert.sources.base import TensorInfo, canonical_names, read_json
+from convert.sources.base import TensorInfo, canonical_names, read_settings
 from convert.sources.layout import WeightFiles, unused_weights
 from convert.sources.tokenizer_files import TOKENIZER_FILES, folder_tokenizer, stop_token_id, tokenizer_file
 from convert.sources.tokenizer_writer import write_tokenizer_files
@@ -30,9 +30,9 @@ def load_config(folder: Path) -> ModelConfig:
     path, generation = (folder / name for name in CONFIG_FILES)
     if not path.is_file():
         raise AtomError(f"{folder}: there is no config.json beside the weights")
-    config = parse_config(read_json(path), where=str(path))
+    config = parse_config(read_settings(path), where=str(path))
     if generation.is_file():
-        config = with_generation_config(config, read_json(generation), where=str(generation))
+        config = with_generation_config(config, read_settings(generation), where=str(generation))
     stop = stop_token_id(folder, config) if tokenizer_file(folder) else None
     if stop is not None:
         config = config.replace(eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, stop))))
@@ -48,7 +48,7 @@ def config_files(folder: Path) -> list[Path]:
 def notes(folder: Path, taken: list[Path]) -> tuple[str, ...]:
     """What was decided about a folder whose weights are read from ``taken``: RoPE rule, weights not used."""
     path = folder / CONFIG_FILES[0]
-    said = rope_notes(read_json(path), str(path))
+    said = rope_notes(read_settings(path), str(path))
     others = unused_weights([path.name for path in folder.iterdir()], [path.name for path in taken])
     if others:
         used = taken[0].name if len(taken) == 1 else f"{taken[0].name} and {len(taken) - 1} more"
@@ -106,7 +106,7 @@ def placed(index: Path) -> dict[str, list[str]]:
     Raises:
       AtomError: the index is malformed, or names a file outside its folder.
     """
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_settings(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise AtomError(f"{index}: weight_map must be an object that maps tensors to files")
     files: dict[str, list[str]] = {}

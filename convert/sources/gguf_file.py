@@ -12,8 +12,8 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
-from atom_jax.errors import AtomError
-from convert.sources.base import one_line, refuse_pointer
+from atom_jax.errors import AtomError, one_line
+from convert.sources.base import refuse_pointer
 from convert.sources.layout import shard_set
 
 _CHUNK_BYTES = 1 << 24  # dequantizing takes a few times its output; done in pieces of about this many bytes

@@ -10,8 +10,7 @@ from typing import Any
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from atom_jax.errors import AtomError
-from convert.sources.base import one_line
+from atom_jax.errors import AtomError, one_line
 from convert.sources.gguf_pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from convert.sources.sentencepiece_bpe import SentencePieceBPE, build_sentencepiece, first_ids, template
 from convert.sources.tokenizer_writer import write_tokenizer_files

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from atom_jax.errors import AtomError
-from convert.sources.base import one_line
+from atom_jax.errors import AtomError, one_line
 from convert.sources.folder import CONFIG_FILES, placed
 from convert.sources.layout import find_weights, reject_adapter
 from convert.sources.tokenizer_files import TOKENIZER_FILES

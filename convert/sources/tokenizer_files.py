@@ -22,7 +22,7 @@ from atom_jax.tokenizer import (
     read_tokenizer,
     token_text,
 )
-from convert.sources.base import read_json, refuse_pointer
+from convert.sources.base import read_settings, refuse_pointer
 from convert.sources.gguf_pretokenizers import PRE_TOKENIZERS
 from convert.sources.gguf_tokenizer import byte_level_tokenizer
 from convert.sources.sentencepiece_bpe import template
@@ -103,9 +103,9 @@ def stop_token_id(folder: Path, config: ModelConfig) -> int | None:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, with special_tokens_map.json where transformers reads that, too."""
-    settings = read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
+    settings = read_settings(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
     if "added_tokens_decoder" not in settings and (folder / MAP_FILE).is_file():
-        settings |= read_json(folder / MAP_FILE)
+        settings |= read_settings(folder / MAP_FILE)
     return settings
 
 
@@ -162,7 +162,7 @@ def _from_byte_level(folder: Path, settings: dict[str, Any], config: ModelConfig
         )
     if settings.get("add_prefix_space"):
         raise AtomError(f"{folder / SETTINGS_FILE}: add_prefix_space true is not supported")
-    path, ids = folder / MERGES_FILE, read_json(folder / VOCAB_FILE)
+    path, ids = folder / MERGES_FILE, read_settings(folder / VOCAB_FILE)
     refuse_pointer(path)
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -192,7 +192,7 @@ def _declared_tokens(folder: Path, settings: dict[str, Any]) -> tuple[Path, dict
     path, declared = folder / SETTINGS_FILE, settings.get("added_tokens_decoder")
     if declared is None and (folder / ADDED_FILE).is_file():
         path = folder / ADDED_FILE
-        declared = {index: {"content": token} for token, index in read_json(path).items()}
+        declared = {index: {"content": token} for token, index in read_settings(path).items()}
     named = _special_names(settings)
     try:
         tokens = {

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from atom_jax.config import ModelConfig
-from atom_jax.errors import AtomError
+from atom_jax.errors import AtomError, one_line
 from convert.sources import folder as hf
 from convert.sources.base import (
     TensorInfo,
@@ -19,7 +19,6 @@ from convert.sources.base import (
     digest,
     finite_float32,
     known,
-    one_line,
     refuse_pointer,
     untie,
 )
