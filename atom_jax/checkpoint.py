@@ -36,8 +36,9 @@ from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError, WriteError, one_line
 from atom_jax.files import read_json
 from atom_jax.kernel_check import check_kernels
-from atom_jax.llama import index_shapes, linear_shapes, make_params, vector_shapes
+from atom_jax.llama import make_params
 from atom_jax.schemes import SCHEMES
+from atom_jax.structure import index_shapes, linear_shapes, vector_shapes
 from atom_jax.tokenizer import wrap_tokenizer
 
 FORMAT_VERSION = 1

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from atom_jax.config import ModelConfig
 from atom_jax.layers import attention_input, linear, mlp_input, norm_input
 from atom_jax.rope import rope_table
+from atom_jax.structure import index_shapes, linear_shapes, vector_shapes
 from pallas_kernels import PagedKVCache, kv_append, paged_attention
 from pallas_kernels.norm_quantize.reference import rms_norm
 
@@ -50,44 +51,6 @@ def layer_window(config: ModelConfig, layer: Int32[Array, ""]) -> Int32[Array, "
     if len(set(windows)) == 1:
         return jnp.int32(windows[0])  # looked up in an array, it would be a launch a layer
     return jnp.asarray(windows, jnp.int32)[layer]
-
-
-def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """[N, K] of each linear of a layer; q/k/v and gate/up are one weight each."""
-    hidden, mlp = config.hidden_size, config.intermediate_size
-    return {
-        "qkv_proj": (config.q_size + 2 * config.kv_size, hidden),
-        "o_proj": (hidden, config.q_size),
-        "gate_up_proj": (2 * mlp, hidden),
-        "down_proj": (hidden, mlp),
-    }
-
-
-def vector_shapes(config: ModelConfig) -> dict[str, tuple[int]]:
-    """Shape of each float vector of a layer: norms, the mean of its keys, the biases this family has."""
-    hidden = config.hidden_size
-    shapes = {"input_norm": (hidden,), "post_attention_norm": (hidden,)}
-    if config.qk_norm:
-        shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
-    if config.quantization.center_keys:
-        shapes["k_mean"] = (config.kv_size,)
-    for name, present in (
-        ("qkv", config.qkv_bias),
-        ("o", config.o_bias),
-        ("gate_up", config.mlp_bias),
-        ("down", config.mlp_bias),
-    ):
-        if present:
-            shapes[f"{name}_bias"] = (linear_shapes(config)[f"{name}_proj"][0],)
-    return shapes
-
-
-def index_shapes(config: ModelConfig) -> dict[str, tuple[int]]:
-    """Shape of each input order of a layer; empty unless the checkpoint is reordered per layer."""
-    if config.quantization.reorder != "per_layer" or not config.quantization.quantizes_linears:
-        return {}
-    hidden = config.hidden_size
-    return {"qkv_indices": (hidden,), "o_indices": (config.q_size,), "gate_up_indices": (hidden,)}
 
 
 class Layer(nnx.Module):

@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from atom_jax.config import GROUP_SIZES, ModelConfig, QuantConfig
 from atom_jax.errors import AtomError
-from atom_jax.llama import linear_shapes
 from atom_jax.schemes import SCHEMES
+from atom_jax.structure import linear_shapes
 
 _WITHOUT_GROUPS = (
     f"no groups of {', '.join(map(str, GROUP_SIZES))} suit every linear: use the scheme w8a8, which has "

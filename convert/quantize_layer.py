@@ -13,7 +13,7 @@ from jaxtyping import Array, Float32
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
-from atom_jax.llama import linear_shapes, vector_shapes
+from atom_jax.structure import linear_shapes, vector_shapes
 from convert.calibrate.statistics import LayerStatistics, layer_statistics
 from convert.float_model import Tree
 from convert.groups import check_model

@@ -15,8 +15,9 @@ from jaxtyping import Array, Float32, Int32
 from atom_jax.config import ModelConfig
 from atom_jax.kv_cache import init_cache
 from atom_jax.layers import linear
-from atom_jax.llama import Capture, Layer, linear_shapes, make_step
+from atom_jax.llama import Capture, Layer, make_step
 from atom_jax.perplexity import PerplexityResult, exp_of_mean, make_windows, sum_nll
+from atom_jax.structure import LINEARS
 from pallas_kernels.norm_quantize.reference import rms_norm
 
 Params = Mapping[str, Any]
@@ -24,7 +25,7 @@ Report = Callable[[int, int], None]
 # By the name of a projection without "_proj": "qkv", "o", "gate_up", "down".
 Statistics = dict[str, Array]
 # The projections whose output is added to the residual stream.
-_ADDED = ("o", "down")
+_ADDED = {linear.name for linear in LINEARS if linear.residual}
 # Tokens one call runs.
 _BATCH_TOKENS = 512
 # Tokens of a text whose perplexity is measured that are in memory: half a GB with 4096 channels.
@@ -33,7 +34,7 @@ _RESIDUAL_TOKENS = 1 << 15
 
 def projections(config: ModelConfig) -> dict[str, int]:
     """Input channels of each projection: the sizes of its statistics."""
-    return {name.removesuffix("_proj"): shape[1] for name, shape in linear_shapes(config).items()}
+    return {linear.name: linear.channels(config) for linear in LINEARS}
 
 
 def batches(

@@ -12,7 +12,8 @@ from jaxtyping import Array, Key
 from atom_jax.checkpoint import shared_specs
 from atom_jax.config import ModelConfig
 from atom_jax.kernel_check import check_kernels
-from atom_jax.llama import linear_shapes, make_params, vector_shapes
+from atom_jax.llama import make_params
+from atom_jax.structure import linear_shapes, vector_shapes
 from pallas_kernels.verification.cases import random_weight
 
 # What attention and the MLP of a layer add to the residual stream, relative to it. Small as in trained

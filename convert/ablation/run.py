@@ -19,8 +19,8 @@ from jaxtyping import Float32, Int32
 from atom_jax.checkpoint import layer_specs, linear_spec, shared_specs, stored_form
 from atom_jax.config import ModelConfig, QuantConfig, preset
 from atom_jax.errors import AtomError
-from atom_jax.llama import linear_shapes
 from atom_jax.perplexity import make_windows
+from atom_jax.structure import linear_shapes
 from convert.ablation.results import Results, Row, report_of
 from convert.ablation.simulation import run_simulated, simulate_layer
 from convert.ablation.steps import Step, make_steps, recipes

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float32, Int32
 from atom_jax.config import ModelConfig, QuantConfig
 from atom_jax.kv_cache import init_cache
 from atom_jax.layers import linear
-from atom_jax.llama import layer_window, linear_shapes, make_step
+from atom_jax.llama import layer_window, make_step
+from atom_jax.structure import linear_shapes
 from convert.calibrate.statistics import layer_statistics
 from convert.float_model import Tree
 from convert.quantize_layer import prepare_layer

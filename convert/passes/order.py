@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from atom_jax.config import ModelConfig
+from atom_jax.structure import LINEARS
 from convert.calibrate.statistics import LayerStatistics, on_device
 from convert.float_model import Tree, read_layer
 from convert.passes import Layer
@@ -24,8 +25,6 @@ from convert.streaming import Report, batches, embed, projections, run_windows_w
 # The order of the residual stream needs the energies of every layer before the first is quantized: a second
 # pass over the float model, for which this many windows are enough.
 _ENERGY_WINDOWS = 4
-# Projections whose producers cannot all be permuted alike.
-_GATHERED = ("qkv", "o", "gate_up")
 
 
 def residual_order(
@@ -89,7 +88,11 @@ def choose_input_orders(
     layer: Layer, statistics: LayerStatistics, config: ModelConfig
 ) -> tuple[Layer, LayerStatistics]:
     """The layer with the orders by which inputs are gathered at run time; nothing is permuted yet."""
-    orders = {f"{name}_indices": energy_order(statistics.energy(name)) for name in _GATHERED}
+    orders = {
+        linear.indices: energy_order(statistics.energy(linear.name))
+        for linear in LINEARS
+        if linear.indices is not None
+    }
     return {**layer, **orders}, statistics
 
 
@@ -97,6 +100,9 @@ def gather_inputs(
     layer: Layer, statistics: LayerStatistics, config: ModelConfig
 ) -> tuple[Layer, LayerStatistics]:
     """The layer with its input channels in the orders that ``choose_input_orders`` found."""
-    orders = {name: layer[f"{name}_indices"] for name in _GATHERED}
-    projections = {f"{name}_proj": permute_inputs(layer[f"{name}_proj"], orders[name]) for name in orders}
-    return {**layer, **projections}, statistics.permuted(orders)
+    orders, weights = {}, {}
+    for linear in LINEARS:
+        if linear.indices is not None:
+            orders[linear.name] = layer[linear.indices]
+            weights[linear.weight] = permute_inputs(layer[linear.weight], layer[linear.indices])
+    return {**layer, **weights}, statistics.permuted(orders)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float32, Int32
 
 from atom_jax.config import ModelConfig, QuantConfig
 from atom_jax.errors import AtomError
-from atom_jax.llama import linear_shapes
+from atom_jax.structure import linear_shapes
 from convert.calibrate.statistics import on_device
 from convert.float_model import read_layer
 from convert.passes.reorder import energy_order

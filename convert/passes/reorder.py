@@ -25,10 +25,18 @@ from jaxtyping import Float, Int, Int32
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
+from atom_jax.structure import LINEARS
 from convert.passes import Layer
 
-_READS_RESIDUAL = ("input_norm", "qkv_proj", "post_attention_norm", "gate_up_proj")  # along the last axis
-_WRITES_RESIDUAL = ("o_proj", "o_bias", "down_proj", "down_bias")  # along the first axis
+# Along the last axis: norms, and the linears behind them.
+_READS_RESIDUAL = [
+    name
+    for linear in LINEARS
+    if linear.producer.endswith("norm")
+    for name in (linear.producer, linear.weight)
+]
+# Along the first axis.
+_WRITES_RESIDUAL = [name for linear in LINEARS if linear.residual for name in (linear.weight, linear.bias)]
 
 
 def energy_order(energy: Float[np.ndarray, "k"]) -> Int32[np.ndarray, "k"]:

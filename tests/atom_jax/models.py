@@ -11,7 +11,8 @@ from flax import nnx
 
 from atom_jax.config import ModelConfig, QuantConfig, preset
 from atom_jax.kv_cache import init_cache
-from atom_jax.llama import forward, linear_shapes, make_params, vector_shapes
+from atom_jax.llama import forward, make_params
+from atom_jax.structure import linear_shapes, vector_shapes
 from convert.rounding.rtn import quantize_weight
 
 TINY_GROUPS = {"group_size": 32, "num_outliers": 32}

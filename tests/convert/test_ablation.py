@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from atom_jax.config import QuantConfig, preset
-from atom_jax.llama import linear_shapes
+from atom_jax.structure import linear_shapes
 from atom_jax_cli import app
 from convert.ablation import run
 from convert.ablation.plot import PLOT_FILE, can_plot, plot

@@ -18,7 +18,8 @@ from flax import nnx
 import atom_jax
 from atom_jax.checkpoint import CARD_FILE
 from atom_jax.config import ModelConfig, QuantConfig, preset
-from atom_jax.llama import linear_shapes, make_params
+from atom_jax.llama import make_params
+from atom_jax.structure import linear_shapes
 from atom_jax.text import encode
 from convert.calibrate.texts import spread_windows
 from convert.card import read_card

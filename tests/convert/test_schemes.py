@@ -14,7 +14,8 @@ from flax import nnx
 
 import atom_jax
 from atom_jax.config import QuantConfig, preset
-from atom_jax.llama import linear_shapes, make_params
+from atom_jax.llama import make_params
+from atom_jax.structure import linear_shapes
 from convert.card import read_card
 from convert.float_model import load_float
 from convert.pipeline import convert

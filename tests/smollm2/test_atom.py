@@ -12,7 +12,7 @@ import pytest
 
 import atom_jax
 from atom_jax.checkpoint import layer_path, layer_specs, read_tree
-from atom_jax.llama import linear_shapes
+from atom_jax.structure import linear_shapes
 from convert.card import read_card
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
