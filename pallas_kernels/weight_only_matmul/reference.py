@@ -8,18 +8,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.qarrays import WeightOnlyInt4
 from pallas_kernels.reference_matmul import finish, per_run, run_length, split_halves, weight_halves
+from pallas_kernels.weight_only_matmul.call import Call
 
 
-def run(
-    x: Float[Array, "m k"],
-    w: WeightOnlyInt4,
-    bias: Float[Array, " n"] | None,
-    residual: Float[Array, "m n"] | None,
-    out_dtype: jnp.dtype,
-) -> Float[Array, "m n"]:
+def run(call: Call, config: None = None) -> Float[Array, "m n"]:
     """See ``api.weight_only_matmul``."""
+    x, w, bias, residual, out_dtype = call
     halves = zip(
         weight_halves(w.packed, run_length(w.group_size)),
         per_run(w.scales, w.group_size),
