@@ -16,8 +16,8 @@ from atom_jax.compilation_cache import compilation_cache_folder
 from atom_jax.config import ModelConfig, preset
 from atom_jax.explain import Line, explain
 from atom_jax.schemes import SCHEMES
-from pallas_kernels import dispatch
-from pallas_kernels.dispatch import REFERENCE
+from pallas_kernels import devices
+from pallas_kernels.devices import REFERENCE
 from pallas_kernels.verification import verdicts
 from pallas_kernels.verification.device import verify_device
 from pallas_kernels.verification.shapes import MODELS
@@ -63,9 +63,9 @@ def examine(
     schemes = {scheme: _choices(scheme) for scheme in SCHEMES}
     facts |= {
         "compilation_cache": _compilation_cache(),
-        "implementation": dispatch.kernels_here(),
+        "implementation": devices.kernels_here(),
         "kernels": [verdict._asdict() for verdict in found.verdicts] if found else [],
-        "verdicts_file": str(verdicts.path(dispatch.device_kind())) if found else None,
+        "verdicts_file": str(verdicts.path(devices.default_device().device_kind)) if found else None,
         "verify": not verdicts.skipped(),
         "ops": [{"step": step, **line._asdict()} for step, line in schemes["w4a4kv4"]],
         "schemes": {scheme: _summary(lines) for scheme, lines in schemes.items()},
@@ -115,7 +115,7 @@ def _device(device: Any) -> dict[str, Any]:
         "platform": device.platform,
         "kind": device.device_kind,
         "count": jax.device_count(),
-        "compute_capability": dispatch.device_capability(),
+        "compute_capability": devices.compute_capability(devices.default_device()),
         "memory_bytes": memory.get("bytes_limit"),
     }
 
@@ -138,10 +138,10 @@ def _verdicts(
 ) -> Verdicts | None:
     if check:
         return verify_device(again=True, limits=limits, announce=announce, progress=progress)
-    if dispatch.kernels_here() is None:
+    if devices.kernels_here() is None:
         return None
     try:
-        return verdicts.read(dispatch.device_kind())
+        return verdicts.read(devices.default_device().device_kind)
     except ValueError as error:
         announce(f"{error}; `atom-jax doctor` writes it anew")
         return None
@@ -188,9 +188,10 @@ def _suggestion(schemes: dict[str, dict[str, list[str]]]) -> dict[str, str]:
             "this one was timed on a CPU: it generates faster than float there (README.md)"
         )
         return {"scheme": "w4a4kv4", "why": why}
-    if dispatch.kernels_here() is None:
+    if devices.kernels_here() is None:
+        capability = devices.compute_capability(devices.default_device())
         why = (
-            f"there is no kernel for compute capability {dispatch.device_capability()}, so every quantized "
+            f"there is no kernel for compute capability {capability}, so every quantized "
             "matmul would run the reference; this scheme's matmuls are XLA's own"
         )
         return {"scheme": "bf16", "why": why}

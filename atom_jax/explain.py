@@ -13,8 +13,8 @@ from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError, not_one_of
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward
-from pallas_kernels import calls
-from pallas_kernels.dispatch import AUTO, IMPLEMENTATIONS, REFERENCE, record_choices, use_implementation
+from pallas_kernels.devices import IMPLEMENTATIONS, REFERENCE
+from pallas_kernels.dispatch import AUTO, cost, describe, record_choices, use_implementation
 from pallas_kernels.roofline import H200, seconds
 
 
@@ -72,16 +72,19 @@ def explain(
         raise AtomError(str(error)) from error
     lines: dict[Line, int] = {}
     for choice in choices:
-        cost = calls.cost(choice, window=config.longest_window)
+        call = choice.call
+        if "window" in call._fields:  # to the op it is data
+            call = call._replace(window=config.longest_window)
+        work = cost(choice.op, call)
         line = Line(
             op=choice.op,
-            shape=calls.describe(choice, window=config.longest_window),
+            shape=describe(choice.op, call),
             count=1,
             implementation=choice.implementation,
             reason=choice.reason,
-            configuration="" if choice.configuration is None else str(choice.configuration),
-            bytes=cost.bytes,
-            roofline_seconds=seconds(cost, H200),
+            configuration="" if choice.config is None else str(choice.config),
+            bytes=work.bytes,
+            roofline_seconds=seconds(work, H200),
         )
         lines[line] = lines.get(line, 0) + 1
     return [line._replace(count=count) for line, count in lines.items()]

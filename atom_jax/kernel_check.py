@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from pallas_kernels import dispatch
+from pallas_kernels import devices, dispatch
 from pallas_kernels.verification import verdicts
 from pallas_kernels.verification.device import verify_device
 from pallas_kernels.verification.verdicts import FAILED, UNCHECKED, Verdicts
@@ -21,9 +21,9 @@ def check_pending() -> bool:
 
     Never where an implementation was asked for by name, or if ATOM_JAX_VERIFY is 0.
     """
-    if verdicts.skipped() or not dispatch.automatic() or dispatch.kernels_here() is None:
+    if verdicts.skipped() or not dispatch.automatic() or devices.kernels_here() is None:
         return False
-    return verdicts.adopted(dispatch.device_kind()) is None
+    return verdicts.adopted(devices.default_device().device_kind) is None
 
 
 def check_kernels(

@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import record
-from bench.costs import cost
 from bench.gpu import ceilings as ceilings_module
 from bench.gpu import progress, targets
 from bench.gpu.ceilings import Ceilings
 from bench.gpu.peers import peers
-from bench.gpu.sweep import sweep_cases, winners
+from bench.gpu.sweep import sweep_cases
 from bench.gpu.timing import Clock, jax_program, make_clock, make_sets, num_sets
 from pallas_kernels import dispatch, use_implementation
+from pallas_kernels.tuning import winners
 from pallas_kernels.verification import cases
 from pallas_kernels.verification.cases import Case
 from pallas_kernels.verification.execute import device_lost
@@ -82,12 +82,12 @@ def measure_case(case: Case, clock: Clock, ceilings: Ceilings, implementation: s
     row: dict[str, Any] = {**identity(case), "implementation": implementation}
     feedback = case.donated[0] if case.donated else None
     try:
-        work = cost(case)
+        work = case.cost
         row |= dataclasses.asdict(work)
         sets = make_sets(case.inputs, num_sets(work.bytes))
         with use_implementation(implementation), dispatch.record_choices() as choices:
-            program = jax_program(case.call, sets, feedback=feedback)
-        row["configuration"] = _plain(choices[0].configuration)
+            program = jax_program(case.function, sets, feedback=feedback)
+        row["configuration"] = _plain(choices[0].config)
         timing = clock.measure(program)
     except Exception as error:  # of any kind: it belongs into the result, not to the end of the run
         return row | {"error": describe(error)}
@@ -265,7 +265,7 @@ def main(
     found = smoke_cases() if smoke else ordered(cases.all_cases())
     selected = [case for case in found if select in case.name]
     if sweep:
-        sweep_cases(selected, make_clock(), seconds, out or winners(jax.devices()[0].device_kind))
+        sweep_cases(selected, make_clock(), seconds, out or winners.path(jax.devices()[0].device_kind))
         return
     implementation = "reference" if smoke else "mosaic_sm90"
     out = out or record.gpu_results(jax.devices()[0].device_kind) / "kernels.json"

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 
 from bench.aot.compile import CompiledKernel, compile_for_h200
-from bench.costs import cost
 from pallas_kernels.dispatch import record_choices
 from pallas_kernels.grouped_matmul.config import STEP_BYTES
 from pallas_kernels.mosaic import NUM_SMS
@@ -108,8 +107,8 @@ def _trips(case: cases.Case, kernel: CompiledKernel, configuration: Any) -> int:
 def rows_of(case: cases.Case) -> list[Row]:
     """Compiles the case and reads its kernels."""
     with record_choices() as choices:
-        _, kernels = compile_for_h200(case.call, *case.abstract_inputs, donate_argnums=case.donated)
-    work, samples = cost(case), {each.runs[0].name: each for each in sample(case)}
+        _, kernels = compile_for_h200(case.function, *case.abstract_inputs, donate_argnums=case.donated)
+    work, samples = case.cost, {each.runs[0].name: each for each in sample(case)}
     rows = []
     for kernel in kernels:
         assert kernel.instructions is not None and kernel.ctas is not None, "no disassembler"
@@ -121,7 +120,7 @@ def rows_of(case: cases.Case) -> list[Row]:
             main_loop = kernel.instructions.main_loop(opcode)
             assert main_loop is not None, f"{kernel.name}: no loop has {opcode}"
             loop = main_loop.size
-            executed = loop * _trips(case, kernel, choices[0].configuration)
+            executed = loop * _trips(case, kernel, choices[0].config)
             if kernel.name != "paged_attention":
                 warps -= 4  # the producer warpgroup only copies
         issue = executed * warps * kernel.ctas / (_ISSUE_SLOTS * NUM_SMS * _CLOCK_HZ)

@@ -12,14 +12,15 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.tuning.winners import gpu_name
+
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
 
 
 def gpu_results(device_kind: str) -> Path:
     """The folder of what was measured on a GPU, e.g. bench/results/h100 for "NVIDIA H100 80GB HBM3"."""
-    words = device_kind.removeprefix("NVIDIA ").lower().split()
-    return RESULTS / (words[0] if words else "unknown")
+    return RESULTS / gpu_name(device_kind)
 
 
 def _version(package: str) -> str | None:

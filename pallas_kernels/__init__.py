@@ -9,6 +9,7 @@ from pallas_kernels.int3 import WeightOnlyInt3
 from pallas_kernels.kv_append.api import kv_append
 from pallas_kernels.norm_quantize.api import norm_quantize
 from pallas_kernels.paged_attention.api import paged_attention
+from pallas_kernels.prefill_attention.api import prefill_attention
 from pallas_kernels.qarrays import (
     PACK_TILE,
     ActivationFormat,
@@ -41,6 +42,7 @@ __all__ = [
     "norm_quantize",
     "pack_int4",
     "paged_attention",
+    "prefill_attention",
     "quantize",
     "silu_quantize",
     "two_level_matmul",

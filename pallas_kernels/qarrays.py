@@ -77,6 +77,10 @@ class ActivationFormat:
             )
         return body // self.group_size
 
+    def stored_bytes(self, rows: int, channels: int) -> int:
+        """Bytes of a quantized activation [rows, channels]: one a channel, a float32 scale a group."""
+        return rows * (channels + 4 * (self.num_groups(channels) + 1))
+
 
 @partial(
     jax.tree_util.register_dataclass,

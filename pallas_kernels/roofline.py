@@ -1,6 +1,6 @@
 """What an op must move and multiply, and the least time a device can take for that.
 
-Each op's ``cost.py`` counts its ``Cost`` from shapes alone; nothing here is measured.
+Each op's ``call.py`` counts the ``Cost`` of a call from shapes alone; nothing here is measured.
 """
 
 from __future__ import annotations

@@ -116,13 +116,17 @@ def h200() -> Iterator[NamedSharding]:
 
 
 def compile_for_h200(
-    function: Callable[..., Any], *arguments: Any, implementation: str = "mosaic_sm90", **jit_options: Any
+    function: Callable[..., Any],
+    *arguments: Any,
+    implementation: str = "mosaic_sm90",
+    config: Any = None,
+    **jit_options: Any,
 ) -> tuple[Any, list[CompiledKernel]]:
     """Compiles ``jit(function)`` for an H200.
 
     Args:
       arguments: pytrees of ``jax.ShapeDtypeStruct`` (or arrays, of which only shapes count).
-      implementation: of the ops inside.
+      implementation, config: of the ops inside; see ``use_implementation``.
       jit_options: e.g. ``donate_argnums``.
 
     Returns:
@@ -133,7 +137,7 @@ def compile_for_h200(
     """
     for path in Path(DUMPS).iterdir():
         path.unlink()
-    with h200() as sharding, use_implementation(implementation):
+    with h200() as sharding, use_implementation(implementation, config=config):
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments
         )

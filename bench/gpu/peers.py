@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bench.costs import cost
 from bench.gpu.timing import Program, jax_program, make_sets, num_sets
 from pallas_kernels import use_implementation
 from pallas_kernels.verification.cases import Case
@@ -95,8 +94,8 @@ def _xla_attention(shape: Attention) -> Program:
 
 def _reference(case: Case) -> Program:
     with use_implementation("reference"):
-        sets = make_sets(case.inputs, num_sets(cost(case).bytes))
-        return jax_program(case.call, sets, together=False)
+        sets = make_sets(case.inputs, num_sets(case.cost.bytes))
+        return jax_program(case.function, sets, together=False)
 
 
 def _torch_program(torch: Any, call: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> Program:

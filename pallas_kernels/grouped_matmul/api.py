@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
+from pallas_kernels.grouped_matmul.call import Call
 from pallas_kernels.qarrays import QuantizedActivation, QuantizedWeight
 
 
@@ -31,4 +32,4 @@ def grouped_matmul(
             f"grouped_matmul: weight {w.shape} has (group size, body, outliers) {expected}, "
             f"activation {found}"
         )
-    return dispatch.run("grouped_matmul", x, w, bias, residual, out_dtype)
+    return dispatch.run("grouped_matmul", Call(x, w, bias, residual, out_dtype))

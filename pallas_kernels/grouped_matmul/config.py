@@ -78,12 +78,15 @@ def heuristics(m: int, n: int, k: int, group_size: int) -> Config:
     return _prefill(n, tokens) if m > 128 else _decode(tokens, n, k)[0]
 
 
-def candidates(m: int, n: int, k: int, group_size: int) -> list[Config]:
-    """What a sweep times: for decode the cheapest by estimate, for prefill what is near the default."""
+def configs(m: int, n: int, k: int, group_size: int) -> list[Config]:
+    """The default and what else a sweep times.
+
+    For decode these are the cheapest by estimate, for prefill those near the default.
+    """
     tokens = _tokens(m, group_size)
     if m <= 128:
         return _decode(tokens, n, k)[:_MOST_CANDIDATES]
-    found = [
+    near = [
         Config(size, warpgroups, stages, sharers=sharers)
         for size in (tokens, tokens // 2)
         for warpgroups in _warpgroups(n, range(2, min(_MOST_WARPGROUPS.get(size, 4), 3) + 1))
@@ -91,7 +94,8 @@ def candidates(m: int, n: int, k: int, group_size: int) -> list[Config]:
         for sharers in (1, 2, 4)
         if -(-n // (warpgroups * ROWS)) % sharers == 0
     ]
-    return [config for config in found if config.smem_bytes <= MAX_SMEM_BYTES]
+    fitting = [config for config in near if config.smem_bytes <= MAX_SMEM_BYTES]
+    return list(dict.fromkeys((_prefill(n, tokens), *fitting)))
 
 
 def _warpgroups(n: int, sizes: Iterable[int]) -> list[int]:

@@ -18,22 +18,18 @@ from jaxtyping import Array, Float, Shaped
 from pallas_kernels import mosaic
 from pallas_kernels.grouped_matmul import config as tiles
 from pallas_kernels.grouped_matmul import mosaic_leaves as leaves
+from pallas_kernels.grouped_matmul.call import Call
 from pallas_kernels.grouped_matmul.config import ROWS, STEP_BYTES, Config
 from pallas_kernels.grouped_matmul.mosaic_kernel import Problem, body, scratch
-from pallas_kernels.qarrays import PACK_TILE, QuantizedActivation, QuantizedWeight
+from pallas_kernels.qarrays import PACK_TILE
 
 # Of a plain INT8 weight, so that a sum of products stays in int32.
 MAX_INT8_CHANNELS = 1 << 17
 
 
-def unsupported(
-    x: QuantizedActivation,
-    w: QuantizedWeight,
-    bias: Float[Array, " n"] | None,
-    residual: Float[Array, "m n"] | None,
-    out_dtype: jnp.dtype,
-) -> str | None:
+def unsupported(call: Call) -> str | None:
     """See ``dispatch``."""
+    x, w, bias, residual, out_dtype = call
     n = w.shape[0]
     if n % ROWS:
         return f"{n} output channels are no multiple of {ROWS}"
@@ -52,42 +48,18 @@ def unsupported(
     return None
 
 
-def configuration(x: QuantizedActivation, w: QuantizedWeight, *_: Any) -> Config:
+def configs(call: Call) -> list[Config]:
     """See ``dispatch``."""
-    return tiles.heuristics(x.body.shape[0], *_shape(w))
-
-
-def _shape(w: QuantizedWeight) -> tuple[int, int, int]:
-    """N, K, group size of the weight in INT4 groups that is as many bytes."""
+    w = call.w
     n, k = w.shape
-    return (n, k, w.group_size) if w.num_groups else (n, 2 * k, PACK_TILE)
+    # A weight that is INT8 throughout is cut as one in INT4 groups of as many bytes.
+    shape = (n, k, w.group_size) if w.num_groups else (n, 2 * k, PACK_TILE)
+    return tiles.configs(call.x.body.shape[0], *shape)
 
 
-def candidates(x: QuantizedActivation, w: QuantizedWeight, *_: Any) -> list[Config]:
-    """What a sweep times."""
-    return tiles.candidates(x.body.shape[0], *_shape(w))
-
-
-def run(
-    x: QuantizedActivation,
-    w: QuantizedWeight,
-    bias: Float[Array, " n"] | None,
-    residual: Float[Array, "m n"] | None,
-    out_dtype: jnp.dtype,
-) -> Float[Array, "m n"]:
+def run(call: Call, config: Config) -> Float[Array, "m n"]:
     """See ``api.grouped_matmul``."""
-    return run_with(configuration(x, w), x, w, bias, residual, out_dtype)
-
-
-def run_with(
-    config: Config,
-    x: QuantizedActivation,
-    w: QuantizedWeight,
-    bias: Float[Array, " n"] | None,
-    residual: Float[Array, "m n"] | None,
-    out_dtype: jnp.dtype,
-) -> Float[Array, "m n"]:
-    """``run`` with a chosen configuration."""
+    x, w, bias, residual, out_dtype = call
     m, n = x.body.shape[0], w.shape[0]
     # TMA copies whole tiles of 8 tokens unless there are fewer, and rows that are multiples of 16 bytes.
     rows = m if m <= 8 else pl.cdiv(m, 8) * 8

@@ -15,6 +15,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.grouped_matmul.call import Call
 from pallas_kernels.qarrays import QuantizedActivation, QuantizedWeight
 from pallas_kernels.reference_matmul import finish, per_run, run_length, split_halves, weight_halves
 
@@ -23,14 +24,9 @@ from pallas_kernels.reference_matmul import finish, per_run, run_length, split_h
 _MANY_ROWS = 64
 
 
-def run(
-    x: QuantizedActivation,
-    w: QuantizedWeight,
-    bias: Float[Array, " n"] | None,
-    residual: Float[Array, "m n"] | None,
-    out_dtype: jnp.dtype,
-) -> Float[Array, "m n"]:
+def run(call: Call, config: None = None) -> Float[Array, "m n"]:
     """See ``api.grouped_matmul``."""
+    x, w, bias, residual, out_dtype = call
     if w.num_groups and x.body.shape[0] >= _MANY_ROWS:
         y = w.dequantize() @ x.dequantize().T
     else:

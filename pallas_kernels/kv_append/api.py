@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import dispatch
+from pallas_kernels.kv_append.call import Call
 from pallas_kernels.qarrays import PagedKVCache
 
 
@@ -49,9 +50,8 @@ def kv_append(
         raise ValueError(f"kv_append: rows of {expected} expected, found {qkv.shape}; norms come in pairs")
     if k_mean is not None:
         _check_mean(k_mean, cache)
-    return dispatch.run(
-        "kv_append", qkv, cache, layer, slots, cos, sin, num_heads, q_norm, k_norm, k_mean, eps
-    )
+    call = Call(qkv, cache, layer, slots, cos, sin, num_heads, q_norm, k_norm, k_mean, eps)
+    return dispatch.run("kv_append", call)
 
 
 def _check_mean(k_mean: Float[Array, "kv_heads head_dim"], cache: PagedKVCache) -> None:

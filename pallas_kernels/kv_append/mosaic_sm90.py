@@ -20,10 +20,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic
 from pallas_kernels.kv_append import heads as registers
+from pallas_kernels.kv_append.call import Call
 from pallas_kernels.qarrays import PagedKVCache
 
 Refs = dict[str, Any]
@@ -50,17 +51,14 @@ def heuristics(num_heads: int, num_kv_heads: int, head_dim: int) -> Config:
     return Config(tuple(registers.tiles(num_heads, half)), tuple(registers.tiles(num_kv_heads, half)))
 
 
-def configuration(
-    qkv: Any, cache: PagedKVCache, layer: Any, slots: Any, cos: Any, sin: Any, num_heads: int, *norm: Any
-) -> Config:
-    """What ``run`` uses for these arguments."""
-    return heuristics(num_heads, cache.num_kv_heads, cache.head_dim)
+def configs(call: Call) -> list[Config]:
+    """See ``dispatch``."""
+    return [heuristics(call.num_heads, call.cache.num_kv_heads, call.cache.head_dim)]
 
 
-def unsupported(
-    qkv: Any, cache: PagedKVCache, layer: Any, slots: Any, cos: Any, sin: Any, num_heads: int, *norm: Any
-) -> str | None:
-    """Why ``run`` cannot serve these arguments; None if it can."""
+def unsupported(call: Call) -> str | None:
+    """See ``dispatch``."""
+    qkv, cache, num_heads = call.qkv, call.cache, call.num_heads
     floats = (jnp.bfloat16, jnp.float32)
     if cache.head_dim not in (64, 128):
         return f"head_dim {cache.head_dim} is neither 64 nor 128"
@@ -75,23 +73,11 @@ def unsupported(
     return None
 
 
-def run(
-    qkv: Float[Array, "m heads_times_dim"],
-    cache: PagedKVCache,
-    layer: Int32[Array, ""],
-    slots: Int32[Array, " m"],
-    cos: Float32[Array, "m half"],
-    sin: Float32[Array, "m half"],
-    num_heads: int,
-    q_norm: Float[Array, " head_dim"] | None,
-    k_norm: Float[Array, " head_dim"] | None,
-    k_mean: Float[Array, "kv_heads head_dim"] | None,
-    eps: float,
-) -> tuple[Float[Array, "m heads head_dim"], PagedKVCache]:
+def run(call: Call, config: Config) -> tuple[Float[Array, "m heads head_dim"], PagedKVCache]:
     """See ``api.kv_append``. Slots past the last page write nothing, as in the reference."""
+    qkv, cache, layer, slots, cos, sin, num_heads, q_norm, k_norm, k_mean, eps = call
     tokens, num_kv_heads, head_dim = qkv.shape[0], cache.num_kv_heads, cache.head_dim
     num_slots = cache.k_pages.shape[1] * cache.page_size
-    config = heuristics(num_heads, num_kv_heads, head_dim)
     per_token = {"row": qkv.reshape(tokens, -1, head_dim), "cos": cos, "sin": sin}
     constants = {"q_norm": q_norm, "k_norm": k_norm, "k_mean": k_mean}
     constants = {name: x for name, x in constants.items() if x is not None}

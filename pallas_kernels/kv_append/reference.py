@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float16, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Float16, Float32, UInt8
 
+from pallas_kernels.kv_append.call import Call
 from pallas_kernels.norm_quantize.reference import rms_norm, rounded
 from pallas_kernels.qarrays import PagedKVCache, pack_int4
 
@@ -62,20 +63,9 @@ def dequantize_kv(
     return ((halves - zero) * scale).reshape(*packed.shape[:-1], -1)
 
 
-def run(
-    qkv: Float[Array, "m heads_times_dim"],
-    cache: PagedKVCache,
-    layer: Int32[Array, ""],
-    slots: Int32[Array, " m"],
-    cos: Float32[Array, "m half"],
-    sin: Float32[Array, "m half"],
-    num_heads: int,
-    q_norm: Float[Array, " head_dim"] | None,
-    k_norm: Float[Array, " head_dim"] | None,
-    k_mean: Float[Array, "kv_heads head_dim"] | None,
-    eps: float,
-) -> tuple[Float[Array, "m heads head_dim"], PagedKVCache]:
+def run(call: Call, config: None = None) -> tuple[Float[Array, "m heads head_dim"], PagedKVCache]:
     """See ``api.kv_append``."""
+    qkv, cache, layer, slots, cos, sin, num_heads, q_norm, k_norm, k_mean, eps = call
     heads = qkv.reshape(qkv.shape[0], -1, cache.head_dim)
     q, k, v = jnp.split(heads, [num_heads, num_heads + cache.num_kv_heads], axis=1)
     if q_norm is not None and k_norm is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch
+from pallas_kernels.norm_quantize.call import Call
 from pallas_kernels.qarrays import ActivationFormat, QuantizedActivation
 
 
@@ -41,4 +42,4 @@ def norm_quantize(
         shapes = [f"{name} {array.shape}" for name, array in given.items() if array is not None]
         raise ValueError(f"norm_quantize: shapes do not agree: {', '.join(shapes)}")
     fmt.num_groups(x.shape[-1])
-    return dispatch.run("norm_quantize", x, weight, residual, indices, eps, fmt)
+    return dispatch.run("norm_quantize", Call(x, weight, residual, indices, eps, fmt))

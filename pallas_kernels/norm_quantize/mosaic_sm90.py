@@ -2,52 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic import MAX_SMEM_BYTES
-from pallas_kernels.qarrays import ActivationFormat, QuantizedActivation
+from pallas_kernels.norm_quantize.call import Call
+from pallas_kernels.qarrays import QuantizedActivation
 from pallas_kernels.quantize import mosaic_groups, mosaic_rows
 
 
-def run(
-    x: Float[Array, "m k"],
-    weight: Float[Array, " k"],
-    residual: Float[Array, "m k"] | None,
-    indices: Int32[Array, " k"] | None,
-    eps: float,
-    fmt: ActivationFormat,
-) -> tuple[QuantizedActivation, Float[Array, "m k"]]:
+def run(call: Call, config: mosaic_rows.Config) -> tuple[QuantizedActivation, Float[Array, "m k"]]:
     """See ``api.norm_quantize``."""
-    config = configuration(x, weight, residual, indices, eps, fmt)
-    return run_with(config, x, weight, residual, indices, eps, fmt)
-
-
-def run_with(
-    config: mosaic_rows.Config,
-    x: Float[Array, "m k"],
-    weight: Float[Array, " k"],
-    residual: Float[Array, "m k"] | None,
-    indices: Int32[Array, " k"] | None,
-    eps: float,
-    fmt: ActivationFormat,
-) -> tuple[QuantizedActivation, Float[Array, "m k"]]:
-    """``run`` with a chosen configuration."""
+    x, weight, residual, indices, eps, fmt = call
     return mosaic_rows.quantize_rows(
         x, fmt, config, weight=weight, eps=eps, residual=residual, indices=indices
     )
 
 
-def unsupported(
-    x: Float[Array, "m k"],
-    weight: Float[Array, " k"],
-    residual: Float[Array, "m k"] | None,
-    indices: Int32[Array, " k"] | None,
-    eps: float,
-    fmt: ActivationFormat,
-) -> str | None:
-    """Why the kernel cannot serve this call; None if it can."""
+def unsupported(call: Call) -> str | None:
+    """See ``dispatch``."""
+    x, weight, residual, indices, _, fmt = call
     reason = mosaic_groups.unsupported(fmt, x.dtype, weight.dtype)
     if reason is not None:
         return reason
@@ -60,18 +33,6 @@ def unsupported(
     return None
 
 
-def configuration(
-    x: Float[Array, "m k"],
-    weight: Float[Array, " k"],
-    residual: Float[Array, "m k"] | None,
-    indices: Int32[Array, " k"] | None,
-    eps: float,
-    fmt: ActivationFormat,
-) -> mosaic_rows.Config:
-    """What ``run`` runs with."""
-    return mosaic_rows.heuristics(x.shape[-1])
-
-
-def candidates(x: Float[Array, "m k"], *_: Any) -> list[mosaic_rows.Config]:
-    """What a sweep times."""
-    return mosaic_rows.candidates(x.shape[-1])
+def configs(call: Call) -> list[mosaic_rows.Config]:
+    """See ``dispatch``."""
+    return mosaic_rows.configs(call.x.shape[-1])

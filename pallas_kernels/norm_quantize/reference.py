@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32
 
-from pallas_kernels.qarrays import ActivationFormat, QuantizedActivation
+from pallas_kernels.norm_quantize.call import Call
+from pallas_kernels.qarrays import QuantizedActivation
 from pallas_kernels.quantize import reference as quantize_reference
 
 
@@ -23,15 +24,9 @@ def rms_norm(x: Float[Array, "*m k"], weight: Float[Array, " k"], eps: float) ->
     return rounded(x32 * weight.astype(jnp.float32), x.dtype)
 
 
-def run(
-    x: Float[Array, "m k"],
-    weight: Float[Array, " k"],
-    residual: Float[Array, "m k"] | None,
-    indices: Int32[Array, " k"] | None,
-    eps: float,
-    fmt: ActivationFormat,
-) -> tuple[QuantizedActivation, Float[Array, "m k"]]:
+def run(call: Call, config: None = None) -> tuple[QuantizedActivation, Float[Array, "m k"]]:
     """See ``api.norm_quantize``."""
+    x, weight, residual, indices, eps, fmt = call
     if residual is not None:
         x = x + residual
     # Normalized in float32 whatever the type of x: the quantizer sees one rounding, that of the sum.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import dispatch
+from pallas_kernels.paged_attention.call import Call, check
 from pallas_kernels.qarrays import PagedKVCache
 
 
@@ -36,23 +37,5 @@ def paged_attention(
     Raises:
       ValueError: shapes that do not agree, or ``key_rope`` where the cache does not want it.
     """
-    batch, seq, num_heads, head_dim = q.shape
-    if head_dim != cache.head_dim or num_heads % cache.num_kv_heads or positions.shape != (batch, seq):
-        raise ValueError(
-            f"paged_attention: q {q.shape}, positions {positions.shape}, cache of {cache.num_kv_heads} heads "
-            f"of {cache.head_dim}"
-        )
-    if cache.block_tables.shape[0] != batch:
-        raise ValueError(f"paged_attention: q {q.shape}, block tables {cache.block_tables.shape}")
-    table = (cache.max_length, head_dim // 2)
-    if key_rope is not None and (key_rope[0].shape != table or key_rope[1].shape != table):
-        found = f"{key_rope[0].shape}, {key_rope[1].shape}"
-        raise ValueError(f"paged_attention: key_rope {found}, expected {table}")
-    if window is not None and window.shape != ():
-        raise ValueError(f"paged_attention: window {window.shape}, expected a scalar")
-    if (key_rope is not None) != (cache.kv_rope == "pre"):
-        raise ValueError(
-            f"paged_attention: key_rope given: {key_rope is not None}, cache stores {cache.kv_rope}-RoPE keys"
-        )
-    op = "paged_attention" if seq == 1 else "prefill_attention"
-    return dispatch.run(op, q, cache, layer, positions, key_rope, window)
+    call = check(Call(q, cache, layer, positions, key_rope, window))
+    return dispatch.run("paged_attention" if q.shape[1] == 1 else "prefill_attention", call)

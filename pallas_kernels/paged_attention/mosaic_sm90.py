@@ -19,17 +19,16 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic
 from pallas_kernels.paged_attention import decode, fragments
+from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.combine import combine
-from pallas_kernels.qarrays import PagedKVCache
 
 # CTAs an SM holds at a time, by registers and shared memory (at head_dim 128 and 8 query heads a kv head).
 CTAS_PER_SM = {4: 3, 16: 2}
@@ -57,36 +56,21 @@ def heuristics(batch: int, num_kv_heads: int, blocks: int, kv_bits: int) -> Conf
     return Config(splits=splits, stages=4 if kv_bits == 4 else 2)
 
 
-def configuration(
-    q: Float[Array, "batch seq heads head_dim"],
-    cache: PagedKVCache,
-    layer: Int32[Array, ""],
-    positions: Int32[Array, "batch seq"],
-    key_rope: Any,
-    window: Int32[Array, ""] | None = None,
-) -> Config:
-    """What ``run`` would use."""
-    kv_bits = 4 if cache.quantized else 16
-    return heuristics(q.shape[0], cache.num_kv_heads, cache.block_tables.shape[1], kv_bits)
+def configs(call: Call) -> list[Config]:
+    """See ``dispatch``; tried are half and twice as many CTAs, more and fewer pages in flight."""
+    blocks = call.cache.block_tables.shape[1]
+    kv_bits = 4 if call.cache.quantized else 16
+    default = heuristics(call.q.shape[0], call.cache.num_kv_heads, blocks, kv_bits)
+    most = min(blocks, _MAX_SPLITS)
+    halved, doubled = default.splits // 2, 2 * default.splits
+    splits = {default.splits} | {other for other in (halved, doubled) if 1 <= other <= most}
+    others = [Config(number, stages) for number in sorted(splits) for stages in (2, 3, 4, 6)]
+    return list(dict.fromkeys((default, *others)))
 
 
-def candidates(q: Any, cache: PagedKVCache, *arguments: Any) -> list[Config]:
-    """What a sweep times: half and twice as many CTAs, more and fewer pages in flight."""
-    default = configuration(q, cache, *arguments).splits
-    most = min(cache.block_tables.shape[1], _MAX_SPLITS)
-    splits = {default} | {other for other in (default // 2, 2 * default) if 1 <= other <= most}
-    return [Config(number, stages) for number in sorted(splits) for stages in (2, 3, 4, 6)]
-
-
-def unsupported(
-    q: Float[Array, "batch seq heads head_dim"],
-    cache: PagedKVCache,
-    layer: Int32[Array, ""],
-    positions: Int32[Array, "batch seq"],
-    key_rope: Any,
-    window: Int32[Array, ""] | None = None,
-) -> str | None:
-    """Why ``run`` cannot serve this call; None if it can."""
+def unsupported(call: Call) -> str | None:
+    """See ``dispatch``."""
+    q, cache, key_rope = call.q, call.cache, call.key_rope
     _, seq, num_heads, head_dim = q.shape
     if seq != 1:
         return f"{seq} queries a sequence: prefill_attention serves more than one"
@@ -105,49 +89,24 @@ def unsupported(
     return None
 
 
-def run(
-    q: Float[Array, "batch 1 heads head_dim"],
-    cache: PagedKVCache,
-    layer: Int32[Array, ""],
-    positions: Int32[Array, "batch 1"],
-    key_rope: None,
-    window: Int32[Array, ""] | None = None,
-) -> Float[Array, "batch 1 heads head_dim"]:
+def run(call: Call, config: Config) -> Float[Array, "batch 1 heads head_dim"]:
     """See ``api.paged_attention``."""
-    config = configuration(q, cache, layer, positions, key_rope)
-    return run_with(config, q, cache, layer, positions, key_rope, window)
-
-
-def run_with(
-    config: Config,
-    q: Float[Array, "batch 1 heads head_dim"],
-    cache: PagedKVCache,
-    layer: Int32[Array, ""],
-    positions: Int32[Array, "batch 1"],
-    key_rope: None,
-    window: Int32[Array, ""] | None = None,
-) -> Float[Array, "batch 1 heads head_dim"]:
-    """``run`` with a chosen configuration."""
-    out, lse = _decode(q[:, 0], cache, layer, positions[:, 0], window, config)
+    q = call.q
+    out, lse = _decode(call, config)
     if config.splits > 1:
         out = combine(out, lse, q.shape[2], q.dtype)
     return out.reshape(q.shape)
 
 
-def _decode(
-    q: Float[Array, "batch heads head_dim"],
-    cache: PagedKVCache,
-    layer: Int32[Array, ""],
-    positions: Int32[Array, " batch"],
-    window: Int32[Array, ""] | None,
-    config: Config,
-) -> tuple[Array, Array]:
+def _decode(call: Call, config: Config) -> tuple[Array, Array]:
     """Launches the kernel.
 
     Returns:
       unsplit, outputs [batch, heads, head_dim] twice; split, outputs [batch, kv_heads, splits, queries,
       head_dim] and the base-2 log-sum-exp [batch, kv_heads, splits, queries] of each.
     """
+    cache, window = call.cache, call.window
+    q, positions = call.q[:, 0], call.positions[:, 0]
     batch, num_heads, head_dim = q.shape
     _, num_pages, num_kv_heads, page_size, row = cache.k_pages.shape
     blocks, groups = cache.block_tables.shape[1], cache.kv_groups
@@ -168,9 +127,9 @@ def _decode(
     operands = [q, pages(cache.k_pages), pages(cache.v_pages)]
     if cache.k_scales is not None and cache.v_scales is not None:
         operands += [x.reshape(-1, 2 * groups, page_size) for x in (cache.k_scales, cache.v_scales)]
-    operands += [cache.block_tables, positions, layer.reshape(1)]
+    operands += [cache.block_tables, positions, call.layer.reshape(1)]
     if window is not None:
-        operands.append(window.reshape(1))
+        operands.append(jnp.reshape(window, 1))
 
     dtype = cache.k_pages.dtype
     bits = dtype.itemsize * 8

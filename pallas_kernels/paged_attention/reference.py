@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float16, Float32, Int32
 
+from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.qarrays import PagedKVCache
 
 _MASKED = -1e30
@@ -50,15 +51,9 @@ def _rotated_keys(halves: Halves, scale: PerKey, zero: PerKey, cos: Array, sin: 
     return first * cos - second * sin, second * cos + first * sin
 
 
-def run(
-    q: Float[Array, "batch seq heads head_dim"],
-    cache: PagedKVCache,
-    layer: Int32[Array, ""],
-    positions: Int32[Array, "batch seq"],
-    key_rope: tuple[Float32[Array, "keys half"], Float32[Array, "keys half"]] | None,
-    window: Int32[Array, ""] | None = None,
-) -> Float[Array, "batch seq heads head_dim"]:
+def run(call: Call, config: None = None) -> Float[Array, "batch seq heads head_dim"]:
     """See ``api.paged_attention``."""
+    q, cache, layer, positions, key_rope, window = call
     batch, seq, _, head_dim = q.shape
     queries = q.reshape(batch, seq, cache.num_kv_heads, -1, head_dim)
     halves = _gather_halves(cache.k_pages, layer, cache)

@@ -7,14 +7,12 @@ starts later would need a mask of [batch, seq, keys] in memory and would skip no
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float
 
 from pallas_kernels.prefill_attention import flash
+from pallas_kernels.prefill_attention.call import Call
 from pallas_kernels.prefill_attention.gather import gather
-from pallas_kernels.qarrays import PagedKVCache
 
 _PAGE_SIZES = (8, 16, 32, 64, 128)
 
@@ -24,23 +22,20 @@ def heuristics(seq: int, head_dim: int) -> flash.Config:
     return flash.Config(consumers=1 if seq <= flash.ROWS else 2, block_keys=64, stages=4)
 
 
-def configuration(q: Any, *arguments: Any) -> flash.Config:
-    """What ``run`` uses for these arguments."""
-    return heuristics(q.shape[1], q.shape[3])
-
-
-def candidates(q: Any, *arguments: Any) -> list[flash.Config]:
-    """What a sweep times."""
-    consumers = {1, heuristics(q.shape[1], q.shape[3]).consumers}
-    return [
-        flash.Config(number, block_keys, stages)
-        for number in sorted(consumers)
+def configs(call: Call) -> list[flash.Config]:
+    """See ``dispatch``."""
+    default = heuristics(call.q.shape[1], call.q.shape[3])
+    others = [
+        flash.Config(consumers, block_keys, stages)
+        for consumers in sorted({1, default.consumers})
         for block_keys, stages in ((64, 2), (64, 4), (64, 6), (128, 2), (128, 3))
     ]
+    return list(dict.fromkeys((default, *others)))
 
 
-def unsupported(q: Any, cache: PagedKVCache, *arguments: Any) -> str | None:
-    """Why ``run`` cannot serve these arguments; None if it can."""
+def unsupported(call: Call) -> str | None:
+    """See ``dispatch``."""
+    q, cache = call.q, call.cache
     if q.dtype != jnp.bfloat16:
         return f"queries of {q.dtype}, not of bfloat16"
     if cache.head_dim not in (64, 128):
@@ -52,28 +47,10 @@ def unsupported(q: Any, cache: PagedKVCache, *arguments: Any) -> str | None:
     return None
 
 
-def run(
-    q: Float[Array, "batch seq heads head_dim"],
-    cache: PagedKVCache,
-    layer: Int32[Array, ""],
-    positions: Int32[Array, "batch seq"],
-    key_rope: tuple[Float32[Array, "keys half"], Float32[Array, "keys half"]] | None,
-    window: Int32[Array, ""] | None = None,
-) -> Float[Array, "batch seq heads head_dim"]:
+def run(call: Call, config: flash.Config) -> Float[Array, "batch seq heads head_dim"]:
     """See ``paged_attention.api.paged_attention``."""
-    return run_with(configuration(q), q, cache, layer, positions, key_rope, window)
-
-
-def run_with(
-    config: flash.Config,
-    q: Float[Array, "batch seq heads head_dim"],
-    cache: PagedKVCache,
-    layer: Int32[Array, ""],
-    positions: Int32[Array, "batch seq"],
-    key_rope: tuple[Float32[Array, "keys half"], Float32[Array, "keys half"]] | None,
-    window: Int32[Array, ""] | None = None,
-) -> Float[Array, "batch seq heads head_dim"]:
-    """``run`` with a chosen configuration."""
+    q, cache, layer, positions, key_rope, window = call
+    window = None if window is None else jnp.asarray(window)
     seq = positions.shape[1]
     if padding := -seq % config.block_queries:
         q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float
 
 from pallas_kernels.paged_attention import reference as paged_attention
-from pallas_kernels.qarrays import PagedKVCache
+from pallas_kernels.prefill_attention.call import Call
 
 
-def run(
-    q: Float[Array, "batch seq heads head_dim"],
-    cache: PagedKVCache,
-    layer: Int32[Array, ""],
-    positions: Int32[Array, "batch seq"],
-    key_rope: tuple[Float32[Array, "keys half"], Float32[Array, "keys half"]] | None,
-    window: Int32[Array, ""] | None = None,
-) -> Float[Array, "batch seq heads head_dim"]:
+def run(call: Call, config: None = None) -> Float[Array, "batch seq heads head_dim"]:
     """See ``paged_attention.api.paged_attention``."""
-    return paged_attention.run(q, cache, layer, positions, key_rope, window)
+    return paged_attention.run(call)

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch
 from pallas_kernels.qarrays import ActivationFormat, QuantizedActivation
+from pallas_kernels.quantize.call import Call
 
 
 def quantize(
@@ -28,4 +29,4 @@ def quantize(
     if indices is not None and indices.shape != x.shape[-1:]:
         raise ValueError(f"quantize: indices {indices.shape} do not reorder the channels of x {x.shape}")
     fmt.num_groups(x.shape[-1])
-    return dispatch.run("quantize", x, fmt, indices)
+    return dispatch.run("quantize", Call(x, fmt, indices))

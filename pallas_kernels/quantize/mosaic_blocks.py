@@ -46,10 +46,11 @@ def heuristics(rows: int, channels: int) -> Config:
     return Config(block_slabs=min(enough, key=lambda b: -(-slabs // b) * (b + 1)))
 
 
-def candidates(channels: int) -> list[Config]:
-    """What a sweep times."""
+def configs(rows: int, channels: int) -> list[Config]:
+    """The default and what else a sweep times."""
     slabs = -(-channels // groups.SLAB)
-    return [Config(block_slabs) for block_slabs in range(1, min(slabs, _MOST_SLABS) + 1)]
+    others = [Config(block_slabs) for block_slabs in range(1, min(slabs, _MOST_SLABS) + 1)]
+    return list(dict.fromkeys((heuristics(rows, channels), *others)))
 
 
 def quantize_blocks(

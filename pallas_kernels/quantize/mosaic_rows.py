@@ -39,10 +39,11 @@ def heuristics(channels: int) -> Config:
     return Config(slabs_per_step=min(2, -(-channels // groups.SLAB)))
 
 
-def candidates(channels: int) -> list[Config]:
-    """What a sweep times."""
+def configs(channels: int) -> list[Config]:
+    """The default and what else a sweep times."""
     slabs = -(-channels // groups.SLAB)
-    return [Config(slabs_per_step) for slabs_per_step in range(1, min(slabs, 4) + 1)]
+    others = [Config(slabs_per_step) for slabs_per_step in range(1, min(slabs, 4) + 1)]
+    return list(dict.fromkeys((heuristics(channels), *others)))
 
 
 def smem_bytes(channels: int, *dtypes: Any) -> int:

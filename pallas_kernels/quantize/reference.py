@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int8, Int32
+from jaxtyping import Array, Float, Float32, Int8
 
 from pallas_kernels.qarrays import ActivationFormat, QuantizedActivation
+from pallas_kernels.quantize.call import Call
 
 # Smallest maximum a scale is computed from: a zero group gets a scale and no division by zero.
 MIN_AMAX = 1e-5
@@ -25,11 +26,10 @@ def round_clip(x: Float32[Array, "*s"], scale: Float32[Array, "*s"], bound: int)
     return jnp.clip(jnp.round(x * (1.0 / scale)), -bound - 1, bound).astype(jnp.int8)
 
 
-def run(
-    x: Float[Array, "m k"], fmt: ActivationFormat, indices: Int32[Array, " k"] | None
-) -> QuantizedActivation:
+def run(call: Call, config: None = None) -> QuantizedActivation:
     """See ``api.quantize``."""
-    return quantize(x if indices is None else jnp.take(x, indices, axis=-1), fmt)
+    x = call.x if call.indices is None else jnp.take(call.x, call.indices, axis=-1)
+    return quantize(x, call.fmt)
 
 
 def quantize(x: Float[Array, "m k"], fmt: ActivationFormat) -> QuantizedActivation:

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.qarrays import ActivationFormat, QuantizedActivation
+from pallas_kernels.silu_quantize.call import Call
 
 
 def silu_quantize(gate_up: Float[Array, "m two_k"], fmt: ActivationFormat) -> QuantizedActivation:
@@ -21,4 +22,4 @@ def silu_quantize(gate_up: Float[Array, "m two_k"], fmt: ActivationFormat) -> Qu
     if gate_up.shape[-1] % 2:
         raise ValueError(f"silu_quantize: a fused row of {gate_up.shape[-1]} is not a gate and an up half")
     fmt.num_groups(gate_up.shape[-1] // 2)
-    return dispatch.run("silu_quantize", gate_up, fmt)
+    return dispatch.run("silu_quantize", Call(gate_up, fmt))

@@ -4,40 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float32
 
-from pallas_kernels.qarrays import ActivationFormat, QuantizedActivation
+from pallas_kernels.qarrays import QuantizedActivation
 from pallas_kernels.quantize import mosaic_blocks, mosaic_groups
 from pallas_kernels.quantize.mosaic_leaves import sigmoid
+from pallas_kernels.silu_quantize.call import Call
 
 
-def run(gate_up: Float[Array, "m two_k"], fmt: ActivationFormat) -> QuantizedActivation:
+def run(call: Call, config: mosaic_blocks.Config) -> QuantizedActivation:
     """See ``api.silu_quantize``."""
-    return run_with(configuration(gate_up, fmt), gate_up, fmt)
+    m, width = call.gate_up.shape
+    parts = call.gate_up.reshape(m, 2, width // 2)
+    return mosaic_blocks.quantize_blocks(parts, _silu_mul, "silu_quantize", call.fmt, config)
 
 
-def run_with(
-    config: mosaic_blocks.Config, gate_up: Float[Array, "m two_k"], fmt: ActivationFormat
-) -> QuantizedActivation:
-    """``run`` with a chosen configuration."""
-    rows, width = gate_up.shape
-    parts = gate_up.reshape(rows, 2, width // 2)
-    return mosaic_blocks.quantize_blocks(parts, _silu_mul, "silu_quantize", fmt, config)
+def unsupported(call: Call) -> str | None:
+    """See ``dispatch``."""
+    return mosaic_groups.unsupported(call.fmt, call.gate_up.dtype)
 
 
-def unsupported(gate_up: Float[Array, "m two_k"], fmt: ActivationFormat) -> str | None:
-    """Why the kernel cannot serve this call; None if it can."""
-    return mosaic_groups.unsupported(fmt, gate_up.dtype)
-
-
-def configuration(gate_up: Float[Array, "m two_k"], fmt: ActivationFormat) -> mosaic_blocks.Config:
-    """What ``run`` runs with."""
-    return mosaic_blocks.heuristics(gate_up.shape[0], gate_up.shape[1] // 2)
-
-
-def candidates(gate_up: Float[Array, "m two_k"], fmt: ActivationFormat) -> list[mosaic_blocks.Config]:
-    """What a sweep times."""
-    return mosaic_blocks.candidates(gate_up.shape[1] // 2)
+def configs(call: Call) -> list[mosaic_blocks.Config]:
+    """See ``dispatch``."""
+    m, width = call.gate_up.shape
+    return mosaic_blocks.configs(m, width // 2)
 
 
 def _silu_mul(parts: list[Float32[Array, "*s"]], layout: Any) -> Float32[Array, "*s"]:

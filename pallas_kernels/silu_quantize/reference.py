@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.qarrays import ActivationFormat, QuantizedActivation
+from pallas_kernels.qarrays import QuantizedActivation
 from pallas_kernels.quantize import reference as quantize_reference
+from pallas_kernels.silu_quantize.call import Call
 
 
 def silu_mul(gate_up: Float[Array, "m two_k"]) -> Float[Array, "m k"]:
@@ -16,6 +17,6 @@ def silu_mul(gate_up: Float[Array, "m two_k"]) -> Float[Array, "m k"]:
     return jax.nn.silu(gate) * up
 
 
-def run(gate_up: Float[Array, "m two_k"], fmt: ActivationFormat) -> QuantizedActivation:
+def run(call: Call, config: None = None) -> QuantizedActivation:
     """See ``api.silu_quantize``."""
-    return quantize_reference.quantize(silu_mul(gate_up), fmt)
+    return quantize_reference.quantize(silu_mul(call.gate_up), call.fmt)

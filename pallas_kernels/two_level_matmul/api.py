@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.qarrays import QuantizedActivation, TwoLevelWeight
+from pallas_kernels.two_level_matmul.call import Call
 
 
 def two_level_matmul(
@@ -30,4 +31,4 @@ def two_level_matmul(
             f"two_level_matmul: weight {w.shape} does not fit an activation of {x.body.shape[-1]} channels "
             f"in groups of {x.group_size} and {x.outliers.shape[-1]} in INT8"
         )
-    return dispatch.run("two_level_matmul", x, w, bias, residual, out_dtype)
+    return dispatch.run("two_level_matmul", Call(x, w, bias, residual, out_dtype))

@@ -9,18 +9,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.qarrays import QuantizedActivation, TwoLevelWeight
 from pallas_kernels.reference_matmul import finish, per_run, run_length, split_halves, weight_halves
+from pallas_kernels.two_level_matmul.call import Call
 
 
-def run(
-    x: QuantizedActivation,
-    w: TwoLevelWeight,
-    bias: Float[Array, " n"] | None,
-    residual: Float[Array, "m n"] | None,
-    out_dtype: jnp.dtype,
-) -> Float[Array, "m n"]:
+def run(call: Call, config: None = None) -> Float[Array, "m n"]:
     """See ``api.two_level_matmul``."""
+    x, w, bias, residual, out_dtype = call
     halves = zip(
         weight_halves(w.packed, run_length(w.group_size)),
         per_run(w.group_scales, w.group_size),

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from pallas_kernels.devices import REFERENCE
+from pallas_kernels.dispatch import cost, record_choices, use_implementation
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.kv_append.api import kv_append
 from pallas_kernels.norm_quantize.api import norm_quantize
@@ -23,6 +25,7 @@ from pallas_kernels.qarrays import (
     pack_int4,
 )
 from pallas_kernels.quantize.api import quantize
+from pallas_kernels.roofline import Cost
 from pallas_kernels.silu_quantize.api import silu_quantize
 from pallas_kernels.verification.shapes import DECODE_ROWS, MODELS, PREFILL_ROWS, SHAPES, LayerShape
 
@@ -33,19 +36,19 @@ EPS = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One jittable call: ``call(*inputs(key))``.
+    """One jittable call of an op: ``function(*inputs(key))``.
 
     Attributes:
       op: of ``pallas_kernels``.
       model, shape: for people, e.g. "Llama-3-8B" and "qkv_proj M=16".
       inputs: fresh random arguments from a key; ``jax.eval_shape`` of it gives their shapes without memory.
-      donated: positions of arguments that the call updates in place.
+      donated: positions of arguments that the function updates in place.
     """
 
     op: str
     model: str
     shape: str
-    call: Callable[..., Any]
+    function: Callable[..., Any]
     inputs: Callable[[Key[Array, ""]], tuple[Any, ...]]
     donated: tuple[int, ...] = ()
 
@@ -56,6 +59,27 @@ class Case:
     @property
     def abstract_inputs(self) -> tuple[Any, ...]:
         return jax.eval_shape(self.inputs, jax.eval_shape(lambda: jax.random.key(0)))
+
+    @property
+    def call(self) -> Any:
+        """The arguments of the op, as its ``Call`` of shapes."""
+
+        def traced(*inputs: Any) -> Any:  # a new function each time: a cached trace records nothing
+            return self.function(*inputs)
+
+        with use_implementation(REFERENCE), record_choices() as choices:
+            jax.eval_shape(traced, *self.abstract_inputs)
+        (choice,) = choices
+        return jax.tree.map(_shape, choice.call)
+
+    @property
+    def cost(self) -> Cost:
+        """The least that one call must move and multiply."""
+        return cost(self.op, self.call)
+
+
+def _shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf
 
 
 def random_weight(key: Key[Array, ""], n: int, k: int, group_size: int, num_outliers: int) -> QuantizedWeight:

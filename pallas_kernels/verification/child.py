@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import devices, dispatch
 from pallas_kernels.verification import verdicts
 from pallas_kernels.verification.checks import Check, all_checks
 from pallas_kernels.verification.execute import WrongResult, check_case, device_lost
@@ -32,22 +32,24 @@ def main(arguments: Sequence[str] | None = None, *, any_device: bool = False) ->
 
     Args:
       arguments: the implementation and names of checks; None for the command line's.
-      any_device: also where the device has not the compute capability that the implementation needs. For a
-        program that has put something else in the kernels' place before it calls this.
+      any_device: also where the implementation is not for the device. For a program that has put
+        something else in the kernels' place before it calls this.
 
     Raises:
       SystemExit: the implementation needs another device.
       KeyError: there is no such implementation or check.
     """
     implementation, *names = sys.argv[1:] if arguments is None else arguments
-    needed = dispatch.IMPLEMENTATIONS[implementation]
+    lacking = devices.IMPLEMENTATIONS[implementation]
     wanted = [all_checks()[name] for name in names]
     say = _protocol()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if not any_device and dispatch.device_capability() != needed:
-        sys.exit(f"{implementation} needs compute capability {needed}; JAX runs on {dispatch.device_kind()}")
+    device = devices.default_device()
+    lack = None if any_device else lacking(device)
+    if lack is not None:
+        sys.exit(f"{implementation} {lack}; JAX runs on {device.device_kind}")
     jax.block_until_ready(jnp.zeros((8,)) + 1)
-    say({"ready": dispatch.device_kind()})
+    say({"ready": device.device_kind})
     for check in wanted:
         say({"begin": check.name})
         outcome, detail = run_check(check, implementation)

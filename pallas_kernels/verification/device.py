@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pallas_kernels import dispatch
+from pallas_kernels import devices
 from pallas_kernels.verification import verdicts
 from pallas_kernels.verification.checks import all_checks
 from pallas_kernels.verification.verdicts import Verdicts
@@ -32,10 +32,10 @@ def verify_device(
     Returns:
       All verdicts of the device; None where there is no kernel for it.
     """
-    implementation = dispatch.kernels_here()
+    implementation = devices.kernels_here()
     if implementation is None:
         return None
-    device, limits = dispatch.device_kind(), limits or Limits()
+    device, limits = devices.default_device().device_kind, limits or Limits()
     known = before = verdicts.adopted(device)
     if known is None:
         try:

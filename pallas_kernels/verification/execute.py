@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from pallas_kernels.dispatch import REFERENCE, use_implementation
+from pallas_kernels.devices import REFERENCE
+from pallas_kernels.dispatch import use_implementation
 from pallas_kernels.verification.cases import Case
 from pallas_kernels.verification.compare import check_result, same_bits
 
@@ -49,7 +50,7 @@ def compiled(case: Case, implementation: str) -> Callable[..., Any]:
     """``case`` jitted for ``implementation``; its arguments stay intact, its result is in poisoned memory."""
     # A function of its own: jit must not find what it traced for another implementation.
     call = jax.jit(
-        lambda *arguments: case.call(*arguments),
+        lambda *arguments: case.function(*arguments),
         donate_argnums=case.donated,
         # The reference's matmuls need not be fast: trying how to run them takes seconds.
         compiler_options={"xla_gpu_autotune_level": 0},

@@ -84,7 +84,7 @@ def one_scale(model: str, batch: int, seq: int, length: int, kv_rope: str) -> Ca
         return paged_attention(q, cache, layer=index, positions=positions, key_rope=key_rope)
 
     shape = f"batch={batch} queries={seq} keys={length} one scale, {kv_rope}"
-    return dataclasses.replace(case, shape=shape, call=call, inputs=inputs)
+    return dataclasses.replace(case, shape=shape, function=call, inputs=inputs)
 
 
 def windowed(model: str, batch: int, seq: int, length: int, window: int) -> Case:
@@ -97,6 +97,6 @@ def windowed(model: str, batch: int, seq: int, length: int, window: int) -> Case
     return dataclasses.replace(
         case,
         shape=f"{case.shape} window={window}",
-        call=call,
+        function=call,
         inputs=lambda key: (*case.inputs(key), jnp.int32(window)),
     )

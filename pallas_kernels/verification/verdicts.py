@@ -102,9 +102,9 @@ def skipped() -> bool:
 
 @functools.cache
 def sources_hash() -> str:
-    """SHA-256 over the Python sources of this package."""
+    """SHA-256 over the Python sources of this package and the winners that its kernels run with."""
     digest = hashlib.sha256()
-    for file in sorted(_SOURCES.rglob("*.py")):
+    for file in sorted([*_SOURCES.rglob("*.py"), *_SOURCES.rglob("*.json")]):
         content = file.read_bytes()
         digest.update(f"{file.relative_to(_SOURCES).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch
 from pallas_kernels.int3 import WeightOnlyInt3
 from pallas_kernels.qarrays import WeightOnlyInt4
+from pallas_kernels.weight_only_matmul.call import Call
 
 
 def weight_only_matmul(
@@ -28,4 +29,4 @@ def weight_only_matmul(
     """
     if len(w.shape) != 2 or x.shape[-1] != w.shape[-1]:
         raise ValueError(f"weight_only_matmul: weight {w.shape} does not fit activation {x.shape}")
-    return dispatch.run("weight_only_matmul", x, w, bias, residual, out_dtype)
+    return dispatch.run("weight_only_matmul", Call(x, w, bias, residual, out_dtype))

@@ -9,18 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.int3 import WeightOnlyInt3
-from pallas_kernels.qarrays import WeightOnlyInt4
 from pallas_kernels.reference_matmul import finish, per_run, run_length, split_halves, weight_halves
+from pallas_kernels.weight_only_matmul.call import Call
 
 
-def run(
-    x: Float[Array, "m k"],
-    w: WeightOnlyInt4 | WeightOnlyInt3,
-    bias: Float[Array, " n"] | None,
-    residual: Float[Array, "m n"] | None,
-    out_dtype: jnp.dtype,
-) -> Float[Array, "m n"]:
+def run(call: Call, config: None = None) -> Float[Array, "m n"]:
     """See ``api.weight_only_matmul``."""
+    x, w, bias, residual, out_dtype = call
     if isinstance(w, WeightOnlyInt3):
         return finish(x.astype(jnp.float32) @ w.dequantize().T, bias, residual, out_dtype)
     halves = zip(

@@ -15,7 +15,7 @@ import atom_jax
 from atom_jax import compilation_cache, doctor
 from atom_jax.kernel_check import check_kernels
 from atom_jax_cli.engine import load_engine
-from pallas_kernels import dispatch, use_implementation
+from pallas_kernels import devices, use_implementation
 from pallas_kernels.verification import device, verdicts, verify
 from pallas_kernels.verification.checks import all_checks
 from pallas_kernels.verification.verdicts import FAILED, GOOD, UNCHECKED
@@ -225,7 +225,7 @@ class TestDoctor:
 
         def suggested(monkeypatch: pytest.MonkeyPatch, **found: Any) -> dict[str, str]:
             monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-            monkeypatch.setattr(dispatch, "kernels_here", lambda: KERNEL)
+            monkeypatch.setattr(devices, "kernels_here", lambda: KERNEL)
             return doctor._suggestion(schemes | found)
 
         with pytest.MonkeyPatch.context() as monkeypatch:

@@ -65,10 +65,10 @@ def test_a_window_that_is_not_kept_is_noticed():
     for seq in (1, 5):
         case = variants.windowed(MODEL, 1, seq, 200, 70)
         inputs = case.inputs(jax.random.key(0))
-        expected = case.call(*inputs)
+        expected = case.function(*inputs)
         for window in (69, 71, 2**30):
             with pytest.raises(AssertionError):
-                compare.check_result(case, inputs, case.call(*inputs[:-1], jnp.int32(window)), expected)
+                compare.check_result(case, inputs, case.function(*inputs[:-1], jnp.int32(window)), expected)
 
 
 def test_norm_with_residual():
@@ -163,9 +163,9 @@ def test_model_comparison_sees_a_wrong_op(monkeypatch: pytest.MonkeyPatch):
     config, params = tiny_model()
     original, calls = reference.run, []
 
-    def wrong(q, *arguments):
-        calls.append(q.shape)
-        out = original(q, *arguments)
+    def wrong(call, config=None):
+        calls.append(call.q.shape)
+        out = original(call)
         return -out[:, :, ::-1] if len(calls) % 2 else out
 
     clear_traces()

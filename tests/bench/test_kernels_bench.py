@@ -11,10 +11,10 @@ import pytest
 import typer
 
 from bench import kernels, record
-from bench.costs import cost
 from bench.gpu import progress, sweep, targets, timing
 from bench.gpu.peers import peers
 from pallas_kernels.roofline import H200, seconds
+from pallas_kernels.tuning import winners
 from pallas_kernels.verification import cases
 from pallas_kernels.verification.cases import Case
 
@@ -33,7 +33,7 @@ def broken_case(message: str = "the compiler refuses") -> Case:
     def call(*_):
         raise ValueError(message)
 
-    return dataclasses.replace(cases.norm(MODEL, 8), call=call, shape="broken")
+    return dataclasses.replace(cases.norm(MODEL, 8), function=call, shape="broken")
 
 
 def test_writes_times_ratios_and_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -105,8 +105,8 @@ def test_order_and_costs_of_all_cases():
     # Four linears at M = 16, 64 and 4096, two row-wise ops, attention.
     assert sum(wanted) == 15 and all(wanted[:15])
     for case in ordered:
-        assert 0 < seconds(cost(case), H200) < 0.01, case.name
-    attention = cost(cases.attention("Llama-3-8B", 128, 1, 2048))
+        assert 0 < seconds(case.cost, H200) < 0.01, case.name
+    attention = cases.attention("Llama-3-8B", 128, 1, 2048).cost
     assert attention.bytes == 2 * 128 * 2048 * 8 * (64 + 8) + 2 * 128 * 32 * 128 * 2
 
 
@@ -165,9 +165,7 @@ class Config:
     ids=lambda case: case.name,
 )
 def test_kernels_offer_configurations_to_sweep(case: Case):
-    module = sweep.tunable(case)
-    assert module is not None
-    default, others = sweep.candidates(case, module)
+    default, *others = sweep.configs(case)
     assert others and len({default, *others}) == 1 + len(others)
     assert {type(config) for config in others} == {type(default)}
 
@@ -175,31 +173,32 @@ def test_kernels_offer_configurations_to_sweep(case: Case):
 def test_sweep_takes_the_fastest_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Protocol of a tunable op, with the reference in the place of a kernel."""
     from pallas_kernels.silu_quantize import reference
+    from pallas_kernels.silu_quantize.call import Call
 
     tried: list[float] = []
 
-    def run_with(config: Config, gate_up, fmt):
+    def run(call: Call, config: Config):
         tried.append(config.scale)
         if config.scale == 3:
             raise ValueError("too much shared memory")
-        return original(gate_up * jnp.bfloat16(config.scale), fmt)
+        return original(call._replace(gate_up=call.gate_up * jnp.bfloat16(config.scale)))
 
     original = reference.run
     monkeypatch.setattr(sweep, "IMPLEMENTATION", "reference")
-    monkeypatch.setattr(reference, "run_with", run_with, raising=False)
-    monkeypatch.setattr(reference, "configuration", lambda *_: Config(1), raising=False)
-    monkeypatch.setattr(reference, "candidates", lambda *_: [Config(1), Config(2), Config(3)], raising=False)
+    offered = [Config(1), Config(2), Config(3)]
+    monkeypatch.setattr(reference, "configs", lambda call: offered, raising=False)
     times = iter([2e-6, 1e-6])
+    monkeypatch.setattr(reference, "run", run)
     clock = timing.Clock("fake")
     monkeypatch.setattr(clock, "measure", lambda program: timing.Timing(next(times), "fake", 1.0, 1, None))
     out = tmp_path / "h200.json"
     sweep.sweep_cases([cases.silu(MODEL, 8), cases.norm(MODEL, 8)], clock, 1000, out)
     (entry,) = json.loads(out.read_text())["entries"]
-    assert tried == [1, 2, 3] and reference.run is original
+    assert list(dict.fromkeys(tried)) == [1, 2, 3]  # the first when the cost is counted, too
     assert entry["winner"] == {"config": {"scale": 2}, "seconds": 1e-6}
     assert "too much shared memory" in entry["tried"][2]["error"]
 
 
 def test_results_are_kept_by_gpu():
     assert record.gpu_results("NVIDIA H100 80GB HBM3") == record.RESULTS / "h100"
-    assert sweep.winners("NVIDIA H200") == sweep.TUNING / "h200.json"
+    assert winners.path("NVIDIA H200") == winners.FOLDER / "h200.json"

@@ -49,7 +49,7 @@ def test_stacked_weights_in_a_scan(linear: str, rows: int):
         return x, jax.vmap(lambda key: case.inputs(key)[1])(jax.random.split(key, layers))
 
     def call(x, stacked):
-        return jax.lax.scan(lambda _, weight: (None, case.call(x, weight)), None, stacked)[1]
+        return jax.lax.scan(lambda _, weight: (None, case.function(x, weight)), None, stacked)[1]
 
     support.check_case(Case(case.op, case.model, f"{case.shape} in a scan", call, inputs))
 
@@ -66,11 +66,11 @@ def test_cache_carried_through_a_scan():
         return qkv, cache, jnp.full((batch, 1), length - 1, jnp.int32), cos, sin
 
     def call(qkv, cache, positions, cos, sin):
-        attend = cases.attention(MODEL, batch, 1, length).call
+        attend = cases.attention(MODEL, batch, 1, length).function
 
         def body(cache, index):
             slots = cache.slots(positions)
-            q, cache = append.call(qkv, cache, index, slots, cos, sin, None, None, None)
+            q, cache = append.function(qkv, cache, index, slots, cos, sin, None, None, None)
             return cache, attend(q[:, None], cache, index, positions)
 
         cache, outputs = jax.lax.scan(body, cache, jnp.arange(2, dtype=jnp.int32))

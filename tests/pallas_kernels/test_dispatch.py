@@ -23,7 +23,9 @@ _quantize = jax.jit(quantize, static_argnums=1)
 def fake_implementation(name: str, shift: int, unsupported: str | None = None) -> types.ModuleType:
     module = types.ModuleType(name)
     module.__dict__.update(
-        run=lambda x: x + shift, unsupported=lambda x: unsupported, configuration=lambda x: f"tiles of {name}"
+        run=lambda x, config: x + shift,
+        unsupported=lambda x: unsupported,
+        configs=lambda x: [f"tiles of {name}", "smaller tiles"],
     )
     return module
 
@@ -59,7 +61,7 @@ def test_hopper_takes_the_kernel(on_hopper):
             assert dispatch.run("an_op", 0) == 1
         assert dispatch.run("an_op", 0) == 10
     assert [choice.implementation for choice in choices] == ["mosaic_sm90", "reference", "mosaic_sm90"]
-    assert choices[0].configuration == "tiles of mosaic_sm90"
+    assert choices[0].config == "tiles of mosaic_sm90"
 
 
 def test_automatic_choice_says_why_it_is_not_the_kernel(on_hopper, tmp_path):

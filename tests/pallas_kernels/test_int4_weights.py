@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from jax import lax
 
 from pallas_kernels import ActivationFormat, TwoLevelWeight, quantize, two_level_matmul, weight_only_matmul
-from pallas_kernels.two_level_matmul.cost import cost as two_level_cost
-from pallas_kernels.weight_only_matmul.cost import cost as weight_only_cost
+from pallas_kernels.two_level_matmul import call as two_level
+from pallas_kernels.weight_only_matmul import call as weight_only
 from tests.pallas_kernels import bridge, oracle
 
 # M, N, K, group size
@@ -173,13 +173,13 @@ def test_cost_counts_the_arrays(k: int) -> None:
     weight = bridge.weight_only(bridge.random_int4(rng, n, k, group))
     x = jnp.zeros((m, k), jnp.bfloat16)
     y = weight_only_matmul(x, weight)
-    counted = weight_only_cost(m, n, k, group)
+    counted = weight_only.cost(weight_only.Call(x, weight))
     assert counted.bytes == sum(leaf.nbytes for leaf in jax.tree.leaves((weight, x, y)))
     assert (counted.bf16_ops, counted.int8_ops) == (2 * m * n * k, 0)
 
     weight = bridge.two_level(bridge.random_int4(rng, n, k, group, two_level=True))
     x = quantize(x, ActivationFormat(0, k))
     y = two_level_matmul(x, weight)
-    counted = two_level_cost(m, n, k, group)
+    counted = two_level.cost(two_level.Call(x, weight))
     assert counted.bytes == sum(leaf.nbytes for leaf in jax.tree.leaves((weight, x, y)))
     assert (counted.bf16_ops, counted.int8_ops) == (0, 2 * m * n * k)

@@ -113,11 +113,11 @@ def _matmul(case: Case, clusters: int) -> list[Sample]:
 def _quantizer(case: Case, clusters: int) -> list[Sample]:
     """Scales to some units in the last place; integers equal, behind a norm or an exponential nearly so."""
     x, *rest = inputs_of(case, support.key_of(case.name))
-    result, runs = _execute(lambda: case.call(x, *rest), None if len(x) == 1 else clusters)
+    result, runs = _execute(lambda: case.function(x, *rest), None if len(x) == 1 else clusters)
     body, scales, *outliers = runs[0].written_outputs  # in the kernel's order
     rows = np.flatnonzero(body.reshape(len(x), -1).any(1))
     with use_implementation("reference"):
-        expected = jax.jit(case.call)(x[rows], *rest)
+        expected = jax.jit(case.function)(x[rows], *rest)
     exact = case.op == "quantize"
     actual, wanted, chosen = result.scales[:, rows], np.asarray(expected.scales), scales[:, rows]
     np.testing.assert_allclose(actual[chosen], wanted[chosen], rtol=0 if exact else compare.SCALES)
@@ -135,14 +135,14 @@ def _append(case: Case, clusters: int) -> list[Sample]:
     """The cache as the reference leaves it when it appends the tokens whose CTAs ran; the queries' error."""
     qkv, cache, layer, slots, *rest = inputs_of(case, support.key_of(case.name))
     (q, written), runs = _execute(
-        lambda: case.call(qkv, jax.tree.map(jnp.copy, cache), layer, slots, *rest), clusters
+        lambda: case.function(qkv, jax.tree.map(jnp.copy, cache), layer, slots, *rest), clusters
     )
     tokens = runs[0].written_outputs[0].reshape(len(qkv), -1).all(1)
     assert tokens.sum() == min(len(qkv), clusters)
     angles, others = [x[tokens] for x in rest[:2]], rest[2:]
     inputs = (qkv[tokens], cache, layer, slots[tokens], *angles, *others)
     with use_implementation("reference"):
-        expected = jax.jit(case.call)(*inputs)
+        expected = jax.jit(case.function)(*inputs)
     actual = (jnp.asarray(q[tokens]), jax.tree.map(jnp.asarray, written))
     compare.check_result(case, inputs, actual, expected)
     return [Sample(runs, compare.relative_norm(actual[0], expected[0]), compare.QUERIES)]
@@ -194,7 +194,7 @@ def _decode(case: Case, clusters: int) -> list[Sample]:
 def _prefill(case: Case, clusters: int) -> list[Sample]:
     """Both kernels on inputs of their own: what some clusters gather is not what some others attend to."""
     q, cache, layer, positions = _attention_inputs(case)
-    config = mosaic_sm90.configuration(q)
+    config = mosaic_sm90.configs(case.call)[0]
     return [_flash(q, cache, positions, config), _gathered(cache, layer, positions, config, clusters)]
 
 

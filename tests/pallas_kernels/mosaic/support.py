@@ -41,7 +41,7 @@ TMA_STORE = "UTMASTG|UBLKCP"
 
 
 def compile_and_check(
-    function: Callable[..., Any], *arguments: Any, contains: tuple[str, ...] = (), **jit_options: Any
+    function: Callable[..., Any], *arguments: Any, contains: tuple[str, ...] = (), **options: Any
 ) -> list[aot.CompiledKernel]:
     """Compiles ``jit(function)`` for an H200 and asserts what holds for all kernels.
 
@@ -51,8 +51,9 @@ def compile_and_check(
     Args:
       arguments: pytrees of ``jax.ShapeDtypeStruct``.
       contains: opcodes of which each kernel must have at least one, "A|B" one of two.
+      options: of ``compile_for_h200``.
     """
-    _, kernels = aot.compile_for_h200(function, *arguments, **jit_options)
+    _, kernels = aot.compile_for_h200(function, *arguments, **options)
     assert kernels, "no Mosaic kernel was compiled"
     for kernel in kernels:
         check_machine_code(kernel, contains)

@@ -11,7 +11,8 @@ import pytest
 
 from pallas_kernels import QuantizedActivation, QuantizedWeight, grouped_matmul, use_implementation
 from pallas_kernels.grouped_matmul import mosaic_sm90
-from pallas_kernels.grouped_matmul.config import Config, candidates, heuristics
+from pallas_kernels.grouped_matmul.call import Call
+from pallas_kernels.grouped_matmul.config import Config, configs, heuristics
 from pallas_kernels.mosaic import MAX_SMEM_BYTES, NUM_SMS
 from pallas_kernels.qarrays import PACK_TILE, num_tiles
 from pallas_kernels.verification.shapes import DECODE_ROWS, MODELS, PREFILL_ROWS
@@ -116,7 +117,7 @@ def test_bias_and_residual(execute: Execute, m: int, dtype: jnp.dtype, tolerance
     bias, residual = (jnp.asarray(rng.normal(scale=100, size=shape), dtype) for shape in (128, (m, 128)))
     config = Config(tokens=16, warpgroups=2, stages=2, splits=splits)
     y = execute(
-        lambda x, w, bias, residual: mosaic_sm90.run_with(config, x, w, bias, residual, dtype),
+        lambda x, w, bias, residual: mosaic_sm90.run(Call(x, w, bias, residual, dtype), config),
         bridge.activation(x),
         bridge.weight(w),
         bias,
@@ -132,7 +133,7 @@ def check_configuration(
 ) -> None:
     """The kernel cut as ``config`` says equals the oracle."""
     y = execute(
-        lambda x, w: mosaic_sm90.run_with(config, x, w, None, None, jnp.float32),
+        lambda x, w: mosaic_sm90.run(Call(x, w, out_dtype=jnp.float32), config),
         bridge.activation(x),
         bridge.weight(w),
         **how,
@@ -195,7 +196,7 @@ def test_scales_beyond_the_last_group_are_never_used(execute: Execute, num_outli
 def test_no_warpgroup_is_without_output_channels(m: int, n: int):
     """Else two of them write to one tile where there is but one, as the emulator's races have shown."""
     assert heuristics(m, n, 4096, 128).channels <= n
-    assert all(config.channels <= n for config in candidates(m, n, 4096, 128))
+    assert all(config.channels <= n for config in configs(m, n, 4096, 128))
 
 
 def test_configurations_of_real_layers():

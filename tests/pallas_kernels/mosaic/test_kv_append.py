@@ -16,7 +16,7 @@ from bench.aot import compile as aot
 from pallas_kernels import PagedKVCache, kv_append, use_implementation
 from pallas_kernels.kv_append import heads as registers
 from pallas_kernels.kv_append import mosaic_sm90
-from pallas_kernels.kv_append.cost import cost
+from pallas_kernels.kv_append.call import Call, cost
 from pallas_kernels.mosaic import UPDATES_IN_PLACE
 from pallas_kernels.verification.shapes import MODELS, LayerShape
 from tests.pallas_kernels.mosaic.support import (
@@ -63,6 +63,11 @@ def appender(num_heads: int) -> Callable[..., tuple[jax.Array, PagedKVCache]]:
         )
 
     return append
+
+
+def appended(arguments: Arguments, num_heads: int) -> Call:
+    """The same as the op's call."""
+    return Call(**arguments._asdict(), num_heads=num_heads)
 
 
 def abstract_arguments(
@@ -322,13 +327,13 @@ def test_tiles_cover_all_heads_once(half: int):
 
 def test_says_what_it_does_not_support():
     arguments = abstract_arguments(MODELS["Llama-3-8B"], 3)
-    call = (*arguments[:6], 32, None, None, None, 1e-6)
-    assert (mosaic_sm90.unsupported(*call) is None) == UPDATES_IN_PLACE
-    assert mosaic_sm90.configuration(*call) == mosaic_sm90.heuristics(32, 8, 128)
-    rows = jax.ShapeDtypeStruct(arguments.qkv.shape, jnp.float16)
-    assert "float16" in str(mosaic_sm90.unsupported(rows, *call[1:]))
+    call = Call(*arguments[:6], num_heads=32)
+    assert (mosaic_sm90.unsupported(call) is None) == UPDATES_IN_PLACE
+    assert mosaic_sm90.configs(call)[0] == mosaic_sm90.heuristics(32, 8, 128)
+    rows: Any = jax.ShapeDtypeStruct(arguments.qkv.shape, jnp.float16)
+    assert "float16" in str(mosaic_sm90.unsupported(call._replace(qkv=rows)))
     small = abstract_arguments(LayerShape(576, 1536, 9, 3, 32), 3)
-    assert "head_dim 32" in str(mosaic_sm90.unsupported(*small[:6], 9, None, None, None, 1e-6))
+    assert "head_dim 32" in str(mosaic_sm90.unsupported(Call(*small[:6], num_heads=9)))
 
 
 def test_cost_counts_arrays():
@@ -339,9 +344,13 @@ def test_cost_counts_arrays():
     query = 5 * shape.num_heads * shape.head_dim * 2
     inputs = (arguments.qkv, arguments.cos, arguments.sin, arguments.slots)
     read = sum(x.size * x.dtype.itemsize for x in inputs)
-    whole = cost(5, shape.num_heads, shape.num_kv_heads, shape.head_dim, 2).bytes
+
+    def append(**options: Any) -> int:
+        return cost(appended(abstract_arguments(shape, 5, **options), shape.num_heads)).bytes
+
+    whole = append(kv_groups=2)
     assert whole == read + query + stored
-    centered = cost(5, shape.num_heads, shape.num_kv_heads, shape.head_dim, 2, mean_bytes=4).bytes
+    centered = append(kv_groups=2, mean=True)
     assert centered == whole + 4 * shape.num_kv_heads * shape.head_dim
-    whole_heads = cost(5, shape.num_heads, shape.num_kv_heads, shape.head_dim, 0).bytes
+    whole_heads = append(kv_groups=0)
     assert whole_heads == 2 * arguments.qkv.size * 2 + read - arguments.qkv.size * 2

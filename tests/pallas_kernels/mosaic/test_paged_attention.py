@@ -14,7 +14,7 @@ from pallas_kernels import PagedKVCache, paged_attention, roofline, use_implemen
 from pallas_kernels.dispatch import record_choices
 from pallas_kernels.kv_append.reference import quantize_kv
 from pallas_kernels.paged_attention import mosaic_sm90, reference
-from pallas_kernels.paged_attention.cost import cost
+from pallas_kernels.paged_attention.call import Call, cost
 from pallas_kernels.verification.shapes import MODELS, LayerShape
 from tests.pallas_kernels import bridge, oracle
 from tests.pallas_kernels.mosaic.support import (
@@ -66,7 +66,7 @@ def check_compiled(
     window = (jax.ShapeDtypeStruct((), jnp.int32),) if windowed else ()
     compiled = compile_and_check(attend, *arguments, *window)
     kernels = {kernel.name.removesuffix("_0"): kernel for kernel in compiled}
-    splits = mosaic_sm90.configuration(*arguments, key_rope=None).splits
+    splits = mosaic_sm90.configs(Call(*arguments))[0].splits
     joined = {"paged_attention_combine"} if splits > 1 else set()
     assert kernels.keys() == {"paged_attention"} | joined
     kernel = kernels["paged_attention"]
@@ -80,7 +80,8 @@ def check_compiled(
     # channels it is not (256 clocks): what does not depend on head_dim weighs twice as much there. The
     # compiler of jax 0.10 needs 322 instructions.
     loop = kernel.instructions.main_loop("HMMA")
-    page_bytes = cost(1, 0, 1, shape.head_dim, PAGE, 4 if kv_groups else 16, kv_groups).bytes
+    one_head = dataclasses.replace(shape, num_heads=0, num_kv_heads=1)
+    page_bytes = cost(Call(*abstract_arguments(one_head, 1, PAGE, kv_groups))).bytes
     limit = page_bytes / 20 if shape.head_dim == 128 else 320 if jax.__version_info__ >= (0, 11) else 330
     assert loop is not None and loop.size < limit, loop
 
@@ -147,7 +148,7 @@ def check_numerics(
     assert actual.dtype == q.dtype and actual.shape == q.shape
     actual = np.asarray(actual, np.float32)
     assert np.isfinite(actual).all()
-    expected = np.asarray(reference.run(q.astype(jnp.float32), cache, layer, positions, None, width))
+    expected = np.asarray(reference.run(Call(q.astype(jnp.float32), cache, layer, positions, None, width)))
     for sequence, position in enumerate(np.asarray(positions)[:, 0]):
         if position >= 0:
             assert oracle.relative_error(actual[sequence], expected[sequence]) < tolerance, sequence
@@ -319,30 +320,35 @@ def small_arguments(**changes: Any) -> tuple[Any, ...]:
 def test_unsupported_calls_say_why():
     q, cache, layer, positions = small_arguments()
     longer: Any = jax.ShapeDtypeStruct((2, 5, *q.shape[2:]), q.dtype)
-    assert "prefill_attention" in (mosaic_sm90.unsupported(longer, cache, layer, positions, None) or "")
-    tables = (jnp.zeros((2 * PAGE, 32)),) * 2
-    assert "kv_rope" in (mosaic_sm90.unsupported(q, cache, layer, positions, tables) or "")
-    assert "head_dim 32" in (mosaic_sm90.unsupported(*small_arguments(head_dim=32), key_rope=None) or "")
+    assert "prefill_attention" in (mosaic_sm90.unsupported(Call(longer, cache, layer, positions)) or "")
+    table = jnp.zeros((2 * PAGE, 32))
+    assert "kv_rope" in (mosaic_sm90.unsupported(Call(q, cache, layer, positions, (table, table))) or "")
+    assert "head_dim 32" in (mosaic_sm90.unsupported(Call(*small_arguments(head_dim=32))) or "")
     floats: Any = jax.ShapeDtypeStruct(q.shape, jnp.float32)
-    assert "float32" in (mosaic_sm90.unsupported(floats, cache, layer, positions, None) or "")
+    assert "float32" in (mosaic_sm90.unsupported(Call(floats, cache, layer, positions)) or "")
     many = small_arguments(num_heads=51)
-    assert "17 query heads" in (mosaic_sm90.unsupported(*many, key_rope=None) or "")
-    assert mosaic_sm90.unsupported(q, cache, layer, positions, None) is None
+    assert "17 query heads" in (mosaic_sm90.unsupported(Call(*many)) or "")
+    assert mosaic_sm90.unsupported(Call(q, cache, layer, positions)) is None
 
 
 @needs_interpret_mode
 def test_choice_is_recorded():
     with use_implementation("mosaic_sm90", interpret=True), record_choices() as choices:
         jax.eval_shape(attend, *small_arguments())
-    assert choices[0].configuration == mosaic_sm90.Config(splits=1, stages=4)
+    assert choices[0].config == mosaic_sm90.Config(splits=1, stages=4)
 
 
 def test_cost():
     """Llama-3-8B, 128 sequences of 2048 tokens: 64 + 8 bytes a head, key or value, in two groups."""
-    counted = cost(128, 32, 8, 128, 2048, 4, 2)
+
+    def decode(keys: int, kv_groups: int, window: int | None = None) -> roofline.Cost:
+        call = Call(*abstract_arguments(MODELS["Llama-3-8B"], 128, keys, kv_groups))
+        return cost(call._replace(window=window))
+
+    counted = decode(2048, 2)
     assert counted.bytes == 128 * (2048 * 8 * 2 * 72 + 2 * 32 * 128 * 2)
     assert counted.bf16_ops == 128 * 32 * 2048 * 4 * 128
     assert roofline.seconds(counted, roofline.H200) == counted.bytes / 4.8e12
-    assert cost(128, 32, 8, 128, 2048, 16, 0).bytes / counted.bytes > 3.5
-    assert cost(128, 32, 8, 128, 8192, 4, 2, window=2048) == counted
-    assert cost(128, 32, 8, 128, 2048, 4, 2, window=4096) == counted
+    assert decode(2048, 0).bytes / counted.bytes > 3.5
+    assert decode(8192, 2, window=2048) == counted
+    assert decode(2048, 2, window=4096) == counted

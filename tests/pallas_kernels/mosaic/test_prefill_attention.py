@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import PagedKVCache, dispatch, paged_attention
 from pallas_kernels.prefill_attention import flash, mosaic_sm90
-from pallas_kernels.prefill_attention.cost import cost
+from pallas_kernels.prefill_attention.call import Call, cost
 from pallas_kernels.prefill_attention.gather import gather
 from pallas_kernels.verification.shapes import MODELS, LayerShape
 from tests.pallas_kernels import bridge, oracle
@@ -261,17 +261,18 @@ def test_other_tiles(execute: Execute, monkeypatch: pytest.MonkeyPatch):
 def test_says_what_it_does_not_support():
     shape = MODELS["Llama-3-8B"]
     q, *rest = abstract_arguments(shape, 1, 32, blocks=4, kv_groups=2, kv_rope="post")
-    assert mosaic_sm90.unsupported(q, *rest) is None
-    assert mosaic_sm90.configuration(q, *rest) == mosaic_sm90.heuristics(32, 128)
-    assert "float32" in str(mosaic_sm90.unsupported(jax.ShapeDtypeStruct(q.shape, F32), *rest))
+    assert mosaic_sm90.unsupported(Call(q, *rest)) is None
+    assert mosaic_sm90.configs(Call(q, *rest))[0] == mosaic_sm90.heuristics(32, 128)
+    floats: Any = jax.ShapeDtypeStruct(q.shape, F32)
+    assert "float32" in str(mosaic_sm90.unsupported(Call(floats, *rest)))
     odd = abstract_arguments(shape, 1, 32, blocks=4, kv_groups=2, kv_rope="post", page_size=24)
-    assert "pages of 24 tokens" in str(mosaic_sm90.unsupported(*odd))
+    assert "pages of 24 tokens" in str(mosaic_sm90.unsupported(Call(*odd)))
 
 
 def test_cost_counts_arrays_and_pairs():
     shape, batch, seq, keys = MODELS["Llama-3-8B"], 2, 3, 128
-    q, cache, *_ = abstract_arguments(shape, batch, seq, blocks=2, kv_groups=2, kv_rope="post")
-    found = cost(batch, seq, keys, shape.num_heads, shape.num_kv_heads, shape.head_dim, 2)
+    call = Call(*abstract_arguments(shape, batch, seq, blocks=2, kv_groups=2, kv_rope="post"))
+    q, cache, found = call.q, call.cache, cost(call)
     of_layer = sum(x.size * x.dtype.itemsize // 4 for x in jax.tree.leaves(cache)[:4])
     assert found.bytes == of_layer + 2 * q.size * 2 + batch * seq * 4
     pairs = sum(position + 1 for position in range(keys - seq, keys))
@@ -281,7 +282,9 @@ def test_cost_counts_arrays_and_pairs():
 @pytest.mark.parametrize("window", [1, 5, 16, 17, 22, 23, 100])
 def test_cost_counts_what_a_window_leaves(window: int):
     """One head of one sequence, its queries at 16 to 22."""
-    found, full = (cost(1, 7, 23, 1, 1, 64, 2, window=width) for width in (window, None))
+    shape = LayerShape(64, 64, 1, 1, 64)
+    call = Call(*abstract_arguments(shape, 1, 7, blocks=1, kv_groups=2, kv_rope="post", page_size=23))
+    found, full = (cost(call._replace(window=width)) for width in (window, None))
     seen = [set(range(max(position + 1 - window, 0), position + 1)) for position in range(16, 23)]
     assert found.bf16_ops == 4 * 64 * sum(map(len, seen))
     assert full.bytes - found.bytes == 2 * (23 - len(set.union(*seen))) * (32 + 8)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels import ActivationFormat, QuantizedActivation, roofline, use_implementation
-from pallas_kernels.norm_quantize import cost as norm_cost
+from pallas_kernels.norm_quantize import call as norm
 from pallas_kernels.norm_quantize.api import norm_quantize
-from pallas_kernels.quantize import cost as quantize_cost
+from pallas_kernels.quantize import call as quantizer
 from pallas_kernels.quantize import mosaic_blocks, mosaic_rows
 from pallas_kernels.quantize.api import quantize
-from pallas_kernels.silu_quantize import cost as silu_cost
+from pallas_kernels.silu_quantize import call as silu
 from pallas_kernels.silu_quantize.api import silu_quantize
 from pallas_kernels.verification.shapes import MODELS
 from tests.pallas_kernels.mosaic.support import (
@@ -46,7 +46,7 @@ SMALL = [
 ]
 
 
-def spec(shape: tuple[int, ...], dtype: jnp.dtype = BF16) -> jax.ShapeDtypeStruct:
+def spec(shape: tuple[int, ...], dtype: jnp.dtype = BF16) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
@@ -230,9 +230,9 @@ def test_blocks_fill_the_machine() -> None:
 def test_cost() -> None:
     fmt = ActivationFormat(128, 128)
     quantized = 4096 * (4096 + 4 * 32)
-    assert quantize_cost.cost(4096, 4096, fmt).bytes == 2 * 4096 * 4096 + quantized
-    assert norm_cost.cost(4096, 4096, fmt).bytes == 3 * 2 * 4096 * 4096 + 2 * 4096 + quantized
-    assert silu_cost.cost(4096, 4096, fmt).bytes == 4 * 4096 * 4096 + quantized
-    assert roofline.seconds(norm_cost.cost(4096, 4096, fmt), roofline.H200) == pytest.approx(
-        24.6e-6, rel=0.02
-    )
+    x = spec((4096, 4096))
+    assert quantizer.cost(quantizer.Call(x, fmt)).bytes == 2 * 4096 * 4096 + quantized
+    normed = norm.cost(norm.Call(x, spec((4096,)), x, None, 1e-5, fmt))
+    assert normed.bytes == 3 * 2 * 4096 * 4096 + 2 * 4096 + quantized
+    assert silu.cost(silu.Call(spec((4096, 2 * 4096)), fmt)).bytes == 4 * 4096 * 4096 + quantized
+    assert roofline.seconds(normed, roofline.H200) == pytest.approx(24.6e-6, rel=0.02)

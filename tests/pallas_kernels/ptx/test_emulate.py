@@ -31,7 +31,7 @@ def arguments(case: cases.Case) -> tuple[Any, ...]:
 
 def reference(case: cases.Case, inputs: tuple[Any, ...]) -> Any:
     with use_implementation("reference"), jax.default_matmul_precision("highest"):
-        return jax.block_until_ready(jax.jit(lambda *x: case.call(*x))(*inputs))
+        return jax.block_until_ready(jax.jit(lambda *x: case.function(*x))(*inputs))
 
 
 QUANTIZE = cases.attention_output("SmolLM2-135M", 3)
@@ -40,7 +40,7 @@ QUANTIZE = cases.attention_output("SmolLM2-135M", 3)
 def test_a_run_says_what_it_was():
     inputs = arguments(QUANTIZE)
     with emulated(seed=5) as runs:
-        result = QUANTIZE.call(*inputs)
+        result = QUANTIZE.function(*inputs)
     same(result, reference(QUANTIZE, inputs))
     [run] = runs
     assert (run.name, run.seed, run.ctas) == ("quantize", 5, 3)
@@ -56,11 +56,11 @@ def test_under_jit_and_in_a_scan():
     inputs = arguments(QUANTIZE)
     expected = reference(QUANTIZE, inputs)
     with emulated((0, 1)) as runs:
-        same(jax.block_until_ready(jax.jit(QUANTIZE.call)(*inputs)), expected)
+        same(jax.block_until_ready(jax.jit(QUANTIZE.function)(*inputs)), expected)
 
         @jax.jit
         def each(*arrays: Any) -> Any:
-            return jax.lax.scan(lambda carry, x: (carry, QUANTIZE.call(*x)), 0, arrays)[1]
+            return jax.lax.scan(lambda carry, x: (carry, QUANTIZE.function(*x)), 0, arrays)[1]
 
         both = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), inputs)
         for leaf, one in zip(jax.tree.leaves(each(*both)), jax.tree.leaves(expected), strict=True):
@@ -71,10 +71,10 @@ def test_under_jit_and_in_a_scan():
 def test_kernels_of_an_earlier_run_are_not_compiled_again():
     inputs, compiled = arguments(QUANTIZE), []
     with emulated(compiled=compiled):
-        QUANTIZE.call(*inputs)
+        QUANTIZE.function(*inputs)
     assert len(compiled) == 1
     with emulated(1, compiled=compiled) as runs:
-        same(QUANTIZE.call(*inputs), reference(QUANTIZE, inputs))
+        same(QUANTIZE.function(*inputs), reference(QUANTIZE, inputs))
     assert len(compiled) == 1 and runs[0].kernel is compiled[0].kernel
 
 
@@ -91,7 +91,7 @@ def test_results_that_differ_between_seeds_are_refused(monkeypatch: pytest.Monke
         pytest.raises(OrderDependence, match=r"quantize: result 0 at \(.*\): seed 0 gives"),
         emulated((0, 1)),
     ):
-        QUANTIZE.call(*inputs)
+        QUANTIZE.function(*inputs)
 
 
 def test_some_clusters_and_what_they_wrote():
@@ -101,7 +101,7 @@ def test_some_clusters_and_what_they_wrote():
     results, written = [], []
     for seed, fill in ((0, 0xFF), (1, 0x00)):
         with emulated(seed, clusters=1, fill=fill) as runs:
-            results.append(case.call(*inputs))
+            results.append(case.function(*inputs))
         [mask] = runs[-1].written_outputs
         assert mask.shape == expected.shape and mask.any() and not mask.all()
         assert runs[-1].ctas < 5 and sum(runs[-1].unwritten.values()) == (~mask).sum() * 2
@@ -121,7 +121,7 @@ def without_proxy_fence(ptx: str) -> str:
 def test_faults_surface_as_themselves(jit):
     case = cases.norm("SmolLM2-135M", 2)
     inputs = arguments(case)
-    call = jax.jit(case.call) if jit else case.call
+    call = jax.jit(case.function) if jit else case.function
     with (
         pytest.raises(MemoryFault, match=r"quantize_rows.*: warp \d of CTA .*: line \d+ `.*without fence"),
         emulated(change_ptx=without_proxy_fence),
@@ -137,5 +137,5 @@ def test_outside_the_context_nothing_is_emulated():
         pass
     # On a CPU, a kernel for a GPU.
     with pytest.raises(Exception, match="CPU"), use_implementation("mosaic_sm90"):
-        jax.block_until_ready(jax.jit(lambda *x: QUANTIZE.call(*x))(*inputs))
+        jax.block_until_ready(jax.jit(lambda *x: QUANTIZE.function(*x))(*inputs))
     assert runs == []

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.grouped_matmul import mosaic_sm90
+from pallas_kernels.grouped_matmul.call import Call
 from pallas_kernels.grouped_matmul.config import Config
 from tests.pallas_kernels import bridge, oracle
 from tests.pallas_kernels.mosaic.support import needs_cuda_compiler
@@ -48,7 +49,7 @@ def emulate(config: Config, seed: int, change: Callable[[str], str] | None = Non
     """Runs the kernel; returns the relative error of the result."""
     x, w = OPERANDS
     with emulated(seed, change_ptx=change, compiled=compiled(config)):
-        y = mosaic_sm90.run_with(config, bridge.activation(x), bridge.weight(w), None, None, jnp.float32)
+        y = mosaic_sm90.run(Call(bridge.activation(x), bridge.weight(w), out_dtype=jnp.float32), config)
     return oracle.relative_error(np.asarray(y), EXPECTED)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import dispatch
+from pallas_kernels import devices, dispatch
 from pallas_kernels.verification import child
 
 MODULE = "tests.pallas_kernels.verification.fake_child"
@@ -32,10 +32,10 @@ def kernel(op: str, behaviour: str) -> types.ModuleType:
     """An implementation of ``op``."""
     reference = importlib.import_module(f"pallas_kernels.{op}.reference")
 
-    def run(*arguments: Any) -> Any:
+    def run(call: Any, config: None) -> Any:
         match behaviour:
             case "wrong":
-                return jax.tree.map(lambda x: x + x.dtype.type(1), reference.run(*arguments))
+                return jax.tree.map(lambda x: x + x.dtype.type(1), reference.run(call))
             case "hang":
                 time.sleep(1000)
             case "abort":
@@ -48,11 +48,11 @@ def kernel(op: str, behaviour: str) -> types.ModuleType:
                 raise NotImplementedError("no lowering rule")
             case "memory":
                 raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return reference.run(*arguments)
+        return reference.run(call)
 
     module = types.ModuleType("fake")
     why = "not with this jax" if behaviour == "unsupported" else None
-    module.__dict__.update(run=run, unsupported=lambda *arguments: why)
+    module.__dict__.update(run=run, unsupported=lambda call: why)
     return module
 
 
@@ -66,7 +66,7 @@ def main() -> None:
     real = dispatch._implementation
 
     def implementation(op: str, name: str) -> types.ModuleType | None:
-        return real(op, name) if name == dispatch.REFERENCE else kernel(op, behaviours.get(op, RIGHT))
+        return real(op, name) if name == devices.REFERENCE else kernel(op, behaviours.get(op, RIGHT))
 
     dispatch._implementation = implementation
     child.main(any_device=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from pallas_kernels import dispatch
+from pallas_kernels import devices
 from pallas_kernels.verification import device, verdicts
 from pallas_kernels.verification.checks import all_checks
 from pallas_kernels.verification.verdicts import GOOD, Verdict, Verdicts
@@ -24,9 +25,9 @@ def hopper(cache: Path, kind: str = DEVICE, capability: str = "9.0") -> Iterator
 
     What is patched here a test must not patch with pytest's monkeypatch, which may end before or after it.
     """
+    gpu = types.SimpleNamespace(device_kind=kind, compute_capability=capability)
     with (
-        mock.patch.object(dispatch, "device_capability", return_value=capability),
-        mock.patch.object(dispatch, "device_kind", return_value=kind),
+        mock.patch.object(devices, "default_device", return_value=gpu),
         mock.patch.dict("os.environ", {"XDG_CACHE_HOME": str(cache)}),
         forgotten(),
     ):
