@@ -22,8 +22,7 @@ from pallas_kernels import (
     two_level_matmul,
     weight_only_matmul,
 )
-from pallas_kernels.norm_quantize.reference import rms_norm
-from pallas_kernels.silu_quantize.reference import silu_mul
+from pallas_kernels.nn import rms_norm, silu_mul
 
 Weight = Float[Array, "*lead n k"] | QuantizedWeight | TwoLevelWeight | WeightOnlyInt4
 Activation = Float[Array, "m k"] | QuantizedActivation

@@ -28,8 +28,8 @@ from jaxtyping import Array, Float, Float32
 
 from atom_jax.config import ModelConfig
 from atom_jax.rope import rope_table
-from pallas_kernels.kv_append.reference import dequantize_kv, quantize_kv, rope
-from pallas_kernels.norm_quantize.reference import rms_norm
+from pallas_kernels.nn import rms_norm, rope
+from pallas_kernels.rounding import dequantize_kv, quantize_kv
 
 Layer = dict[str, np.ndarray]
 

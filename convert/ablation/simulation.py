@@ -25,8 +25,7 @@ from convert.layerwise import mean_hessians
 from convert.quantize_layer import LayerStatistics, fold_order, gather_inputs, input_orders
 from convert.rtn import quantize_weight
 from pallas_kernels import ActivationFormat, kv_append, paged_attention, quantize
-from pallas_kernels.norm_quantize.reference import rms_norm
-from pallas_kernels.silu_quantize.reference import silu_mul
+from pallas_kernels.nn import rms_norm, silu_mul
 
 
 def simulate_layer(

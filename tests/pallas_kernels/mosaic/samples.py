@@ -22,10 +22,10 @@ from pallas_kernels import (
     paged_attention,
     use_implementation,
 )
-from pallas_kernels.kv_append.reference import dequantize_kv
 from pallas_kernels.prefill_attention import flash, mosaic_sm90
 from pallas_kernels.prefill_attention.gather import gather
 from pallas_kernels.qarrays import unpack_int4
+from pallas_kernels.rounding import dequantize_kv
 from pallas_kernels.verification import cases, compare
 from pallas_kernels.verification.cases import Case
 from pallas_kernels.verification.execute import inputs_of

@@ -12,9 +12,9 @@ import pytest
 
 from pallas_kernels import PagedKVCache, paged_attention, roofline, use_implementation
 from pallas_kernels.dispatch import record_choices
-from pallas_kernels.kv_append.reference import quantize_kv
 from pallas_kernels.paged_attention import mosaic_sm90, reference
 from pallas_kernels.paged_attention.call import Call, cost
+from pallas_kernels.rounding import quantize_kv
 from pallas_kernels.verification.shapes import MODELS, LayerShape
 from tests.pallas_kernels import bridge, oracle
 from tests.pallas_kernels.mosaic.support import (
