@@ -170,10 +170,10 @@ def quantize_weight(
       ValueError: the body is not made of whole groups.
     """
     channels = weight.shape[1]
-    group_size = channels - num_outliers if group_size is None else group_size
-    if ActivationFormat(group_size, num_outliers).num_groups(channels) == 0:
+    size = channels - num_outliers if group_size is None else group_size
+    if ActivationFormat(size, num_outliers).num_groups(channels) == 0:
         raise ValueError("a weight without groups is all INT8: quantize_int8")
-    return _quantize_weight(jnp.asarray(weight, jnp.float32), group_size, num_outliers, clip_w)
+    return _quantize_weight(jnp.asarray(weight, jnp.float32), size, num_outliers, clip_w)
 
 
 @jax.jit
