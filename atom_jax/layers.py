@@ -17,8 +17,7 @@ from pallas_kernels import (
     quantize,
     silu_quantize,
 )
-from pallas_kernels.norm_quantize.reference import rms_norm
-from pallas_kernels.silu_quantize.reference import silu_mul
+from pallas_kernels.nn import rms_norm, silu_mul
 
 # A float array, or the type of a scheme's weights.
 Weight = Any

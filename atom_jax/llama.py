@@ -17,7 +17,7 @@ from atom_jax.layers import attention_input, linear, mlp_input, norm_input
 from atom_jax.rope import rope_table
 from atom_jax.structure import index_shapes, linear_shapes, vector_shapes
 from pallas_kernels import PagedKVCache, kv_append, paged_attention
-from pallas_kernels.norm_quantize.reference import rms_norm
+from pallas_kernels.nn import rms_norm
 
 Capture = dict[str, Array]
 # The window of a layer that sees everything: longer than any sequence, and position - window is an int32.

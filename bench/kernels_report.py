@@ -86,21 +86,21 @@ def report_cases() -> Iterator[cases.Case]:
         yield cases.attention(model, 1, 512, 2048)
 
 
-def _trips(case: cases.Case, kernel: CompiledKernel, configuration: Any) -> int:
+def _trips(case: cases.Case, kernel: CompiledKernel, config: Any) -> int:
     """How often a warp of ``kernel`` runs its main loop."""
     layer = MODELS[case.model]
     match kernel.name:
         case "grouped_matmul":
             w = case.abstract_inputs[1]
             steps = num_tiles(w.body) + -(-w.num_outliers // STEP_BYTES)
-            return -(-steps // configuration.splits)
+            return -(-steps // config.split_k)
         case "paged_attention":
             batch, blocks = case.abstract_inputs[1].block_tables.shape
             assert kernel.ctas is not None
             return -(-batch * layer.num_kv_heads * blocks // kernel.ctas)
         case "flash_attention":
             q, cache, *_ = case.abstract_inputs
-            return (cache.max_length - q.shape[1] // 2) // configuration.block_keys
+            return (cache.max_length - q.shape[1] // 2) // config.block_n
     return 1
 
 

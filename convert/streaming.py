@@ -18,7 +18,7 @@ from atom_jax.layers import linear
 from atom_jax.llama import Capture, Layer, make_step
 from atom_jax.perplexity import PerplexityResult, exp_of_mean, make_windows, sum_nll
 from atom_jax.structure import LINEARS
-from pallas_kernels.norm_quantize.reference import rms_norm
+from pallas_kernels.nn import rms_norm
 
 Params = Mapping[str, Any]
 Report = Callable[[int, int], None]

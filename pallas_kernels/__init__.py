@@ -23,6 +23,7 @@ from pallas_kernels.qarrays import (
     unpack_int4,
 )
 from pallas_kernels.quantize.api import quantize
+from pallas_kernels.rounding import quantize_int8, quantize_weight
 from pallas_kernels.silu_quantize.api import silu_quantize
 from pallas_kernels.two_level_matmul.api import two_level_matmul
 from pallas_kernels.weight_only_matmul.api import weight_only_matmul
@@ -44,6 +45,8 @@ __all__ = [
     "paged_attention",
     "prefill_attention",
     "quantize",
+    "quantize_int8",
+    "quantize_weight",
     "silu_quantize",
     "two_level_matmul",
     "unpack_int4",

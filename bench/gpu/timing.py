@@ -194,7 +194,7 @@ def jax_program(
 
 
 def _compile(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]], feedback: int | None) -> Any:
-    # Not ``call`` itself: jit would remember its trace, and with it a configuration of another measurement.
+    # Not ``call`` itself: of what jit has traced before, ``record_choices`` would see nothing.
     step = jax.jit(lambda *arguments: call(*arguments))
 
     def program(sets: Sequence[tuple[Any, ...]]) -> list[Any]:

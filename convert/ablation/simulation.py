@@ -27,8 +27,7 @@ from convert.float_model import Tree
 from convert.quantize_layer import prepare_layer
 from convert.rounding.rtn import quantize_weight
 from pallas_kernels import ActivationFormat, kv_append, paged_attention, quantize
-from pallas_kernels.norm_quantize.reference import rms_norm
-from pallas_kernels.silu_quantize.reference import silu_mul
+from pallas_kernels.nn import rms_norm, silu_mul
 
 
 def simulate_layer(

@@ -18,7 +18,7 @@ from convert.float_model import read_layer, read_shared
 from convert.sources import Source
 from convert.streaming import Report
 from pallas_kernels import PagedKVCache
-from pallas_kernels.norm_quantize.reference import rms_norm
+from pallas_kernels.nn import rms_norm
 
 # Short sequences in large batches: each step streams the layers once for the whole batch.
 SEQUENCE_LENGTH = 128

@@ -30,8 +30,8 @@ from atom_jax.config import ModelConfig
 from atom_jax.rope import rope_table
 from convert.calibrate.statistics import LayerStatistics
 from convert.passes import Layer
-from pallas_kernels.kv_append.reference import dequantize_kv, quantize_kv, rope
-from pallas_kernels.norm_quantize.reference import rms_norm
+from pallas_kernels.nn import rms_norm, rope
+from pallas_kernels.rounding import dequantize_kv, quantize_kv
 
 # Keys are fitted as if they stood anywhere up to here: what RoPE turns on the way has no mean to take off.
 POSITIONS = 2048

@@ -24,9 +24,8 @@ from jaxtyping import Array, Bool, Float32, Int8, Int32
 
 from atom_jax.errors import AtomError
 from convert.groups import check_groups
-from convert.rounding.rtn import BODY_MAX, TAIL_MAX, fit_scale, pack_weight, storage_scale
 from pallas_kernels.qarrays import QuantizedWeight
-from pallas_kernels.quantize.reference import round_clip
+from pallas_kernels.rounding import BODY_MAX, TAIL_MAX, fit_scale, pack_weight, round_clip, storage_scale
 
 # Factorizations tried, each with ten times the damping of the one before.
 MAX_ATTEMPTS = 5
@@ -60,9 +59,9 @@ def gptq(
 ) -> QuantizedWeight:
     """Quantizes ``weight`` so that ``||X (W - Wq)^T||`` is small, given H = X^T X (paper section 4.5).
 
-    The format is that of ``rtn.quantize_weight``. The body is taken backwards, because its channels are
-    stored by ascending energy: the hottest, whose errors cost most, while all the others can still make up
-    for them. The INT8 tail comes last and takes up what is left in fine steps. The scales of a group come
+    The format is that of ``rounding.quantize_weight``. The body is taken backwards, because its channels
+    are stored by ascending energy: the hottest, whose errors cost most, while all the others can still make
+    up for them. The INT8 tail comes last and takes up what is left in fine steps. The scales of a group come
     from its weights as they are when its first channel is reached. A dead channel (zero row of H) is rounded
     to nearest: nothing is known about its inputs. The same arguments give the same bits.
 

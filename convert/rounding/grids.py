@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int8
 
-from convert.rounding.rtn import storage_scale
+from pallas_kernels.rounding import storage_scale
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 # Largest first-level integer of a channel (QServe, arXiv 2405.04532, section 4.1): the second rounding, at

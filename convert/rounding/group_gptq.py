@@ -19,8 +19,8 @@ from atom_jax.errors import AtomError
 from convert.groups import check_groups
 from convert.rounding.gptq import factorize
 from convert.rounding.grids import Grid, channel_scales, fit_groups
-from convert.rounding.rtn import pack_values
 from pallas_kernels import TwoLevelWeight, WeightOnlyInt4
+from pallas_kernels.rounding import pack_values
 
 _BLOCK = 128  # channels whose errors are exchanged before the next matmul
 _DAMPING = 0.01

@@ -5,8 +5,8 @@ from __future__ import annotations
 from jaxtyping import Array, Float32
 
 from atom_jax.config import QuantConfig
-from convert.rounding.rtn import quantize_int8
 from pallas_kernels import QuantizedWeight
+from pallas_kernels.rounding import quantize_int8
 
 
 def quantize(

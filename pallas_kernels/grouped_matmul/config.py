@@ -10,7 +10,7 @@ from pallas_kernels.mosaic import MAX_SMEM_BYTES, NUM_SMS
 from pallas_kernels.qarrays import PACK_TILE
 
 # One warpgroup's wgmma covers this many output channels; one pipeline step this many bytes of each.
-ROWS = 64
+WGMMA_CHANNELS = 64
 STEP_BYTES = 64
 # As many warpgroups as there are registers for, by tokens (else 4).
 _MOST_WARPGROUPS = {64: 2, 128: 2}
@@ -34,48 +34,48 @@ class Config:
     """How one call is cut.
 
     Attributes:
-      tokens: rows of the activation a CTA multiplies.
-      warpgroups: consumer warpgroups a CTA, each with its own ``ROWS`` output channels.
-      stages: pipeline steps in flight.
-      splits: CTAs of a cluster that share one output tile, each with its part of the input channels.
+      block_m: tokens a CTA multiplies.
+      warpgroups: consumer warpgroups a CTA, each with its own ``WGMMA_CHANNELS`` output channels.
+      num_stages: pipeline steps in flight.
+      split_k: CTAs of a cluster that share one output tile, each with its part of the input channels.
       sharers: CTAs of a cluster, next to each other in output channels, that load their tokens together.
     """
 
-    tokens: int
+    block_m: int
     warpgroups: int
-    stages: int
-    splits: int = 1
+    num_stages: int
+    split_k: int = 1
     sharers: int = 1
 
     @property
-    def channels(self) -> int:
+    def block_n(self) -> int:
         """Output channels of a CTA."""
-        return self.warpgroups * ROWS
+        return self.warpgroups * WGMMA_CHANNELS
 
     @property
-    def reduced_tokens(self) -> int:
+    def reduced_m(self) -> int:
         """Tokens of the output tile that one CTA of a cluster reduces: all of them without a split."""
-        return max(8, self.tokens >> (self.splits.bit_length() - 1))
+        return max(8, self.block_m >> (self.split_k.bit_length() - 1))
 
     @property
     def stage_bytes(self) -> int:
         """Bytes of a pipeline step with groups of 128: weights, tokens, a row of scales of each."""
-        return self.channels * (STEP_BYTES + 4) + self.tokens * (PACK_TILE + 4)
+        return self.block_n * (STEP_BYTES + 4) + self.block_m * (PACK_TILE + 4)
 
     @property
     def smem_bytes(self) -> int:
         """Shared memory of a CTA at most: groups of 32, output and residual of different types."""
-        scales = 3 * 4 * (self.channels + self.tokens)
-        tiles = (2 + 4) * self.channels * self.reduced_tokens
-        exchanged = 4 * self.channels * self.tokens if self.splits > 1 else 0
-        return self.stages * (self.stage_bytes + scales) + tiles + exchanged + 4096
+        scales = 3 * 4 * (self.block_n + self.block_m)
+        tiles = (2 + 4) * self.block_n * self.reduced_m
+        exchanged = 4 * self.block_n * self.block_m if self.split_k > 1 else 0
+        return self.num_stages * (self.stage_bytes + scales) + tiles + exchanged + 4096
 
 
 @functools.cache
 def heuristics(m: int, n: int, k: int, group_size: int) -> Config:
     """The configuration for an activation [m, k] and a weight [n, k]."""
-    tokens = _tokens(m, group_size)
-    return _prefill(n, tokens) if m > 128 else _decode(tokens, n, k)[0]
+    block_m = _block_m(m, group_size)
+    return _prefill(n, block_m) if m > 128 else _decode(block_m, n, k)[0]
 
 
 def configs(m: int, n: int, k: int, group_size: int) -> list[Config]:
@@ -83,19 +83,19 @@ def configs(m: int, n: int, k: int, group_size: int) -> list[Config]:
 
     For decode these are the cheapest by estimate, for prefill those near the default.
     """
-    tokens = _tokens(m, group_size)
+    block_m = _block_m(m, group_size)
     if m <= 128:
-        return _decode(tokens, n, k)[:_MOST_CANDIDATES]
+        return _decode(block_m, n, k)[:_MOST_CANDIDATES]
     near = [
-        Config(size, warpgroups, stages, sharers=sharers)
-        for size in (tokens, tokens // 2)
+        Config(size, warpgroups, num_stages, sharers=sharers)
+        for size in (block_m, block_m // 2)
         for warpgroups in _warpgroups(n, range(2, min(_MOST_WARPGROUPS.get(size, 4), 3) + 1))
-        for stages in (4, 6)
+        for num_stages in (4, 6)
         for sharers in (1, 2, 4)
-        if -(-n // (warpgroups * ROWS)) % sharers == 0
+        if -(-n // (warpgroups * WGMMA_CHANNELS)) % sharers == 0
     ]
     fitting = [config for config in near if config.smem_bytes <= MAX_SMEM_BYTES]
-    return list(dict.fromkeys((_prefill(n, tokens), *fitting)))
+    return list(dict.fromkeys((_prefill(n, block_m), *fitting)))
 
 
 def _warpgroups(n: int, sizes: Iterable[int]) -> list[int]:
@@ -104,17 +104,17 @@ def _warpgroups(n: int, sizes: Iterable[int]) -> list[int]:
     One more would not only be idle: with 64 output channels the compiler takes the index of its tile for
     that of the only tile there is, and two warpgroups would write to it.
     """
-    return sorted({min(size, n // ROWS) for size in sizes})
+    return sorted({min(size, n // WGMMA_CHANNELS) for size in sizes})
 
 
-def _tokens(m: int, group_size: int) -> int:
+def _block_m(m: int, group_size: int) -> int:
     """Rows a CTA multiplies."""
     # Smaller groups keep more operands in registers beside the accumulators.
     most = 128 if group_size == 128 else 64
     return next(size for size in (8, 16, 32, 64, 128) if min(m, most) <= size)
 
 
-def _prefill(n: int, tokens: int) -> Config:
+def _prefill(n: int, block_m: int) -> Config:
     """Bound by the tensor cores, if L2 keeps up.
 
     With groups of 128 a step of a CTA is 512 clocks of wgmma (two warpgroups of 256) and about 830 issue
@@ -122,22 +122,22 @@ def _prefill(n: int, tokens: int) -> Config:
     multicast their tokens are a tenth faster than four, which wait for each other more often.
     """
     (warpgroups,) = _warpgroups(n, [2])
-    tiles = -(-n // (warpgroups * ROWS))
+    tiles = -(-n // (warpgroups * WGMMA_CHANNELS))
     sharers = 2 if tiles % 2 == 0 else 1
-    return Config(tokens, warpgroups, stages=4, sharers=sharers)
+    return Config(block_m, warpgroups, num_stages=4, sharers=sharers)
 
 
-def _decode(tokens: int, n: int, k: int) -> list[Config]:
+def _decode(block_m: int, n: int, k: int) -> list[Config]:
     """Bound by the weights' bytes: all that fit, the cheapest first.
 
     Sharing tokens in a cluster, on top of a split, made every call slower that was tried on an H100.
     """
     found = [
-        Config(tokens, warpgroups, stages, splits)
-        for warpgroups in _warpgroups(n, [2, _MOST_WARPGROUPS.get(tokens, 4)])
-        for stages in (4, 8)
-        for splits in (4, 3, 2, 1, 6, 8)  # of equals the first: 4 splits with 4 stages were timed most
-        if n % (warpgroups * ROWS) == 0 or splits == 1
+        Config(block_m, warpgroups, num_stages, split_k)
+        for warpgroups in _warpgroups(n, [2, _MOST_WARPGROUPS.get(block_m, 4)])
+        for num_stages in (4, 8)
+        for split_k in (4, 3, 2, 1, 6, 8)  # of equals the first: 4 splits with 4 stages were timed most
+        if n % (warpgroups * WGMMA_CHANNELS) == 0 or split_k == 1
     ]
     fitting = [config for config in found if config.smem_bytes <= MAX_SMEM_BYTES]
     return sorted(fitting, key=lambda config: _decode_clocks(config, n, k))
@@ -145,21 +145,21 @@ def _decode(tokens: int, n: int, k: int) -> list[Config]:
 
 def _decode_clocks(config: Config, n: int, k: int) -> float:
     """Estimated duration of a decode call."""
-    ctas = -(-n // config.channels) * config.splits
-    steps = -(-k // (PACK_TILE * config.splits))
+    ctas = -(-n // config.block_n) * config.split_k
+    steps = -(-k // (PACK_TILE * config.split_k))
     # Registers: at most 64 Ki an SM, about 64 a thread and 4 more for every 8 tokens.
-    registers = 128 * (config.warpgroups + 1) * (64 + config.tokens // 2)
+    registers = 128 * (config.warpgroups + 1) * (64 + config.block_m // 2)
     resident = max(1, min(MAX_SMEM_BYTES // config.smem_bytes, 65536 // registers))
     busiest = -(-ctas // NUM_SMS)
-    issue = 100 + 3 * config.tokens // 2
-    latency = _STEP_LATENCY + _TOKEN_LATENCY * max(16, config.tokens)
+    issue = 100 + 3 * config.block_m // 2
+    latency = _STEP_LATENCY + _TOKEN_LATENCY * max(16, config.block_m)
     together = min(busiest, resident) * config.warpgroups
     streaming = max(
-        ctas * steps * config.channels * (STEP_BYTES + 4) / _MEMORY_BYTES,
+        ctas * steps * config.block_n * (STEP_BYTES + 4) / _MEMORY_BYTES,
         ctas * steps * config.stage_bytes / _L2_BYTES,
         busiest * steps * config.stage_bytes / _SM_BYTES,
         busiest * steps * config.warpgroups * max(issue, (latency + issue) / together),
     )
-    exchange = _EXCHANGE_CLOCKS + 4 * config.channels * config.tokens / _EXCHANGE_BYTES
+    exchange = _EXCHANGE_CLOCKS + 4 * config.block_n * config.block_m / _EXCHANGE_BYTES
     rounds = -(-ctas // (NUM_SMS * resident))
-    return streaming + rounds * (_CTA_CLOCKS + (exchange if config.splits > 1 else 0))
+    return streaming + rounds * (_CTA_CLOCKS + (exchange if config.split_k > 1 else 0))

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float32
 
 from pallas_kernels import mosaic
 from pallas_kernels.grouped_matmul import mosaic_leaves as leaves
-from pallas_kernels.grouped_matmul.config import ROWS, STEP_BYTES, Config
+from pallas_kernels.grouped_matmul.config import STEP_BYTES, WGMMA_CHANNELS, Config
 from pallas_kernels.qarrays import PACK_TILE, num_tiles
 
 HALF_TILE = PACK_TILE // 2
@@ -49,9 +49,10 @@ class Problem:
         return self.body_steps + pl.cdiv(self.num_outliers, STEP_BYTES)
 
     @property
-    def part_tokens(self) -> int:
+    def part_m(self) -> int:
         """Tokens of one product: a second one beside 128 of them does not fit into the registers."""
-        return self.config.tokens // 2 if self.num_groups and self.config.tokens > 64 else self.config.tokens
+        block_m = self.config.block_m
+        return block_m // 2 if self.num_groups and block_m > 64 else block_m
 
     @property
     def groups_per_step(self) -> int:
@@ -62,29 +63,29 @@ class Problem:
 def scratch(problem: Problem, dtypes: Mapping[str, Any]) -> dict[str, Any]:
     """Shared memory and barriers of ``body``; ``dtypes`` are those of the arguments and of "out"."""
     config = problem.config
-    stages, tokens, channels = config.stages, config.tokens, config.channels
-    reduced = config.reduced_tokens
-    out_tile = (config.warpgroups, reduced, ROWS)
+    num_stages, block_m, block_n = config.num_stages, config.block_m, config.block_n
+    reduced_m = config.reduced_m
+    out_tile = (config.warpgroups, reduced_m, WGMMA_CHANNELS)
     # A slot begins at a multiple of what TMA wants, also with few tokens.
-    token_scale_rows = max(problem.groups_per_step, mosaic.TMA_ALIGNMENT // (4 * tokens))
+    token_scale_rows = max(problem.groups_per_step, mosaic.TMA_ALIGNMENT // (4 * block_m))
     smem = {
         "weights_smem": plgpu.SMEM(
-            (stages, channels, STEP_BYTES), jnp.int8, transforms=mosaic.tiled(8, STEP_BYTES)
+            (num_stages, block_n, STEP_BYTES), jnp.int8, transforms=mosaic.tiled(8, STEP_BYTES)
         ),
         "tokens_smem": plgpu.SMEM(
-            (stages, 2, tokens, HALF_TILE), jnp.int8, transforms=mosaic.tiled(8, HALF_TILE)
+            (num_stages, 2, block_m, HALF_TILE), jnp.int8, transforms=mosaic.tiled(8, HALF_TILE)
         ),
-        "weight_scales_smem": plgpu.SMEM((stages, problem.groups_per_step, channels), jnp.float32),
-        "token_scales_smem": plgpu.SMEM((stages, token_scale_rows, tokens), jnp.float32),
+        "weight_scales_smem": plgpu.SMEM((num_stages, problem.groups_per_step, block_n), jnp.float32),
+        "token_scales_smem": plgpu.SMEM((num_stages, token_scale_rows, block_m), jnp.float32),
         "out_smem": plgpu.SMEM(out_tile, dtypes["out"], transforms=_tile_transforms(dtypes["out"])),
         # A body step takes one copy for the weights, two for the halves of the tokens and two for the scales.
-        "filled": plgpu.Barrier(num_arrivals=5, num_barriers=stages),
-        "released": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=stages),
+        "filled": plgpu.Barrier(num_arrivals=5, num_barriers=num_stages),
+        "released": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=num_stages),
     }
     if config.sharers > 1:
-        smem["released_by_all"] = plgpu.ClusterBarrier(collective_axes=("share",), num_barriers=stages)
+        smem["released_by_all"] = plgpu.ClusterBarrier(collective_axes=("share",), num_barriers=num_stages)
     if "bias" in dtypes:
-        smem["bias_smem"] = plgpu.SMEM((channels,), dtypes["bias"])
+        smem["bias_smem"] = plgpu.SMEM((block_n,), dtypes["bias"])
         smem["bias_filled"] = plgpu.Barrier()
     if "residual" in dtypes:
         if dtypes["residual"] != dtypes["out"]:  # else it arrives where the output is made
@@ -104,11 +105,11 @@ def body(problem: Problem, gmem: Mapping[str, Any], smem: Mapping[str, Any]) -> 
     config = problem.config
     warpgroup = lax.axis_index("warpgroup")
     split = lax.axis_index("split")
-    first = split * problem.steps // config.splits
-    last = (split + 1) * problem.steps // config.splits
+    first = split * problem.steps // config.split_k
+    last = (split + 1) * problem.steps // config.split_k
 
     # The sums of two parts need more registers than the producer does.
-    roles = mosaic.registers_of_roles(config.warpgroups) if problem.part_tokens < config.tokens else None
+    roles = mosaic.registers_of_roles(config.warpgroups) if problem.part_m < config.block_m else None
 
     @pl.when(warpgroup == config.warpgroups)
     def _() -> None:
@@ -121,10 +122,10 @@ def body(problem: Problem, gmem: Mapping[str, Any], smem: Mapping[str, Any]) -> 
         if roles is not None:
             plgpu.set_max_registers(roles[1], action="increase")
         parts = _consume(problem, smem, warpgroup, first, last)
-        if config.splits == 1:
+        if config.split_k == 1:
             _finish(problem, gmem, smem, warpgroup, 0, parts)
         else:
-            token = split * config.reduced_tokens
+            token = split * config.reduced_m
 
             def finish(received: list[Any]) -> None:
                 total = functools.reduce(operator.add, received)
@@ -134,24 +135,26 @@ def body(problem: Problem, gmem: Mapping[str, Any], smem: Mapping[str, Any]) -> 
 
 
 def _first_channel(config: Config) -> Any:
-    return (lax.axis_index("n") * config.sharers + lax.axis_index("share")) * config.channels
+    return (lax.axis_index("n") * config.sharers + lax.axis_index("share")) * config.block_n
 
 
 def _produce(
     problem: Problem, gmem: Mapping[str, Any], smem: Mapping[str, Any], first: Any, last: Any
 ) -> None:
     config = problem.config
-    tokens = pl.ds(lax.axis_index("m") * config.tokens, config.tokens)
+    tokens = pl.ds(lax.axis_index("m") * config.block_m, config.block_m)
     channel = _first_channel(config)
-    channels = pl.ds(channel, config.channels)
+    channels = pl.ds(channel, config.block_n)
     if "bias" in gmem:
         plgpu.copy_gmem_to_smem(gmem["bias"].at[channels], smem["bias_smem"], smem["bias_filled"])
     if "residual" in gmem:
-        reduced = config.reduced_tokens
-        token = lax.axis_index("m") * config.tokens + lax.axis_index("split") * reduced
+        reduced = config.reduced_m
+        token = lax.axis_index("m") * config.block_m + lax.axis_index("split") * reduced
         for warpgroup in range(config.warpgroups):
             plgpu.copy_gmem_to_smem(
-                gmem["residual"].at[pl.ds(token, reduced), pl.ds(channel + warpgroup * ROWS, ROWS)],
+                gmem["residual"].at[
+                    pl.ds(token, reduced), pl.ds(channel + warpgroup * WGMMA_CHANNELS, WGMMA_CHANNELS)
+                ],
                 smem.get("residual_smem", smem["out_smem"]).at[warpgroup],
                 smem["residual_filled"],
             )
@@ -190,15 +193,15 @@ def _produce(
     count = last - first
 
     def fill(index: Any, carry: None) -> None:
-        slot = lax.rem(index, config.stages)
+        slot = lax.rem(index, config.num_stages)
 
-        @pl.when(index >= config.stages)
+        @pl.when(index >= config.num_stages)
         def _() -> None:
             plgpu.barrier_wait(smem["released"].at[slot])
 
         if config.sharers > 1:
 
-            @pl.when((index >= config.stages) & (index < count))
+            @pl.when((index >= config.num_stages) & (index < count))
             def _() -> None:
                 # The others write into this slot too. Told by the producer, since an arrival at a barrier of
                 # the cluster does not wait for the other warps of a consumer.
@@ -221,24 +224,24 @@ def _produce(
                 copy_tail(step, slot, filled)
 
     # The last rounds fill nothing: they only see the consumers off.
-    lax.fori_loop(0, count + config.stages, fill, None)
+    lax.fori_loop(0, count + config.num_stages, fill, None)
 
 
 def _consume(
     problem: Problem, smem: Mapping[str, Any], warpgroup: Any, first: Any, last: Any
-) -> list[Float32[Array, "rows tokens"]]:
-    """The warpgroup's sums over the steps of its CTA, ``problem.part_tokens`` tokens in each.
+) -> list[Float32[Array, "channels tokens"]]:
+    """The warpgroup's sums over the steps of its CTA, ``problem.part_m`` tokens in each.
 
     A product is rescaled while the tensor core works on the next one.
     """
     config = problem.config
     groups = problem.groups_per_step
-    tokens, num_parts = problem.part_tokens, config.tokens // problem.part_tokens
-    shape = (ROWS, tokens)
-    rows = pl.ds(warpgroup * ROWS, ROWS)
+    tokens, num_parts = problem.part_m, config.block_m // problem.part_m
+    shape = (WGMMA_CHANNELS, tokens)
+    channels = pl.ds(warpgroup * WGMMA_CHANNELS, WGMMA_CHANNELS)
 
     def channel_scales(slot: Any, row: int) -> Any:
-        return mosaic.load(smem["weight_scales_smem"].at[slot, row, rows], layout=_PER_CHANNEL)
+        return mosaic.load(smem["weight_scales_smem"].at[slot, row, channels], layout=_PER_CHANNEL)
 
     def token_scales(slot: Any, row: int, part: int) -> Any:
         scales_smem = smem["token_scales_smem"].at[slot, row, pl.ds(part * tokens, tokens)]
@@ -249,7 +252,7 @@ def _consume(
         return total + scaled * lax.broadcast_in_dim(per_token, shape, [1])
 
     def release(index: Any) -> None:
-        plgpu.barrier_arrive(smem["released"].at[lax.rem(index, config.stages)])
+        plgpu.barrier_arrive(smem["released"].at[lax.rem(index, config.num_stages)])
 
     def add(carry: Any, operands: Any, tokens_smem: Any, per_channel: Any, per_token: Any) -> Any:
         """Multiplies each part by the channels of one row of scales; the last product is left pending."""
@@ -266,9 +269,9 @@ def _consume(
         return tuple(totals), (pending[0].astype(jnp.float32), *pending[1:])
 
     def body_step(index: Any, carry: Any) -> Any:
-        slot = lax.rem(index, config.stages)
+        slot = lax.rem(index, config.num_stages)
         plgpu.barrier_wait(smem["filled"].at[slot])
-        packed = mosaic.load(smem["weights_smem"].at[slot, rows], layout=leaves.OPERAND)
+        packed = mosaic.load(smem["weights_smem"].at[slot, channels], layout=leaves.OPERAND)
         halves = [smem["tokens_smem"].at[slot, half] for half in range(2)]
         operands = leaves.unpack_nibbles(packed, max(2, groups))
         for row in range(groups):
@@ -285,13 +288,13 @@ def _consume(
         return carry
 
     def tail_operands(index: Any) -> tuple[Any, Any]:
-        slot = lax.rem(index, config.stages)
+        slot = lax.rem(index, config.num_stages)
         plgpu.barrier_wait(smem["filled"].at[slot])
-        values = mosaic.load(smem["weights_smem"].at[slot, rows], layout=leaves.OPERAND)
+        values = mosaic.load(smem["weights_smem"].at[slot, channels], layout=leaves.OPERAND)
         return values, smem["tokens_smem"].at[slot, 0]
 
     def tail_step(index: Any, carry: Any) -> Any:
-        slot = lax.rem(index, config.stages)
+        slot = lax.rem(index, config.num_stages)
         values, tokens_smem = tail_operands(index)
         per_token = functools.partial(token_scales, slot, 0)
         carry = add(carry, [values], [tokens_smem], channel_scales(slot, 0), per_token)
@@ -303,13 +306,13 @@ def _consume(
         # All INT8: one accumulator and one rescaling, with the scales of the last step, whose slot is not
         # filled again. A CTA without steps has none.
         count = last - first
-        product = leaves.accumulate(count, config.tokens, tail_operands, release)
-        slot = lax.rem(jnp.maximum(count - 1, 0), config.stages)
+        product = leaves.accumulate(count, config.block_m, tail_operands, release)
+        slot = lax.rem(jnp.maximum(count - 1, 0), config.num_stages)
         per_channel = _zero_unless(count > 0, channel_scales(slot, 0))
         return [rescale(total, product, per_channel, _zero_unless(count > 0, token_scales(slot, 0, 0)))]
     nothing = (
         total,
-        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _PER_CHANNEL),
+        plgpu.layout_cast(jnp.zeros((WGMMA_CHANNELS,), jnp.float32), _PER_CHANNEL),
         plgpu.layout_cast(jnp.zeros((tokens,), jnp.float32), _PER_TOKEN),
     )
     carry = ((total,) * num_parts, nothing)
@@ -333,7 +336,7 @@ def _finish(
     smem: Mapping[str, Any],
     warpgroup: Any,
     token: Any,
-    parts: Sequence[Float32[Array, "rows tokens"]],
+    parts: Sequence[Float32[Array, "channels tokens"]],
 ) -> None:
     """Adds bias and residual and stores; ``parts`` are for the tokens from ``token`` of the tile on."""
     config = problem.config
@@ -341,7 +344,9 @@ def _finish(
     residual_smem = smem.get("residual_smem", smem["out_smem"]).at[warpgroup]
     if "bias" in gmem:
         plgpu.barrier_wait(smem["bias_filled"])
-        bias = mosaic.load(smem["bias_smem"].at[pl.ds(warpgroup * ROWS, ROWS)], layout=_PER_CHANNEL)
+        bias = mosaic.load(
+            smem["bias_smem"].at[pl.ds(warpgroup * WGMMA_CHANNELS, WGMMA_CHANNELS)], layout=_PER_CHANNEL
+        )
     if "residual" in gmem:
         plgpu.barrier_wait(smem["residual_filled"])
     for number, total in enumerate(parts):
@@ -354,7 +359,7 @@ def _finish(
         out = plgpu.layout_cast(total.astype(out_smem.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
         out_smem.at[tokens].T[...] = out
     plgpu.commit_smem()
-    tokens = pl.ds(lax.axis_index("m") * config.tokens + token, config.reduced_tokens)
-    channels = pl.ds(_first_channel(config) + warpgroup * ROWS, ROWS)
+    tokens = pl.ds(lax.axis_index("m") * config.block_m + token, config.reduced_m)
+    channels = pl.ds(_first_channel(config) + warpgroup * WGMMA_CHANNELS, WGMMA_CHANNELS)
     plgpu.copy_smem_to_gmem(out_smem, gmem["out"].at[tokens, channels])
     plgpu.wait_smem_to_gmem(0)

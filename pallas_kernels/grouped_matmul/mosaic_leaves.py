@@ -20,7 +20,7 @@ from jaxlib.mlir.dialects import arith
 from jaxtyping import Array, Float32, Int8, Int32
 
 from pallas_kernels import dispatch, mosaic
-from pallas_kernels.grouped_matmul.config import ROWS, Config
+from pallas_kernels.grouped_matmul.config import WGMMA_CHANNELS, Config
 
 # Layout of 8-bit wgmma operands in registers: a thread holds four consecutive input channels a register.
 OPERAND = plgpu.Layout.WGMMA_8BIT
@@ -102,7 +102,7 @@ def multiply(
 
 def accumulate(
     count: Any, tokens: int, load: Callable[[Any], tuple[Any, Any]], release: Callable[[Any], None]
-) -> Int32[Array, "rows tokens"]:
+) -> Int32[Array, "channels tokens"]:
     """The sum of ``operand @ tokens.T`` over ``count`` steps, all in one accumulator.
 
     Args:
@@ -110,7 +110,7 @@ def accumulate(
       load: waits for a step; gives its operand in registers and its tokens in shared memory.
       release: told of each step that has been read.
     """
-    shape = (ROWS, tokens)
+    shape = (WGMMA_CHANNELS, tokens)
     if dispatch.interpreting():
 
         def add(step: Any, total: Any) -> Any:
@@ -136,25 +136,25 @@ def accumulate(
 
 def exchange_scratch(config: Config) -> dict[str, Any]:
     """Scratch memory with which the CTAs of a cluster exchange partial sums."""
-    if config.splits == 1:
+    if config.split_k == 1:
         return {}
     if dispatch.interpreting():
         barrier = plgpu.ClusterBarrier(collective_axes=("split",), num_barriers=config.warpgroups)
         return {"received": barrier}
     # inbox_smem[i, w] holds what CTA i computed for the tokens that this CTA finishes.
-    reduced = config.reduced_tokens
-    shape = (config.splits, config.warpgroups, ROWS, reduced)
+    reduced = config.reduced_m
+    shape = (config.split_k, config.warpgroups, WGMMA_CHANNELS, reduced)
     return {
         "inbox_smem": plgpu.SMEM(shape, jnp.float32, transforms=mosaic.tiled(32, min(4 * reduced, 128))),
-        "received": plgpu.Barrier(num_arrivals=config.splits, num_barriers=config.warpgroups),
+        "received": plgpu.Barrier(num_arrivals=config.split_k, num_barriers=config.warpgroups),
     }
 
 
 def exchange_outputs(config: Config, grid: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
     """Further outputs of the kernel: interpret mode lacks distributed shared memory and goes through GMEM."""
-    if config.splits == 1 or not dispatch.interpreting():
+    if config.split_k == 1 or not dispatch.interpreting():
         return {}
-    shape = (*grid, config.sharers, config.splits, config.warpgroups, ROWS, config.tokens)
+    shape = (*grid, config.sharers, config.split_k, config.warpgroups, WGMMA_CHANNELS, config.block_m)
     return {"inbox": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
 
@@ -163,7 +163,7 @@ def exchange(
     gmem: Mapping[str, Any],
     smem: Mapping[str, Any],
     warpgroup: Any,
-    parts: Sequence[Float32[Array, "rows tokens"]],
+    parts: Sequence[Float32[Array, "channels tokens"]],
     finish: Callable[[list[Any]], None],
 ) -> None:
     """Gives each CTA of the cluster that has tokens to finish the partial sums of all CTAs, in their order.
@@ -172,8 +172,8 @@ def exchange(
     ``finish`` is traced once, for the CTAs that finish something.
     """
     split = lax.axis_index("split")
-    reduced = config.reduced_tokens
-    receivers = config.tokens // reduced
+    reduced = config.reduced_m
+    receivers = config.block_m // reduced
     received = smem["received"].at[warpgroup]
     if dispatch.interpreting():
         inbox = gmem["inbox"].at[tuple(map(lax.axis_index, ("n", "m", "share")))]
@@ -197,4 +197,4 @@ def exchange(
     @pl.when(split < receivers)
     def _() -> None:
         plgpu.barrier_wait(received)
-        finish([mine(source) for source in range(config.splits)])
+        finish([mine(source) for source in range(config.split_k)])

@@ -19,7 +19,7 @@ from pallas_kernels import mosaic
 from pallas_kernels.grouped_matmul import config as tiles
 from pallas_kernels.grouped_matmul import mosaic_leaves as leaves
 from pallas_kernels.grouped_matmul.call import Call
-from pallas_kernels.grouped_matmul.config import ROWS, STEP_BYTES, Config
+from pallas_kernels.grouped_matmul.config import STEP_BYTES, WGMMA_CHANNELS, Config
 from pallas_kernels.grouped_matmul.mosaic_kernel import Problem, body, scratch
 from pallas_kernels.qarrays import PACK_TILE
 
@@ -31,8 +31,8 @@ def unsupported(call: Call) -> str | None:
     """See ``dispatch``."""
     x, w, bias, residual, out_dtype = call
     n = w.shape[0]
-    if n % ROWS:
-        return f"{n} output channels are no multiple of {ROWS}"
+    if n % WGMMA_CHANNELS:
+        return f"{n} output channels are no multiple of {WGMMA_CHANNELS}"
     if w.num_groups and w.group_size not in (32, 64, 128):
         return f"group_size {w.group_size} is none of 32, 64, 128"
     most = 256 if w.num_groups else MAX_INT8_CHANNELS
@@ -62,23 +62,23 @@ def run(call: Call, config: Config) -> Float[Array, "m n"]:
     x, w, bias, residual, out_dtype = call
     m, n = x.body.shape[0], w.shape[0]
     # TMA copies whole tiles of 8 tokens unless there are fewer, and rows that are multiples of 16 bytes.
-    rows = m if m <= 8 else pl.cdiv(m, 8) * 8
+    padded_m = m if m <= 8 else pl.cdiv(m, 8) * 8
     inputs = {
-        "token_scales": jnp.pad(x.scales, ((0, 0), (0, pl.cdiv(rows, 4) * 4 - m))),
+        "token_scales": jnp.pad(x.scales, ((0, 0), (0, pl.cdiv(padded_m, 4) * 4 - m))),
         "weight_scales": w.scales,
     }
     if w.num_groups:
-        inputs["tokens"] = _pad(x.body, rows, STEP_BYTES)
+        inputs["tokens"] = _pad(x.body, padded_m, STEP_BYTES)
         inputs["weights"] = w.packed
     if w.num_outliers:
-        inputs["tail_tokens"] = _pad(x.outliers, rows, STEP_BYTES)
+        inputs["tail_tokens"] = _pad(x.outliers, padded_m, STEP_BYTES)
         inputs["tail_weights"] = _pad(w.outliers, n, STEP_BYTES)
     if bias is not None:
         inputs["bias"] = bias
     if residual is not None:
-        inputs["residual"] = _pad(residual, rows, ROWS)
-    grid = (pl.cdiv(n, config.channels * config.sharers), pl.cdiv(m, config.tokens))
-    outputs = {"out": jax.ShapeDtypeStruct((rows, n), out_dtype), **leaves.exchange_outputs(config, grid)}
+        inputs["residual"] = _pad(residual, padded_m, WGMMA_CHANNELS)
+    grid = (pl.cdiv(n, config.block_n * config.sharers), pl.cdiv(m, config.block_m))
+    outputs = {"out": jax.ShapeDtypeStruct((padded_m, n), out_dtype), **leaves.exchange_outputs(config, grid)}
     dtypes = {name: array.dtype for name, array in (inputs | outputs).items()}
     problem = Problem(config, w.group_size, w.num_groups, w.num_outliers)
 
@@ -91,7 +91,7 @@ def run(call: Call, config: Config) -> Float[Array, "m n"]:
         out_type=tuple(outputs.values()),
         grid=grid,
         grid_names=("n", "m"),
-        cluster=(config.splits, config.sharers),
+        cluster=(config.split_k, config.sharers),
         cluster_names=("split", "share"),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",

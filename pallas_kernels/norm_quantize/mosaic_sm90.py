@@ -4,35 +4,32 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.mosaic import MAX_SMEM_BYTES
+from pallas_kernels.mosaic import MAX_SMEM_BYTES, quantize_groups, quantize_rows
 from pallas_kernels.norm_quantize.call import Call
 from pallas_kernels.qarrays import QuantizedActivation
-from pallas_kernels.quantize import mosaic_groups, mosaic_rows
 
 
-def run(call: Call, config: mosaic_rows.Config) -> tuple[QuantizedActivation, Float[Array, "m k"]]:
+def run(call: Call, config: quantize_rows.Config) -> tuple[QuantizedActivation, Float[Array, "m k"]]:
     """See ``api.norm_quantize``."""
     x, weight, residual, indices, eps, fmt = call
-    return mosaic_rows.quantize_rows(
-        x, fmt, config, weight=weight, eps=eps, residual=residual, indices=indices
-    )
+    return quantize_rows.run(x, fmt, config, weight=weight, eps=eps, residual=residual, indices=indices)
 
 
 def unsupported(call: Call) -> str | None:
     """See ``dispatch``."""
     x, weight, residual, indices, _, fmt = call
-    reason = mosaic_groups.unsupported(fmt, x.dtype, weight.dtype)
+    reason = quantize_groups.unsupported(fmt, x.dtype, weight.dtype)
     if reason is not None:
         return reason
     if residual is not None and residual.dtype != x.dtype:
         return f"a {residual.dtype.name} residual of {x.dtype.name} x: it takes equal types"
     operands = [a for a in (x, residual, weight, indices) if a is not None]
-    needed = mosaic_rows.smem_bytes(x.shape[-1], *(a.dtype for a in operands))
+    needed = quantize_rows.smem_bytes(x.shape[-1], *(a.dtype for a in operands))
     if needed > MAX_SMEM_BYTES:
         return f"a row of {x.shape[-1]} channels needs {needed} of {MAX_SMEM_BYTES} bytes of shared memory"
     return None
 
 
-def configs(call: Call) -> list[mosaic_rows.Config]:
+def configs(call: Call) -> list[quantize_rows.Config]:
     """See ``dispatch``."""
-    return mosaic_rows.configs(call.x.shape[-1])
+    return quantize_rows.configs(call.x.shape[-1])

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
+from pallas_kernels.nn import rms_norm, rounded
 from pallas_kernels.norm_quantize.call import Call
 from pallas_kernels.qarrays import QuantizedActivation
-from pallas_kernels.quantize import reference as quantize_reference
-
-
-def rounded(x: Float32[Array, "*s"], dtype: jnp.dtype) -> Float[Array, "*s"]:
-    """``x`` rounded to ``dtype``, for certain: XLA goes on in float32 where it sees a cast there and back."""
-    info = jnp.finfo(dtype)
-    return lax.reduce_precision(x, info.nexp, info.nmant).astype(dtype)
-
-
-def rms_norm(x: Float[Array, "*m k"], weight: Float[Array, " k"], eps: float) -> Float[Array, "*m k"]:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in float32, returned in x's type."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return rounded(x32 * weight.astype(jnp.float32), x.dtype)
+from pallas_kernels.rounding import quantize_rows
 
 
 def run(call: Call, config: None = None) -> tuple[QuantizedActivation, Float[Array, "m k"]]:
@@ -33,4 +20,4 @@ def run(call: Call, config: None = None) -> tuple[QuantizedActivation, Float[Arr
     normed = rms_norm(rounded(x.astype(jnp.float32), x.dtype).astype(jnp.float32), weight, eps)
     if indices is not None:
         normed = jnp.take(normed, indices, axis=-1)
-    return quantize_reference.quantize(normed, fmt), x
+    return quantize_rows(normed, fmt), x

@@ -41,8 +41,8 @@ class Problem:
     heads_per_kv: int
     head_dim: int
     kv_groups: int  # 0: bfloat16 pages
-    splits: int
-    stages: int
+    split_k: int
+    num_stages: int
     windowed: bool  # whether there is a window to be read
 
     @property
@@ -78,7 +78,7 @@ def body(
         refs[num_inputs:],
     )
     tables_gmem, positions_gmem, layer_gmem, *window_gmem = refs
-    stages, splits, rows = problem.stages, problem.splits, problem.heads_per_kv
+    num_stages, split_k, rows = problem.num_stages, problem.split_k, problem.heads_per_kv
     batch, head, split = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("split")
 
     my_queries = pl.ds(head * rows, rows)
@@ -91,7 +91,7 @@ def body(
     # The first token in sight, and its page.
     start = jnp.maximum(length - window_gmem[0][0], 0) if window_gmem else 0
     out_of_sight = jnp.minimum(start // STEP, num_pages) if window_gmem else 0
-    pages_per_split = (num_pages - out_of_sight + splits - 1) // splits
+    pages_per_split = (num_pages - out_of_sight + split_k - 1) // split_k
     first = out_of_sight + split * pages_per_split
     count = jnp.clip(num_pages - first, 0, pages_per_split)
     layer = layer_gmem[0]
@@ -107,7 +107,7 @@ def body(
         for source, destination in zip(gmem, smem, strict=True):
             plgpu.copy_gmem_to_smem(source.at[row], destination.at[slot], barrier)
 
-    ahead = stages - 1
+    ahead = num_stages - 1
     for step in range(ahead):
         pl.when(step < count)(lambda step=step: copy_page(page_number(jnp.int32(step)), jnp.int32(step)))
     next_page = page_number(jnp.int32(ahead))
@@ -120,16 +120,16 @@ def body(
     def attend(step: Array, carry: Any) -> Any:
         greatest, total, sums, next_page = carry
         greatest = fragments.same_in_warp(greatest)
-        slot = lax.rem(step, stages)
+        slot = lax.rem(step, num_stages)
         plgpu.barrier_wait(page_barriers.at[slot])
         # All warps are past the previous page, so its slot is free.
         mosaic.synchronize()
 
         @pl.when(step + ahead < count)
         def _() -> None:
-            copy_page(next_page, lax.rem(step + ahead, stages))
+            copy_page(next_page, lax.rem(step + ahead, num_stages))
 
-        next_page = page_number(step + stages)
+        next_page = page_number(step + num_stages)
         scales = [ref.at[slot] for ref in scales_smem]
         scores = products.scores(k_smem.at[slot], *scales[:1])
         page_start = (first + step) * STEP
@@ -163,7 +163,7 @@ def body(
     out = _load_rows(tiles_smem.at[0])
     for warp in range(1, fragments.NUM_WARPS):
         out = out + _load_rows(tiles_smem.at[warp])
-    if splits == 1:
+    if split_k == 1:
         # Queries have long been in registers, and a CTA fewer would fit an SM with one more array.
         out_smem = q_smem
         out_smem[...] = out.astype(out_smem.dtype)

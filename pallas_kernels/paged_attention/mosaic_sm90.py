@@ -41,19 +41,19 @@ class Config:
     """How one call is cut up.
 
     Attributes:
-      splits: CTAs a sequence and kv head.
-      stages: pages in flight in a CTA.
+      split_k: CTAs a sequence and kv head.
+      num_stages: pages in flight in a CTA.
     """
 
-    splits: int
-    stages: int
+    split_k: int
+    num_stages: int
 
 
 def heuristics(batch: int, num_kv_heads: int, blocks: int, kv_bits: int) -> Config:
     """Enough CTAs to fill the GPU once, each with at least two pages if the tables have so many."""
     room = mosaic.NUM_SMS * CTAS_PER_SM[kv_bits]
-    splits = max(1, min(room // (batch * num_kv_heads), blocks // 2, _MAX_SPLITS))
-    return Config(splits=splits, stages=4 if kv_bits == 4 else 2)
+    split_k = max(1, min(room // (batch * num_kv_heads), blocks // 2, _MAX_SPLITS))
+    return Config(split_k=split_k, num_stages=4 if kv_bits == 4 else 2)
 
 
 def configs(call: Call) -> list[Config]:
@@ -62,9 +62,9 @@ def configs(call: Call) -> list[Config]:
     kv_bits = 4 if call.cache.quantized else 16
     default = heuristics(call.q.shape[0], call.cache.num_kv_heads, blocks, kv_bits)
     most = min(blocks, _MAX_SPLITS)
-    halved, doubled = default.splits // 2, 2 * default.splits
-    splits = {default.splits} | {other for other in (halved, doubled) if 1 <= other <= most}
-    others = [Config(number, stages) for number in sorted(splits) for stages in (2, 3, 4, 6)]
+    halved, doubled = default.split_k // 2, 2 * default.split_k
+    numbers = {default.split_k} | {other for other in (halved, doubled) if 1 <= other <= most}
+    others = [Config(split_k, num_stages) for split_k in sorted(numbers) for num_stages in (2, 3, 4, 6)]
     return list(dict.fromkeys((default, *others)))
 
 
@@ -93,7 +93,7 @@ def run(call: Call, config: Config) -> Float[Array, "batch 1 heads head_dim"]:
     """See ``api.paged_attention``."""
     q = call.q
     out, lse = _decode(call, config)
-    if config.splits > 1:
+    if config.split_k > 1:
         out = combine(out, lse, q.shape[2], q.dtype)
     return out.reshape(q.shape)
 
@@ -117,11 +117,11 @@ def _decode(call: Call, config: Config) -> tuple[Array, Array]:
         heads_per_kv=num_heads // num_kv_heads,
         head_dim=head_dim,
         kv_groups=groups,
-        splits=config.splits,
-        stages=config.stages,
+        split_k=config.split_k,
+        num_stages=config.num_stages,
         windowed=window is not None,
     )
-    queries, splits, stages = problem.queries, config.splits, config.stages
+    queries, split_k, num_stages = problem.queries, config.split_k, config.num_stages
 
     pages = lambda x: x.reshape(-1, page_size, row)  # noqa: E731
     operands = [q, pages(cache.k_pages), pages(cache.v_pages)]
@@ -134,8 +134,8 @@ def _decode(call: Call, config: Config) -> tuple[Array, Array]:
     dtype = cache.k_pages.dtype
     bits = dtype.itemsize * 8
     transforms = mosaic.tiled(bits, fragments.swizzle_bytes(row * dtype.itemsize))
-    ring = partial(plgpu.SMEM, (stages, page_size, row), dtype, transforms=transforms)
-    scale_ring = partial(plgpu.SMEM, (stages, 2 * groups, page_size), jnp.float16)
+    ring = partial(plgpu.SMEM, (num_stages, page_size, row), dtype, transforms=transforms)
+    scale_ring = partial(plgpu.SMEM, (num_stages, 2 * groups, page_size), jnp.float16)
     scratch = {
         "q_smem": plgpu.SMEM((queries, head_dim), q.dtype),
         "k_smem": ring(),
@@ -143,12 +143,12 @@ def _decode(call: Call, config: Config) -> tuple[Array, Array]:
         "scales_smem": (scale_ring(), scale_ring()) if groups else (),
         "tiles_smem": plgpu.SMEM((fragments.NUM_WARPS, queries, head_dim), jnp.float32),
         "q_barrier": plgpu.Barrier(),
-        "page_barriers": plgpu.Barrier(num_arrivals=4 if groups else 2, num_barriers=stages),
+        "page_barriers": plgpu.Barrier(num_arrivals=4 if groups else 2, num_barriers=num_stages),
     }
-    if splits == 1:
+    if split_k == 1:
         out_type = [jax.ShapeDtypeStruct((batch, num_heads, head_dim), q.dtype)]
     else:
-        partial_shape = (batch, num_kv_heads, splits, queries)
+        partial_shape = (batch, num_kv_heads, split_k, queries)
         out_type = [
             jax.ShapeDtypeStruct((*partial_shape, head_dim), jnp.float32),
             jax.ShapeDtypeStruct(partial_shape, jnp.float32),
@@ -158,9 +158,9 @@ def _decode(call: Call, config: Config) -> tuple[Array, Array]:
         name="paged_attention",
         out_type=out_type,
         scratch_types=scratch,
-        grid=(splits, num_kv_heads, batch),
+        grid=(split_k, num_kv_heads, batch),
         grid_names=("split", "head", "batch"),
         # Barriers are placed by hand: the automatic ones stop all warps at every copy.
         compiler_options={"approx_math": True, "unsafe_no_auto_barriers": True},
     )(*operands)
-    return (out[0], out[0]) if splits == 1 else (out[0], out[1])
+    return (out[0], out[0]) if split_k == 1 else (out[0], out[1])

@@ -21,7 +21,7 @@ from jaxtyping import Array, BFloat16, Float32, Int32
 from pallas_kernels import dispatch, mosaic
 
 # Query rows of one wgmma.
-ROWS = 64
+WARPGROUP_QUERIES = 64
 # Exponent of a key out of sight, as in decode attention: it underflows next to any other, and where a row has
 # seen no other yet, the difference of two such exponents, each rounded on its own, stays small.
 _MASKED = -(2.0**26)
@@ -36,18 +36,18 @@ class Config:
     """Tiles of the attention kernel.
 
     Attributes:
-      consumers: warpgroups of a block that multiply, ROWS queries each; one more copies.
-      block_keys: keys a step works on.
-      stages: steps whose keys and values are in shared memory.
+      warpgroups: those of a block that multiply, WARPGROUP_QUERIES of ``block_m`` each; one more copies.
+      block_n: keys a step works on.
+      num_stages: steps whose keys and values are in shared memory.
     """
 
-    consumers: int
-    block_keys: int
-    stages: int
+    warpgroups: int
+    block_n: int
+    num_stages: int
 
     @property
-    def block_queries(self) -> int:
-        return self.consumers * ROWS
+    def block_m(self) -> int:
+        return self.warpgroups * WARPGROUP_QUERIES
 
 
 def attention(
@@ -61,17 +61,17 @@ def attention(
     """Attention of each query to the keys up to its position, or to the last ``window`` of them.
 
     Args:
-      k, v: finite up to the first position of each tile of queries plus ``config.block_queries``, rounded up
-        to whole ``config.block_keys``; ``keys`` is a multiple of these. With a window, from the first key
+      k, v: finite up to the first position of each tile of queries plus ``config.block_m``, rounded up
+        to whole ``config.block_n``; ``keys`` is a multiple of these. With a window, from the first key
         that a query of the sequence sees, rounded down likewise.
       positions: consecutive in each sequence; negative ones (padding), at the end, look at the first key, or
-        at any. seq is a multiple of ``config.block_queries``.
+        at any. seq is a multiple of ``config.block_m``.
     """
     batch, seq, num_heads, head_dim = q.shape
     group = num_heads // k.shape[2]
-    num_tiles = seq // config.block_queries
-    block, stages, consumers = config.block_keys, config.stages, config.consumers
-    copying, multiplying = mosaic.registers_of_roles(consumers)
+    num_tiles = seq // config.block_m
+    block, num_stages, warpgroups = config.block_n, config.num_stages, config.warpgroups
+    copying, multiplying = mosaic.registers_of_roles(warpgroups)
     # Softmax in base 2: one instruction an element.
     scale = math.log2(math.e) / math.sqrt(head_dim)
     masked_score = _MASKED / scale
@@ -96,14 +96,14 @@ def attention(
         tile = num_tiles - 1 - lax.axis_index("tile")
         # Positions are consecutive: the first of a tile says which keys all its queries see (these need no
         # mask) and which none does.
-        first = jnp.maximum(positions_gmem[sequence, tile * config.block_queries], 0)
+        first = jnp.maximum(positions_gmem[sequence, tile * config.block_m], 0)
         begin = start = 0
         if window_gmem:
             # A tile of padding goes where the sequence begins: keys from the first on are not gathered.
             first = jnp.maximum(first, positions_gmem[sequence, 0])
             begin = lax.div(jnp.maximum(first + 1 - window_gmem[0][0], 0), block)
-            start = pl.cdiv(jnp.maximum(first + config.block_queries - window_gmem[0][0], 0), block)
-        steps = pl.cdiv(jnp.minimum(first + config.block_queries, k.shape[1]), block)
+            start = pl.cdiv(jnp.maximum(first + config.block_m - window_gmem[0][0], 0), block)
+        steps = pl.cdiv(jnp.minimum(first + config.block_m, k.shape[1]), block)
         # Steps ``start`` to ``unmasked`` are of keys that all queries see.
         unmasked = lax.div(first + 1, block)
         if window_gmem:
@@ -111,19 +111,19 @@ def attention(
             unmasked = jnp.maximum(unmasked, start)
 
         def rows_of(consumer: Any) -> Any:
-            return pl.ds(tile * config.block_queries + consumer * ROWS, ROWS)
+            return pl.ds(tile * config.block_m + consumer * WARPGROUP_QUERIES, WARPGROUP_QUERIES)
 
-        @pl.when(warpgroup == consumers)
+        @pl.when(warpgroup == warpgroups)
         def _() -> None:
             plgpu.set_max_registers(copying, action="decrease")
-            for consumer in range(consumers):
+            for consumer in range(warpgroups):
                 source = q_gmem.at[sequence, rows_of(consumer), head]
                 plgpu.copy_gmem_to_smem(source, q_smem.at[consumer], q_ready.at[consumer])
 
             def copy(step: Any, carry: None) -> None:
-                slot = lax.rem(step, stages)
+                slot = lax.rem(step, num_stages)
 
-                @pl.when(step >= begin + stages)
+                @pl.when(step >= begin + num_stages)
                 def _() -> None:
                     plgpu.barrier_wait(consumed.at[slot])
 
@@ -134,7 +134,7 @@ def attention(
 
             lax.fori_loop(begin, steps, copy, None)
 
-        @pl.when(warpgroup < consumers)
+        @pl.when(warpgroup < warpgroups)
         def _() -> None:
             plgpu.set_max_registers(multiplying, action="increase")
             position = mosaic.load(
@@ -146,11 +146,13 @@ def attention(
 
             def step(index: Any, carry: Any, *, masked: bool) -> Any:
                 accumulator, largest, total = carry
-                slot = lax.rem(index, stages)
+                slot = lax.rem(index, num_stages)
                 plgpu.barrier_wait(k_ready.at[slot])
                 scores = _product(q_smem.at[warpgroup], k_smem.at[slot])
                 if masked:
-                    key = index * block + plgpu.broadcasted_iota(jnp.int32, (ROWS, block), 1, layout=_MATRIX)
+                    key = index * block + plgpu.broadcasted_iota(
+                        jnp.int32, (WARPGROUP_QUERIES, block), 1, layout=_MATRIX
+                    )
                     seen = key <= _per_row(position, block)
                     if hidden is not None:
                         seen &= key > _per_row(hidden, block)
@@ -165,9 +167,9 @@ def attention(
                 plgpu.barrier_arrive(consumed.at[slot])
                 return accumulator, new_largest, total
 
-            zeros = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), _MATRIX)
-            lowest = plgpu.layout_cast(jnp.full((ROWS,), masked_score, jnp.float32), _PER_ROW)
-            nothing = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _PER_ROW)
+            zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_QUERIES, head_dim), jnp.float32), _MATRIX)
+            lowest = plgpu.layout_cast(jnp.full((WARPGROUP_QUERIES,), masked_score, jnp.float32), _PER_ROW)
+            nothing = plgpu.layout_cast(jnp.zeros((WARPGROUP_QUERIES,), jnp.float32), _PER_ROW)
             carry = (zeros, lowest, nothing)
             masked, all_seen = (functools.partial(step, masked=masked) for masked in (True, False))
             if window_gmem:
@@ -181,30 +183,32 @@ def attention(
             plgpu.wait_smem_to_gmem(0)
 
     transforms = mosaic.tiled(16, 128)
-    stage = plgpu.SMEM((stages, block, head_dim), jnp.bfloat16, transforms=transforms)
+    stage = plgpu.SMEM((num_stages, block, head_dim), jnp.bfloat16, transforms=transforms)
     return mosaic.kernel(
         body,
         name="flash_attention",
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(num_tiles, batch, num_heads),
         grid_names=("tile", "sequence", "head"),
-        num_threads=consumers + 1,
+        num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types={
-            "q_smem": plgpu.SMEM((consumers, ROWS, head_dim), jnp.bfloat16, transforms=transforms),
+            "q_smem": plgpu.SMEM(
+                (warpgroups, WARPGROUP_QUERIES, head_dim), jnp.bfloat16, transforms=transforms
+            ),
             "k_smem": stage,
             "v_smem": stage,
-            "q_ready": plgpu.Barrier(num_barriers=consumers),
-            "k_ready": plgpu.Barrier(num_barriers=stages),
-            "v_ready": plgpu.Barrier(num_barriers=stages),
-            "consumed": plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+            "q_ready": plgpu.Barrier(num_barriers=warpgroups),
+            "k_ready": plgpu.Barrier(num_barriers=num_stages),
+            "v_ready": plgpu.Barrier(num_barriers=num_stages),
+            "consumed": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=num_stages),
         },
         compiler_options={"approx_math": True},
     )(q, k, v, positions, *(() if window is None else (window.reshape(1),)))
 
 
 def _per_row(values: Array, columns: int) -> Array:
-    return lax.broadcast_in_dim(values, (ROWS, columns), [0])
+    return lax.broadcast_in_dim(values, (WARPGROUP_QUERIES, columns), [0])
 
 
 def _product(q_smem: Any, k_smem: Any) -> Float32[Array, "rows keys"]:

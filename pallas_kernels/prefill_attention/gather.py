@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32, Int32
 
 from pallas_kernels import mosaic
-from pallas_kernels.kv_append import heads as registers
+from pallas_kernels.mosaic import heads as registers
 from pallas_kernels.qarrays import PagedKVCache
 
 Refs = dict[str, Any]

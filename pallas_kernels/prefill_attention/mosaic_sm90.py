@@ -19,16 +19,16 @@ _PAGE_SIZES = (8, 16, 32, 64, 128)
 
 def heuristics(seq: int, head_dim: int) -> flash.Config:
     """Two consumers, unless one holds all queries; 64 keys a step keep a consumer under 168 registers."""
-    return flash.Config(consumers=1 if seq <= flash.ROWS else 2, block_keys=64, stages=4)
+    return flash.Config(warpgroups=1 if seq <= flash.WARPGROUP_QUERIES else 2, block_n=64, num_stages=4)
 
 
 def configs(call: Call) -> list[flash.Config]:
     """See ``dispatch``."""
     default = heuristics(call.q.shape[1], call.q.shape[3])
     others = [
-        flash.Config(consumers, block_keys, stages)
-        for consumers in sorted({1, default.consumers})
-        for block_keys, stages in ((64, 2), (64, 4), (64, 6), (128, 2), (128, 3))
+        flash.Config(warpgroups, block_n, num_stages)
+        for warpgroups in sorted({1, default.warpgroups})
+        for block_n, num_stages in ((64, 2), (64, 4), (64, 6), (128, 2), (128, 3))
     ]
     return list(dict.fromkeys((default, *others)))
 
@@ -52,13 +52,13 @@ def run(call: Call, config: flash.Config) -> Float[Array, "batch seq heads head_
     q, cache, layer, positions, key_rope, window = call
     window = None if window is None else jnp.asarray(window)
     seq = positions.shape[1]
-    if padding := -seq % config.block_queries:
+    if padding := -seq % config.block_m:
         q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
         positions = jnp.pad(positions, ((0, 0), (0, padding)), constant_values=-1)
     # Whole steps of keys are multiplied: they must be finite even where no query looks.
-    step = max(config.block_keys, cache.page_size)
+    step = max(config.block_n, cache.page_size)
     num_keys = -(-cache.max_length // step) * step
     k, v = gather(
-        cache, layer, positions, key_rope, window, stride=config.block_queries, step=step, num_keys=num_keys
+        cache, layer, positions, key_rope, window, stride=config.block_m, step=step, num_keys=num_keys
     )
     return flash.attention(q, k, v, positions, window, config)[:, :seq]

@@ -7,26 +7,25 @@ from typing import Any
 
 from jaxtyping import Array, Float32
 
-from pallas_kernels.mosaic import MAX_SMEM_BYTES
+from pallas_kernels.mosaic import MAX_SMEM_BYTES, quantize_blocks, quantize_groups, quantize_rows
 from pallas_kernels.qarrays import QuantizedActivation
-from pallas_kernels.quantize import mosaic_blocks, mosaic_groups, mosaic_rows
 from pallas_kernels.quantize.call import Call
 
 
-def run(call: Call, config: mosaic_blocks.Config | mosaic_rows.Config) -> QuantizedActivation:
+def run(call: Call, config: quantize_blocks.Config | quantize_rows.Config) -> QuantizedActivation:
     """See ``api.quantize``."""
-    if isinstance(config, mosaic_rows.Config):
-        quantized, _ = mosaic_rows.quantize_rows(call.x, call.fmt, config, indices=call.indices)
+    if isinstance(config, quantize_rows.Config):
+        quantized, _ = quantize_rows.run(call.x, call.fmt, config, indices=call.indices)
         return quantized
-    return mosaic_blocks.quantize_blocks(call.x[:, None], _only, "quantize", call.fmt, config)
+    return quantize_blocks.run(call.x[:, None], _only, "quantize", call.fmt, config)
 
 
 def unsupported(call: Call) -> str | None:
     """See ``dispatch``."""
     x, fmt, indices = call
-    reason = mosaic_groups.unsupported(fmt, x.dtype)
+    reason = quantize_groups.unsupported(fmt, x.dtype)
     if reason is None and indices is not None:
-        needed = mosaic_rows.smem_bytes(x.shape[-1], x.dtype, indices.dtype)
+        needed = quantize_rows.smem_bytes(x.shape[-1], x.dtype, indices.dtype)
         if needed > MAX_SMEM_BYTES:
             reason = (
                 f"reordering a row of {x.shape[-1]} channels needs {needed} of {MAX_SMEM_BYTES} bytes of "
@@ -35,11 +34,11 @@ def unsupported(call: Call) -> str | None:
     return reason
 
 
-def configs(call: Call) -> Sequence[mosaic_blocks.Config | mosaic_rows.Config]:
+def configs(call: Call) -> Sequence[quantize_blocks.Config | quantize_rows.Config]:
     """See ``dispatch``."""
     if call.indices is None:
-        return mosaic_blocks.configs(*call.x.shape)
-    return mosaic_rows.configs(call.x.shape[-1])
+        return quantize_blocks.configs(*call.x.shape)
+    return quantize_rows.configs(call.x.shape[-1])
 
 
 def _only(parts: list[Float32[Array, "*s"]], layout: Any) -> Float32[Array, "*s"]:

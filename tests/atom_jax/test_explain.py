@@ -92,7 +92,7 @@ def test_what_a_hopper_gpu_would_run_can_be_asked_on_a_cpu():
     assert calls(lines) == OPS
     assert {line.implementation for line in lines} == {"mosaic_sm90"}
     matmuls = [line.configuration for line in lines if line.op == "grouped_matmul"]
-    assert all("tokens=16" in configuration for configuration in matmuls)
+    assert all("block_m=16" in configuration for configuration in matmuls)
 
 
 def test_an_implementation_that_does_not_serve_the_shapes_is_one_error():

@@ -8,9 +8,9 @@ import pytest
 
 from atom_jax.config import ModelConfig
 from convert.passes.migrate import Layer, fold_factors, search_factors
-from convert.rounding.rtn import quantize_int8
 from convert.streaming import projection_inputs, run_windows
 from pallas_kernels import grouped_matmul, quantize
+from pallas_kernels.rounding import quantize_int8
 from tests.atom_jax.models import tiny_config, tiny_tree
 
 SEQ = 24

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from pallas_kernels import dispatch, use_implementation
-from pallas_kernels.quantize.mosaic_rows import Config
+from pallas_kernels.mosaic.quantize_rows import Config
 from pallas_kernels.tuning import winners
 from pallas_kernels.verification import cases
 from pallas_kernels.verification.cases import Case

@@ -22,10 +22,10 @@ from pallas_kernels import (
     paged_attention,
     use_implementation,
 )
-from pallas_kernels.kv_append.reference import dequantize_kv
 from pallas_kernels.prefill_attention import flash, mosaic_sm90
 from pallas_kernels.prefill_attention.gather import gather
 from pallas_kernels.qarrays import unpack_int4
+from pallas_kernels.rounding import dequantize_kv
 from pallas_kernels.verification import cases, compare
 from pallas_kernels.verification.cases import Case
 from pallas_kernels.verification.execute import inputs_of
@@ -201,7 +201,7 @@ def _prefill(case: Case, clusters: int) -> list[Sample]:
 def _gathered(
     cache: PagedKVCache, layer: Array, positions: Array, config: flash.Config, clusters: int
 ) -> Sample:
-    how = {"stride": config.block_queries, "step": config.block_keys, "num_keys": cache.max_length}
+    how = {"stride": config.block_m, "step": config.block_n, "num_keys": cache.max_length}
     found, runs = _execute(lambda: gather(cache, layer, positions, None, None, **how), clusters)
     for name, values, written in zip("kv", found, runs[0].written_outputs, strict=True):
         # [batch, blocks, kv heads, tokens, ...]
@@ -224,7 +224,7 @@ def _flash(q: Array, cache: PagedKVCache, positions: Array, config: flash.Config
     out, runs = _execute(lambda: flash.attention(q, k, v, positions, None, config), 1)
     (written,) = runs[0].written_outputs
     (head,), rows = np.flatnonzero(written.any((0, 1, 3))), np.flatnonzero(written.any((0, 2, 3)))
-    assert len(rows) == config.block_queries
+    assert len(rows) == config.block_m
     kv_head = head * cache.num_kv_heads // num_heads
     parts = (q[0, rows, head], k[0, :, kv_head], v[0, :, kv_head])
     queries, keys, values = (np.asarray(part, np.float64) for part in parts)

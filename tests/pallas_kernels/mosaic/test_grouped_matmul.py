@@ -115,7 +115,7 @@ def test_bias_and_residual(execute: Execute, m: int, dtype: jnp.dtype, tolerance
     x, w = random_operands(m, 128, 384, 64, 64)
     rng = np.random.default_rng(0)
     bias, residual = (jnp.asarray(rng.normal(scale=100, size=shape), dtype) for shape in (128, (m, 128)))
-    config = Config(tokens=16, warpgroups=2, stages=2, splits=splits)
+    config = Config(block_m=16, warpgroups=2, num_stages=2, split_k=splits)
     y = execute(
         lambda x, w, bias, residual: mosaic_sm90.run(Call(x, w, bias, residual, dtype), config),
         bridge.activation(x),
@@ -147,7 +147,7 @@ def check_configuration(
 def test_split_input_channels(execute: Execute, tokens: int, splits: int):
     """More CTAs than there are body steps: some have only steps of the tail."""
     x, w = random_operands(tokens, 64, 448, 64, 128)
-    config = Config(tokens=tokens, warpgroups=1, stages=3, splits=splits)
+    config = Config(block_m=tokens, warpgroups=1, num_stages=3, split_k=splits)
     check_configuration(execute, config, x, w)
 
 
@@ -155,7 +155,7 @@ def test_split_input_channels(execute: Execute, tokens: int, splits: int):
 def test_split_input_channels_of_int8(execute: Execute, splits: int):
     """Of four CTAs for three steps one has none: its scales are whatever shared memory held."""
     x, w = random_operands(8, 64, 192, 0, 192)
-    config = Config(tokens=8, warpgroups=1, stages=2, splits=splits)
+    config = Config(block_m=8, warpgroups=1, num_stages=2, split_k=splits)
     check_configuration(execute, config, x, w, may_be_unwritten=splits == 4)
 
 
@@ -163,7 +163,7 @@ def test_split_input_channels_of_int8(execute: Execute, splits: int):
 def test_shared_tokens(execute: Execute, group_size: int, num_outliers: int):
     """Two CTAs fill each other's slots, more often than there are slots."""
     x, w = random_operands(16, 128, 640, group_size, num_outliers)
-    config = Config(tokens=16, warpgroups=1, stages=2, sharers=2)
+    config = Config(block_m=16, warpgroups=1, num_stages=2, sharers=2)
     check_configuration(execute, config, x, w)
 
 
@@ -195,8 +195,8 @@ def test_scales_beyond_the_last_group_are_never_used(execute: Execute, num_outli
 @pytest.mark.parametrize("n", [64, 192])
 def test_no_warpgroup_is_without_output_channels(m: int, n: int):
     """Else two of them write to one tile where there is but one, as the emulator's races have shown."""
-    assert heuristics(m, n, 4096, 128).channels <= n
-    assert all(config.channels <= n for config in configs(m, n, 4096, 128))
+    assert heuristics(m, n, 4096, 128).block_n <= n
+    assert all(config.block_n <= n for config in configs(m, n, 4096, 128))
 
 
 def test_configurations_of_real_layers():
@@ -208,8 +208,8 @@ def test_configurations_of_real_layers():
         for m in (*DECODE_ROWS, *PREFILL_ROWS, 3, 129):
             config = heuristics(m, n, k, group_size)
             assert config.smem_bytes <= MAX_SMEM_BYTES, (m, n, k, config)
-            assert config.splits * config.sharers <= 8, (m, n, k, config)
-            ctas = -(-n // config.channels) * config.splits
+            assert config.split_k * config.sharers <= 8, (m, n, k, config)
+            ctas = -(-n // config.block_n) * config.split_k
             if m <= 16 and n * k >= 4096 * 4096:
                 assert ctas >= 0.4 * NUM_SMS, (m, n, k, config)
 

@@ -14,10 +14,10 @@ from jax import lax
 
 from bench.aot import compile as aot
 from pallas_kernels import PagedKVCache, kv_append, use_implementation
-from pallas_kernels.kv_append import heads as registers
 from pallas_kernels.kv_append import mosaic_sm90
 from pallas_kernels.kv_append.call import Call, cost
 from pallas_kernels.mosaic import UPDATES_IN_PLACE
+from pallas_kernels.mosaic import heads as registers
 from pallas_kernels.verification.shapes import MODELS, LayerShape
 from tests.pallas_kernels.mosaic.support import (
     TMA_STORE,

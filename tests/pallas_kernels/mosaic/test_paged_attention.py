@@ -12,9 +12,9 @@ import pytest
 
 from pallas_kernels import PagedKVCache, paged_attention, roofline, use_implementation
 from pallas_kernels.dispatch import record_choices
-from pallas_kernels.kv_append.reference import quantize_kv
 from pallas_kernels.paged_attention import mosaic_sm90, reference
 from pallas_kernels.paged_attention.call import Call, cost
+from pallas_kernels.rounding import quantize_kv
 from pallas_kernels.verification.shapes import MODELS, LayerShape
 from tests.pallas_kernels import bridge, oracle
 from tests.pallas_kernels.mosaic.support import (
@@ -66,7 +66,7 @@ def check_compiled(
     window = (jax.ShapeDtypeStruct((), jnp.int32),) if windowed else ()
     compiled = compile_and_check(attend, *arguments, *window)
     kernels = {kernel.name.removesuffix("_0"): kernel for kernel in compiled}
-    splits = mosaic_sm90.configs(Call(*arguments))[0].splits
+    splits = mosaic_sm90.configs(Call(*arguments))[0].split_k
     joined = {"paged_attention_combine"} if splits > 1 else set()
     assert kernels.keys() == {"paged_attention"} | joined
     kernel = kernels["paged_attention"]
@@ -180,7 +180,7 @@ def test_numerics(
     splits: int,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    config = mosaic_sm90.Config(splits=splits, stages=2)
+    config = mosaic_sm90.Config(split_k=splits, num_stages=2)
     monkeypatch.setattr(mosaic_sm90, "heuristics", lambda *_: config)
     rng = np.random.default_rng(heads + head_dim)
     check_numerics(execute, make_arguments(rng, dtype, heads, kv_heads, head_dim, LENGTHS), TOLERANCE[dtype])
@@ -198,7 +198,7 @@ def test_numerics(
     ],
 )
 def test_windows(execute: Execute, dtype: str, window: int, splits: int, monkeypatch: pytest.MonkeyPatch):
-    config = mosaic_sm90.Config(splits=splits, stages=2)
+    config = mosaic_sm90.Config(split_k=splits, num_stages=2)
     monkeypatch.setattr(mosaic_sm90, "heuristics", lambda *_: config)
     rng = np.random.default_rng(window % 1000)
     arguments = make_arguments(rng, dtype, 4, 2, 64, [*LENGTHS, 4 * PAGE])
@@ -304,12 +304,12 @@ def test_queries_beyond_float16_are_clipped(execute: Execute):
 
 
 def test_heuristics_fill_the_gpu_with_whole_pages():
-    assert mosaic_sm90.heuristics(128, 8, 32, 4).splits == 1
-    assert mosaic_sm90.heuristics(16, 8, 32, 4).splits == 3
-    assert mosaic_sm90.heuristics(1, 8, 32, 4).splits == 16
-    assert mosaic_sm90.heuristics(1, 8, 128, 4).splits == 32
-    assert mosaic_sm90.heuristics(1, 8, 1, 4).splits == 1
-    assert mosaic_sm90.heuristics(16, 8, 32, 16).splits == 2
+    assert mosaic_sm90.heuristics(128, 8, 32, 4).split_k == 1
+    assert mosaic_sm90.heuristics(16, 8, 32, 4).split_k == 3
+    assert mosaic_sm90.heuristics(1, 8, 32, 4).split_k == 16
+    assert mosaic_sm90.heuristics(1, 8, 128, 4).split_k == 32
+    assert mosaic_sm90.heuristics(1, 8, 1, 4).split_k == 1
+    assert mosaic_sm90.heuristics(16, 8, 32, 16).split_k == 2
 
 
 def small_arguments(**changes: Any) -> tuple[Any, ...]:
@@ -335,7 +335,7 @@ def test_unsupported_calls_say_why():
 def test_choice_is_recorded():
     with use_implementation("mosaic_sm90", interpret=True), record_choices() as choices:
         jax.eval_shape(attend, *small_arguments())
-    assert choices[0].config == mosaic_sm90.Config(splits=1, stages=4)
+    assert choices[0].config == mosaic_sm90.Config(split_k=1, num_stages=4)
 
 
 def test_cost():

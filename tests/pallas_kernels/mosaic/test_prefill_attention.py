@@ -214,7 +214,7 @@ def test_windows(
 ):
     # The interpreter wants every phase of a barrier to be waited for, and that of the last slots is not.
     stages = 2 if execute is emulated else 8
-    config = flash.Config(consumers=consumers, block_keys=64, stages=stages)
+    config = flash.Config(warpgroups=consumers, block_n=64, num_stages=stages)
     monkeypatch.setattr(mosaic_sm90, "heuristics", lambda *_: config)
     rng = np.random.default_rng(seq)
     blocks = -(-max(lengths) // page_size)
@@ -243,7 +243,7 @@ def test_windows(
 
 def test_other_tiles(execute: Execute, monkeypatch: pytest.MonkeyPatch):
     """Steps of more keys than a page or a tile of queries has."""
-    config = flash.Config(consumers=1, block_keys=128, stages=2)
+    config = flash.Config(warpgroups=1, block_n=128, num_stages=2)
     monkeypatch.setattr(mosaic_sm90, "heuristics", lambda *_: config)
     rng = np.random.default_rng(9)
     cache, _ = make_cache(rng, [150, 20], 5, kv_rope="post", dtype="int4x2", head_dim=64, page_size=32)

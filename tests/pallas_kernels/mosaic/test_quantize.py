@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import ActivationFormat, QuantizedActivation, roofline, use_implementation
+from pallas_kernels.mosaic import quantize_blocks, quantize_rows
 from pallas_kernels.norm_quantize import call as norm
 from pallas_kernels.norm_quantize.api import norm_quantize
 from pallas_kernels.quantize import call as quantizer
-from pallas_kernels.quantize import mosaic_blocks, mosaic_rows
 from pallas_kernels.quantize.api import quantize
 from pallas_kernels.silu_quantize import call as silu
 from pallas_kernels.silu_quantize.api import silu_quantize
@@ -220,11 +220,11 @@ def test_unsupported_says_why() -> None:
 
 def test_blocks_fill_the_machine() -> None:
     """A decode step's row is spread over SMs; a prefill's CTAs are of equal size."""
-    assert mosaic_blocks.heuristics(1, 14336) == mosaic_blocks.Config(block_slabs=1)
-    assert mosaic_blocks.heuristics(64, 14336) == mosaic_blocks.Config(block_slabs=1)
-    assert mosaic_blocks.heuristics(4096, 14336) == mosaic_blocks.Config(block_slabs=7)
-    assert mosaic_blocks.heuristics(4096, 11008) == mosaic_blocks.Config(block_slabs=6)
-    assert mosaic_rows.heuristics(576).slabs_per_step == 1
+    assert quantize_blocks.heuristics(1, 14336) == quantize_blocks.Config(block_slabs=1)
+    assert quantize_blocks.heuristics(64, 14336) == quantize_blocks.Config(block_slabs=1)
+    assert quantize_blocks.heuristics(4096, 14336) == quantize_blocks.Config(block_slabs=7)
+    assert quantize_blocks.heuristics(4096, 11008) == quantize_blocks.Config(block_slabs=6)
+    assert quantize_rows.heuristics(576).slabs_per_step == 1
 
 
 def test_cost() -> None:

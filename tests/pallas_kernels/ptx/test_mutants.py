@@ -29,9 +29,9 @@ from tests.pallas_kernels.ptx.errors import (
 
 pytestmark = needs_cuda_compiler
 
-PLAIN = Config(tokens=16, warpgroups=2, stages=2, splits=1)
-SPLIT = Config(tokens=16, warpgroups=1, stages=2, splits=2)  # CTAs add up what each computed of a row
-SHARED = Config(tokens=16, warpgroups=1, stages=2, sharers=2)  # CTAs load activations for each other
+PLAIN = Config(block_m=16, warpgroups=2, num_stages=2, split_k=1)
+SPLIT = Config(block_m=16, warpgroups=1, num_stages=2, split_k=2)  # CTAs add up what each computed of a row
+SHARED = Config(block_m=16, warpgroups=1, num_stages=2, sharers=2)  # CTAs load activations for each other
 
 SEEDS = (0, 1, 2)
 TOLERANCE = 1e-6

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float32, Int32
 
 from pallas_kernels import mosaic
-from pallas_kernels.kv_append.reference import MIN_RANGE
+from pallas_kernels.rounding import MIN_RANGE
 
 _WARPS, _LANES = 4, 32
 # 16 bytes of bfloat16.
@@ -144,7 +144,7 @@ def center(heads: Halves, mean: Halves) -> Halves:
 
 
 def quantize(heads: Halves, groups: int) -> Quantized:
-    """Asymmetric INT4; bit for bit ``reference.quantize_kv``."""
+    """Asymmetric INT4; bit for bit ``rounding.quantize_kv``."""
     half = heads.low.shape[1]
     if groups == 1:
         low, high = jnp.minimum(heads.low, heads.high), jnp.maximum(heads.low, heads.high)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float32, Int8
 
 from pallas_kernels import mosaic
 from pallas_kernels.qarrays import ActivationFormat
-from pallas_kernels.quantize.reference import MIN_AMAX, symmetric_scale
+from pallas_kernels.rounding import MIN_AMAX, symmetric_scale
 
 # Channels a thread holds next to each other: 16 bytes of bfloat16, the widest load.
 VECTOR = 8
@@ -135,7 +135,7 @@ def round_to_int8(x: Float32[Array, "*s"], bound: int, largest: float) -> Int8[A
 def quantize_groups(
     x: Float32[Array, "groups group_size"], clip: float, layout: Any
 ) -> tuple[Int8[Array, "groups group_size"], Float32[Array, " groups"]]:
-    """INT4 values and scales of whole groups, exactly those of ``reference.quantize``; x has ``layout``."""
+    """INT4 values and scales of whole groups, exactly those of ``rounding``; x has ``layout``."""
     scales = symmetric_scale(jnp.max(jnp.abs(x), axis=1), clip, 7)
     inverse = mosaic.reciprocal(scales, layout.reduce(1))
     return round_to_int8(x * lax.broadcast_in_dim(inverse, x.shape, (0,)), 7, 7 / clip), scales
@@ -144,7 +144,7 @@ def quantize_groups(
 def quantize_tail(
     x: Float32[Array, " num_outliers"], layout: Any
 ) -> tuple[Int8[Array, " num_outliers"], Float32[Array, ""]]:
-    """INT8 values and scale of the outliers, exactly those of ``reference.quantize``; x has ``layout``."""
+    """INT8 values and scale of the outliers, exactly those of ``rounding``; x has ``layout``."""
     scale = symmetric_scale(jnp.max(jnp.abs(x)), 1.0, 127)
     inverse = mosaic.reciprocal(plgpu.layout_cast(lax.broadcast_in_dim(scale, x.shape, ()), layout), layout)
     return round_to_int8(x * inverse, 127, 127), scale

@@ -18,9 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import mosaic
+from pallas_kernels.mosaic import quantize_groups as groups
+from pallas_kernels.mosaic.quantize_leaves import add_rounded, gather, load, store, store_below
 from pallas_kernels.qarrays import ActivationFormat, QuantizedActivation
-from pallas_kernels.quantize import mosaic_groups as groups
-from pallas_kernels.quantize.mosaic_leaves import add_rounded, gather, load, store, store_below
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ def smem_bytes(channels: int, *dtypes: Any) -> int:
     return sum(padded * jnp.dtype(dtype).itemsize for dtype in dtypes) + padded + groups.MAX_OUTLIERS
 
 
-def quantize_rows(
+def run(
     x: Float[Array, "m k"],
     fmt: ActivationFormat,
     config: Config,

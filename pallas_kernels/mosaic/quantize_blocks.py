@@ -19,9 +19,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import mosaic
+from pallas_kernels.mosaic import quantize_groups as groups
+from pallas_kernels.mosaic.quantize_leaves import load, store, store_below
 from pallas_kernels.qarrays import ActivationFormat, QuantizedActivation
-from pallas_kernels.quantize import mosaic_groups as groups
-from pallas_kernels.quantize.mosaic_leaves import load, store, store_below
 
 # From float32 parts in a layout (the second argument) to the values that are quantized.
 Combine = Callable[[list[Float32[Array, "..."]], Any], Float32[Array, "..."]]
@@ -53,7 +53,7 @@ def configs(rows: int, channels: int) -> list[Config]:
     return list(dict.fromkeys((heuristics(rows, channels), *others)))
 
 
-def quantize_blocks(
+def run(
     parts: Float[Array, "m n k"], combine: Combine, name: str, fmt: ActivationFormat, config: Config
 ) -> QuantizedActivation:
     """Quantizes the rows ``combine(parts[:, 0], ..., parts[:, n - 1])``.
