@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from bench import architecture
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pallas_kernels", "atom_jax", "convert", "atom_jax_cli", "bench")
@@ -174,3 +177,25 @@ def test_every_scheme_is_complete() -> None:
     assert set(convert.schemes._MODULES) == quantized
     for module in convert.schemes._MODULES.values():
         assert callable(module.quantize)
+
+
+def test_the_picture_shows_the_imports() -> None:
+    page = architecture.PAGE.read_text(encoding="utf-8")
+    assert architecture.drawn(page) == page, "python -m bench.architecture draws it anew"
+    boxes = {box for pair in architecture.arrows() for box in pair}
+    assert {"convert/passes", "atom_jax/engine", "pallas_kernels/operators"} <= boxes
+
+
+def test_no_modules_import_each_other() -> None:
+    """When they are loaded; what a function imports when it runs, or a type checker reads, is left out."""
+    graph = {}
+    for file in files(*architecture.PACKAGES):
+        module = Path(file).with_suffix("").parts
+        graph[module] = set(architecture.imported(outside_functions(parse(file)))) - {module}
+    for folder in [module for module in graph if module[-1] == "__init__"]:
+        # ``from package import module`` names the package, too, and needs nothing that is in its __init__.
+        for found in graph.values():
+            if any(other[: len(folder) - 1] == folder[:-1] and other != folder for other in found):
+                found.discard(folder)
+    assert sum(map(len, graph.values())) > 500
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
