@@ -13,7 +13,7 @@ from typing import Any
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
-from convert.rope_rules import rope_config
+from convert.sources.rope_rules import rope_config
 
 MAX_LAYERS = 4096  # far above any real model; keeps a nonsensical config.json from exhausting memory
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
-from convert.rope_rules import rope_notes
 from convert.sources.architectures import parse_config, with_generation_config
 from convert.sources.base import TensorInfo, canonical_names, read_settings
 from convert.sources.layout import WeightFiles, unused_weights
+from convert.sources.rope_rules import rope_notes
 from convert.sources.tokenizer_files import TOKENIZER_FILES, folder_tokenizer, stop_token_id, tokenizer_file
 from convert.sources.tokenizer_writer import write_tokenizer_files
 

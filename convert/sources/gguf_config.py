@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from atom_jax.errors import AtomError
-from convert.rope_rules import yarn_scale
 from convert.sources.gguf_file import GGUFFile
 from convert.sources.gguf_tokenizer import NO_TOKEN, STOP_TOKENS
+from convert.sources.rope_rules import yarn_scale
 
 # Mistral models have the architecture "llama" in GGUF; ``_window`` tells those with a window.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
