@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int8
 
-from pallas_kernels.qarrays import PACK_TILE
+from pallas_kernels.qarrays import PACK_TILE, GroupedWeight, per_channel
 
 _LOW_FIELDS, _HIGH_FIELDS = 4, 8  # values in a byte
 
@@ -64,7 +64,7 @@ def _fields(packed: Int8[Array, "*lead bytes"], fields: int) -> Array:
     meta_fields=["group_size"],
 )
 @dataclasses.dataclass(frozen=True)
-class WeightOnlyInt3:
+class WeightOnlyInt3(GroupedWeight):
     """Weight [N, K] in asymmetric INT3 groups, multiplied with a float activation (w3a16).
 
     w = (q - zero) * scale with -4 <= q, zero <= 3. Invariants: K = num_groups * group_size, and
@@ -84,19 +84,8 @@ class WeightOnlyInt3:
     zeros: Int8[Array, "*lead groups n"]
     group_size: int
 
-    @property
-    def num_groups(self) -> int:
-        return self.scales.shape[-2]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight represented, [*lead, N, K]."""
-        return (*self.packed.shape[:-1], self.num_groups * self.group_size)
-
     def dequantize(self) -> Float32[Array, "*lead n k"]:
         """The float weight represented."""
-        scales, zeros = (
-            jnp.repeat(jnp.swapaxes(x, -1, -2), self.group_size, axis=-1) for x in (self.scales, self.zeros)
-        )
-        values = unpack_int3(self.packed, self.high_bits)[..., : zeros.shape[-1]] - zeros
-        return values.astype(jnp.float32) * scales
+        values = unpack_int3(self.packed, self.high_bits)[..., : self.shape[-1]]
+        values = values - per_channel(self.zeros, self.group_size)
+        return values.astype(jnp.float32) * per_channel(self.scales, self.group_size)

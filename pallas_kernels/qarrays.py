@@ -137,13 +137,30 @@ class QuantizedWeight:
         return jnp.concatenate([body, self.outliers.astype(jnp.float32) * scales[..., -1:]], axis=-1)
 
 
+class GroupedWeight:
+    """What weights of asymmetric groups without a tail have in common: rows of packed values, zero points."""
+
+    packed: Int8[Array, "*lead n bytes"]
+    zeros: Int8[Array, "*lead groups n"]
+    group_size: int
+
+    @property
+    def num_groups(self) -> int:
+        return self.zeros.shape[-2]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight represented, [*lead, N, K]."""
+        return (*self.packed.shape[:-1], self.num_groups * self.group_size)
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["packed", "scales", "zeros"],
     meta_fields=["group_size"],
 )
 @dataclasses.dataclass(frozen=True)
-class WeightOnlyInt4:
+class WeightOnlyInt4(GroupedWeight):
     """Weight [N, K] in asymmetric INT4 groups, multiplied with a float activation (w4a16).
 
     w = (q - zero) * scale with -8 <= q, zero <= 7: the signed nibbles of the packing rule, that is the
@@ -161,19 +178,10 @@ class WeightOnlyInt4:
     zeros: Int8[Array, "*lead groups n"]
     group_size: int
 
-    @property
-    def num_groups(self) -> int:
-        return self.scales.shape[-2]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight represented, [*lead, N, K]."""
-        return (*self.packed.shape[:-1], self.num_groups * self.group_size)
-
     def dequantize(self) -> Float32[Array, "*lead n k"]:
         """The float weight represented."""
         values = _less_zeros(self.packed, self.zeros, self.group_size).astype(jnp.float32)
-        return values * _per_channel(self.scales, self.group_size)
+        return values * per_channel(self.scales, self.group_size)
 
 
 @partial(
@@ -182,7 +190,7 @@ class WeightOnlyInt4:
     meta_fields=["group_size"],
 )
 @dataclasses.dataclass(frozen=True)
-class TwoLevelWeight:
+class TwoLevelWeight(GroupedWeight):
     """Weight [N, K] in INT4 groups whose dequantized values are INT8 (w4a8kv4).
 
     Progressive group quantization of QServe (arXiv 2405.04532, section 4.1):
@@ -206,15 +214,6 @@ class TwoLevelWeight:
     zeros: Int8[Array, "*lead groups n"]
     group_size: int
 
-    @property
-    def num_groups(self) -> int:
-        return self.group_scales.shape[-2]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight represented, [*lead, N, K]."""
-        return (*self.packed.shape[:-1], self.num_groups * self.group_size)
-
     def activation_format(self, clip: float) -> ActivationFormat:
         """Per-token INT8, which is not clipped."""
         return ActivationFormat(0, self.shape[-1])
@@ -222,21 +221,22 @@ class TwoLevelWeight:
     def dequantize_int8(self) -> Int8[Array, "*lead n k"]:
         """The first level: what is multiplied with INT8 activations."""
         values = _less_zeros(self.packed, self.zeros, self.group_size)
-        return values * _per_channel(self.group_scales, self.group_size)
+        return values * per_channel(self.group_scales, self.group_size)
 
     def dequantize(self) -> Float32[Array, "*lead n k"]:
         """The float weight represented."""
         return self.dequantize_int8().astype(jnp.float32) * self.scales[..., None]
 
 
-def _per_channel(values: Shaped[Array, "*lead groups n"], group_size: int) -> Shaped[Array, "*lead n k"]:
+def per_channel(values: Shaped[Array, "*lead groups n"], group_size: int) -> Shaped[Array, "*lead n k"]:
+    """A value of each group as the value of each of its channels."""
     return jnp.repeat(jnp.swapaxes(values, -1, -2), group_size, axis=-1)
 
 
 def _less_zeros(
     packed: Int8[Array, "*lead n halfk"], zeros: Int8[Array, "*lead groups n"], group_size: int
 ) -> Int8[Array, "*lead n k"]:
-    zeros = _per_channel(zeros, group_size)
+    zeros = per_channel(zeros, group_size)
     return unpack_int4(packed, PACK_TILE)[..., : zeros.shape[-1]] - zeros
 
 
