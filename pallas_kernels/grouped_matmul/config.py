@@ -72,20 +72,14 @@ class Config:
 
 
 @functools.cache
-def heuristics(m: int, n: int, k: int, group_size: int) -> Config:
-    """The configuration for an activation [m, k] and a weight [n, k]."""
-    block_m = _block_m(m, group_size)
-    return _prefill(n, block_m) if m > 128 else _decode(block_m, n, k)[0]
-
-
-def configs(m: int, n: int, k: int, group_size: int) -> list[Config]:
-    """The default and what else a sweep times.
+def configs(m: int, n: int, k: int, group_size: int) -> tuple[Config, ...]:
+    """The default for an activation [m, k] and a weight [n, k], and what else a sweep times.
 
     For decode these are the cheapest by estimate, for prefill those near the default.
     """
     block_m = _block_m(m, group_size)
     if m <= 128:
-        return _decode(block_m, n, k)[:_MOST_CANDIDATES]
+        return tuple(_decode(block_m, n, k)[:_MOST_CANDIDATES])
     near = [
         Config(size, warpgroups, num_stages, sharers=sharers)
         for size in (block_m, block_m // 2)
@@ -95,7 +89,7 @@ def configs(m: int, n: int, k: int, group_size: int) -> list[Config]:
         if -(-n // (warpgroups * WGMMA_CHANNELS)) % sharers == 0
     ]
     fitting = [config for config in near if config.smem_bytes <= MAX_SMEM_BYTES]
-    return list(dict.fromkeys((_prefill(n, block_m), *fitting)))
+    return tuple(dict.fromkeys((_prefill(n, block_m), *fitting)))
 
 
 def _warpgroups(n: int, sizes: Iterable[int]) -> list[int]:

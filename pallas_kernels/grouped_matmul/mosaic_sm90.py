@@ -48,7 +48,7 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-def configs(call: Call) -> list[Config]:
+def configs(call: Call) -> tuple[Config, ...]:
     """See ``dispatch``."""
     w = call.w
     n, k = w.shape
