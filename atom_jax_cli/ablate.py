@@ -10,14 +10,15 @@ from rich.table import Table
 
 from atom_jax_cli.console import JsonOption, note, print_json, progress_bars, stdout
 from atom_jax_cli.convert import (
-    CALIBRATION_DEFAULT,
-    CALIBRATION_HELP,
+    DATA_PANEL,
     GROUP_SIZE_DEFAULT,
     NUM_OUTLIERS_DEFAULT,
+    CalibrationOption,
+    CalibrationTokensOption,
     RevisionOption,
+    SeedOption,
 )
 
-_DATA = "Data and evaluation"
 _WIDEST = 300  # characters of the table
 
 
@@ -40,28 +41,19 @@ def ablate(
         int | None,
         typer.Option(help="Channels kept in 8 bits.", show_default=NUM_OUTLIERS_DEFAULT),
     ] = None,
-    calib: Annotated[
-        str | None,
-        typer.Option(
-            help=CALIBRATION_HELP,
-            show_default=CALIBRATION_DEFAULT,
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    calib_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.", rich_help_panel=_DATA)] = 8192,
-    seed: Annotated[
-        int, typer.Option(help="Of sampled text.", min=0, max=2**32 - 1, rich_help_panel=_DATA)
-    ] = 0,
+    calib: CalibrationOption = None,
+    calib_tokens: CalibrationTokensOption = 8192,
+    seed: SeedOption = 0,
     text: Annotated[
         list[Path] | None,
         typer.Option(
             help="Text to measure perplexity on, may be repeated.",
             show_default="Python's help and one of its modules",
-            rich_help_panel=_DATA,
+            rich_help_panel=DATA_PANEL,
         ),
     ] = None,
     eval_tokens: Annotated[
-        int, typer.Option(help="Tokens of each text to use.", min=2, rich_help_panel=_DATA)
+        int, typer.Option(help="Tokens of each text to use.", min=2, rich_help_panel=DATA_PANEL)
     ] = 4096,
     revision: RevisionOption = None,
     json_output: JsonOption = False,

@@ -15,13 +15,24 @@ from atom_jax_cli.console import JsonOption, format_bytes, note, print_json, pro
 _SCHEME = "w4a4kv4"
 # What a setting that was chosen is called.
 _SETTINGS = {"group_size": "groups of", "num_outliers": "number of outliers"}
-_WEIGHTS, _CACHE, _DATA = "Weights and activations", "KV cache", "Data and evaluation"
+_WEIGHTS, _CACHE, DATA_PANEL = "Weights and activations", "KV cache", "Data and evaluation"
 
 
-CALIBRATION_HELP = (
-    "Calibration text: a file (text or JSON Lines), an org/name data set, or 'sampled' from the model alone."
-)
-CALIBRATION_DEFAULT = "built-in English and text sampled from the model"
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Calibration text: a file (text or JSON Lines), an org/name data set, "
+        "or 'sampled' from the model alone.",
+        show_default="built-in English and text sampled from the model",
+        rich_help_panel=DATA_PANEL,
+    ),
+]
+CalibrationTokensOption = Annotated[
+    int, typer.Option(help="Tokens to calibrate on.", rich_help_panel=DATA_PANEL)
+]
+SeedOption = Annotated[
+    int, typer.Option(help="Of sampled text.", min=0, max=2**32 - 1, rich_help_panel=DATA_PANEL)
+]
 RevisionOption = Annotated[
     str | None,
     typer.Option(help="Branch, tag or commit on the Hub.", show_default="the repository's own default"),
@@ -163,27 +174,18 @@ def convert(
             rich_help_panel=_CACHE,
         ),
     ] = None,
-    calib: Annotated[
-        str | None,
-        typer.Option(
-            help=CALIBRATION_HELP,
-            show_default=CALIBRATION_DEFAULT,
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    calib_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.", rich_help_panel=_DATA)] = 8192,
-    seed: Annotated[
-        int, typer.Option(help="Of sampled text.", min=0, max=2**32 - 1, rich_help_panel=_DATA)
-    ] = 0,
+    calib: CalibrationOption = None,
+    calib_tokens: CalibrationTokensOption = 8192,
+    seed: SeedOption = 0,
     eval_text: Annotated[
         Path | None,
         typer.Option(
             help="Text to measure perplexity on, before and after.",
             show_default="none",
-            rich_help_panel=_DATA,
+            rich_help_panel=DATA_PANEL,
         ),
     ] = None,
-    eval_tokens: Annotated[int, typer.Option(help="Tokens of it to use.", rich_help_panel=_DATA)] = 8192,
+    eval_tokens: Annotated[int, typer.Option(help="Tokens of it to use.", rich_help_panel=DATA_PANEL)] = 8192,
     revision: RevisionOption = None,
     json_output: JsonOption = False,
 ) -> None:
