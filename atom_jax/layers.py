@@ -23,14 +23,17 @@ from pallas_kernels.nn import rms_norm, silu_mul
 Weight = Any
 Activation = Float[Array, "m k"] | QuantizedActivation
 
-# By the type of the weight: a model may hold float ones beside those of its scheme.
-_FORMATS = {scheme.weight.weight: scheme.weight for scheme in SCHEMES.values() if scheme.weight is not None}
+# By the type of the weight: a model may hold float ones beside those of its scheme. Schemes that share a type
+# also prepare its input and multiply alike.
+_FORMATS = {scheme.weight.pytree: scheme.weight for scheme in SCHEMES.values() if scheme.weight is not None}
 
 
 def _format(weight: Weight, config: ModelConfig) -> ActivationFormat | None:
     """How the input of ``weight`` is quantized; None if it stays in floating point."""
     found = _FORMATS.get(type(weight))
-    return None if found is None else found.activation(weight, config.quantization.clip_a)
+    if found is None or found.activation is None:
+        return None
+    return found.activation(weight, config.quantization.clip_a)
 
 
 def norm_input(

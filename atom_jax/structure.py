@@ -39,6 +39,11 @@ class Linear:
     split: Literal["rows", "channels"]
 
     @property
+    def reads_residual(self) -> bool:
+        """Whether its input is the residual stream, normalized."""
+        return self.producer in ("input_norm", "post_attention_norm")
+
+    @property
     def weight(self) -> str:
         return f"{self.name}_proj"
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float32
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
-from atom_jax.structure import linear_shapes, vector_shapes
+from atom_jax.structure import LINEARS, index_shapes, vector_shapes
 from convert.calibrate.statistics import LayerStatistics, layer_statistics
 from convert.float_model import Tree
 from convert.groups import check_model
@@ -98,13 +98,13 @@ def quantize_layer(
     if statistics is not None:
         layer, statistics = prepare_layer(layer, statistics, config)
         hessians = dict(statistics.hessians)
-    params: dict[str, Any] = {
-        name: jnp.asarray(layer[name]) for name in layer if name in vector_shapes(config) or "indices" in name
-    }
+    unquantized = vector_shapes(config).keys() | index_shapes(config).keys()
+    params: dict[str, Any] = {name: jnp.asarray(layer[name]) for name in layer if name in unquantized}
     errors = {}
-    for name in linear_shapes(config):
+    for linear in LINEARS:
+        name = linear.weight
         weight = jnp.asarray(layer.pop(name))
-        hessian = hessians.pop(name.removesuffix("_proj"), None)
+        hessian = hessians.pop(linear.name, None)
         try:
             params[name] = quantize(weight, hessian, quantization)
         except AtomError as error:

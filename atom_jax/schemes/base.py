@@ -25,7 +25,7 @@ class WeightFormat:
     """How a scheme stores a quantized linear.
 
     Attributes:
-      weight: the type in memory; its arrays have the names of the stored ones.
+      pytree: the type in memory; its arrays have the names of the stored ones.
       specs: shape and dtype of each stored array, from rows N, channels K, group size and outliers. Scales
         are bfloat16 on disk and float32 in memory. Orbax stores no empty arrays, so these are left out.
       matmul: the op of ``pallas_kernels`` that multiplies with it.
@@ -33,10 +33,10 @@ class WeightFormat:
       grouped: whether channels are in groups at all.
     """
 
-    weight: type
+    pytree: type
     specs: Callable[[int, int, int, int], Specs]
     matmul: Callable[..., jax.Array]
-    activation: Callable[[Any, float], ActivationFormat | None]
+    activation: Callable[[Any, float], ActivationFormat] | None = None
     grouped: bool = True
 
     def stored(self, shape: tuple[int, int], quantization: QuantConfig) -> Specs:
@@ -61,7 +61,7 @@ class WeightFormat:
         for name, spec in specs.items():
             value = stored[name] if name in stored else np.zeros((*lead, *spec.shape), spec.dtype)
             arrays[name] = jnp.asarray(value.astype(np.float32) if value.dtype == jnp.bfloat16 else value)
-        return self.weight(**arrays, group_size=group_size)
+        return self.pytree(**arrays, group_size=group_size)
 
     def _group_size(self, channels: int, quantization: QuantConfig) -> int:
         if not self.grouped:

@@ -16,7 +16,7 @@ def _specs(rows: int, channels: int, group_size: int, num_outliers: int) -> Spec
 SCHEME = Scheme(
     name="w4a16",
     about="GPTQ: INT4 weights, float activations",
-    weight=WeightFormat(WeightOnlyInt4, _specs, weight_only_matmul, lambda weight, clip_a: None),
+    weight=WeightFormat(WeightOnlyInt4, _specs, weight_only_matmul),
     unused={**NO_OUTLIERS, "migrate": False},
     defaults={"kv_bits": 16},
 )

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float32
 from atom_jax.config import ModelConfig
 from convert.float_model import Tree
 from convert.streaming import (
+    Params,
     Statistics,
     add_windows_to_hessians,
     batches,
@@ -67,15 +68,15 @@ def on_device(tree: Tree) -> dict[str, jax.Array]:
 
 
 def mean_hessians(
-    tree: Tree, windows: Float32[np.ndarray, "windows seq hidden"], config: ModelConfig
+    params: Params, windows: Float32[np.ndarray, "windows seq hidden"], config: ModelConfig
 ) -> Statistics:
     """Mean of x x^T over the inputs x of each projection of a float layer (see ``add_windows_to_hessians``).
 
     Args:
+      params: of the layer, on the device.
       windows: the residual stream before the layer.
       config: of the float layer.
     """
-    params = on_device(tree)
     totals = {name: jnp.zeros((size, size)) for name, size in projections(config).items()}
     for batch in batches(windows):
         totals = add_windows_to_hessians(params, batch, totals, config=config)
@@ -99,8 +100,8 @@ def layer_statistics(
       config: of the float layer.
       with_inputs: also of single tokens, of ``_SEARCH_TOKENS`` of them.
     """
-    inputs = {}
+    params, inputs = on_device(tree), {}
     if with_inputs:
         some = windows[: max(1, _SEARCH_TOKENS // windows.shape[1])]
-        inputs = projection_inputs(on_device(tree), some, config=config)
-    return LayerStatistics(mean_hessians(tree, windows, config), inputs)
+        inputs = projection_inputs(params, some, config=config)
+    return LayerStatistics(mean_hessians(params, windows, config), inputs)

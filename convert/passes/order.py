@@ -53,9 +53,10 @@ def residual_order(
             batch[...], energies = run_windows_with_energies(
                 params, batch, energies, config=config.of_layer(layer)
             )
-        for name in ("qkv", "gate_up"):
-            share = np.asarray(energies[name], np.float64)
-            total += np.sqrt(share / max(share.sum(), 1e-30))
+        for linear in LINEARS:
+            if linear.reads_residual:
+                share = np.asarray(energies[linear.name], np.float64)
+                total += np.sqrt(share / max(share.sum(), 1e-30))
         report(layer + 1, config.num_layers)
     return energy_order(total)
 

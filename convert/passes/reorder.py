@@ -30,10 +30,7 @@ from convert.passes import Layer
 
 # Along the last axis: norms, and the linears behind them.
 _READS_RESIDUAL = [
-    name
-    for linear in LINEARS
-    if linear.producer.endswith("norm")
-    for name in (linear.producer, linear.weight)
+    name for linear in LINEARS if linear.reads_residual for name in (linear.producer, linear.weight)
 ]
 # Along the first axis.
 _WRITES_RESIDUAL = [name for linear in LINEARS if linear.residual for name in (linear.weight, linear.bias)]
