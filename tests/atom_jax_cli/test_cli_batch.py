@@ -173,6 +173,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 def test_kill_loses_and_repeats_nothing(go, tmp_path):
     lines = [line(number) for number in range(120)]
     requests, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"

@@ -112,6 +112,7 @@ def test_a_rotated_model_is_measured_rotated(text: Path, tmp_path: Path) -> None
     assert gains[0] > 2 and gains[1] < 1.3
 
 
+@pytest.mark.slow
 def test_the_choice_is_what_is_converted(text: Path, tmp_path: Path) -> None:
     """The checkpoint is that of the same number given by hand."""
     source, quantization = save_hot(tmp_path, 32), preset("w4a4kv4", num_outliers=32, **QUICK)

@@ -101,6 +101,7 @@ WINDOWED: dict[str, tuple[dict[str, Any], tuple[int | None, ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", WINDOWED)
 def test_sliding_windows(family: str, text: Path, tmp_path: Path) -> None:
     """The windows are in the checkpoint, and calibration and the card's perplexity keep them."""

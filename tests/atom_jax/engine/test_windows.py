@@ -86,6 +86,7 @@ def test_pages_go_only_where_every_layer_has_a_window(
     assert most == used
 
 
+@pytest.mark.slow
 def test_a_request_may_be_longer_than_the_cache(folder: Path) -> None:
     """A prompt of 90 tokens and its answer in 6 pages of 8; without a window, the cache is the limit."""
     small = dataclasses.replace(SIZES, num_pages=6, max_model_len=128)
@@ -104,6 +105,7 @@ def test_cache_of_the_default_size_holds_the_windows(folder: Path) -> None:
         assert Engine(make_model(folder, windows), default).stats().num_pages == 2 * pages
 
 
+@pytest.mark.slow
 def test_four_bits_bit_for_bit_whatever_is_served_beside(folder: Path) -> None:
     """With keys that are rotated when they are read, where the table names any page before the window."""
     quantization = preset("w4a4kv4", **TINY_GROUPS, kv_rope="pre", center_keys=False)
