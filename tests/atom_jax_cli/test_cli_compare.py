@@ -68,6 +68,7 @@ def test_is_the_fidelity_of_the_library(checkpoint, quantized, text):
     assert f"{want.tokens} tokens scored" in shown.stderr
 
 
+@pytest.mark.slow
 def test_with_itself(checkpoint, text):
     got = run_json("compare", checkpoint, checkpoint, "--text", text, *OPTIONS)
     assert (got["kl_divergence"], got["top1_agreement"]) == (0.0, 1.0)
@@ -75,6 +76,7 @@ def test_with_itself(checkpoint, text):
     assert "inf" in run("compare", checkpoint, checkpoint, "--text", text, *OPTIONS).stdout
 
 
+@pytest.mark.slow
 def test_other_number_of_layers(checkpoint, text, tmp_path):
     deeper = other(tmp_path, num_hidden_layers=3)
     result = run("compare", checkpoint, deeper, "--text", text, *OPTIONS, "--json")

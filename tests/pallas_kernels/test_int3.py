@@ -13,8 +13,10 @@ from pallas_kernels import PACK_TILE, WeightOnlyInt3, weight_only_matmul
 from pallas_kernels.int3 import pack_int3, unpack_int3
 
 
-@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 4), tiles=st.integers(1, 3))
-def test_packing(seed: int, rows: int, tiles: int):
+# Few shapes, as each compiles.
+@given(seed=st.integers(0, 2**32 - 1), shape=st.sampled_from([(1, 1), (4, 3)]))
+def test_packing(seed: int, shape: tuple[int, int]):
+    rows, tiles = shape
     values = np.random.default_rng(seed).integers(-4, 4, (rows, tiles * PACK_TILE)).astype(np.int8)
     low, high = pack_int3(jnp.asarray(values))
     assert (low.shape, high.shape) == ((rows, tiles * 32), (rows, tiles * 16))

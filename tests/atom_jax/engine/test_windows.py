@@ -57,7 +57,7 @@ def serve(engine: Engine, prompts: list[list[int]]) -> tuple[list[list[int]], in
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
-@pytest.mark.parametrize("windows", [(20, 9), (7, 7)])
+@pytest.mark.parametrize("windows", [(20, 9), pytest.param((7, 7), marks=pytest.mark.slow)])
 def test_answers_are_those_of_a_cache_that_keeps_all(
     folder: Path, windows: tuple[int, ...], prefix_caching: bool
 ) -> None:
