@@ -17,10 +17,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import glob
 import json
 import logging
+import os
 import re
+import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -55,6 +59,10 @@ Tree = dict[str, Any]
 Specs = dict[str, Any]
 
 _spec = jax.ShapeDtypeStruct
+
+# Nothing changes for so long: the threads of a failed save have ended. And how often that is looked at.
+_QUIET_SECONDS = 0.5
+_LONGEST_WAIT = 120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +131,43 @@ def write_tree(path: Path, tree: Tree) -> None:
         with _silent_orbax(), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path.absolute(), tree, force=True)
     except Exception as error:  # Orbax and TensorStore raise many types where a write fails
+        _remove_unfinished(path)
         raise WriteError(f"{path}: cannot be written: {_reason(error)}") from error
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Removes what a failed save of ``path`` left beside it.
+
+    The error comes with the first array that cannot be written, while threads of TensorStore still write the
+    others, and make the folder again where it is gone. So nothing is removed while anything changes, and
+    this returns once nothing has come back.
+    """
+    before = None
+    for _ in range(_LONGEST_WAIT):
+        found = _stored_files(path)
+        if found == before:
+            if not found:
+                return
+            for folder in _unfinished(path):
+                shutil.rmtree(folder, ignore_errors=True)
+        before = found
+        time.sleep(_QUIET_SECONDS)
+
+
+def _unfinished(path: Path) -> list[Path]:
+    return list(path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"))
+
+
+def _stored_files(path: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of all that an unfinished save has written so far."""
+    found = {}
+    for unfinished in _unfinished(path):
+        for folder, _, names in os.walk(unfinished):
+            for file in (Path(folder), *(Path(folder) / name for name in names)):
+                with contextlib.suppress(FileNotFoundError):  # a thread renamed it meanwhile
+                    stat = file.stat()
+                    found[file] = (stat.st_size, stat.st_mtime_ns)
+    return found
 
 
 def read_tree(path: Path, specs: Specs) -> Tree:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,30 @@ def write(folder: Path, config: ModelConfig) -> tuple[list[checkpoint.Tree], che
     (folder / checkpoint.TOKENIZER_FOLDER).mkdir()
     save_tokenizer(folder / checkpoint.TOKENIZER_FOLDER)
     return layers, shared
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although threads write on after the error, and make the folder again where it was removed."""
+    unfinished = tmp_path / "shared.orbax-checkpoint-tmp"
+
+    def write_on() -> None:
+        for index in range(6):
+            unfinished.mkdir(exist_ok=True)
+            (unfinished / f"{index}").write_text("late")
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=write_on)
+
+    class Failing(checkpoint.ocp.StandardCheckpointer):
+        def save(self, *args: Any, **kwargs: Any) -> None:
+            thread.start()
+            time.sleep(0.05)
+            raise OSError("File too large")
+
+    monkeypatch.setattr(checkpoint.ocp, "StandardCheckpointer", Failing)
+    with fails("shared: cannot be written", "File too large"):
+        checkpoint.write_tree(tmp_path / "shared", {"norm": np.ones(4, np.float32)})
+    assert not thread.is_alive() and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
