@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,45 +12,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
+from atom_jax.blocks import BLOCKS, LayerParams, OnInput, Step, make_step
 from atom_jax.config import ModelConfig
-from atom_jax.layers import attention_input, linear, mlp_input, norm_input
-from atom_jax.rope import rope_table
+from atom_jax.layers import linear
 from atom_jax.structure import index_shapes, linear_shapes, vector_shapes
-from pallas_kernels import PagedKVCache, kv_append, paged_attention
+from pallas_kernels import PagedKVCache
 from pallas_kernels.nn import rms_norm
-
-Capture = dict[str, Array]
-# The window of a layer that sees everything: longer than any sequence, and position - window is an int32.
-_UNBOUNDED = 2**30
-
-
-class Step(NamedTuple):
-    """What every layer of one forward pass shares: where its tokens stand."""
-
-    positions: Int32[Array, "batch seq"]
-    slots: Int32[Array, "batch*seq"]
-    cos: Float32[Array, "batch*seq half"]
-    sin: Float32[Array, "batch*seq half"]
-    key_rope: tuple[Float32[Array, "keys half"], Float32[Array, "keys half"]] | None
-
-
-def make_step(positions: Int32[Array, "batch seq"], cache: PagedKVCache, config: ModelConfig) -> Step:
-    """The step for tokens at ``positions``."""
-    cos, sin = rope_table(positions.reshape(-1), config.rope, config.head_dim)
-    key_rope = None
-    if cache.kv_rope == "pre":
-        key_rope = rope_table(jnp.arange(cache.max_length), config.rope, config.head_dim)
-    return Step(positions, cache.slots(positions), cos, sin, key_rope)
-
-
-def layer_window(config: ModelConfig, layer: Int32[Array, ""]) -> Int32[Array, ""] | None:
-    """The sliding window of a layer as data, so that one program serves all layers; None if none has one."""
-    windows = [_UNBOUNDED if window is None else window for window in config.windows]
-    if min(windows, default=_UNBOUNDED) == _UNBOUNDED:
-        return None
-    if len(set(windows)) == 1:
-        return jnp.int32(windows[0])  # looked up in an array, it would be a launch a layer
-    return jnp.asarray(windows, jnp.int32)[layer]
 
 
 class Layer(nnx.Module):
@@ -72,53 +39,19 @@ class Layer(nnx.Module):
         cache: PagedKVCache,
         layer: Int32[Array, ""],
         step: Step,
-        capture: Capture | None = None,
+        on_input: OnInput | None = None,
     ) -> tuple[Float[Array, "m hidden"], PagedKVCache]:
         """The residual stream after the layer, and the cache with this layer's keys and values.
 
         Args:
           layer: index in the cache, and in the windows of the configuration.
-          capture: filled with the input of each linear (calibration; float weights only).
+          on_input: sees the input of each linear, and may replace it: calibration, ablations. For float
+            weights only.
         """
-        config, param = self.config, self.param
-
-        def project(name: str, inputs: Any, residual: Array | None = None) -> Array:
-            if capture is not None:
-                capture[name] = inputs
-            return linear(inputs, param(f"{name}_proj"), param(f"{name}_bias"), x.dtype, residual)
-
-        normed = norm_input(x, param("input_norm"), param("qkv_proj"), param("qkv_indices"), config)
-        k_mean = param("k_mean")
-        q, cache = kv_append(
-            project("qkv", normed),
-            cache,
-            layer=layer,
-            slots=step.slots,
-            cos=step.cos,
-            sin=step.sin,
-            num_heads=config.num_heads,
-            q_norm=param("q_norm"),
-            k_norm=param("k_norm"),
-            k_mean=None if k_mean is None else k_mean.reshape(config.num_kv_heads, config.head_dim),
-            eps=config.rms_norm_eps,
-        )
-        q = q.reshape(*step.positions.shape, config.num_heads, config.head_dim)
-        attended = paged_attention(
-            q,
-            cache,
-            layer=layer,
-            positions=step.positions,
-            key_rope=step.key_rope,
-            window=layer_window(config, layer),
-        )
-        attended = attended.reshape(x.shape[0], config.q_size)
-        x = project("o", attention_input(attended, param("o_proj"), param("o_indices"), config), residual=x)
-
-        normed = norm_input(
-            x, param("post_attention_norm"), param("gate_up_proj"), param("gate_up_indices"), config
-        )
-        inner = mlp_input(project("gate_up", normed), param("down_proj"), config)
-        return project("down", inner, residual=x), cache
+        params = LayerParams(self.param, self.config, x.dtype, on_input)
+        for block in BLOCKS:
+            x, cache = block.run(x, cache, layer, step, params)
+        return x, cache
 
 
 class Llama(nnx.Module):

@@ -12,10 +12,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
+from atom_jax.blocks import OnInput, make_step
 from atom_jax.config import ModelConfig
 from atom_jax.kv_cache import init_cache
 from atom_jax.layers import linear
-from atom_jax.llama import Capture, Layer, make_step
+from atom_jax.llama import Layer
 from atom_jax.perplexity import PerplexityResult, exp_of_mean, make_windows, sum_nll
 from atom_jax.structure import LINEARS
 from pallas_kernels.nn import rms_norm
@@ -46,16 +47,33 @@ def batches(
         yield windows[start : start + batch]
 
 
-def _run(
-    config: ModelConfig, params: Params, x: Float32[Array, "batch seq hidden"], capture: Capture | None
+def run_layer(
+    params: Params,
+    x: Float32[Array, "batch seq hidden"],
+    config: ModelConfig,
+    on_input: OnInput | None = None,
 ) -> Float32[Array, "batch seq hidden"]:
+    """The residual stream of some windows after a layer; ``on_input`` as in ``atom_jax.llama.Layer``."""
     batch, seq, hidden = x.shape
     # Refuses a model whose layers have windows: which of them this is, ``of_layer`` must say.
     cache = init_cache(config.replace(num_layers=1), batch, seq, dtype=x.dtype)
     positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq))
     step = make_step(positions, cache, config)
     rows = x.reshape(batch * seq, hidden)
-    return Layer(config, params)(rows, cache, jnp.int32(0), step, capture)[0].reshape(x.shape)
+    return Layer(config, params)(rows, cache, jnp.int32(0), step, on_input)[0].reshape(x.shape)
+
+
+def _run_and_see(
+    params: Params, x: Float32[Array, "batch seq hidden"], config: ModelConfig
+) -> tuple[Float32[Array, "batch seq hidden"], dict[str, Float32[Array, "tokens k"]]]:
+    """``run_layer`` of a float layer, and the input of each of its linears."""
+    seen = {}
+
+    def record(name: str, inputs: Float32[Array, "tokens k"]) -> Float32[Array, "tokens k"]:
+        seen[name] = inputs
+        return inputs
+
+    return run_layer(params, x, config, record), seen
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -63,7 +81,7 @@ def run_windows(
     params: Params, x: Float32[Array, "batch seq hidden"], *, config: ModelConfig
 ) -> Float32[Array, "batch seq hidden"]:
     """The residual stream of some windows after a layer, quantized or not as ``config`` says."""
-    return _run(config, params, x, None)
+    return run_layer(params, x, config)
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("energies",))
@@ -71,9 +89,8 @@ def run_windows_with_energies(
     params: Params, x: Float32[Array, "batch seq hidden"], energies: Statistics, *, config: ModelConfig
 ) -> tuple[Float32[Array, "batch seq hidden"], Statistics]:
     """``run_windows``, and ``energies`` plus each input channel's sum of squares."""
-    capture: Capture = {}
-    x = _run(config, params, x, capture)
-    return x, {name: total + jnp.sum(jnp.square(capture[name]), axis=0) for name, total in energies.items()}
+    x, seen = _run_and_see(params, x, config)
+    return x, {name: total + jnp.sum(jnp.square(seen[name]), axis=0) for name, total in energies.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -87,10 +104,10 @@ def projection_inputs(
     there. Without this the few tokens of massive activations, a thousand times the others, are all that
     GPTQ sees. The other projections read normalized inputs as it is.
     """
-    capture: Capture = {}
-    out = _run(config, params, x, capture).reshape(-1, x.shape[-1])
+    out, seen = _run_and_see(params, x, config)
+    out = out.reshape(-1, x.shape[-1])
     weights = lax.rsqrt(jnp.mean(jnp.square(out), axis=-1, keepdims=True) + config.rms_norm_eps)
-    return {name: rows * weights if name in _ADDED else rows for name, rows in capture.items()}
+    return {name: rows * weights if name in _ADDED else rows for name, rows in seen.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("hessians",))

@@ -18,16 +18,13 @@ import numpy as np
 from jaxtyping import Array, Float32, Int32
 
 from atom_jax.config import ModelConfig, QuantConfig
-from atom_jax.kv_cache import init_cache
-from atom_jax.layers import linear
-from atom_jax.llama import layer_window, make_step
 from atom_jax.structure import linear_shapes
 from convert.calibrate.statistics import layer_statistics
 from convert.float_model import Tree
 from convert.quantize_layer import prepare_layer
 from convert.rounding.rtn import quantize_weight
-from pallas_kernels import ActivationFormat, kv_append, paged_attention, quantize
-from pallas_kernels.nn import rms_norm, silu_mul
+from convert.streaming import run_layer
+from pallas_kernels import ActivationFormat, quantize
 
 
 def simulate_layer(
@@ -62,39 +59,11 @@ def run_simulated(
     params: Mapping[str, Array], x: Float32[Array, "batch seq hidden"], *, config: ModelConfig
 ) -> Float32[Array, "batch seq hidden"]:
     """``convert.streaming.run_windows`` for a layer of ``simulate_layer``."""
-    batch, seq, hidden = x.shape
-    cache = init_cache(config.replace(num_layers=1), batch, seq, dtype=x.dtype)
-    step = make_step(jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq)), cache, config)
 
-    def project(name: str, inputs: Array, residual: Array | None = None) -> Array:
-        rounded = _round_body(inputs, params.get(f"{name}_indices"), config.quantization)
-        return linear(rounded, params[f"{name}_proj"], params.get(f"{name}_bias"), x.dtype, residual)
+    def round_input(name: str, inputs: Float32[Array, "m k"]) -> Float32[Array, "m k"]:
+        return _round_body(inputs, params.get(f"{name}_indices"), config.quantization)
 
-    rows = x.reshape(batch * seq, hidden)
-    q, cache = kv_append(
-        project("qkv", rms_norm(rows, params["input_norm"], config.rms_norm_eps)),
-        cache,
-        layer=jnp.int32(0),
-        slots=step.slots,
-        cos=step.cos,
-        sin=step.sin,
-        num_heads=config.num_heads,
-        q_norm=params.get("q_norm"),
-        k_norm=params.get("k_norm"),
-        eps=config.rms_norm_eps,
-    )
-    q = q.reshape(batch, seq, config.num_heads, config.head_dim)
-    attended = paged_attention(
-        q,
-        cache,
-        layer=jnp.int32(0),
-        positions=step.positions,
-        key_rope=step.key_rope,
-        window=layer_window(config, jnp.int32(0)),
-    )
-    rows = project("o", attended.reshape(batch * seq, config.q_size), rows)
-    gate_up = project("gate_up", rms_norm(rows, params["post_attention_norm"], config.rms_norm_eps))
-    return project("down", silu_mul(gate_up), rows).reshape(x.shape)
+    return run_layer(params, x, config, round_input)
 
 
 def _round_body(

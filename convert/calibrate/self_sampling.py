@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32, Key
 
+from atom_jax.blocks import make_step
 from atom_jax.config import ModelConfig
 from atom_jax.kv_cache import init_cache
 from atom_jax.layers import linear
-from atom_jax.llama import Layer, make_step
+from atom_jax.llama import Layer
 from convert.float_model import read_layer, read_shared
 from convert.sources import Source
 from convert.streaming import Report

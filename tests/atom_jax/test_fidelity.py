@@ -15,11 +15,12 @@ from flax import nnx
 
 import atom_jax
 from atom_jax import compare, perplexity, preset
+from atom_jax.blocks import make_step
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from atom_jax.fidelity import Fidelity, residual_order
 from atom_jax.kv_cache import init_cache
-from atom_jax.llama import Layer, make_params, make_step, merge
+from atom_jax.llama import Layer, make_params, merge
 from atom_jax.structure import linear_shapes, vector_shapes
 from convert.passes.reorder import permute_ends, permute_residual
 from tests.atom_jax.models import TINY_GROUPS, tiny_config, tiny_params, tiny_tree

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from convert.calibrate.statistics import mean_hessians
-from convert.streaming import _run, projection_inputs
+from convert.streaming import projection_inputs, run_layer
 from tests.atom_jax.models import tiny_config, tiny_tree
 
 WINDOWS, SEQ = 9, 24
@@ -36,10 +38,14 @@ def test_equals_float64(name: str, hessians: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize("name", ["qkv", "gate_up", "o", "down"])
 def test_inputs_count_relative_to_the_stream_they_are_added_to(name: str) -> None:
-    x, capture = residual(), {}
+    x, seen = residual(), {}
+
+    def see(name: str, inputs: Any) -> Any:
+        return seen.setdefault(name, inputs)
+
     layer = {name: jnp.asarray(value) for name, value in LAYER.items()}
-    after = np.asarray(_run(CONFIG, layer, jnp.asarray(x), capture), np.float64).reshape(WINDOWS * SEQ, -1)
-    expected = np.asarray(capture[name], np.float64)
+    after = np.asarray(run_layer(layer, jnp.asarray(x), CONFIG, see), np.float64).reshape(WINDOWS * SEQ, -1)
+    expected = np.asarray(seen[name], np.float64)
     if name in ("o", "down"):
         expected = expected / np.sqrt(np.square(after).mean(axis=1, keepdims=True) + CONFIG.rms_norm_eps)
     found = np.asarray(projection_inputs(LAYER, x, config=CONFIG)[name])
