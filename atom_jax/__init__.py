@@ -1,7 +1,7 @@
 """Atom-JAX: Llama-family models in JAX with 4-bit weights, activations and KV cache."""
 
 from atom_jax.checkpoint import Model, load
-from atom_jax.config import ModelConfig, QuantConfig, RopeConfig, preset
+from atom_jax.config import Format, ModelConfig, RopeConfig, preset
 from atom_jax.errors import AtomError
 from atom_jax.fidelity import Fidelity, compare
 from atom_jax.generation import GenerateOutput, generate, stream
@@ -15,11 +15,11 @@ __version__ = "0.1.0"
 __all__ = [
     "AtomError",
     "Fidelity",
+    "Format",
     "GenerateOutput",
     "Model",
     "ModelConfig",
     "PerplexityResult",
-    "QuantConfig",
     "RopeConfig",
     "SamplingParams",
     "compare",

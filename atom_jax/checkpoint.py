@@ -2,7 +2,7 @@
 
 A checkpoint is a folder::
 
-    config.json          ModelConfig and the format's version
+    config.json          ModelConfig and the version of this layout
     quantization.json    the accuracy card (written by the converter)
     tokenizer/           tokenizer.json and its settings (``atom_jax.tokenizer``)
     params/shared        Orbax: embedding, norm, lm_head
@@ -45,7 +45,7 @@ from atom_jax.schemes import SCHEMES
 from atom_jax.structure import index_shapes, linear_shapes, vector_shapes
 from atom_jax.tokenizer import wrap_tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "config.json"
 CARD_FILE = "quantization.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -53,6 +53,9 @@ TOKENIZER_FOLDER = "tokenizer"
 _SIZES = frozenset(
     ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 )
+
+# Settings of the converter that version 1 of config.json held, too.
+_RECIPE_OF_VERSION_1 = frozenset(("clip_w", "gptq", "rotate", "migrate", "smooth_keys"))
 
 # name -> array, or name -> the arrays of a quantized linear by name (see ``atom_jax.schemes``).
 Tree = dict[str, Any]
@@ -81,8 +84,8 @@ class Model:
 
 def linear_spec(shape: tuple[int, int], config: ModelConfig) -> Specs | jax.ShapeDtypeStruct:
     """How a linear [N, K] is stored under this configuration; AtomError if its K does not suit the groups."""
-    weight = SCHEMES[config.quantization.scheme].weight
-    return _spec(shape, jnp.bfloat16) if weight is None else weight.stored(shape, config.quantization)
+    weight = SCHEMES[config.format.scheme].weight
+    return _spec(shape, jnp.bfloat16) if weight is None else weight.stored(shape, config.format)
 
 
 def layer_specs(config: ModelConfig) -> Specs:
@@ -239,15 +242,17 @@ def write_config(checkpoint: Path, config: ModelConfig) -> None:
 
 
 def read_config(checkpoint: Path) -> ModelConfig:
-    """The configuration of a checkpoint folder; AtomError if it is not one, or of another version."""
+    """The configuration of a checkpoint folder; AtomError if it is not one, or of a version unknown here."""
     file = checkpoint / CONFIG_FILE
     if not file.exists():
         raise AtomError(f"{file}: no such file; is {checkpoint} a converted checkpoint?")
     data = read_json(file)
     version = data.pop("format_version", None)
-    if version != FORMAT_VERSION:
+    if version == 1:
+        data = _from_version_1(file, data)
+    elif version != FORMAT_VERSION:
         raise AtomError(
-            f"{file}: not an Atom-JAX checkpoint of format {FORMAT_VERSION} (found {version!r}); "
+            f"{file}: not an Atom-JAX checkpoint of version 1 or {FORMAT_VERSION} (found {version!r}); "
             "convert the original model with 'atom-jax convert'"
         )
     for name in _SIZES & data.keys():
@@ -261,6 +266,18 @@ def read_config(checkpoint: Path) -> ModelConfig:
     return config
 
 
+def _from_version_1(file: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 kept the format and the converter's recipe in one; only config.json differs."""
+    data = {"windows": (), **data}
+    settings = data.pop("quantization", None)
+    if not isinstance(settings, dict):
+        raise AtomError(f"{file}: model configuration is not readable: no settings under 'quantization'")
+    settings = {"center_keys": False, "reorder": "folded", **settings}
+    settings["gather_inputs"] = settings.pop("reorder") == "per_layer" and settings.get("scheme") != "bf16"
+    kept = {name: value for name, value in settings.items() if name not in _RECIPE_OF_VERSION_1}
+    return {**data, "format": kept}
+
+
 def load_tokenizer(checkpoint: Path) -> Any:
     """The transformers tokenizer of a checkpoint; AtomError if it has none, or a damaged one."""
     folder = checkpoint / TOKENIZER_FOLDER
@@ -271,11 +288,11 @@ def load_tokenizer(checkpoint: Path) -> Any:
 
 def layer_params(tree: Tree, config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:
     """A stored layer, or a stack of them, as the parameters of ``llama.Layer`` on the default device."""
-    weight, shapes = SCHEMES[config.quantization.scheme].weight, linear_shapes(config)
+    weight, shapes = SCHEMES[config.format.scheme].weight, linear_shapes(config)
 
     def revive(name: str, value: Any) -> Any:
         if weight is not None and isinstance(value, Mapping):
-            return weight.revive(value, shapes[name], config.quantization)
+            return weight.revive(value, shapes[name], config.format)
         return jnp.asarray(value, dtype if value.dtype == jnp.bfloat16 else value.dtype)
 
     return {name: revive(name, value) for name, value in tree.items()}

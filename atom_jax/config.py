@@ -1,16 +1,16 @@
-"""Configuration of a model: its architecture and its quantization, frozen and hashable (static under jit)."""
+"""Configuration of a model: its architecture and its format, frozen and hashable (static under jit)."""
 
 from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from atom_jax.errors import AtomError, not_one_of
 from atom_jax.schemes import SCHEMES
 
 RopeScaling = Literal["none", "linear", "llama3", "yarn"]
-Reorder = Literal["folded", "per_layer", "none"]
 KvRope = Literal["pre", "post"]
 
 GROUP_SIZES = (32, 64, 128)
@@ -41,46 +41,40 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantConfig:
-    """How a checkpoint is quantized (docs/quantization.md); ``preset`` makes one.
+class Format:
+    """What a checkpoint holds and how it is run (docs/quantization.md); ``preset`` makes one.
 
-    The defaults are those of ``w4a4kv4``, the same as ``preset("w4a4kv4")`` gives.
-
-    ``scheme`` says what a linear stores and multiplies; ``atom_jax/schemes`` has them. Settings that a scheme
-    does not use have one value in it.
-
-    ``rotate`` spreads hot channels of the residual stream and of the values over all of them.
-
-    ``clip_w`` and ``clip_a`` are the fractions of a group's range that INT4 spans in weights and activations;
-    ``clip_w=None`` searches it for each group and output channel.
-
-    ``migrate`` moves scales from activations to weights, or back, where that makes a linear's error smaller.
-
-    ``smooth_keys`` is how far key channels are evened out before INT4 rounds them: 0 not at all, 1 fully,
-    None as far as it pays, searched for each kv head.
-
-    ``center_keys`` removes the mean of each key channel, measured at calibration, before INT4 rounds the key.
-
-    ``kv_groups`` is how many scales an INT4 head of the cache has: 1 (the paper) or 2, one a half.
+    How its numbers were found is the converter's affair: ``convert.recipe.Recipe``. The defaults are those of
+    ``w4a4kv4``, the same as ``preset("w4a4kv4")`` gives.
 
     ``group_size=None`` is one group over the whole row and ``num_outliers=0`` keeps no outliers: together
     they are the naive per-token, per-channel W4A4 that the method is compared with.
+
+    Attributes:
+      scheme: what a linear stores and multiplies; ``atom_jax/schemes`` has them. Settings that a scheme does
+        not use have one value in it.
+      group_size: input channels that share a scale.
+      num_outliers: the last input channels of a linear, which are kept in INT8.
+      clip_a: the fraction of a group's range that INT4 spans in activations.
+      gather_inputs: each linear has an order of input channels of its own, in which its input is gathered.
+      kv_bits: of a cached key or value; 16 is floating point.
+      kv_groups: scales that an INT4 head of the cache has: 1 (the paper) or 2, one a half.
+      kv_rope: keys are cached before or after RoPE.
+      center_keys: a stored mean of each key channel is taken off before INT4 rounds the key.
+
+    Raises:
+      AtomError: a value that is not supported, or that the scheme has no use for.
     """
 
     scheme: str = "w4a4kv4"
     group_size: int | None = 128
     num_outliers: int = 128
-    clip_w: float | None = None
     clip_a: float = 0.9
-    gptq: bool = True
-    reorder: Reorder = "folded"
-    rotate: bool = False
-    migrate: bool = True
-    smooth_keys: float | None = None
-    center_keys: bool = True
+    gather_inputs: bool = False
     kv_bits: Literal[4, 16] = 4
     kv_groups: Literal[1, 2] = 2
     kv_rope: KvRope = "post"
+    center_keys: bool = True
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -89,22 +83,16 @@ class QuantConfig:
             raise not_one_of("group size", self.group_size, GROUP_SIZES)
         if self.num_outliers < 0:
             raise AtomError(f"number of outliers must not be negative, found {self.num_outliers}")
-        for name, value in SCHEMES[self.scheme].unused.items():
-            if getattr(self, name) != value:
-                raise AtomError(f"{self.scheme} has no setting {name}; leave it out")
-        for name, clip in (("clip_w", self.clip_w), ("clip_a", self.clip_a)):
-            if clip is not None and not 0.0 < clip <= 1.0:
-                raise AtomError(f"{name} must be in (0, 1], found {clip}")
-        if self.smooth_keys is not None and not 0.0 <= self.smooth_keys <= 1.0:
-            raise AtomError(f"smooth_keys must be in [0, 1], found {self.smooth_keys}")
+        check_unused(self.scheme, SCHEMES[self.scheme].unused, vars(self))
+        check_fraction("clip_a", self.clip_a)
         for name, values in (
-            ("reorder", Reorder),
             ("kv_rope", KvRope),
             ("kv_bits", Literal[4, 16]),
             ("kv_groups", Literal[1, 2]),
+            ("gather_inputs", Literal[True, False]),
+            ("center_keys", Literal[True, False]),
         ):
-            if getattr(self, name) not in typing.get_args(values):
-                raise not_one_of(name, getattr(self, name), typing.get_args(values))
+            check_choice(name, getattr(self, name), values)
         if self.center_keys and (self.kv_bits, self.kv_rope) != (4, "post"):
             raise AtomError(
                 "center_keys needs kv_bits 4 and kv_rope 'post', "
@@ -115,13 +103,27 @@ class QuantConfig:
     def quantizes_linears(self) -> bool:
         return SCHEMES[self.scheme].weight is not None
 
-    @property
-    def fits_keys(self) -> bool:
-        """Whether keys are looked at before the conversion decides how to cache them."""
-        return self.quantizes_linears and self.kv_bits == 4 and (self.smooth_keys != 0.0 or self.center_keys)
+
+def check_unused(scheme: str, unused: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """AtomError where one of the settings that ``scheme`` does not use has another value than its own."""
+    for name, value in unused.items():
+        if settings.get(name, value) != value:
+            raise AtomError(f"{scheme} has no setting {name}; leave it out")
 
 
-def preset(scheme: str, **changes: Any) -> QuantConfig:
+def check_fraction(name: str, fraction: float | None) -> None:
+    """AtomError for a clipping outside of (0, 1]; None is none that is fixed."""
+    if fraction is not None and not 0.0 < fraction <= 1.0:
+        raise AtomError(f"{name} must be in (0, 1], found {fraction}")
+
+
+def check_choice(name: str, value: Any, values: Any) -> None:
+    """AtomError for what is not one of the values of a ``Literal``."""
+    if value not in typing.get_args(values):
+        raise not_one_of(name, value, typing.get_args(values))
+
+
+def preset(scheme: str, **changes: Any) -> Format:
     """The named scheme with ``changes`` applied.
 
     Raises:
@@ -131,9 +133,9 @@ def preset(scheme: str, **changes: Any) -> QuantConfig:
         raise not_one_of("scheme", scheme, SCHEMES)
     settings = {**SCHEMES[scheme].defaults, **SCHEMES[scheme].unused, **changes}
     # Keys are centred wherever that is possible.
-    cache = (settings.get("kv_bits", QuantConfig.kv_bits), settings.get("kv_rope", QuantConfig.kv_rope))
+    cache = (settings.get("kv_bits", Format.kv_bits), settings.get("kv_rope", Format.kv_rope))
     settings.setdefault("center_keys", cache == (4, "post"))
-    return QuantConfig(scheme=scheme, **settings)
+    return Format(scheme=scheme, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +168,7 @@ class ModelConfig:
     windows: tuple[int | None, ...] = ()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    quantization: QuantConfig = dataclasses.field(default_factory=lambda: preset("bf16"))
+    format: Format = dataclasses.field(default_factory=lambda: preset("bf16"))
 
     def __post_init__(self) -> None:
         if self.windows and len(self.windows) != self.num_layers:
@@ -205,10 +207,9 @@ class ModelConfig:
         try:
             data = dict(data)
             data["rope"] = RopeConfig(**data["rope"])
-            # Older checkpoints have no such keys.
-            data["quantization"] = QuantConfig(**{"center_keys": False, **data["quantization"]})
+            data["format"] = Format(**data["format"])
             data["eos_token_ids"] = tuple(data["eos_token_ids"])
-            data["windows"] = tuple(data.get("windows", ()))
+            data["windows"] = tuple(data["windows"])
             return cls(**data)
         except (KeyError, TypeError) as error:
             raise AtomError(f"model configuration is not readable: {error}") from error

@@ -156,7 +156,7 @@ def _typical(scheme: str) -> ModelConfig:
         vocab_size=1024,  # no op depends on it
         num_layers=1,
         max_position_embeddings=8192,
-        quantization=preset(scheme),
+        format=preset(scheme),
         **{name: sizes[name] for name in names},
     )
 

@@ -30,8 +30,8 @@ def init_cache(
         page_size=page_size,
         head_dim=config.head_dim,
         block_tables=jnp.arange(batch * blocks, dtype=jnp.int32).reshape(batch, blocks),
-        kv_bits=config.quantization.kv_bits,
-        kv_groups=config.quantization.kv_groups,
-        kv_rope=config.quantization.kv_rope,
+        kv_bits=config.format.kv_bits,
+        kv_groups=config.format.kv_groups,
+        kv_rope=config.format.kv_rope,
         dtype=dtype,
     )

@@ -33,7 +33,7 @@ def _format(weight: Weight, config: ModelConfig) -> ActivationFormat | None:
     found = _FORMATS.get(type(weight))
     if found is None or found.activation is None:
         return None
-    return found.activation(weight, config.quantization.clip_a)
+    return found.activation(weight, config.format.clip_a)
 
 
 def norm_input(

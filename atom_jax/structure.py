@@ -19,7 +19,7 @@ def vector_shapes(config: ModelConfig) -> dict[str, tuple[int]]:
 
 
 def index_shapes(config: ModelConfig) -> dict[str, tuple[int]]:
-    """Shape of each input order of a layer; empty unless the checkpoint is reordered per layer."""
-    if config.quantization.reorder != "per_layer" or not config.quantization.quantizes_linears:
+    """Shape of each input order of a layer; empty unless the inputs of the checkpoint are gathered."""
+    if not config.format.gather_inputs:
         return {}
     return {linear.indices: (linear.channels(config),) for linear in LINEARS if linear.indices is not None}

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from atom_jax.config import preset
 from atom_jax.errors import AtomError
 from atom_jax.schemes import SCHEMES
 from atom_jax_cli.console import JsonOption, format_bytes, note, print_json, progress_bars
+from convert.recipe import has_setting, make_recipe
 
 _SCHEME = "w4a4kv4"
 # What a setting that was chosen is called.
@@ -44,8 +44,8 @@ def _default(setting: str) -> str:
     names = {None: "searched", True: "on", False: "off"}
     by_value: dict[str, list[str]] = {}
     for scheme in (_SCHEME, *(each for each in SCHEMES if each != _SCHEME)):
-        if SCHEMES[scheme].has(setting):
-            value = getattr(preset(scheme), setting)
+        if has_setting(scheme, setting):
+            value = make_recipe(scheme).settings()[setting]
             text = names[value] if value is None or isinstance(value, bool) else str(value)
             by_value.setdefault(text, []).append(scheme)
     first, *others = by_value
@@ -207,15 +207,15 @@ def convert(
         smooth_keys=smooth_keys,
         center_keys=center_keys,
     )
-    quantization = preset(scheme, **changes)
+    recipe = make_recipe(scheme, **changes)
     given = {"group_size": group_size, "num_outliers": num_outliers}
-    flexible = tuple(name for name, value in given.items() if value is None and SCHEMES[scheme].has(name))
+    flexible = tuple(name for name, value in given.items() if value is None and has_setting(scheme, name))
 
     from convert.pipeline import ConvertOptions
     from convert.pipeline import convert as run
 
     options = ConvertOptions(
-        quantization=quantization,
+        recipe=recipe,
         calibration=calib,
         calibration_tokens=calib_tokens,
         seed=seed,

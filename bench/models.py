@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from atom_jax.config import ModelConfig, QuantConfig, RopeConfig, preset
+from atom_jax.config import Format, ModelConfig, RopeConfig, preset
 
 
-def llama_3_8b(quantization: QuantConfig | None = None) -> ModelConfig:
+def llama_3_8b(format: Format | None = None) -> ModelConfig:
     """Meta-Llama-3-8B; w4a4kv4 unless told otherwise."""
     return ModelConfig(
         architecture="LlamaForCausalLM",
@@ -18,11 +18,11 @@ def llama_3_8b(quantization: QuantConfig | None = None) -> ModelConfig:
         head_dim=128,
         max_position_embeddings=8192,
         rope=RopeConfig(theta=500_000.0),
-        quantization=quantization or preset("w4a4kv4"),
+        format=format or preset("w4a4kv4"),
     )
 
 
-def llama_2_7b(quantization: QuantConfig | None = None) -> ModelConfig:
+def llama_2_7b(format: Format | None = None) -> ModelConfig:
     """Llama-2-7b; w4a4kv4 unless told otherwise."""
     return ModelConfig(
         architecture="LlamaForCausalLM",
@@ -34,7 +34,7 @@ def llama_2_7b(quantization: QuantConfig | None = None) -> ModelConfig:
         num_kv_heads=32,
         head_dim=128,
         max_position_embeddings=4096,
-        quantization=quantization or preset("w4a4kv4"),
+        format=format or preset("w4a4kv4"),
     )
 
 

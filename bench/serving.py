@@ -161,7 +161,7 @@ def measure(
     engine = Engine(model, settings)
     engine.warm_up()
     labels = {
-        "scheme": model.config.quantization.scheme,
+        "scheme": model.config.format.scheme,
         "weight_bytes": weight_bytes(model.config, jnp.bfloat16),
         "num_pages": settings.num_pages,
         "max_num_seqs": settings.max_num_seqs,

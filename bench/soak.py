@@ -177,7 +177,7 @@ def main(
         batch = killed_batch(command, cases, folder=Path(folder), requests=batch_requests, kills=kills)
     result["batch"] = batch
     result["model"] = {
-        "scheme": config.quantization.scheme,
+        "scheme": config.format.scheme,
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
     }

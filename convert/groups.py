@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
-from atom_jax.config import GROUP_SIZES, ModelConfig, QuantConfig
+from atom_jax.config import GROUP_SIZES, Format, ModelConfig
 from atom_jax.errors import AtomError
 from atom_jax.schemes import SCHEMES
 from atom_jax.structure import linear_shapes
@@ -24,15 +24,15 @@ CHOOSABLE = frozenset({"group_size", "num_outliers"})
 _OUTLIER_PART = 8
 
 
-def has_groups(quantization: QuantConfig) -> bool:
+def has_groups(format: Format) -> bool:
     """Whether the weights of the scheme are cut into groups."""
-    weight = SCHEMES[quantization.scheme].weight
+    weight = SCHEMES[format.scheme].weight
     return weight is not None and weight.grouped
 
 
-def has_outliers(quantization: QuantConfig) -> bool:
+def has_outliers(format: Format) -> bool:
     """Whether the scheme has a setting for outliers."""
-    return SCHEMES[quantization.scheme].has("num_outliers")
+    return SCHEMES[format.scheme].has("num_outliers")
 
 
 def check_groups(name: str, channels: int, group_size: int | None, num_outliers: int | None) -> int:
@@ -51,11 +51,11 @@ def check_groups(name: str, channels: int, group_size: int | None, num_outliers:
 
 
 def check_model(config: ModelConfig) -> None:
-    """AtomError where the groups of the recipe do not suit every linear, see ``check_linears``."""
-    quantization = config.quantization
-    if has_groups(quantization):
-        outliers = quantization.num_outliers if has_outliers(quantization) else None
-        check_linears(_channels(config), quantization.group_size, outliers)
+    """AtomError where the groups of the format do not suit every linear, see ``check_linears``."""
+    format = config.format
+    if has_groups(format):
+        outliers = format.num_outliers if has_outliers(format) else None
+        check_linears(_channels(config), format.group_size, outliers)
 
 
 def check_linears(channels: Mapping[str, int], group_size: int | None, num_outliers: int | None) -> None:
@@ -82,12 +82,12 @@ def check_linears(channels: Mapping[str, int], group_size: int | None, num_outli
 
 def choose_groups(
     config: ModelConfig, flexible: Collection[str], *, measured_outliers: bool = False
-) -> QuantConfig:
-    """The recipe of ``config``, of which the ``flexible`` settings become what suits every linear.
+) -> Format:
+    """The format of ``config``, of which the ``flexible`` settings become what suits every linear.
 
-    A recipe that suits stays as it is. Else the group size becomes the largest with which a number of
+    A format that suits stays as it is. Else the group size becomes the largest with which a number of
     outliers up to a quarter of the narrowest linear suits, preferably one above zero. The number of outliers
-    becomes the one that is nearest to an eighth of that linear, but not to more than the recipe's: where
+    becomes the one that is nearest to an eighth of that linear, but not to more than the format's: where
     channels are multiples of 32, the GPU kernels multiply it.
 
     Args:
@@ -96,29 +96,29 @@ def choose_groups(
         chosen here, so that there are numbers to choose from.
 
     Returns:
-      The recipe, which suits unless nothing does.
+      The format, which suits unless nothing does.
     """
-    quantization = config.quantization
-    if not has_groups(quantization):
-        return quantization
-    if not has_outliers(quantization):
+    format = config.format
+    if not has_groups(format):
+        return format
+    if not has_outliers(format):
         fits = [(size, 0) for size in GROUP_SIZES if all(k % size == 0 for k in _channels(config).values())]
     else:
         fits = _fits(_channels(config).values())
     if "group_size" not in flexible:
-        fits = [fit for fit in fits if fit[0] == quantization.group_size]
+        fits = [fit for fit in fits if fit[0] == format.group_size]
     if measured_outliers:
         fits = [fit for fit in fits if fit[1] <= _most_outliers(config)]
-        suits = quantization.group_size in {size for size, _ in fits}
+        suits = format.group_size in {size for size, _ in fits}
     else:
-        if "num_outliers" not in flexible and has_outliers(quantization):
-            fits = [fit for fit in fits if fit[1] == quantization.num_outliers]
-        suits = (quantization.group_size, quantization.num_outliers) in fits
-    if suits or not fits:  # where nothing fits, the check of the recipe says so
-        return quantization
+        if "num_outliers" not in flexible and has_outliers(format):
+            fits = [fit for fit in fits if fit[1] == format.num_outliers]
+        suits = (format.group_size, format.num_outliers) in fits
+    if suits or not fits:  # where nothing fits, ``check_model`` says so
+        return format
     size, outliers = min(fits, key=lambda fit: _rank(config, *fit))
     chosen = {"group_size": size} if measured_outliers else {"group_size": size, "num_outliers": outliers}
-    return dataclasses.replace(quantization, **chosen)
+    return dataclasses.replace(format, **chosen)
 
 
 def _most_outliers(config: ModelConfig) -> int:
@@ -127,7 +127,7 @@ def _most_outliers(config: ModelConfig) -> int:
 
 def _rank(config: ModelConfig, size: int, outliers: int) -> tuple[bool, bool, int, int, int]:
     """What is better comes first."""
-    wanted = min(config.quantization.num_outliers, min(_channels(config).values()) // _OUTLIER_PART)
+    wanted = min(config.format.num_outliers, min(_channels(config).values()) // _OUTLIER_PART)
     return (
         outliers > _most_outliers(config),
         outliers == 0 and wanted > 0,

@@ -3,48 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from atom_jax.checkpoint import (
     CARD_FILE,
     TOKENIZER_FOLDER,
-    layer_params,
-    layer_path,
-    layer_specs,
-    read_tree,
     shared_path,
     shared_specs,
     stored_form,
     write_config,
     write_tree,
 )
-from atom_jax.config import ModelConfig, QuantConfig
 from atom_jax.errors import AtomError
-from atom_jax.perplexity import PerplexityResult
 from atom_jax.schemes import SCHEMES
 from atom_jax.text import encode, read_text
-from convert.calibrate.statistics import on_device
-from convert.calibrate.texts import SEQ_LEN, load_calibration
+from convert.calibrate.texts import Calibration, load_calibration
 from convert.card import Card, make_card, read_card, versions, write_card
-from convert.float_model import read_layer, read_shared
+from convert.float_model import read_shared
 from convert.groups import choose_groups
+from convert.measure import checkpoint_perplexity, source_perplexity
 from convert.passes.order import permute_shared, residual_order
-from convert.passes.outliers import BUDGET, candidates, choose_outliers, outlier_errors, with_outliers
-from convert.passes.reorder import permute_residual
+from convert.passes.outliers import candidates, measure_outliers
 from convert.passes.rotate import Rotated
-from convert.quantize_layer import check_config, needs_calibration, quantize_on_windows
+from convert.quantize_layer import check_recipe, needs_calibration
+from convert.quantize_model import quantize_model
+from convert.recipe import Recipe
 from convert.sources import Source, open_source
-from convert.streaming import Report, advance, embed, streamed_perplexity
+from convert.streaming import embed
 from convert.workspace import Workspace, open_workspace, remove_workspace
 
 Progress = Callable[[str, int, int], None]
+Windows = Float32[np.ndarray, "windows seq hidden"]
+Order = Int32[np.ndarray, " hidden"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +49,8 @@ class ConvertOptions:
     """What to make of a model.
 
     Attributes:
-      quantization: the recipe, see ``atom_jax.preset``.
-      calibration: a text or JSONL file, a data set id, or ``calibration.SAMPLED``; None takes built-in
+      recipe: see ``convert.recipe.make_recipe``.
+      calibration: a text or JSONL file, a data set id, or ``calibrate.texts.SAMPLED``; None takes built-in
         English and text sampled from the model.
       calibration_tokens: rounded down to whole windows.
       seed: of the sampled text.
@@ -68,7 +65,7 @@ class ConvertOptions:
       AtomError: outliers are to be chosen, and the scheme has none.
     """
 
-    quantization: QuantConfig
+    recipe: Recipe
     calibration: str | None = None
     calibration_tokens: int = 8192
     seed: int = 0
@@ -79,15 +76,15 @@ class ConvertOptions:
     flexible: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        scheme = self.quantization.scheme
+        scheme = self.recipe.format.scheme
         if self.auto_outliers and not SCHEMES[scheme].has("num_outliers"):
             raise AtomError(f"{scheme} has no setting num_outliers; leave it out")
 
     @property
-    def recipe(self) -> dict[str, Any]:
-        """The recipe as it was asked for, or chosen for the model."""
-        recipe = dataclasses.asdict(self.quantization)
-        return recipe | {"num_outliers": "auto"} if self.auto_outliers else recipe
+    def settings(self) -> dict[str, Any]:
+        """The recipe's settings, as they were asked for or chosen for the model."""
+        settings = self.recipe.settings()
+        return settings | {"num_outliers": "auto"} if self.auto_outliers else settings
 
 
 def convert(
@@ -112,46 +109,73 @@ def convert(
         is left behind.
       WriteError: the disk is full, or the like; what is done is kept, as after a kill.
     """
-    report = progress or (lambda stage, done, total: None)
     out = Path(out).absolute()
     source = open_source(src, revision=options.revision)
-    if options.quantization.rotate:
+    if options.recipe.rotate:
         source = Rotated(source)
     options = _with_groups(source, options)
-    config = source.config.replace(quantization=options.quantization)
     if options.auto_outliers:
-        candidates(config)
+        candidates(source.config.replace(format=options.recipe.format))
     else:
-        check_config(config)
+        check_recipe(source.config, options.recipe)
     job = _job(source, options)
     if (out / CARD_FILE).exists() and read_card(out).get("job") == job:
         remove_workspace(out)
         return read_card(out)
     with open_workspace(out, job) as workspace:
-        source.write_tokenizer(_made(workspace.checkpoint / TOKENIZER_FOLDER))
-        conversion = _Conversion(source, config, options, workspace, report)
-        eval_tokens = conversion.eval_tokens()
-        outliers = None
-        if options.auto_outliers:
-            outliers = conversion.outliers()
-            conversion = dataclasses.replace(conversion, config=with_outliers(config, outliers["chosen"]))
-        card = conversion.run(job, eval_tokens, outliers)
-        write_config(workspace.checkpoint, conversion.config)
-        write_card(workspace.checkpoint, card)
+        card = _convert(source, options, job, workspace, progress or (lambda stage, done, total: None))
         workspace.publish()
+    return card
+
+
+def _convert(
+    source: Source, options: ConvertOptions, job: dict[str, Any], workspace: Workspace, progress: Progress
+) -> Card:
+    """Writes all of the checkpoint into the workspace; each step finds what an earlier run did of it."""
+    recipe, outliers, calibration = options.recipe, None, None
+    tokenizer = workspace.checkpoint / TOKENIZER_FOLDER
+    tokenizer.mkdir(parents=True, exist_ok=True)
+    source.write_tokenizer(tokenizer)
+    # Read first: a text that cannot be used must not cost a conversion.
+    eval_tokens = None if options.eval_text is None else _eval_tokens(options.eval_text, options, tokenizer)
+    if options.auto_outliers:
+        calibration = _calibration(source, options, workspace, progress)
+        outliers = _outliers(source, recipe, calibration, workspace, progress)
+        recipe = recipe.replace(num_outliers=outliers["chosen"])
+    if needs_calibration(recipe):
+        calibration = calibration or _calibration(source, options, workspace, progress)
+    else:
+        calibration = None
+    windows, order = _write_shared(source, recipe, calibration, workspace, progress)
+    stage = "quantize" if recipe.format.quantizes_linears else "write"
+    errors = quantize_model(source, recipe, windows, order, workspace, functools.partial(progress, stage))
+    config = source.config.replace(format=recipe.format)
+    before = after = None
+    if eval_tokens is not None:
+        before = source_perplexity(source, eval_tokens, functools.partial(progress, "perplexity before"))
+        after = checkpoint_perplexity(
+            workspace.checkpoint, config, eval_tokens, functools.partial(progress, "perplexity after")
+        )
+    card = make_card(
+        job,
+        calibration=None if calibration is None else calibration.about,
+        outliers=outliers,
+        relative_error=errors,
+        before=before,
+        after=after,
+        notes=source.notes,
+    )
+    write_config(workspace.checkpoint, config)
+    write_card(workspace.checkpoint, card)
     return card
 
 
 def _with_groups(source: Source, options: ConvertOptions) -> ConvertOptions:
     """The options with what is flexible in them chosen for the model."""
-    config = source.config.replace(quantization=options.quantization)
-    quantization = choose_groups(config, options.flexible, measured_outliers=options.auto_outliers)
-    return dataclasses.replace(options, quantization=quantization)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    recipe = options.recipe
+    config = source.config.replace(format=recipe.format)
+    format = choose_groups(config, options.flexible, measured_outliers=options.auto_outliers)
+    return dataclasses.replace(options, recipe=dataclasses.replace(recipe, format=format))
 
 
 def _job(source: Source, options: ConvertOptions) -> dict[str, Any]:
@@ -159,13 +183,12 @@ def _job(source: Source, options: ConvertOptions) -> dict[str, Any]:
     job: dict[str, Any] = {
         "architecture": source.config.architecture,
         "source_sha256": source.fingerprint(),
-        "recipe": options.recipe,
+        "recipe": options.settings,
         "versions": versions(),
     }
     if options.flexible:
-        job["chosen"] = {name: getattr(options.quantization, name) for name in options.flexible}
-    config = source.config.replace(quantization=options.quantization)
-    if options.auto_outliers or needs_calibration(config):
+        job["chosen"] = {name: getattr(options.recipe.format, name) for name in options.flexible}
+    if options.auto_outliers or needs_calibration(options.recipe):
         job["calibration"] = calibration_job(options.calibration, options.calibration_tokens, options.seed)
     if options.eval_text is not None:
         job["eval"] = {
@@ -191,193 +214,71 @@ def _text_hash(path: Path) -> str:
     return hashlib.sha256(read_text(path).encode()).hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Conversion:
-    """The steps of one conversion and what they share."""
+def _eval_tokens(text: Path, options: ConvertOptions, tokenizer: Path) -> Int32[np.ndarray, " tokens"]:
+    tokens = encode(tokenizer, read_text(text))[: options.eval_tokens]
+    if tokens.size < 2:
+        raise AtomError(f"{text}: fewer than two tokens to measure perplexity on")
+    return tokens
 
-    source: Source
-    config: ModelConfig
-    options: ConvertOptions
-    workspace: Workspace
-    report: Progress
 
-    def run(
-        self,
-        job: dict[str, Any],
-        eval_tokens: Int32[np.ndarray, " tokens"] | None,
-        outliers: dict[str, Any] | None,
-    ) -> Card:
-        shared = read_shared(self.source)
-        calibration = None
-        if needs_calibration(self.config):
-            calibration, tokens = self._calibration()
-            order = self._residual_order(shared["embedding"], tokens)
-            windows = embed(shared["embedding"], tokens)
-        else:
-            order, windows = None, np.zeros((0, 1, self.config.hidden_size), np.float32)
-        if order is not None:
-            shared = permute_shared(shared, order)
-            windows = np.ascontiguousarray(windows[..., order])
-        write_tree(shared_path(self.workspace.checkpoint), stored_form(shared, shared_specs(self.config)))
-        del shared
-        errors = self._quantize(windows, order)
-        before = after = None
-        if eval_tokens is not None:
-            before = self._perplexity("perplexity before", eval_tokens, original=True)
-            after = self._perplexity("perplexity after", eval_tokens, original=False)
-        return make_card(
-            job,
-            calibration=calibration,
-            outliers=outliers,
-            relative_error=errors,
-            before=before,
-            after=after,
-            notes=self.source.notes,
-        )
+def _calibration(
+    source: Source, options: ConvertOptions, workspace: Workspace, progress: Progress
+) -> Calibration:
+    """The calibration windows; made once, then kept."""
+    tokens, about = workspace.read_array("calibration.npy"), workspace.read_json("calibration.json")
+    if tokens is not None and about is not None:
+        return Calibration(tokens, about["kind"], about["name"])
+    calibration = load_calibration(
+        source,
+        workspace.checkpoint / TOKENIZER_FOLDER,
+        options.calibration,
+        num_tokens=options.calibration_tokens,
+        seed=options.seed,
+        report=functools.partial(progress, "sample calibration text"),
+    )
+    workspace.write_array("calibration.npy", calibration.tokens)
+    workspace.write_json("calibration.json", calibration.about)
+    return calibration
 
-    def _stage(self, stage: str) -> Report:
-        return lambda done, total: self.report(stage, done, total)
 
-    def eval_tokens(self) -> Int32[np.ndarray, " tokens"] | None:
-        """Read first: a text that cannot be used must not cost a conversion."""
-        if self.options.eval_text is None:
-            return None
-        tokens = encode(self.workspace.checkpoint / TOKENIZER_FOLDER, read_text(self.options.eval_text))
-        tokens = tokens[: self.options.eval_tokens]
-        if tokens.size < 2:
-            raise AtomError(f"{self.options.eval_text}: fewer than two tokens to measure perplexity on")
-        return tokens
+def _outliers(
+    source: Source, recipe: Recipe, calibration: Calibration, workspace: Workspace, progress: Progress
+) -> dict[str, Any]:
+    """The number of outliers chosen, and what the card says about it; measured once, then kept."""
+    outliers = workspace.read_json("outliers.json")
+    if outliers is None:
+        embedding = read_shared(source)["embedding"]
+        report = functools.partial(progress, "choose number of outliers")
+        outliers = measure_outliers(source, recipe, embedding, calibration.tokens, report)
+        workspace.write_json("outliers.json", outliers)
+    return outliers
 
-    def outliers(self) -> dict[str, Any]:
-        """The number of outliers chosen, and what the card says about it; measured once, then kept."""
-        about = self.workspace.read_json("outliers.json")
-        if about is not None:
-            return about
-        _, tokens = self._calibration()
-        errors = outlier_errors(
-            self.source,
-            self.config.quantization,
-            read_shared(self.source)["embedding"],
-            tokens,
-            self._stage("choose number of outliers"),
-        )
-        about = {
-            "chosen": choose_outliers(errors),
-            "budget": BUDGET,
-            "relative_error": {str(number): error for number, error in errors.items()},
-        }
-        self.workspace.write_json("outliers.json", about)
-        return about
 
-    def _calibration(self) -> tuple[dict[str, Any], Int32[np.ndarray, "windows seq"]]:
-        """The calibration tokens, and what the card says about them; made once, then kept."""
-        tokens, about = (
-            self.workspace.read_array("calibration.npy"),
-            self.workspace.read_json("calibration.json"),
-        )
-        if tokens is not None and about is not None:
-            return about, tokens
-        calibration = load_calibration(
-            self.source,
-            self.workspace.checkpoint / TOKENIZER_FOLDER,
-            self.options.calibration,
-            num_tokens=self.options.calibration_tokens,
-            seed=self.options.seed,
-            report=self._stage("sample calibration text"),
-        )
-        about = {
-            "kind": calibration.kind,
-            "name": calibration.name,
-            "windows": list(calibration.tokens.shape),
-            "sha256": calibration.sha256,
-        }
-        self.workspace.write_array("calibration.npy", calibration.tokens)
-        self.workspace.write_json("calibration.json", about)
-        return about, calibration.tokens
+def _write_shared(
+    source: Source,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    workspace: Workspace,
+    progress: Progress,
+) -> tuple[Windows, Order | None]:
+    """Writes what is outside the layers; returns the residual stream before them, and its new order if any.
 
-    def _residual_order(
-        self, embedding: Float32[np.ndarray, "vocab hidden"], tokens: Int32[np.ndarray, "windows seq"]
-    ) -> Int32[np.ndarray, " hidden"] | None:
-        """The one order of the residual stream all layers share (folded), by their mean relative energy."""
-        if self.config.quantization.reorder != "folded":
-            return None
-        order = self.workspace.read_array("residual_order.npy")
-        if order is not None:
-            return order
-        order = residual_order(self.source, embedding, tokens, self._stage("measure outliers"))
-        self.workspace.write_array("residual_order.npy", order)
-        return order
-
-    def _quantize(
-        self, windows: Float32[np.ndarray, "windows seq hidden"], order: Int32[np.ndarray, " hidden"] | None
-    ) -> list[dict[str, float]]:
-        """Quantizes and writes each layer; ``windows`` is the residual stream before the first, updated.
-
-        The state after a layer is that layer's files and the residual stream: an interrupted run goes on
-        after the last layer for which both are there.
-        """
-        config, workspace = self.config, self.workspace
-        state: dict[str, Any] = workspace.read_json("state.json") or {"layers": 0, "errors": []}
-        errors, first = state["errors"], state["layers"]
-        if first and windows.size:
-            saved = workspace.read_array(f"residual-{first:04d}.npy")
-            assert saved is not None, "the state is written after the array it names"
-            windows = saved
-        for layer in range(first, config.num_layers):
-            tree = read_layer(self.source, layer)
-            if order is not None:
-                tree = permute_residual(tree, order)
-            if config.quantization.quantizes_linears:
-                params, layer_errors = self._quantize_layer(layer, tree, windows)
-                errors.append(layer_errors)
-            else:
-                params = tree
-            write_tree(layer_path(workspace.checkpoint, layer), stored_form(params, layer_specs(config)))
-            if windows.size:
-                advance(params, windows, config.of_layer(layer))
-                if not np.isfinite(windows).all():
-                    raise AtomError(f"layer {layer}: the output of the quantized layer is not finite")
-                workspace.write_array(f"residual-{layer + 1:04d}.npy", windows)
-            workspace.write_json("state.json", {"layers": layer + 1, "errors": errors})
-            workspace.path(f"residual-{layer:04d}.npy").unlink(missing_ok=True)
-            self.report(
-                "quantize" if config.quantization.quantizes_linears else "write", layer + 1, config.num_layers
-            )
-        return errors
-
-    def _quantize_layer(
-        self, layer: int, tree: dict[str, np.ndarray], windows: Float32[np.ndarray, "windows seq hidden"]
-    ) -> tuple[dict[str, Any], dict[str, float]]:
-        try:
-            return quantize_on_windows(
-                tree,
-                windows,
-                float_config=self.source.config.of_layer(layer),
-                config=self.config.of_layer(layer),
-            )
-        except AtomError as error:
-            raise AtomError(f"layer {layer}: {error}") from error
-
-    def _perplexity(
-        self, stage: str, tokens: Int32[np.ndarray, " tokens"], *, original: bool
-    ) -> PerplexityResult:
-        """Of the source, or else of the checkpoint just written."""
-        config = self.source.config if original else self.config
-        checkpoint, specs = self.workspace.checkpoint, layer_specs(config)
-        if original:
-            shared = read_shared(self.source)
-        else:
-            stored = read_tree(shared_path(checkpoint), shared_specs(config))
-            shared = {name: value.astype(np.float32) for name, value in stored.items()}
-
-        def layers() -> Iterator[dict[str, Any]]:
-            for layer in range(config.num_layers):
-                if original:
-                    yield on_device(read_layer(self.source, layer))
-                else:
-                    yield layer_params(read_tree(layer_path(checkpoint, layer), specs), config, jnp.float32)
-
-        seq_len = min(SEQ_LEN, config.max_position_embeddings)
-        return streamed_perplexity(
-            layers, shared, tokens, config=config, seq_len=seq_len, report=self._stage(stage)
-        )
+    The order is the one that all layers share (``reorder="folded"``): it is measured once, then kept.
+    """
+    shared = read_shared(source)
+    if calibration is None:
+        windows, order = np.zeros((0, 1, source.config.hidden_size), np.float32), None
+    else:
+        windows, order = embed(shared["embedding"], calibration.tokens), None
+        if recipe.reorder == "folded":
+            order = workspace.read_array("residual_order.npy")
+            if order is None:
+                report = functools.partial(progress, "measure outliers")
+                order = residual_order(source, shared["embedding"], calibration.tokens, report)
+                workspace.write_array("residual_order.npy", order)
+    if order is not None:
+        shared = permute_shared(shared, order)
+        windows = np.ascontiguousarray(windows[..., order])
+    specs = shared_specs(source.config.replace(format=recipe.format))
+    write_tree(shared_path(workspace.checkpoint), stored_form(shared, specs))
+    return windows, order

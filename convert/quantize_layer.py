@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,50 +22,47 @@ from convert.passes import Layer, Pass
 from convert.passes.keys import even_keys
 from convert.passes.migrate import migrate
 from convert.passes.order import choose_input_orders, fold_order, gather_inputs
+from convert.recipe import Recipe
 from convert.schemes import quantize
 
 
-def needs_inputs(config: ModelConfig) -> bool:
+def needs_inputs(recipe: Recipe) -> bool:
     """Whether the recipe looks at the activations of single tokens: to migrate scales, to fit the keys."""
-    return config.quantization.migrate or config.quantization.fits_keys
+    return recipe.migrate or recipe.fits_keys
 
 
-def needs_calibration(config: ModelConfig) -> bool:
+def needs_calibration(recipe: Recipe) -> bool:
     """Whether the recipe looks at activations at all: also to find the outliers, and for GPTQ."""
-    quantization = config.quantization
-    return quantization.quantizes_linears and (
-        quantization.gptq or quantization.num_outliers > 0 or needs_inputs(config)
-    )
+    calibrated = recipe.gptq or recipe.format.num_outliers > 0 or needs_inputs(recipe)
+    return recipe.format.quantizes_linears and calibrated
 
 
-def check_config(config: ModelConfig) -> None:
-    """AtomError for a recipe that does not suit the model, or asks for what is not calibrated."""
-    quantization = config.quantization
-    if quantization.center_keys and not quantization.fits_keys:
-        raise AtomError(f"{quantization.scheme} is not calibrated, so center_keys has no mean to remove")
-    check_model(config)
+def check_recipe(config: ModelConfig, recipe: Recipe) -> None:
+    """AtomError for a recipe that does not suit the float model, or asks for what is not calibrated."""
+    if recipe.format.center_keys and not recipe.fits_keys:
+        raise AtomError(f"{recipe.format.scheme} is not calibrated, so center_keys has no mean to remove")
+    check_model(config.replace(format=recipe.format))
 
 
-def passes(config: ModelConfig) -> list[Pass]:
-    """What the recipe does to each layer, in this order, before it rounds it."""
-    quantization = config.quantization
-    per_layer = quantization.reorder == "per_layer"
+def passes(config: ModelConfig, recipe: Recipe) -> list[Pass]:
+    """What the recipe does to each layer of the float model, in this order, before it rounds it."""
+    per_layer = recipe.reorder == "per_layer"
     listed = (
-        (fold_order, quantization.reorder != "none"),
+        (fold_order, recipe.reorder != "none"),
         (choose_input_orders, per_layer),
-        (migrate, quantization.migrate),
-        (even_keys, quantization.fits_keys),
+        (migrate, recipe.migrate),
+        (even_keys, recipe.fits_keys),
         (gather_inputs, per_layer),
     )
-    return [run for run, wanted in listed if wanted]
+    return [functools.partial(run, config=config, recipe=recipe) for run, wanted in listed if wanted]
 
 
 def prepare_layer(
-    layer: Layer, statistics: LayerStatistics, config: ModelConfig
+    layer: Layer, statistics: LayerStatistics, config: ModelConfig, recipe: Recipe
 ) -> tuple[Layer, LayerStatistics]:
     """A layer that computes the same and loses less when it is rounded, and its statistics."""
-    for run in passes(config):
-        layer, statistics = run(layer, statistics, config)
+    for run in passes(config, recipe):
+        layer, statistics = run(layer, statistics)
     return layer, statistics
 
 
@@ -77,14 +75,17 @@ def _relative_error(weight: Array, quantized: Any, hessian: Array | None) -> Flo
 
 
 def quantize_layer(
-    layer: Mapping[str, np.ndarray], statistics: LayerStatistics | None, config: ModelConfig
+    layer: Mapping[str, np.ndarray],
+    statistics: LayerStatistics | None,
+    config: ModelConfig,
+    recipe: Recipe,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Quantizes the linears of a float layer whose residual stream is in its final order.
 
     Args:
       layer: under the names of ``convert.float_model.read_layer``.
       statistics: of its projections; None without calibration.
-      config: of the checkpoint, quantization included.
+      config: of the float layer.
 
     Returns:
       The parameters of ``atom_jax.llama.Layer``, and for each linear the relative error of its output on
@@ -93,12 +94,12 @@ def quantize_layer(
     Raises:
       AtomError: a linear that cannot be quantized; the message names it.
     """
-    quantization = config.quantization
     layer, hessians = dict(layer), {}
     if statistics is not None:
-        layer, statistics = prepare_layer(layer, statistics, config)
+        layer, statistics = prepare_layer(layer, statistics, config, recipe)
         hessians = dict(statistics.hessians)
-    unquantized = vector_shapes(config).keys() | index_shapes(config).keys()
+    stored = config.replace(format=recipe.format)
+    unquantized = vector_shapes(stored).keys() | index_shapes(stored).keys()
     params: dict[str, Any] = {name: jnp.asarray(layer[name]) for name in layer if name in unquantized}
     errors = {}
     for linear in LINEARS:
@@ -106,7 +107,7 @@ def quantize_layer(
         weight = jnp.asarray(layer.pop(name))
         hessian = hessians.pop(linear.name, None)
         try:
-            params[name] = quantize(weight, hessian, quantization)
+            params[name] = quantize(weight, hessian, recipe)
         except AtomError as error:
             raise AtomError(f"{name}: {error}") from error
         errors[name] = float(_relative_error(weight, params[name], hessian))
@@ -119,21 +120,20 @@ def quantize_on_windows(
     tree: Tree,
     windows: Float32[np.ndarray, "windows seq hidden"],
     *,
-    float_config: ModelConfig,
     config: ModelConfig,
+    recipe: Recipe,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """``quantize_layer`` with the statistics that the recipe needs, measured on ``windows``.
 
     Args:
       tree: a float layer whose residual stream is in its final order.
       windows: the residual stream before the layer; not looked at if the recipe needs no calibration.
-      float_config: of the float layer.
-      config: of the same layer of the checkpoint.
+      config: of the float layer.
 
     Raises:
       AtomError: a linear that cannot be quantized; the message names it.
     """
     statistics = None
-    if needs_calibration(config):
-        statistics = layer_statistics(tree, windows, float_config, with_inputs=needs_inputs(config))
-    return quantize_layer(tree, statistics, config)
+    if needs_calibration(recipe):
+        statistics = layer_statistics(tree, windows, config, with_inputs=needs_inputs(recipe))
+    return quantize_layer(tree, statistics, config, recipe)

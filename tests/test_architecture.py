@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import graphlib
 import re
 import subprocess
@@ -92,9 +93,12 @@ def test_imports_run_one_way(package: str) -> None:
 
 
 def test_the_command_line_imports_the_converter_when_a_command_runs() -> None:
-    """So that --help, and a wrong option, are answered at once."""
+    """So that --help and a wrong option are answered at once: before, only the recipe's defaults are read."""
     for file in files("atom_jax_cli"):
-        assert "convert" not in top_level_packages(outside_functions(parse(file))), file
+        found = set(imports(outside_functions(parse(file))))
+        assert {name for name in found if name.split(".")[0] == "convert"} <= {"convert.recipe"}, file
+    script = "import sys, convert.recipe; sys.exit('convert.sources' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
 
 
 def test_torch_is_imported_by_sources_only_and_lazily() -> None:
@@ -167,16 +171,19 @@ def test_files_are_short() -> None:
 
 
 def test_every_scheme_is_complete() -> None:
-    """A scheme is a module for the model and, unless its linears stay floats, one for the converter."""
-    import convert.schemes
+    """A scheme is a module for the model and one for the converter, with the same name."""
+    from atom_jax.config import Format
     from atom_jax.schemes import SCHEMES
+    from convert.recipe import Recipe
+    from convert.schemes import METHODS
 
     modules = {Path(file).stem for file in files("atom_jax/schemes")} - {"__init__", "base"}
     assert {scheme.name for scheme in SCHEMES.values()} == set(SCHEMES) == modules
-    quantized = {name for name, scheme in SCHEMES.items() if scheme.weight is not None}
-    assert set(convert.schemes._MODULES) == quantized
-    for module in convert.schemes._MODULES.values():
-        assert callable(module.quantize)
+    assert METHODS.keys() == modules
+    for name, method in METHODS.items():
+        assert (method.quantize is None) == (SCHEMES[name].weight is None), name
+        assert method.unused.keys() <= {field.name for field in dataclasses.fields(Recipe)}, name
+        assert SCHEMES[name].unused.keys() <= {field.name for field in dataclasses.fields(Format)}, name
 
 
 def test_the_picture_shows_the_imports() -> None:

@@ -41,7 +41,7 @@ def _vectors(config: ModelConfig) -> dict[str, tuple[int]]:
     shapes = {"input_norm": (config.hidden_size,)}
     if config.qk_norm:
         shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
-    if config.quantization.center_keys:
+    if config.format.center_keys:
         shapes["k_mean"] = (config.kv_size,)
     return shapes | bias_shapes(_LINEARS, config)
 

@@ -14,7 +14,7 @@ from atom_jax.errors import AtomError
 from pallas_kernels.qarrays import PACK_TILE, ActivationFormat, num_tiles
 
 if TYPE_CHECKING:
-    from atom_jax.config import QuantConfig
+    from atom_jax.config import Format
 
 # Name -> shape and dtype of an array on disk.
 Specs = dict[str, jax.ShapeDtypeStruct]
@@ -39,23 +39,21 @@ class WeightFormat:
     activation: Callable[[Any, float], ActivationFormat] | None = None
     grouped: bool = True
 
-    def stored(self, shape: tuple[int, int], quantization: QuantConfig) -> Specs:
+    def stored(self, shape: tuple[int, int], format: Format) -> Specs:
         """What is on disk of a linear [N, K]; AtomError if its K does not suit the groups."""
-        group_size = self._group_size(shape[1], quantization)
-        specs = self.specs(*shape, group_size, quantization.num_outliers)
+        group_size = self._group_size(shape[1], format)
+        specs = self.specs(*shape, group_size, format.num_outliers)
         return {name: spec for name, spec in specs.items() if 0 not in spec.shape}
 
-    def revive(
-        self, stored: Mapping[str, np.ndarray], shape: tuple[int, int], quantization: QuantConfig
-    ) -> Any:
+    def revive(self, stored: Mapping[str, np.ndarray], shape: tuple[int, int], format: Format) -> Any:
         """The weight, or stack of weights, on the default device.
 
         Args:
           stored: the arrays of ``stored``, perhaps with leading dimensions.
           shape: [N, K].
         """
-        group_size = self._group_size(shape[1], quantization)
-        specs = self.specs(*shape, group_size, quantization.num_outliers)
+        group_size = self._group_size(shape[1], format)
+        specs = self.specs(*shape, group_size, format.num_outliers)
         lead = stored["scales"].shape[: -len(specs["scales"].shape)]
         arrays = {}
         for name, spec in specs.items():
@@ -63,15 +61,15 @@ class WeightFormat:
             arrays[name] = jnp.asarray(value.astype(np.float32) if value.dtype == jnp.bfloat16 else value)
         return self.pytree(**arrays, group_size=group_size)
 
-    def _group_size(self, channels: int, quantization: QuantConfig) -> int:
+    def _group_size(self, channels: int, format: Format) -> int:
         if not self.grouped:
             return 0
-        body = channels - quantization.num_outliers
-        group_size = quantization.group_size or body
+        body = channels - format.num_outliers
+        group_size = format.group_size or body
         if body < 1 or body % group_size:
             raise AtomError(
-                f"{channels} input channels are not {quantization.num_outliers} outliers and whole groups of "
-                f"{quantization.group_size or 'at least one channel'}"
+                f"{channels} input channels are not {format.num_outliers} outliers and whole groups of "
+                f"{format.group_size or 'at least one channel'}"
             )
         return group_size
 
@@ -84,8 +82,8 @@ class Scheme:
       name: what a user writes.
       about: in a few words, for help and error messages.
       weight: of a linear; None where linears stay floats and nothing is calibrated.
-      unused: settings of ``QuantConfig`` that it has no use for, and the one value they have in it.
-      defaults: of its settings, where they are not those of ``QuantConfig``.
+      unused: settings of ``Format`` that it has no use for, and the one value they have in it.
+      defaults: of its settings, where they are not those of ``Format``.
     """
 
     name: str
@@ -100,7 +98,7 @@ class Scheme:
 
 
 # Of schemes that keep no outliers and quantize activations, if at all, one scale a token.
-NO_OUTLIERS: dict[str, Any] = {"num_outliers": 0, "clip_w": 1.0, "clip_a": 1.0, "reorder": "none"}
+NO_OUTLIERS: dict[str, Any] = {"num_outliers": 0, "clip_a": 1.0, "gather_inputs": False}
 
 
 def spec(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

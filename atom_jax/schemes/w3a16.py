@@ -23,6 +23,6 @@ SCHEME = Scheme(
     name="w3a16",
     about="GPTQ: INT3 weights, float activations",
     weight=WeightFormat(WeightOnlyInt3, _specs, weight_only_matmul),
-    unused={**NO_OUTLIERS, "migrate": False},
+    unused=NO_OUTLIERS,
     defaults={"kv_bits": 16},
 )

@@ -17,6 +17,6 @@ SCHEME = Scheme(
     name="w4a16",
     about="GPTQ: INT4 weights, float activations",
     weight=WeightFormat(WeightOnlyInt4, _specs, weight_only_matmul),
-    unused={**NO_OUTLIERS, "migrate": False},
+    unused=NO_OUTLIERS,
     defaults={"kv_bits": 16},
 )

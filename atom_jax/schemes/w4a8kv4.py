@@ -20,5 +20,5 @@ SCHEME = Scheme(
     name="w4a8kv4",
     about="QServe: INT4 weights of two levels, INT8 activations",
     weight=WeightFormat(TwoLevelWeight, _specs, two_level_matmul, TwoLevelWeight.activation_format),
-    unused={**NO_OUTLIERS, "migrate": False},
+    unused=NO_OUTLIERS,
 )

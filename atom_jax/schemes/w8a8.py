@@ -23,6 +23,6 @@ SCHEME = Scheme(
     weight=WeightFormat(
         QuantizedWeight, _specs, grouped_matmul, QuantizedWeight.activation_format, grouped=False
     ),
-    unused={**NO_OUTLIERS, "group_size": None, "gptq": False, "migrate": True},
+    unused={**NO_OUTLIERS, "group_size": None},
     defaults={"kv_bits": 16},
 )

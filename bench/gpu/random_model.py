@@ -32,7 +32,7 @@ def random_params(config: ModelConfig, key: Key[Array, ""], branch_gain: float =
     """
     if (message := check_kernels()) is not None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-    quantization = config.quantization
+    format = config.format
     keys = iter(jax.random.split(key, 8 + len(vector_shapes(config))))
 
     def matrix(key: Key[Array, ""], shape: tuple[int, ...], std: float) -> Array:
@@ -40,10 +40,10 @@ def random_params(config: ModelConfig, key: Key[Array, ""], branch_gain: float =
 
     def linear(name: str, key: Key[Array, ""], shape: tuple[int, int]) -> Any:
         gain = branch_gain if name in _BRANCHES else 1.0
-        if not quantization.quantizes_linears:
+        if not format.quantizes_linears:
             return matrix(key, shape, gain * shape[1] ** -0.5)
-        group_size = quantization.group_size or shape[1] - quantization.num_outliers
-        weight = random_weight(key, *shape, group_size, quantization.num_outliers)
+        group_size = format.group_size or shape[1] - format.num_outliers
+        weight = random_weight(key, *shape, group_size, format.num_outliers)
         return jax.tree.map(lambda leaf: leaf * gain if leaf.dtype == jnp.float32 else leaf, weight)
 
     def stacked(name: str, shape: tuple[int, int]) -> Any:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from atom_jax.config import QuantConfig
 from atom_jax.errors import AtomError
 from convert.ablation.steps import FLOAT, PAPER_MODEL, Step, bases
 from convert.calibrate.texts import Calibration
+from convert.recipe import Recipe
 
 RESULTS_FILE = "ablation.json"
 _CALIBRATION_FILE = "calibration.npy"
@@ -25,7 +25,7 @@ class Row:
     """What was measured of a step.
 
     Attributes:
-      recipe: the fields of its ``QuantConfig``.
+      recipe: its settings, as ``make_recipe`` takes them.
       perplexity: by text.
       bits_per_weight: of the linears in the layers as stored, scales included.
       bytes: of all parameters of the checkpoint.
@@ -67,11 +67,11 @@ class Results:
                 "remove it or choose another folder"
             )
 
-    def get(self, step: Step, recipe: QuantConfig) -> Row | None:
+    def get(self, step: Step, recipe: Recipe) -> Row | None:
         """The row of a step, if it was measured before with this recipe."""
         for row in self._data["steps"]:
             same = row["name"] == step.name and row["simulated"] == step.simulated
-            if same and row.get("recipe") == dataclasses.asdict(recipe):
+            if same and row.get("recipe") == recipe.settings():
                 return Row(**{field.name: row[field.name] for field in dataclasses.fields(Row)})
         return None
 
@@ -100,12 +100,7 @@ class Results:
 
     def write_calibration(self, calibration: Calibration) -> None:
         np.save(self.folder / _CALIBRATION_FILE, calibration.tokens)
-        self._data["calibration"] = {
-            "kind": calibration.kind,
-            "name": calibration.name,
-            "windows": list(calibration.tokens.shape),
-            "sha256": calibration.sha256,
-        }
+        self._data["calibration"] = calibration.about
         self._write(self._data)
 
     def _write(self, data: dict[str, Any]) -> None:
@@ -117,7 +112,7 @@ class Results:
 def report_of(
     job: dict[str, Any],
     steps: Sequence[Step],
-    wanted: Mapping[str, QuantConfig],
+    wanted: Mapping[str, Recipe],
     results: Results,
     misfits: Mapping[str, str],
 ) -> dict[str, Any]:

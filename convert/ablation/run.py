@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from atom_jax.checkpoint import layer_specs, linear_spec, shared_specs, stored_form
-from atom_jax.config import ModelConfig, QuantConfig, preset
+from atom_jax.config import ModelConfig, preset
 from atom_jax.errors import AtomError
 from atom_jax.perplexity import make_windows
 from atom_jax.structure import linear_shapes
@@ -34,7 +34,8 @@ from convert.passes.order import permute_shared, residual_order
 from convert.passes.reorder import permute_residual
 from convert.passes.rotate import Rotated
 from convert.pipeline import Progress, calibration_job
-from convert.quantize_layer import check_config, needs_calibration, quantize_on_windows
+from convert.quantize_layer import check_recipe, needs_calibration, quantize_on_windows
+from convert.recipe import Recipe
 from convert.sources import Source, open_source
 from convert.streaming import batches, embed, residual_perplexity, run_windows
 
@@ -111,18 +112,17 @@ def groups(config: ModelConfig, options: AblationOptions) -> tuple[int, int]:
     """The group size and the number of outliers: those asked for, or that suit every linear."""
     asked = {name: getattr(options, name) for name in CHOOSABLE}
     given = {name: value for name, value in asked.items() if value is not None}
-    config = config.replace(quantization=preset("w4a4kv4", **given))
-    quantization = choose_groups(config, CHOOSABLE - given.keys())
-    assert quantization.group_size is not None
-    return quantization.group_size, quantization.num_outliers
+    format = choose_groups(config.replace(format=preset("w4a4kv4", **given)), CHOOSABLE - given.keys())
+    assert format.group_size is not None
+    return format.group_size, format.num_outliers
 
 
-def _misfits(config: ModelConfig, steps: Sequence[Step], wanted: dict[str, QuantConfig]) -> dict[str, str]:
+def _misfits(config: ModelConfig, steps: Sequence[Step], wanted: dict[str, Recipe]) -> dict[str, str]:
     """Why a branch is not possible for the model's sizes, by name; AtomError if it is a step of the chain."""
     found = {}
     for step in steps:
         try:
-            check_config(config.replace(quantization=wanted[step.name]))
+            check_recipe(config, wanted[step.name])
         except AtomError as error:
             if not step.branch:
                 raise
@@ -186,13 +186,13 @@ class _Ablation:
             for name, tokens in self.texts.items()
         }
 
-    def measure(self, step: Step, recipe: QuantConfig) -> Row:
+    def measure(self, step: Step, recipe: Recipe) -> Row:
         """Quantizes the model as the step says, running all windows through each layer as it is made."""
         started = time.perf_counter()
         source = Rotated(self.source) if recipe.rotate else self.source
-        config = source.config.replace(quantization=recipe)
-        shared, order, calibration = self._start(source, config)
-        if recipe.quantizes_linears:  # as a checkpoint stores it
+        config = source.config.replace(format=recipe.format)
+        shared, order, calibration = self._start(source, recipe)
+        if recipe.format.quantizes_linears:  # as a checkpoint stores it
             stored = stored_form(shared, shared_specs(config))
             shared = {name: value.astype(np.float32) for name, value in stored.items()}
         evaluated = {
@@ -204,9 +204,7 @@ class _Ablation:
             if order is not None:
                 tree = permute_residual(tree, order)
             try:
-                params = _layer_params(
-                    step, tree, calibration, source.config.of_layer(layer), config.of_layer(layer)
-                )
+                params = _layer_params(step, tree, calibration, source.config.of_layer(layer), recipe)
             except AtomError as error:
                 raise AtomError(f"step {step.name}: layer {layer}: {error}") from error
             for stream in (calibration, *evaluated.values()):
@@ -221,7 +219,7 @@ class _Ablation:
         }
         return Row(
             name=step.name,
-            recipe=dataclasses.asdict(recipe),
+            recipe=recipe.settings(),
             simulated=step.simulated,
             perplexity=perplexity,
             bits_per_weight=_bits_per_weight(config, simulated=step.simulated),
@@ -229,16 +227,16 @@ class _Ablation:
             seconds=time.perf_counter() - started,
         )
 
-    def _start(self, source: Source, config: ModelConfig) -> tuple[Tree, Order | None, Windows]:
+    def _start(self, source: Source, recipe: Recipe) -> tuple[Tree, Order | None, Windows]:
         """Embedding, norm, head; the order of the residual stream; that stream of the calibration windows."""
         shared = read_shared(source)
-        if not needs_calibration(config):
-            return shared, None, np.zeros((0, 1, config.hidden_size), np.float32)
+        if not needs_calibration(recipe):
+            return shared, None, np.zeros((0, 1, source.config.hidden_size), np.float32)
         tokens = self.calibration.tokens
         windows = embed(shared["embedding"], tokens)
-        if config.quantization.reorder != "folded":
+        if recipe.reorder != "folded":
             return shared, None, windows
-        rotated = config.quantization.rotate
+        rotated = recipe.rotate
         if rotated not in self.orders:
             self.orders[rotated] = residual_order(
                 source,
@@ -253,12 +251,12 @@ class _Ablation:
 
 
 def _layer_params(
-    step: Step, tree: Tree, windows: Windows, float_config: ModelConfig, config: ModelConfig
+    step: Step, tree: Tree, windows: Windows, config: ModelConfig, recipe: Recipe
 ) -> dict[str, Any]:
     if step.simulated:
-        return simulate_layer(tree, windows, float_config=float_config, config=config)
-    if config.quantization.quantizes_linears:
-        return quantize_on_windows(tree, windows, float_config=float_config, config=config)[0]
+        return simulate_layer(tree, windows, config=config, recipe=recipe)
+    if recipe.format.quantizes_linears:
+        return quantize_on_windows(tree, windows, config=config, recipe=recipe)[0]
     return on_device(tree)
 
 
@@ -271,5 +269,5 @@ def _bits_per_weight(config: ModelConfig, *, simulated: bool) -> float:
     shapes = linear_shapes(config).values()
     size = sum(_stored_bytes(linear_spec(shape, config)) for shape in shapes)
     if simulated:  # two bytes an outlier instead of one
-        size += sum(rows * config.quantization.num_outliers for rows, _ in shapes)
+        size += sum(rows * config.format.num_outliers for rows, _ in shapes)
     return 8 * size / sum(math.prod(shape) for shape in shapes)

@@ -7,7 +7,6 @@ tell what INT8 outliers cost, and nowhere else.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -17,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
-from atom_jax.config import ModelConfig, QuantConfig
+from atom_jax.config import Format, ModelConfig
 from atom_jax.structure import linear_shapes
 from convert.calibrate.statistics import layer_statistics
 from convert.float_model import Tree
 from convert.quantize_layer import prepare_layer
+from convert.recipe import Recipe
 from convert.rounding.rtn import quantize_weight
 from convert.streaming import run_layer
 from pallas_kernels import ActivationFormat, quantize
@@ -31,24 +31,23 @@ def simulate_layer(
     tree: Tree,
     windows: Float32[np.ndarray, "windows seq hidden"],
     *,
-    float_config: ModelConfig,
     config: ModelConfig,
+    recipe: Recipe,
 ) -> dict[str, Any]:
     """A float layer whose linears are rounded to nearest in all but their outlier channels.
 
     Arguments are those of ``convert.quantize_layer.quantize_on_windows``; what ``run_simulated`` takes.
     """
-    quantization = config.quantization
-    order_alone = dataclasses.replace(quantization, migrate=False, smooth_keys=0.0, center_keys=False)
-    statistics = layer_statistics(tree, windows, float_config, with_inputs=False)
-    layer, _ = prepare_layer(dict(tree), statistics, config.replace(quantization=order_alone))
+    order_alone = recipe.replace(migrate=False, smooth_keys=0.0, center_keys=False)
+    statistics = layer_statistics(tree, windows, config, with_inputs=False)
+    layer, _ = prepare_layer(dict(tree), statistics, config, order_alone)
     for name, (_, channels) in linear_shapes(config).items():
-        body = channels - quantization.num_outliers
+        body = channels - recipe.format.num_outliers
         stored = quantize_weight(
             layer[name][:, :body],
-            group_size=quantization.group_size,
+            group_size=recipe.format.group_size,
             num_outliers=0,
-            clip_w=quantization.clip_w,
+            clip_w=recipe.clip_w,
         )
         layer[name] = np.concatenate([np.asarray(stored.dequantize()), layer[name][:, body:]], axis=1)
     return {name: jnp.asarray(value) for name, value in layer.items()}
@@ -61,16 +60,16 @@ def run_simulated(
     """``convert.streaming.run_windows`` for a layer of ``simulate_layer``."""
 
     def round_input(name: str, inputs: Float32[Array, "m k"]) -> Float32[Array, "m k"]:
-        return _round_body(inputs, params.get(f"{name}_indices"), config.quantization)
+        return _round_body(inputs, params.get(f"{name}_indices"), config.format)
 
     return run_layer(params, x, config, round_input)
 
 
 def _round_body(
-    x: Float32[Array, "m k"], indices: Int32[Array, " k"] | None, quantization: QuantConfig
+    x: Float32[Array, "m k"], indices: Int32[Array, " k"] | None, format: Format
 ) -> Float32[Array, "m k"]:
     """``x`` in stored order, rounded to INT4 in all but the outliers."""
     ordered = x if indices is None else jnp.take(x, indices, axis=-1)
-    body = x.shape[-1] - quantization.num_outliers
-    fmt = ActivationFormat(quantization.group_size or body, 0, quantization.clip_a)
+    body = x.shape[-1] - format.num_outliers
+    fmt = ActivationFormat(format.group_size or body, 0, format.clip_a)
     return jnp.concatenate([quantize(ordered[:, :body], fmt).dequantize(), ordered[:, body:]], axis=-1)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atom_jax.config import QuantConfig, preset
+from convert.recipe import Recipe, make_recipe
 
 # Perplexity of WikiText2 under Llama-7B, with groups of 128 and 128 outliers (Atom, arXiv 2310.19102).
 PAPER_MODEL = "Llama-7B"
@@ -19,7 +19,7 @@ class Step:
     Attributes:
       name: in the JSON; unique.
       label: what is new, in a few words.
-      changes: settings of ``QuantConfig``.
+      changes: settings, as ``make_recipe`` takes them.
       branch: nothing is added to it; the next step goes on from the last one that is no branch, as this does.
       paper: the paper's perplexity of the same step, see ``PAPER_MODEL``.
       simulated: outliers stay in floating point, which no checkpoint stores and no kernel multiplies
@@ -36,7 +36,7 @@ class Step:
 
 FLOAT = Step("float", "float", {}, paper=5.68)
 
-# Every setting is named: one that is new in QuantConfig must not enter the first step by its default.
+# Every setting is named: one that is new must not enter the first step by its default.
 _NAIVE: dict[str, Any] = {
     "scheme": "w4a4kv4",
     "group_size": None,
@@ -82,16 +82,16 @@ def make_steps(group_size: int, num_outliers: int) -> tuple[Step, ...]:
     )
 
 
-def recipes(steps: Sequence[Step]) -> dict[str, QuantConfig]:
+def recipes(steps: Sequence[Step]) -> dict[str, Recipe]:
     """The whole recipe of each step, by name."""
-    found: dict[str, QuantConfig] = {}
+    found: dict[str, Recipe] = {}
     for step, base in zip(steps, bases(steps), strict=True):
         if step.name == FLOAT.name:
-            found[step.name] = preset("bf16")
+            found[step.name] = make_recipe("bf16")
         elif base is None or base == FLOAT.name:
-            found[step.name] = QuantConfig(**step.changes)
+            found[step.name] = make_recipe(**step.changes)
         else:
-            found[step.name] = dataclasses.replace(found[base], **step.changes)
+            found[step.name] = found[base].replace(**step.changes)
     return found
 
 

@@ -42,6 +42,12 @@ class Calibration:
     def sha256(self) -> str:
         return hashlib.sha256(np.ascontiguousarray(self.tokens, "<i4").tobytes()).hexdigest()
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """All but the tokens themselves, as JSON data."""
+        shape = list(self.tokens.shape)
+        return {"kind": self.kind, "name": self.name, "windows": shape, "sha256": self.sha256}
+
 
 def spread_windows(
     tokens: Int32[np.ndarray, " tokens"], num_tokens: int, seq_len: int, where: str

@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Int32
 
 from atom_jax.checkpoint import CARD_FILE, CONFIG_FILE, TOKENIZER_FOLDER, load
-from atom_jax.config import QuantConfig, preset
 from atom_jax.errors import AtomError, WriteError
 from atom_jax.perplexity import perplexity
 from atom_jax.text import encode
@@ -22,6 +21,7 @@ from convert.calibrate.help_topics import help_topics
 from convert.card import versions
 from convert.demo.smollm2 import SHA256, smollm2_gguf
 from convert.pipeline import ConvertOptions, Progress, convert
+from convert.recipe import Recipe, make_recipe
 
 SEQ_LEN = 512
 EVAL_TOKENS = 2048
@@ -36,16 +36,16 @@ class Variant:
 
     name: str
     label: str
-    quantization: QuantConfig
+    recipe: Recipe
 
 
 VARIANTS = (
-    Variant("float", "float (bf16)", preset("bf16")),
+    Variant("float", "float (bf16)", make_recipe("bf16")),
     Variant(
         "naive-w4a4",
         "naive W4A4",
-        QuantConfig(
-            scheme="w4a4kv4",
+        make_recipe(
+            "w4a4kv4",
             group_size=None,
             num_outliers=0,
             clip_w=1.0,
@@ -57,7 +57,7 @@ VARIANTS = (
             kv_bits=16,
         ),
     ),
-    Variant("atom-w4a4kv4", "Atom W4A4KV4", preset("w4a4kv4", group_size=64, num_outliers=64)),
+    Variant("atom-w4a4kv4", "Atom W4A4KV4", make_recipe("w4a4kv4", group_size=64, num_outliers=64)),
 )
 ATOM = VARIANTS[-1].name
 
@@ -110,9 +110,13 @@ class _Results:
 
     @staticmethod
     def _key(variant: Variant) -> dict[str, Any]:
-        quantization = dataclasses.asdict(variant.quantization)
         tokens = {"calibration": CALIBRATION_TOKENS, "evaluation": EVAL_TOKENS, "window": SEQ_LEN}
-        return {"recipe": quantization, "model": SHA256, "tokens": tokens, "versions": versions()}
+        return {
+            "recipe": variant.recipe.settings(),
+            "model": SHA256,
+            "tokens": tokens,
+            "versions": versions(),
+        }
 
     def get(self, variant: Variant) -> Any:
         entry = self._entries.get(variant.name)
@@ -134,7 +138,7 @@ def _measure(variant: Variant, out: Path, progress: Progress) -> VariantResult:
     report("fetch the model", 1, 1)
     untouched = not out.exists() and not _partial(out).exists()
     started = time.perf_counter()
-    options = ConvertOptions(variant.quantization, calibration_tokens=CALIBRATION_TOKENS)
+    options = ConvertOptions(variant.recipe, calibration_tokens=CALIBRATION_TOKENS)
     _convert(gguf, out, options, report)
     seconds = time.perf_counter() - started if untouched else None
     model = load(out)

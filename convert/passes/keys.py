@@ -30,6 +30,7 @@ from atom_jax.config import ModelConfig
 from atom_jax.rope import rope_table
 from convert.calibrate.statistics import LayerStatistics
 from convert.passes import Layer
+from convert.recipe import Recipe
 from pallas_kernels.nn import rms_norm, rope
 from pallas_kernels.rounding import dequantize_kv, quantize_kv
 
@@ -55,22 +56,25 @@ class KeyFit:
 
 
 def fit_keys(
-    layer: Mapping[str, np.ndarray], inputs: Float32[Array, "tokens hidden"], config: ModelConfig
+    layer: Mapping[str, np.ndarray],
+    inputs: Float32[Array, "tokens hidden"],
+    config: ModelConfig,
+    recipe: Recipe,
 ) -> KeyFit:
     """Searches the factors, or takes those of the strength that the recipe fixes (``smooth_keys``).
 
     Args:
       layer: float layer.
       inputs: of the q/k/v projection.
-      config: of the checkpoint: its cache is what the error is measured with.
+      recipe: its format's cache is what the error is measured with.
     """
-    quantization = config.quantization
     q, k = _queries_and_keys(
         {name: jnp.asarray(layer[name]) for name in layer if name.startswith(("qkv", "q_", "k_"))},
         inputs,
         config=config,
+        after_rope=recipe.format.kv_rope == "post",
     )
-    mean = jnp.mean(k, axis=0) * float(quantization.center_keys)
+    mean = jnp.mean(k, axis=0) * float(recipe.format.center_keys)
     centred = k - mean
     key_size, query_size = _pair_size(centred), _pair_size(q)
     if config.qk_norm:  # one factor for all heads, as there is one norm
@@ -78,14 +82,14 @@ def fit_keys(
             jnp.broadcast_to(jnp.sqrt(jnp.mean(jnp.square(size), axis=0, keepdims=True)), size.shape)
             for size in (key_size, query_size)
         )
-    if quantization.smooth_keys is None:
+    if recipe.smooth_keys is None:
         strengths = list(itertools.product(KEY_STRENGTHS, QUERY_STRENGTHS))
     else:
-        strengths = [(quantization.smooth_keys, 0.0)]
+        strengths = [(recipe.smooth_keys, 0.0)]
     candidates = np.stack([_factors(np.asarray(key_size), np.asarray(query_size), *s) for s in strengths])
     best = np.zeros(config.num_kv_heads, np.int64)
     if len(candidates) > 1:
-        errors = np.asarray(_errors(centred, query_size, jnp.asarray(candidates), quantization.kv_groups))
+        errors = np.asarray(_errors(centred, query_size, jnp.asarray(candidates), recipe.format.kv_groups))
         best = np.argmin(errors.sum(axis=1, keepdims=True) if config.qk_norm else errors, axis=0)
         best = np.broadcast_to(best, config.num_kv_heads)
     factor = candidates[best, np.arange(config.num_kv_heads)]
@@ -114,21 +118,25 @@ def scale_keys(
 
 
 def even_keys(
-    layer: Layer, statistics: LayerStatistics, config: ModelConfig
+    layer: Layer, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
 ) -> tuple[Layer, LayerStatistics]:
     """The pass: evens out the channels of the keys, and measures the mean that the cache leaves out."""
-    fit = fit_keys(layer, statistics.inputs["qkv"], config)
+    fit = fit_keys(layer, statistics.inputs["qkv"], config, recipe)
     layer = scale_keys(layer, fit.factor, config)
-    if config.quantization.center_keys:
+    if recipe.format.center_keys:
         layer["k_mean"] = fit.mean.reshape(-1)
     return layer, statistics
 
 
-@partial(jax.jit, static_argnames=("config",))
+@partial(jax.jit, static_argnames=("config", "after_rope"))
 def _queries_and_keys(
-    layer: Mapping[str, Array], inputs: Float32[Array, "tokens hidden"], *, config: ModelConfig
+    layer: Mapping[str, Array],
+    inputs: Float32[Array, "tokens hidden"],
+    *,
+    config: ModelConfig,
+    after_rope: bool,
 ) -> tuple[Float32[Array, "tokens kv_heads group head_dim"], Float32[Array, "tokens kv_heads head_dim"]]:
-    """As the cache gets them: keys after RoPE, or before it; queries alike."""
+    """As the cache gets them: after RoPE, or before it."""
     tokens = inputs.shape[0]
     heads = inputs @ layer["qkv_proj"][: config.q_size + config.kv_size].T
     if "qkv_bias" in layer:
@@ -136,7 +144,7 @@ def _queries_and_keys(
     q, k = jnp.split(heads.reshape(tokens, -1, config.head_dim), [config.num_heads], axis=1)
     if config.qk_norm:
         q, k = (rms_norm(x, layer[f"{name}_norm"], config.rms_norm_eps) for x, name in ((q, "q"), (k, "k")))
-    if config.quantization.kv_rope == "post":
+    if after_rope:
         positions = jnp.arange(tokens) * min(POSITIONS, config.max_position_embeddings) // tokens
         cos, sin = (table[:, None] for table in rope_table(positions, config.rope, config.head_dim))
         q, k = rope(q, cos, sin), rope(k, cos, sin)

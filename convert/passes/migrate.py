@@ -17,7 +17,6 @@ token's largest channel, which no average over tokens (such as the Hessian) know
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping
@@ -29,11 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from atom_jax.config import ModelConfig, QuantConfig
+from atom_jax.config import ModelConfig
 from convert import schemes
 from convert.calibrate.statistics import LayerStatistics
 from convert.groups import has_groups
 from convert.passes import Layer
+from convert.recipe import Recipe
 from pallas_kernels import quantize
 
 # By the name of a projection without "_proj"; the factor of each of its input channels.
@@ -50,6 +50,7 @@ def search_factors(
     layer: Mapping[str, np.ndarray],
     inputs: Mapping[str, Float32[Array, "tokens k"]],
     config: ModelConfig,
+    recipe: Recipe,
     round_weight: Callable[[Float32[Array, "n k"]], Any],
     indices: Mapping[str, Int32[np.ndarray, " k"]] | None = None,
 ) -> Factors:
@@ -58,7 +59,8 @@ def search_factors(
     Args:
       layer: float layer.
       inputs: of each projection, on some calibration tokens.
-      config: heads, and the clipping of activations.
+      config: its heads.
+      recipe: its groups, and the clipping of activations.
       round_weight: the scheme's quantized weight of a float one, rounded to nearest; hashable, jitted here.
       indices: the order in which the input channels of a projection are quantized, where it is another.
     """
@@ -69,8 +71,8 @@ def search_factors(
             x,
             None if name not in orders else jnp.asarray(orders[name]),
             _heads(name, config),
-            partial(_output_error, round_weight=round_weight, clip_a=config.quantization.clip_a),
-            rows=not has_groups(config.quantization),
+            partial(_output_error, round_weight=round_weight, clip_a=recipe.format.clip_a),
+            rows=not has_groups(recipe.format),
         )
         for name, x in inputs.items()
     }
@@ -154,20 +156,22 @@ def fold_factors(layer: Mapping[str, np.ndarray], factors: Factors, config: Mode
     return layer
 
 
-def migrate(layer: Layer, statistics: LayerStatistics, config: ModelConfig) -> tuple[Layer, LayerStatistics]:
+def migrate(
+    layer: Layer, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
+) -> tuple[Layer, LayerStatistics]:
     """The pass: searches the factors on the inputs of single tokens, and folds them."""
     orders = {name: layer[f"{name}_indices"] for name in statistics.inputs if f"{name}_indices" in layer}
-    round_weight = _round_to_nearest(config.quantization)
-    factors = search_factors(layer, statistics.inputs, config, round_weight, orders)
+    round_weight = _round_to_nearest(recipe)
+    factors = search_factors(layer, statistics.inputs, config, recipe, round_weight, orders)
     return fold_factors(layer, factors, config), statistics.divided(factors)
 
 
 @functools.cache  # one object for each recipe: what is compiled for it serves all layers
-def _round_to_nearest(quantization: QuantConfig) -> Callable[[Array], Any]:
-    if quantization.clip_w is None:  # a search in the search would take long and change little
-        quantization = dataclasses.replace(quantization, clip_w=0.85)
+def _round_to_nearest(recipe: Recipe) -> Callable[[Array], Any]:
+    if recipe.clip_w is None:  # a search in the search would take long and change little
+        recipe = recipe.replace(clip_w=0.85)
 
     def round_weight(weight: Array) -> Any:
-        return schemes.quantize(weight, None, quantization)
+        return schemes.quantize(weight, None, recipe)
 
     return round_weight

@@ -19,6 +19,7 @@ from convert.passes.reorder import (
     permute_inputs,
     permute_mlp,
 )
+from convert.recipe import Recipe
 from convert.sources import Source
 from convert.streaming import Report, batches, embed, projections, run_windows_with_energies
 
@@ -69,7 +70,7 @@ def permute_shared(shared: Tree, order: Int32[np.ndarray, " hidden"]) -> Tree:
 
 
 def fold_order(
-    layer: Layer, statistics: LayerStatistics, config: ModelConfig
+    layer: Layer, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
 ) -> tuple[Layer, LayerStatistics]:
     """Brings hot input channels last where their producers can be permuted alike (paper section 4.1).
 
@@ -78,7 +79,7 @@ def fold_order(
     """
     perms = {"down": energy_order(statistics.energy("down"))}
     layer = permute_mlp(layer, perms["down"])
-    if config.quantization.reorder == "folded":
+    if recipe.reorder == "folded":
         heads = head_order(statistics.energy("o"), config.num_heads, config.num_kv_heads)
         layer = permute_heads(layer, heads, config)
         perms["o"] = heads.input_perm
@@ -86,7 +87,7 @@ def fold_order(
 
 
 def choose_input_orders(
-    layer: Layer, statistics: LayerStatistics, config: ModelConfig
+    layer: Layer, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
 ) -> tuple[Layer, LayerStatistics]:
     """The layer with the orders by which inputs are gathered at run time; nothing is permuted yet."""
     orders = {
@@ -98,7 +99,7 @@ def choose_input_orders(
 
 
 def gather_inputs(
-    layer: Layer, statistics: LayerStatistics, config: ModelConfig
+    layer: Layer, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
 ) -> tuple[Layer, LayerStatistics]:
     """The layer with its input channels in the orders that ``choose_input_orders`` found."""
     orders, weights = {}, {}

@@ -9,19 +9,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
-from atom_jax.config import ModelConfig, QuantConfig
+from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from atom_jax.structure import linear_shapes
 from convert.calibrate.statistics import on_device
 from convert.float_model import read_layer
+from convert.groups import check_model
 from convert.passes.reorder import energy_order
-from convert.quantize_layer import check_config
+from convert.recipe import Recipe
 from convert.sources import Source
 from convert.streaming import Report, advance, embed, projection_inputs
 from pallas_kernels import quantize
@@ -48,9 +50,8 @@ def choose_outliers(errors: Mapping[int, float], budget: float = BUDGET) -> int:
     return min(number for number, error in errors.items() if error <= limit)
 
 
-def with_outliers(config: ModelConfig, number: int) -> ModelConfig:
-    """The model with this many outliers."""
-    return config.replace(quantization=dataclasses.replace(config.quantization, num_outliers=number))
+def _with_outliers(config: ModelConfig, number: int) -> ModelConfig:
+    return config.replace(format=dataclasses.replace(config.format, num_outliers=number))
 
 
 def candidates(config: ModelConfig) -> tuple[int, ...]:
@@ -63,26 +64,42 @@ def candidates(config: ModelConfig) -> tuple[int, ...]:
       AtomError: there is none; the message names a linear and what would suit it.
     """
     channels = [shape[1] for shape in linear_shapes(config).values()]
-    step = config.quantization.group_size or 1
+    step = config.format.group_size or 1
     numbers = range(min(channels) % step, min(channels) // 4 + 1, step)
     fitting = [number for number in numbers if _fits(config, number)]
     if not fitting:
-        check_config(with_outliers(config, 0))
+        check_model(_with_outliers(config, 0))
     count = min(len(fitting), _MOST_CANDIDATES)
     return tuple(fitting[i] for i in np.linspace(0, len(fitting) - 1, count).round().astype(int))
 
 
 def _fits(config: ModelConfig, number: int) -> bool:
     try:
-        check_config(with_outliers(config, number))
+        check_model(_with_outliers(config, number))
     except AtomError:
         return False
     return True
 
 
+def measure_outliers(
+    source: Source,
+    recipe: Recipe,
+    embedding: Float32[np.ndarray, "vocab hidden"],
+    tokens: Int32[np.ndarray, "windows seq"],
+    report: Report,
+) -> dict[str, Any]:
+    """The number of outliers to take, and why: what the card says about it. As ``outlier_errors``."""
+    errors = outlier_errors(source, recipe, embedding, tokens, report)
+    return {
+        "chosen": choose_outliers(errors),
+        "budget": BUDGET,
+        "relative_error": {str(number): error for number, error in errors.items()},
+    }
+
+
 def outlier_errors(
     source: Source,
-    quantization: QuantConfig,
+    recipe: Recipe,
     embedding: Float32[np.ndarray, "vocab hidden"],
     tokens: Int32[np.ndarray, "windows seq"],
     report: Report,
@@ -100,13 +117,13 @@ def outlier_errors(
       AtomError: no number of outliers suits the model, or its activations are not finite.
     """
     config = source.config
-    numbers = candidates(config.replace(quantization=quantization))
+    numbers = candidates(config.replace(format=recipe.format))
     x = embed(embedding, tokens[:_WINDOWS])
     errors = []
     for layer in range(config.num_layers):
         params = on_device(read_layer(source, layer))
         for name, rows in projection_inputs(params, x, config=config.of_layer(layer)).items():
-            measured = _errors(params[f"{name}_proj"], rows, numbers=numbers, quantization=quantization)
+            measured = _errors(params[f"{name}_proj"], rows, numbers=numbers, recipe=recipe)
             errors.append(np.asarray(measured, np.float64))
             if not np.isfinite(errors[-1]).all():
                 raise AtomError(f"layer {layer}: {name}_proj: its output or its inputs are not finite")
@@ -120,13 +137,13 @@ def _errors(
     inputs: Float32[Array, "tokens k"],
     *,
     numbers: tuple[int, ...],
-    quantization: QuantConfig,
+    recipe: Recipe,
 ) -> Float32[Array, " numbers"]:
     order = np.arange(weight.shape[1], dtype=np.int32)
-    if quantization.reorder != "none":
+    if recipe.reorder != "none":
         order = energy_order(np.asarray(jnp.sum(jnp.square(inputs), axis=0)))
     formats = tuple(
-        ActivationFormat(quantization.group_size or order.size - number, number, quantization.clip_a)
+        ActivationFormat(recipe.format.group_size or order.size - number, number, recipe.format.clip_a)
         for number in numbers
     )
     return _relative_errors(weight, inputs, jnp.asarray(order), formats=formats)

@@ -1,30 +1,32 @@
-"""How a weight gets into a scheme: one module each, of the same name as in ``atom_jax/schemes``."""
+"""The converter's part of each scheme: one module each, of the same name as in ``atom_jax/schemes``."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Array, Float32
 
-from atom_jax.config import QuantConfig
+from convert.schemes.base import Method
 
-_MODULES = {
-    module.name: importlib.import_module(f"{__name__}.{module.name}")
-    for module in pkgutil.iter_modules(__path__)
-}
+if TYPE_CHECKING:
+    from convert.recipe import Recipe
+
+__all__ = ["METHODS", "Method", "quantize"]
 
 
-def quantize(
-    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, quantization: QuantConfig
-) -> Any:
-    """The weight as the scheme of the recipe stores it.
+def _found() -> dict[str, Method]:
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    return {name: importlib.import_module(f"{__name__}.{name}").METHOD for name in names}
 
-    Args:
-      hessian: mean of x x^T over its inputs x; None without calibration.
 
-    Raises:
-      AtomError: its channels do not suit the groups.
-    """
-    return _MODULES[quantization.scheme].quantize(weight, hessian, quantization)
+METHODS = MappingProxyType(_found())
+
+
+def quantize(weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, recipe: Recipe) -> Any:
+    """The weight as the scheme of the recipe stores it; see ``Method.quantize``."""
+    method = METHODS[recipe.format.scheme].quantize
+    assert method is not None, f"the linears of {recipe.format.scheme} stay floats"
+    return method(weight, hessian, recipe)

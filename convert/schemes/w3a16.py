@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from atom_jax.config import QuantConfig
 from convert.rounding.group_gptq import quantize_groups
+from convert.schemes.base import NO_OUTLIERS, Method
 from pallas_kernels import PACK_TILE, WeightOnlyInt3
 from pallas_kernels.int3 import pack_int3
 
+if TYPE_CHECKING:
+    from convert.recipe import Recipe
 
-def quantize(
-    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, quantization: QuantConfig
+
+def _quantize(
+    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, recipe: Recipe
 ) -> WeightOnlyInt3:
-    """See ``convert.schemes.quantize``."""
-    hessian = hessian if quantization.gptq else None
-    values, grids, group_size = quantize_groups(weight, hessian, quantization.group_size, bits=3)
+    hessian = hessian if recipe.gptq else None
+    values, grids, group_size = quantize_groups(weight, hessian, recipe.format.group_size, bits=3)
     padded = jnp.pad(values, ((0, 0), (0, -values.shape[1] % PACK_TILE)))
     return WeightOnlyInt3(*pack_int3(padded), grids.scale, grids.zero.astype(jnp.int8), group_size)
+
+
+METHOD = Method(_quantize, unused=NO_OUTLIERS)

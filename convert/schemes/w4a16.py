@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from jaxtyping import Array, Float32
 
-from atom_jax.config import QuantConfig
 from convert.rounding.group_gptq import quantize_weight_only
+from convert.schemes.base import NO_OUTLIERS, Method
 from pallas_kernels import WeightOnlyInt4
 
+if TYPE_CHECKING:
+    from convert.recipe import Recipe
 
-def quantize(
-    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, quantization: QuantConfig
+
+def _quantize(
+    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, recipe: Recipe
 ) -> WeightOnlyInt4:
-    """See ``convert.schemes.quantize``."""
-    return quantize_weight_only(weight, hessian if quantization.gptq else None, quantization.group_size)
+    return quantize_weight_only(weight, hessian if recipe.gptq else None, recipe.format.group_size)
+
+
+METHOD = Method(_quantize, unused=NO_OUTLIERS)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from jaxtyping import Array, Float32
 
-from atom_jax.config import QuantConfig
 from convert.rounding.gptq import gptq
 from convert.rounding.rtn import quantize_weight
+from convert.schemes.base import Method
 from pallas_kernels import QuantizedWeight
 
+if TYPE_CHECKING:
+    from convert.recipe import Recipe
 
-def quantize(
-    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, quantization: QuantConfig
+
+def _quantize(
+    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, recipe: Recipe
 ) -> QuantizedWeight:
-    """See ``convert.schemes.quantize``."""
-    group_size, num_outliers, clip_w = quantization.group_size, quantization.num_outliers, quantization.clip_w
-    if quantization.gptq and hessian is not None:
+    group_size, num_outliers, clip_w = recipe.format.group_size, recipe.format.num_outliers, recipe.clip_w
+    if recipe.gptq and hessian is not None:
         return gptq(weight, hessian, group_size=group_size, num_outliers=num_outliers, clip_w=clip_w)
     return quantize_weight(weight, group_size=group_size, num_outliers=num_outliers, clip_w=clip_w)
+
+
+METHOD = Method(_quantize)

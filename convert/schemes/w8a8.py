@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from jaxtyping import Array, Float32
 
-from atom_jax.config import QuantConfig
+from convert.schemes.base import NO_OUTLIERS, Method
 from pallas_kernels import QuantizedWeight
 from pallas_kernels.rounding import quantize_int8
 
+if TYPE_CHECKING:
+    from convert.recipe import Recipe
 
-def quantize(
-    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, quantization: QuantConfig
+
+def _quantize(
+    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, recipe: Recipe
 ) -> QuantizedWeight:
-    """See ``convert.schemes.quantize``."""
     return quantize_int8(weight)
+
+
+METHOD = Method(_quantize, unused={**NO_OUTLIERS, "gptq": False, "migrate": True})

@@ -2,9 +2,9 @@
 
 import pytest
 
-import atom_jax
 from convert.pipeline import ConvertOptions
 from convert.pipeline import convert as convert_model
+from convert.recipe import make_recipe
 from tests.atom_jax.command import TEXT
 from tests.convert.tiny import save_tiny
 
@@ -18,7 +18,7 @@ def original(tmp_path_factory):
 def checkpoint(original, tmp_path_factory):
     """A float checkpoint: what it computes compiles fastest."""
     out = tmp_path_factory.mktemp("converted") / "tiny"
-    convert_model(original, out, ConvertOptions(atom_jax.preset("bf16")))
+    convert_model(original, out, ConvertOptions(make_recipe("bf16")))
     return out
 
 

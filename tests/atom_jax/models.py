@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from atom_jax.config import ModelConfig, QuantConfig, preset
+from atom_jax.config import Format, ModelConfig, preset
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward, make_params
 from atom_jax.structure import linear_shapes, vector_shapes
@@ -18,7 +18,7 @@ from convert.rounding.rtn import quantize_weight
 TINY_GROUPS = {"group_size": 32, "num_outliers": 32}
 
 
-def tiny_config(quantization: QuantConfig | None = None, **changes: Any) -> ModelConfig:
+def tiny_config(format: Format | None = None, **changes: Any) -> ModelConfig:
     """Two layers of grouped-query attention with biases of q, k and v; 64 channels, 160 tokens."""
     config = ModelConfig(
         architecture="LlamaForCausalLM",
@@ -31,7 +31,7 @@ def tiny_config(quantization: QuantConfig | None = None, **changes: Any) -> Mode
         head_dim=16,
         max_position_embeddings=256,
         qkv_bias=True,
-        quantization=quantization or preset("bf16"),
+        format=format or preset("bf16"),
     )
     return config.replace(**changes)
 
@@ -48,7 +48,7 @@ def tiny_tree(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
         layers[name] = normal(config.num_layers, *shape) + ("norm" in name)
     for name, shape in linear_shapes(config).items():
         weights = normal(config.num_layers, *shape)
-        layers[name] = _quantize(weights, config) if config.quantization.quantizes_linears else weights
+        layers[name] = _quantize(weights, config) if config.format.quantizes_linears else weights
     tree = {
         "embedding": normal(config.vocab_size, config.hidden_size, std=1.0),
         "norm": normal(config.hidden_size) + 1,
@@ -60,13 +60,12 @@ def tiny_tree(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
 
 
 def _quantize(weights: np.ndarray, config: ModelConfig) -> Any:
-    quantization = config.quantization
     rows = [
         quantize_weight(
             weight,
-            group_size=quantization.group_size,
-            num_outliers=quantization.num_outliers,
-            clip_w=quantization.clip_w,
+            group_size=config.format.group_size,
+            num_outliers=config.format.num_outliers,
+            clip_w=None,
         )
         for weight in weights
     ]

@@ -25,7 +25,7 @@ from tests.convert.tiny import fails, save_tokenizer
 CONFIGS = {
     "bf16": tiny_config(preset("bf16"), qk_norm=True),
     "groups": tiny_config(
-        preset("w4a4kv4", group_size=32, num_outliers=32, reorder="per_layer", center_keys=False), o_bias=True
+        preset("w4a4kv4", group_size=32, num_outliers=32, gather_inputs=True, center_keys=False), o_bias=True
     ),
     "centered": tiny_config(preset("w4a4kv4", group_size=32, num_outliers=32, center_keys=True)),
     "windows": tiny_config(preset("bf16"), windows=(None, 64)),
@@ -94,9 +94,9 @@ def test_what_is_written_comes_back(name: str, tmp_path: Path) -> None:
     tree: dict[str, Any] = {"layers": {}}
     for key, value in stacked.items():
         if isinstance(value, dict):
-            assert "outliers" in value or not config.quantization.num_outliers
+            assert "outliers" in value or not config.format.num_outliers
             empty = np.zeros((*value["packed"].shape[:-1], 0), np.int8)
-            group = config.quantization.group_size or {"down_proj": 96}.get(key, 64)
+            group = config.format.group_size or {"down_proj": 96}.get(key, 64)
             outliers, scales = value.get("outliers", empty), value["scales"].astype(np.float32)
             tree["layers"][key] = QuantizedWeight(value["packed"], outliers, scales, group)
         else:
@@ -222,15 +222,17 @@ def edited(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda data: {**data, **changes}
 
 
-def quantization(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda data: {**data, "quantization": {**data["quantization"], **changes}}
+def formatted(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda data: {**data, "format": {**data["format"], **changes}}
 
 
 @pytest.mark.parametrize(
     ("edit", "part"),
     [
-        (edited(format_version=2), "not an Atom-JAX checkpoint of format 1 (found 2)"),
-        (lambda data: {"model_type": "llama"}, "not an Atom-JAX checkpoint of format 1 (found None)"),
+        (edited(format_version=3), "not an Atom-JAX checkpoint of version 1 or 2 (found 3)"),
+        (edited(format_version="2"), "not an Atom-JAX checkpoint of version 1 or 2 (found '2')"),
+        (edited(format_version=1), "model configuration is not readable: no settings under 'quantization'"),
+        (lambda data: {"model_type": "llama"}, "not an Atom-JAX checkpoint of version 1 or 2 (found None)"),
         (edited(surprise=1), "surprise"),
         (lambda data: {k: v for k, v in data.items() if k != "rope"}, "rope"),
         (lambda data: {k: v for k, v in data.items() if k != "hidden_size"}, "hidden_size"),
@@ -240,14 +242,14 @@ def quantization(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (edited(windows=[64]), "windows of 1 layers in a model of 2"),
         (edited(windows=[64, 0]), "a window must be a positive integer, or null, found 0"),
         (edited(windows=[True, 64]), "a window must be a positive integer, or null, found True"),
-        (quantization(scheme="w2a2"), "scheme 'w2a2' is not one of bf16, "),
-        (quantization(group_size=48), "group size 48 is not one of 32, "),
+        (formatted(scheme="w2a2"), "scheme 'w2a2' is not one of bf16, "),
+        (formatted(group_size=48), "group size 48 is not one of 32, "),
         (edited(eos_token_ids=3), "configuration is not readable"),
-        (edited(quantization=None), "configuration is not readable"),
-        (quantization(center_keys=True, kv_bits=16), "center_keys needs kv_bits 4 and kv_rope 'post', found"),
-        (quantization(center_keys=True, kv_rope="pre"), "found kv_bits 4 and kv_rope 'pre'"),
-        (quantization(num_outliers=64), "64 input channels are not 64 outliers and whole groups of 32"),
-        (quantization(num_outliers=1), "64 input channels are not 1 outliers and whole groups of 32"),
+        (edited(format=None), "configuration is not readable"),
+        (formatted(center_keys=True, kv_bits=16), "center_keys needs kv_bits 4 and kv_rope 'post', found"),
+        (formatted(center_keys=True, kv_rope="pre"), "found kv_bits 4 and kv_rope 'pre'"),
+        (formatted(num_outliers=64), "64 input channels are not 64 outliers and whole groups of 32"),
+        (formatted(num_outliers=1), "64 input channels are not 1 outliers and whole groups of 32"),
         (lambda data: [1], "a JSON object expected, found list"),
     ],
 )
@@ -258,21 +260,47 @@ def test_bad_configuration(edit: Callable[[dict[str, Any]], Any], part: str, dam
         checkpoint.load(damaged)
 
 
-def test_configuration_from_before_keys_were_centered(damaged: Path) -> None:
+def version_1(data: dict[str, Any], **recipe: Any) -> dict[str, Any]:
+    """The configuration as version 1 wrote it, in which the converter's recipe was not apart."""
+    format = dict(data["format"])
+    reorder = "per_layer" if format.pop("gather_inputs") else "folded"
+    made = {"clip_w": None, "gptq": True, "rotate": False, "migrate": True, "smooth_keys": None}
+    settings = {**format, **made, "reorder": reorder, **recipe}
+    rest = {name: value for name, value in data.items() if name not in ("format", "format_version")}
+    return {"format_version": 1, **rest, "quantization": settings}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_version_1_is_read(name: str, tmp_path: Path) -> None:
+    config = CONFIGS[name]
+    write(tmp_path, config)
+    expected = checkpoint.load(tmp_path)
+    file = tmp_path / checkpoint.CONFIG_FILE
+    file.write_text(json.dumps(version_1(json.loads(file.read_text()))))
+    model = checkpoint.load(tmp_path)
+    assert model.config == expected.config == config
+    jax.tree.map(np.testing.assert_array_equal, model.params, expected.params)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "part"),
+    [({"surprise": 1}, "surprise"), ({"group_size": 48}, "group size 48 is not one of 32, ")],
+)
+def test_bad_version_1(recipe: dict[str, Any], part: str, damaged: Path) -> None:
     file = damaged / checkpoint.CONFIG_FILE
-    data = json.loads(file.read_text())
-    del data["quantization"]["center_keys"]
+    file.write_text(json.dumps(version_1(json.loads(file.read_text()), **recipe)))
+    with fails(file, part):
+        checkpoint.load(damaged)
+
+
+def test_version_1_from_before_keys_were_centered_and_layers_had_windows(damaged: Path) -> None:
+    file = damaged / checkpoint.CONFIG_FILE
+    data = version_1(json.loads(file.read_text()))
+    del data["quantization"]["center_keys"], data["windows"]
     file.write_text(json.dumps(data))
     model = checkpoint.load(damaged)
     assert model.config == CONFIGS["groups"] and "k_mean" not in checkpoint.layer_specs(model.config)
-
-
-def test_configuration_from_before_windows(damaged: Path) -> None:
-    file = damaged / checkpoint.CONFIG_FILE
-    data = json.loads(file.read_text())
-    del data["windows"]
-    file.write_text(json.dumps(data))
-    assert checkpoint.load(damaged).config == CONFIGS["groups"]
+    assert model.config.windows == ()
 
 
 @pytest.mark.parametrize("content", [b"", b'{"format_version": 1,', b"\xff\xfe", b"[" * 100_000])

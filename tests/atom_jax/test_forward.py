@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from atom_jax.checkpoint import abstract_params
-from atom_jax.config import ModelConfig, QuantConfig, preset
+from atom_jax.config import Format, ModelConfig, preset
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward, make_params
+from convert.recipe import make_recipe
 from pallas_kernels import PagedKVCache
 from tests.atom_jax.models import (
     TINY_GROUPS,
@@ -90,7 +91,7 @@ def test_one_piece_chunks_and_single_tokens_agree(case: tuple[ModelConfig, Any])
     for piece in (16, 1):
         pieces, pieces_cache = run(config, params, piece)
         # Sums in another order may move a value over a rounding boundary of a 4-bit grid, by one step.
-        exact = config.quantization.kv_bits == 16 and not config.quantization.quantizes_linears
+        exact = config.format.kv_bits == 16 and not config.format.quantizes_linears
         assert relative_error(valid(pieces), valid(whole)) < (1e-5 if exact else 2e-2)
         if not exact:
             same = (pieces_cache.k_pages == cache.k_pages).mean()
@@ -183,7 +184,7 @@ def test_keys_lose_the_mean_of_their_layer() -> None:
     """Pages change by all of it, logits by the rounding of keys alone."""
     config = CASES["float-kv4-centered"]
     tree = tiny_tree(config)
-    without = config.replace(quantization=dataclasses.replace(config.quantization, center_keys=False))
+    without = config.replace(format=dataclasses.replace(config.format, center_keys=False))
 
     def run_with(mean: np.ndarray) -> tuple[np.ndarray, PagedKVCache]:
         layers = {**tree["layers"], "k_mean": mean}
@@ -204,21 +205,22 @@ def test_keys_lose_the_mean_of_their_layer() -> None:
 
 def test_what_the_converter_searches_costs_nothing_at_run_time() -> None:
     """The same operations on the same shapes; the mean of the keys is one vector a layer."""
-    searched = preset("w4a4kv4", **TINY_GROUPS)
-    plain = dataclasses.replace(searched, clip_w=0.85, migrate=False, smooth_keys=0.0)
+    searched = make_recipe("w4a4kv4", **TINY_GROUPS)
+    plain = searched.replace(clip_w=0.85, migrate=False, smooth_keys=0.0)
+    assert searched.format == plain.format
 
-    def program(quantization: QuantConfig) -> tuple[str, int]:
-        config = tiny_config(quantization)
+    def program(format: Format) -> tuple[str, int]:
+        config = tiny_config(format)
         params = abstract_params(config, jnp.float32)
         cache = jax.eval_shape(lambda: new_cache(config))
         ids = jax.ShapeDtypeStruct((len(LENGTHS), 1), jnp.int32)
         graph = jax.make_jaxpr(lambda *args: forward(*args, config=config))(params, ids, ids, cache)
         return str(graph), sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
-    assert program(searched) == program(plain)
     centred, uncentred = (
-        program(dataclasses.replace(searched, center_keys=center_keys)) for center_keys in (True, False)
+        program(dataclasses.replace(searched.format, center_keys=center_keys))
+        for center_keys in (True, False)
     )
-    config = tiny_config(searched)
+    config = tiny_config(searched.format)
     assert centred[1] - uncentred[1] == 4 * config.num_layers * config.kv_size
     assert centred[0].count("dot_general") == uncentred[0].count("dot_general")

@@ -17,6 +17,7 @@ from atom_jax import load, perplexity
 from atom_jax.text import encode
 from atom_jax_cli import app, console
 from convert.pipeline import ConvertOptions
+from convert.recipe import make_recipe
 from tests.atom_jax.command import ROOT, TEXT, fails, run, run_json, subprocess_run
 
 
@@ -39,7 +40,7 @@ class TestConvert:
     def test_options_that_are_not_given_keep_the_defaults_of_the_library(self, made, tmp_path):
         card = run_json("convert", "SRC", tmp_path / "out")
         assert card == {"made": str(tmp_path / "out")}
-        want = ConvertOptions(atom_jax.preset("w4a4kv4"), flexible=("group_size", "num_outliers"))
+        want = ConvertOptions(make_recipe("w4a4kv4"), flexible=("group_size", "num_outliers"))
         assert made == [("SRC", tmp_path / "out", want)]
 
     def test_all_options(self, made, tmp_path, text):
@@ -51,7 +52,7 @@ class TestConvert:
         options += f"--eval-text {text} --eval-tokens 77 --revision main"
         result = run("convert", "org/model", tmp_path / "out", *options.split())
         assert result.stdout == ""
-        recipe = atom_jax.preset(
+        recipe = make_recipe(
             "w4a4kv4",
             group_size=32,
             num_outliers=64,
@@ -71,7 +72,7 @@ class TestConvert:
     def test_automatic_number_of_outliers(self, made, monkeypatch, tmp_path):
         result = run("convert", "SRC", tmp_path / "out", "--num-outliers", "auto")
         assert made[0][2] == ConvertOptions(
-            atom_jax.preset("w4a4kv4"), auto_outliers=True, flexible=("group_size",)
+            make_recipe("w4a4kv4"), auto_outliers=True, flexible=("group_size",)
         )
         assert "outliers chosen" not in result.stderr  # the card of these tests has none
 

@@ -8,6 +8,7 @@ from atom_jax import load
 from atom_jax.text import encode
 from convert.pipeline import ConvertOptions
 from convert.pipeline import convert as convert_model
+from convert.recipe import make_recipe
 from tests.atom_jax.command import TEXT, fails, run, run_json
 from tests.convert.tiny import save_tiny
 
@@ -28,7 +29,7 @@ def quantized(original, tmp_path_factory):
     out = tmp_path_factory.mktemp("quantized") / "tiny"
     text = tmp_path_factory.mktemp("calibration") / "text.txt"
     text.write_text(TEXT * 3, encoding="utf-8")
-    recipe = atom_jax.preset("w4a4kv4", group_size=32, num_outliers=32)
+    recipe = make_recipe("w4a4kv4", group_size=32, num_outliers=32)
     convert_model(original, out, ConvertOptions(recipe, calibration=str(text), calibration_tokens=256))
     return out
 
@@ -36,7 +37,7 @@ def quantized(original, tmp_path_factory):
 def other(tmp_path, **changes):
     """A float checkpoint of another model."""
     out = tmp_path / "converted"
-    convert_model(save_tiny(tmp_path, **changes), out, ConvertOptions(atom_jax.preset("bf16")))
+    convert_model(save_tiny(tmp_path, **changes), out, ConvertOptions(make_recipe("bf16")))
     return out
 
 

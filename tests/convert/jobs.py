@@ -20,12 +20,13 @@ from atom_jax.checkpoint import (
     shared_path,
     shared_specs,
 )
-from atom_jax.config import ModelConfig, preset
+from atom_jax.config import ModelConfig
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward
 from convert.pipeline import ConvertOptions
+from convert.recipe import make_recipe
 
-ATOM = preset("w4a4kv4", group_size=32, num_outliers=32)
+ATOM = make_recipe("w4a4kv4", group_size=32, num_outliers=32)
 TINY_TOKENS = 1024  # 8 windows of the tiny model's 128 positions
 
 
@@ -44,7 +45,7 @@ def save_text(path: Path, characters: int = 4000) -> Path:
 def tiny_options(calibration: Path | None, **changes: Any) -> ConvertOptions:
     """Options for a tiny model; calibration text is sampled if no file is given."""
     text = None if calibration is None else str(calibration)
-    options = {"quantization": ATOM, "calibration": text, "calibration_tokens": TINY_TOKENS, **changes}
+    options = {"recipe": ATOM, "calibration": text, "calibration_tokens": TINY_TOKENS, **changes}
     return ConvertOptions(**options)
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from atom_jax.config import QuantConfig, preset
 from atom_jax.structure import linear_shapes
 from atom_jax_cli import app
 from convert.ablation import run
@@ -28,6 +27,7 @@ from convert.ablation.texts import default_texts
 from convert.float_model import read_layer
 from convert.pipeline import ConvertOptions, convert
 from convert.quantize_layer import quantize_on_windows
+from convert.recipe import Recipe, make_recipe
 from convert.sources import open_source
 from convert.streaming import run_windows
 from tests.convert.jobs import contents, prose, save_text
@@ -96,9 +96,9 @@ def test_steps_lead_from_naive_to_the_default() -> None:
     assert len(set(names)) == len(names)
     found = recipes(steps)
     naive, chain = steps[1], [step for step in steps if not step.branch]
-    assert naive.changes.keys() == {field.name for field in dataclasses.fields(QuantConfig)}
-    assert found[chain[-1].name] == preset("w4a4kv4", group_size=64, num_outliers=32)
-    assert found["float"] == preset("bf16")
+    assert naive.changes.keys() == Recipe().settings().keys()
+    assert found[chain[-1].name] == make_recipe("w4a4kv4", group_size=64, num_outliers=32)
+    assert found["float"] == make_recipe("bf16")
     assert [step.paper for step in steps if step.paper] == [
         5.68,
         2315.5,
@@ -126,8 +126,8 @@ def test_a_branch_is_compared_with_its_base_and_nothing_follows_it() -> None:
     clip, gptq = {"clip_w": 0.7}, {"gptq": False}
     chain = (FLOAT, Step("a", "", {}), Step("b", "", clip, branch=True), Step("c", "", gptq))
     assert bases(chain) == [None, "float", "a", "a"]
-    assert recipes(chain)["b"] == QuantConfig(clip_w=0.7)
-    assert recipes(chain)["c"] == QuantConfig(gptq=False)
+    assert recipes(chain)["b"] == Recipe(clip_w=0.7)
+    assert recipes(chain)["c"] == Recipe(gptq=False)
 
 
 # The numbers.
@@ -143,7 +143,7 @@ def test_perplexity_is_that_of_the_checkpoint(
             source,
             tmp_path / name,
             ConvertOptions(
-                QuantConfig(**row["recipe"]),
+                make_recipe(**row["recipe"]),
                 calibration=options.calibration,
                 calibration_tokens=256,
                 eval_text=options.texts[0],
@@ -189,9 +189,10 @@ def test_simulation_differs_from_what_is_stored_by_the_rounding_of_outliers(
     tree, config = read_layer(opened, 0), opened.config.of_layer(0)
     windows = np.random.default_rng(0).normal(size=(2, 64, 64)).astype(np.float32)
     expected = np.asarray(run_windows(tree, windows, config=config))
-    quantized = config.replace(quantization=recipes(STEPS)["simulated"])
-    simulated = simulate_layer(tree, windows, float_config=config, config=quantized)
-    stored, _ = quantize_on_windows(tree, windows, float_config=config, config=quantized)
+    recipe = recipes(STEPS)["simulated"]
+    quantized = config.replace(format=recipe.format)
+    simulated = simulate_layer(tree, windows, config=config, recipe=recipe)
+    stored, _ = quantize_on_windows(tree, windows, config=config, recipe=recipe)
     assert simulated.keys() == stored.keys() >= linear_shapes(config).keys()
     one = np.asarray(run_simulated(simulated, jnp.asarray(windows), config=quantized)) - expected
     other = np.asarray(run_windows(stored, windows, config=quantized)) - expected

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import atom_jax
-from atom_jax.config import preset
 from atom_jax.text import encode
 from convert.calibrate import self_sampling
 from convert.calibrate.help_topics import help_topics
@@ -22,6 +21,7 @@ from convert.calibrate.self_sampling import sample_tokens
 from convert.calibrate.texts import load_calibration, spread_windows
 from convert.float_model import load_float
 from convert.pipeline import ConvertOptions, convert
+from convert.recipe import make_recipe
 from convert.sources import Source, open_source
 from tests.convert.jobs import TINY_TOKENS, partial, prose, save_text, tiny_options
 from tests.convert.tiny import fails, save_tiny
@@ -94,7 +94,7 @@ def test_unusable_calibration_text(
     assert not out.exists() and not partial(out).exists()
     if name != "short.txt":  # long enough to measure perplexity on
         with fails(file.name, says):
-            convert(sources["llama"], out, ConvertOptions(preset("bf16"), eval_text=file))
+            convert(sources["llama"], out, ConvertOptions(make_recipe("bf16"), eval_text=file))
     assert not out.exists() and not partial(out).exists()
 
 

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 import atom_jax
 from atom_jax_cli import app
 from convert.demo import variants as demo
+from convert.recipe import make_recipe
 from tests.convert.tiny import fails, save_tiny
 
 
@@ -23,7 +24,7 @@ def conversions(monkeypatch, tmp_path):
     real = demo.convert
     monkeypatch.setattr(demo, "convert", convert)
     monkeypatch.setattr(demo, "smollm2_gguf", lambda: source)
-    monkeypatch.setattr(demo, "VARIANTS", (demo.Variant(demo.ATOM, "tiny", atom_jax.preset("bf16")),))
+    monkeypatch.setattr(demo, "VARIANTS", (demo.Variant(demo.ATOM, "tiny", make_recipe("bf16")),))
     monkeypatch.setattr(demo, "EVAL_TOKENS", 128)
     monkeypatch.setattr(demo, "SEQ_LEN", 64)
     return done
@@ -45,10 +46,10 @@ def test_second_run_does_nothing_and_another_recipe_starts_again(conversions, mo
     assert prepare(folder) == [first]
     assert conversions == [folder / demo.ATOM]
 
-    other = dataclasses.replace(demo.VARIANTS[0], quantization=atom_jax.preset("bf16", kv_rope="pre"))
+    other = dataclasses.replace(demo.VARIANTS[0], recipe=make_recipe("bf16", kv_rope="pre"))
     monkeypatch.setattr(demo, "VARIANTS", (other,))
     prepare(folder)
-    assert atom_jax.load(folder / demo.ATOM).config.quantization.kv_rope == "pre"
+    assert atom_jax.load(folder / demo.ATOM).config.format.kv_rope == "pre"
 
 
 def test_damaged_results_are_measured_again_and_time_is_not_invented(conversions, tmp_path):

@@ -18,6 +18,7 @@ from atom_jax.schemes import SCHEMES
 from convert.groups import CHOOSABLE, check_groups, check_model, choose_groups
 from convert.passes.outliers import candidates
 from convert.pipeline import convert
+from convert.recipe import make_recipe
 from convert.sources import open_source
 from tests.convert.jobs import save_text, tiny_options
 from tests.convert.tiny import fails, save_tiny
@@ -66,13 +67,13 @@ def model(hidden: int, heads: int, inner: int, scheme: str = "w4a4kv4", **change
         num_kv_heads=1,
         head_dim=heads,
         max_position_embeddings=128,
-        quantization=preset(scheme, **changes),
+        format=preset(scheme, **changes),
     )
 
 
 def chosen(config: ModelConfig, *flexible: str, **options: Any) -> tuple[int | None, int]:
-    quantization = choose_groups(config, flexible, **options)
-    return quantization.group_size, quantization.num_outliers
+    format = choose_groups(config, flexible, **options)
+    return format.group_size, format.num_outliers
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -96,12 +97,12 @@ def test_what_is_chosen_suits(sizes: tuple[int, int, int]) -> None:
     size, outliers = chosen(config, *CHOOSABLE)
     if suit:
         assert (size, outliers) in suit
-        check_model(config.replace(quantization=choose_groups(config, CHOOSABLE)))
+        check_model(config.replace(format=choose_groups(config, CHOOSABLE)))
         served = {fit for fit in suit if fit[1] % 32 == 0 and fit[1] <= min(256, min(sizes) // 4)}
         assert not served or (outliers % 32 == 0 and outliers <= 256)
     else:
         with fails("use the scheme w8a8"):
-            check_model(config.replace(quantization=choose_groups(config, CHOOSABLE)))
+            check_model(config.replace(format=choose_groups(config, CHOOSABLE)))
 
 
 def error_of(config: ModelConfig) -> str | None:
@@ -125,10 +126,10 @@ def test_advice_is_never_refused(
     sizes: tuple[int, int, int], group_size: int | None, num_outliers: int, flexible: tuple[str, ...]
 ) -> None:
     config = model(*sizes, group_size=group_size, num_outliers=num_outliers)
-    quantization = choose_groups(config, flexible)
+    format = choose_groups(config, flexible)
     for name in CHOOSABLE - set(flexible):
-        assert getattr(quantization, name) == getattr(config.quantization, name)
-    advice = error_of(config.replace(quantization=quantization))
+        assert getattr(format, name) == getattr(config.format, name)
+    advice = error_of(config.replace(format=format))
     if advice is None:
         return
     options = [
@@ -159,13 +160,13 @@ def test_outliers_that_are_measured_have_candidates(
 ) -> None:
     config = model(*sizes, group_size=group_size)
     flexible = () if given_size else ("group_size",)
-    quantization = choose_groups(config, flexible, measured_outliers=True)
-    assert quantization.num_outliers == 128
+    format = choose_groups(config, flexible, measured_outliers=True)
+    assert format.num_outliers == 128
     sizes_with_candidates = [size for size in GROUP_SIZES if has_candidates(model(*sizes, group_size=size))]
     if given_size:
-        assert quantization.group_size == group_size
+        assert format.group_size == group_size
     elif sizes_with_candidates:
-        assert quantization.group_size in sizes_with_candidates
+        assert format.group_size in sizes_with_candidates
 
 
 def has_candidates(config: ModelConfig) -> bool:
@@ -198,7 +199,7 @@ def test_a_setting_that_is_given_is_kept(
 def test_schemes_without_groups(scheme: str) -> None:
     config = model(20, 20, 36, scheme)
     assert SCHEMES[scheme].unused.keys() >= CHOOSABLE
-    assert choose_groups(config, ()) == config.quantization
+    assert choose_groups(config, ()) == config.format
 
 
 @pytest.mark.parametrize(
@@ -271,18 +272,16 @@ def test_a_conversion_that_names_none(tmp_path: Path) -> None:
         "num_key_value_heads": 2,
     }
     source, text = save_tiny(tmp_path, **sizes), save_text(tmp_path / "text.txt")
-    recipe = preset("w4a4kv4", gptq=False, migrate=False)
-    options = tiny_options(text, quantization=recipe)
+    recipe = make_recipe("w4a4kv4", gptq=False, migrate=False)
+    options = tiny_options(text, recipe=recipe)
     with fails("qkv_proj", "96 input channels", "try 64 outliers with groups of 32"):
         convert(source, tmp_path / "strict", options)
     flexible = dataclasses.replace(options, flexible=("group_size", "num_outliers"))
     card = convert(source, tmp_path / "out", flexible)
     assert card["job"]["chosen"] == {"group_size": 32, "num_outliers": 0}
-    assert card["job"]["recipe"] == dataclasses.asdict(
-        dataclasses.replace(recipe, group_size=32, num_outliers=0)
-    )
-    quantization = read_config(tmp_path / "out").quantization
-    assert (quantization.group_size, quantization.num_outliers) == (32, 0)
+    assert card["job"]["recipe"] == recipe.replace(group_size=32, num_outliers=0).settings()
+    format = read_config(tmp_path / "out").format
+    assert (format.group_size, format.num_outliers) == (32, 0)
     assert convert(source, tmp_path / "out", flexible) == card
 
 
@@ -292,7 +291,7 @@ def test_a_group_size_for_outliers_that_are_measured(tmp_path: Path) -> None:
     source, text = save_tiny(tmp_path, **sizes), save_text(tmp_path / "text.txt")
     options = tiny_options(
         text,
-        quantization=preset("w4a4kv4", gptq=False, migrate=False),
+        recipe=make_recipe("w4a4kv4", gptq=False, migrate=False),
         auto_outliers=True,
         flexible=("group_size",),
     )

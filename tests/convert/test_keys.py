@@ -10,6 +10,7 @@ import pytest
 
 from atom_jax.config import KvRope, ModelConfig, RopeConfig, preset
 from convert.passes.keys import KEY_STRENGTHS, QUERY_STRENGTHS, KeyFit, fit_keys, scale_keys
+from convert.recipe import Recipe
 from convert.streaming import run_windows
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, SEQ = 32, 4, 2, 8, 48, 24
@@ -29,8 +30,13 @@ def _config(*, qkv_bias: bool = False, qk_norm: bool = False, **cache) -> ModelC
         rope=RopeConfig(100.0),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
-        quantization=preset("w4a4kv4", **{"smooth_keys": 0.5, **cache}),
+        format=preset("w4a4kv4", **cache),
     )
+
+
+def _fit(layer, inputs: np.ndarray, config: ModelConfig, smooth_keys: float | None) -> KeyFit:
+    recipe = Recipe(config.format, smooth_keys=smooth_keys)
+    return fit_keys(layer, jnp.asarray(inputs), config, recipe)
 
 
 def _layer(config: ModelConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -74,7 +80,7 @@ def _keys_and_queries(layer, inputs: np.ndarray, config: ModelConfig) -> tuple[n
         eps = config.rms_norm_eps
         q = q / np.sqrt(np.square(q).mean(-1, keepdims=True) + eps) * layer["q_norm"]
         k = k / np.sqrt(np.square(k).mean(-1, keepdims=True) + eps) * layer["k_norm"]
-    if config.quantization.kv_rope == "post":
+    if config.format.kv_rope == "post":
         positions = np.arange(len(inputs)) * config.max_position_embeddings // len(inputs)
         angle = positions[:, None] * 100.0 ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
         cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
@@ -93,7 +99,7 @@ def _logit_error(layer, inputs: np.ndarray, config: ModelConfig, fit: KeyFit) ->
     half = HEAD_DIM // 2
     energy = np.square(q).mean(axis=(0, 2)).reshape(KV_HEADS, 2, half).mean(axis=1)
     x = k / fit.factor - fit.mean
-    groups = x.reshape(*x.shape[:2], config.quantization.kv_groups, -1)
+    groups = x.reshape(*x.shape[:2], config.format.kv_groups, -1)
     low, high = np.minimum(groups.min(-1, keepdims=True), 0), np.maximum(groups.max(-1, keepdims=True), 0)
     scale = ((high - low) / 15).astype(np.float16).astype(np.float64)
     zero = np.clip(np.round(-low / scale), 0, 15)
@@ -107,12 +113,12 @@ def test_scaling_keeps_the_layer_and_evens_out_its_keys(qkv_bias, qk_norm):
     rng = np.random.default_rng(0)
     layer = _layer(config, rng)
     x = rng.normal(size=(SEQ, HIDDEN)).astype(np.float32)
-    fit = fit_keys(layer, jnp.asarray(x), config)
+    fit = _fit(layer, x, config, 0.5)
     assert not fit.mean.any()
     scaled = scale_keys(layer, fit.factor, config)
 
     def output(tree):
-        float_config = config.replace(quantization=preset("bf16"))
+        float_config = config.replace(format=preset("bf16"))
         return np.asarray(
             run_windows({k: jnp.asarray(v) for k, v in tree.items()}, x[None], config=float_config)[0]
         )
@@ -135,12 +141,12 @@ def test_scaling_keeps_the_layer_and_evens_out_its_keys(qkv_bias, qk_norm):
 @FAMILIES
 @pytest.mark.parametrize("kv_rope", ["pre", "post"])
 def test_search_finds_the_smallest_error_of_its_grid(qkv_bias, qk_norm, kv_rope: KvRope):
-    config = _config(qkv_bias=qkv_bias, qk_norm=qk_norm, smooth_keys=None, kv_rope=kv_rope)
+    config = _config(qkv_bias=qkv_bias, qk_norm=qk_norm, kv_rope=kv_rope)
     rng = np.random.default_rng(3)
     layer, x = _layer(config, rng), _inputs(rng)
-    found = _logit_error(layer, x, config, fit_keys(layer, jnp.asarray(x), config))
+    found = _logit_error(layer, x, config, _fit(layer, x, config, None))
     k, q = _keys_and_queries(layer, x, config)
-    mean = k.mean(axis=0) * config.quantization.center_keys
+    mean = k.mean(axis=0) * config.format.center_keys
 
     def pair_size(z, axes):
         size = np.square(z).mean(axis=axes).reshape(KV_HEADS, 2, -1).mean(axis=1)
@@ -158,10 +164,10 @@ def test_search_finds_the_smallest_error_of_its_grid(qkv_bias, qk_norm, kv_rope:
 
 
 def test_centring_takes_off_what_rope_leaves_of_the_mean():
-    config = _config(smooth_keys=0.0)
+    config = _config()
     rng = np.random.default_rng(4)
     layer, x = _layer(config, rng), _inputs(rng)
-    fit = fit_keys(layer, jnp.asarray(x), config)
+    fit = _fit(layer, x, config, 0.0)
     k, _ = _keys_and_queries(layer, x, config)
     np.testing.assert_allclose(fit.mean, k.mean(axis=0), rtol=1e-4, atol=1e-4)
     nothing = KeyFit(fit.factor, np.zeros_like(fit.mean))
@@ -169,18 +175,18 @@ def test_centring_takes_off_what_rope_leaves_of_the_mean():
 
 
 def test_strength_zero_changes_nothing():
-    config = _config(qkv_bias=True, smooth_keys=0.0)
+    config = _config(qkv_bias=True)
     rng = np.random.default_rng(1)
     layer = _layer(config, rng)
-    scaled = scale_keys(layer, fit_keys(layer, jnp.asarray(_inputs(rng)), config).factor, config)
+    scaled = scale_keys(layer, _fit(layer, _inputs(rng), config, 0.0).factor, config)
     for name, value in layer.items():
         np.testing.assert_array_equal(scaled[name], value, err_msg=name)
 
 
 def test_unused_key_channels_stay_finite():
-    config = _config(smooth_keys=1.0)
+    config = _config()
     rng = np.random.default_rng(2)
     layer = _layer(config, rng)
     layer["qkv_proj"][config.q_size : config.q_size + config.kv_size] = 0.0
-    scaled = scale_keys(layer, fit_keys(layer, jnp.asarray(_inputs(rng)), config).factor, config)
+    scaled = scale_keys(layer, _fit(layer, _inputs(rng), config, 1.0).factor, config)
     assert all(np.isfinite(value).all() for value in scaled.values())

@@ -33,11 +33,11 @@ CALIBRATION_TOKENS = 512
 _DRIVER = """
 import sys
 from pathlib import Path
-from atom_jax.config import preset
+from convert.recipe import make_recipe
 from convert.pipeline import ConvertOptions, convert
 
 source, text, out = sys.argv[1:]
-convert(source, out, ConvertOptions(preset("w4a4kv4"), calibration=text, calibration_tokens=512))
+convert(source, out, ConvertOptions(make_recipe("w4a4kv4"), calibration=text, calibration_tokens=512))
 assert "torch" not in sys.modules
 # Not getrusage: its ru_maxrss starts from what the parent, here the whole test suite, had when it forked.
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

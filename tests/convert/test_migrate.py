@@ -8,12 +8,14 @@ import pytest
 
 from atom_jax.config import ModelConfig
 from convert.passes.migrate import Layer, fold_factors, search_factors
+from convert.recipe import make_recipe
 from convert.streaming import projection_inputs, run_windows
 from pallas_kernels import grouped_matmul, quantize
 from pallas_kernels.rounding import quantize_int8
 from tests.atom_jax.models import tiny_config, tiny_tree
 
 SEQ = 24
+ROWS = make_recipe("w8a8")  # one scale a row
 
 
 def tiny_layer(config: ModelConfig, seed: int = 0) -> Layer:
@@ -67,7 +69,7 @@ def test_search_finds_what_a_hot_channel_needs() -> None:
     for x in inputs.values():
         x[:, 5] *= 200
     on_device = {name: jnp.asarray(x) for name, x in inputs.items()}
-    factors = search_factors(layer, on_device, config, quantize_int8)
+    factors = search_factors(layer, on_device, config, ROWS, quantize_int8)
     assert factors.keys() == sizes.keys()
     shared = factors["o"].reshape(config.num_kv_heads, -1, config.head_dim)
     np.testing.assert_array_equal(shared, np.broadcast_to(shared[:, :1], shared.shape))
@@ -85,7 +87,7 @@ def test_nothing_migrates_where_it_does_not_pay() -> None:
     x = rng.choice([-127.0, 127.0], (64, 64)).astype(np.float32)
     layer = tiny_layer(config)
     layer["qkv_proj"] = layer["qkv_proj"] * np.exp(rng.normal(size=64)).astype(np.float32)
-    factors = search_factors(layer, {"qkv": jnp.asarray(x)}, config, quantize_int8)
+    factors = search_factors(layer, {"qkv": jnp.asarray(x)}, config, ROWS, quantize_int8)
     error = output_error(layer["qkv_proj"], x, factors["qkv"])
     assert error <= output_error(layer["qkv_proj"], x, np.ones(64, np.float32))
 
@@ -96,5 +98,5 @@ def test_unused_channels_stay_finite() -> None:
     x = np.random.default_rng(5).normal(size=(64, 64)).astype(np.float32)
     x[:, :8] = 0.0
     layer["qkv_proj"][:, 4:12] = 0.0
-    factor = search_factors(layer, {"qkv": jnp.asarray(x)}, config, quantize_int8)["qkv"]
+    factor = search_factors(layer, {"qkv": jnp.asarray(x)}, config, ROWS, quantize_int8)["qkv"]
     assert np.isfinite(factor).all() and (factor > 0).all()

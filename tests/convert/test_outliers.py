@@ -14,6 +14,7 @@ from atom_jax.config import ModelConfig, preset
 from convert.card import read_card
 from convert.passes.outliers import BUDGET, candidates, choose_outliers
 from convert.pipeline import convert
+from convert.recipe import make_recipe
 from convert.sources import open_source
 from tests.convert.jobs import assert_same, contents, partial, save_text, tiny_options
 from tests.convert.tiny import fails, save_tiny, save_weights, tiny_config, tiny_tensors
@@ -42,7 +43,7 @@ def save_hot(folder: Path, hot: int) -> Path:
 
 
 def options(text: Path | None, **changes: Any) -> Any:
-    return tiny_options(text, quantization=preset("w4a4kv4", **QUICK, **changes), auto_outliers=True)
+    return tiny_options(text, recipe=make_recipe("w4a4kv4", **QUICK, **changes), auto_outliers=True)
 
 
 @given(
@@ -57,8 +58,8 @@ def test_chosen_is_the_smallest_within_the_budget(errors: dict[int, float], budg
 
 
 def narrow(config: ModelConfig, hidden: int, inner: int, group_size: int | None) -> ModelConfig:
-    quantization = preset("w4a4kv4", group_size=group_size)
-    return config.replace(hidden_size=hidden, intermediate_size=inner, quantization=quantization)
+    format = preset("w4a4kv4", group_size=group_size)
+    return config.replace(hidden_size=hidden, intermediate_size=inner, format=format)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_as_many_as_there_are_hot_channels(hot: int, expected: int, text: Path, 
     stages: list[tuple[str, int, int]] = []
     card = convert(save_hot(tmp_path, hot), out, options(text), lambda *stage: stages.append(stage))
     found = card["outliers"]
-    assert found["chosen"] == read_config(out).quantization.num_outliers == expected
+    assert found["chosen"] == read_config(out).format.num_outliers == expected
     assert card["job"]["recipe"]["num_outliers"] == "auto"
     assert found["budget"] == BUDGET
     errors = {int(number): error for number, error in found["relative_error"].items()}
@@ -115,9 +116,9 @@ def test_a_rotated_model_is_measured_rotated(text: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_the_choice_is_what_is_converted(text: Path, tmp_path: Path) -> None:
     """The checkpoint is that of the same number given by hand."""
-    source, quantization = save_hot(tmp_path, 32), preset("w4a4kv4", num_outliers=32, **QUICK)
+    source, recipe = save_hot(tmp_path, 32), make_recipe("w4a4kv4", num_outliers=32, **QUICK)
     convert(source, tmp_path / "auto", options(text))
-    convert(source, tmp_path / "by hand", tiny_options(text, quantization=quantization))
+    convert(source, tmp_path / "by hand", tiny_options(text, recipe=recipe))
     auto, by_hand = contents(tmp_path / "auto"), contents(tmp_path / "by hand")
     for found in (auto, by_hand):
         card = found["json"]["quantization.json"]
@@ -147,7 +148,7 @@ def test_no_number_fits(tmp_path: Path) -> None:
     source = save_tiny(tmp_path)
     with fails("qkv_proj", "64 input channels", "try", "groups of 64"):
         convert(
-            source, tmp_path / "out", tiny_options(None, auto_outliers=True, quantization=preset("w4a4kv4"))
+            source, tmp_path / "out", tiny_options(None, auto_outliers=True, recipe=make_recipe("w4a4kv4"))
         )
     assert not (tmp_path / "out").exists() and not partial(tmp_path / "out").exists()
 
@@ -155,4 +156,4 @@ def test_no_number_fits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["bf16", "w8a8", "w4a16", "w4a8kv4"])
 def test_schemes_without_outliers(scheme: str) -> None:
     with fails(scheme, "has no setting num_outliers"):
-        tiny_options(None, quantization=preset(scheme), auto_outliers=True)
+        tiny_options(None, recipe=make_recipe(scheme), auto_outliers=True)

@@ -17,7 +17,7 @@ from flax import nnx
 
 import atom_jax
 from atom_jax.checkpoint import CARD_FILE
-from atom_jax.config import ModelConfig, QuantConfig, preset
+from atom_jax.config import ModelConfig
 from atom_jax.llama import make_params
 from atom_jax.structure import linear_shapes
 from atom_jax.text import encode
@@ -27,6 +27,7 @@ from convert.float_model import load_float, read_layer, read_shared
 from convert.passes.reorder import permute_ends, permute_residual
 from convert.pipeline import ConvertOptions, convert
 from convert.quantize_layer import LayerStatistics, prepare_layer
+from convert.recipe import Recipe, make_recipe
 from convert.sources import open_source
 from convert.streaming import projections
 from tests.convert.jobs import (
@@ -42,12 +43,12 @@ from tests.convert.jobs import (
 )
 from tests.convert.tiny import FAMILIES, fails, save_tiny
 
-BF16 = preset("bf16")
+BF16 = make_recipe("bf16")
 TOKENS = np.random.default_rng(0).integers(3, 260, 64).astype(np.int32)
 
 
-def changed(**changes: Any) -> QuantConfig:
-    return preset("w4a4kv4", **{"group_size": 32, "num_outliers": 32, **changes})
+def changed(**changes: Any) -> Recipe:
+    return make_recipe("w4a4kv4", **{"group_size": 32, "num_outliers": 32, **changes})
 
 
 def relative(actual: Any, expected: Any) -> float:
@@ -89,7 +90,7 @@ def test_bf16_is_the_original_rounded(family: str, sources: Mapping[str, Path], 
     convert(sources[family], tmp_path / "out", ConvertOptions(BF16))
     model = atom_jax.load(tmp_path / "out")
     config, params = load_float(open_source(sources[family]))
-    assert model.config == config.replace(quantization=BF16)
+    assert model.config == config.replace(format=BF16.format)
     actual = logits(model.params, model.config, TOKENS)
     np.testing.assert_array_equal(actual, logits(rounded(params), config, TOKENS))
     assert relative(actual, logits(params, config, TOKENS)) < 0.02
@@ -112,7 +113,7 @@ def test_sliding_windows(family: str, text: Path, tmp_path: Path) -> None:
     assert config.windows == windows
     full = config.replace(windows=())
     assert relative(logits(params, config, TOKENS), logits(params, full, TOKENS)) > 0.05
-    options = tiny_options(text, quantization=changed(), eval_text=text, eval_tokens=300)
+    options = tiny_options(text, recipe=changed(), eval_text=text, eval_tokens=300)
     card = convert(folder, tmp_path / "out", options)
     check_errors(card, source.config)
     model = atom_jax.load(tmp_path / "out")
@@ -139,12 +140,12 @@ VARIANTS = {
     ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "qwen2", "qwen3"))],
 )
 def test_converted_model_runs(family: str, sources: Mapping[str, Path], text: Path, tmp_path: Path) -> None:
-    quantization, limit = VARIANTS[family]
+    recipe, limit = VARIANTS[family]
     source = open_source(sources[family])
-    card = convert(sources[family], tmp_path / "out", tiny_options(text, quantization=quantization))
+    card = convert(sources[family], tmp_path / "out", tiny_options(text, recipe=recipe))
     check_errors(card, source.config)
     model = atom_jax.load(tmp_path / "out")
-    assert model.config == source.config.replace(quantization=quantization)
+    assert model.config == source.config.replace(format=recipe.format)
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()
 
     actual = logits(model.params, model.config, TOKENS)
@@ -167,7 +168,7 @@ def dequantized(model: atom_jax.Model) -> nnx.State:
     params: Any = nnx.to_pure_dict(model.params)
     layers = dict(params["layers"])
     indices = {name.removesuffix("_indices"): layers.pop(name) for name in list(layers) if "indices" in name}
-    per_layer = model.config.quantization.reorder == "per_layer"
+    per_layer = model.config.format.gather_inputs
     assert sorted(indices) == (["gate_up", "o", "qkv"] if per_layer else [])
     for name in linear_shapes(model.config):
         weights = jax.vmap(lambda weight: weight.dequantize())(layers[name])
@@ -175,7 +176,7 @@ def dequantized(model: atom_jax.Model) -> nnx.State:
             weights = jnp.take_along_axis(weights, jnp.argsort(order, axis=-1)[:, None], axis=-1)
         layers[name] = weights
     layers.pop("k_mean", None)  # which attention does not see
-    return make_params(model.config.replace(quantization=BF16), {**params, "layers": layers})
+    return make_params(model.config.replace(format=BF16.format), {**params, "layers": layers})
 
 
 def check_errors(card: Mapping[str, Any], config: ModelConfig) -> None:
@@ -202,7 +203,7 @@ def test_what_is_folded_changes_nothing(family: str, sources: Mapping[str, Path]
             {name: jnp.asarray(rng.normal(size=(64, size)), jnp.float32) for name, size in sizes.items()},
         )
         tree = permute_residual(read_layer(source, layer), order)
-        prepared, _ = prepare_layer(tree, statistics, config.replace(quantization=ATOM))
+        prepared, _ = prepare_layer(tree, statistics, config, ATOM)
         del prepared["k_mean"]  # which only a 4-bit cache has
         layers.append(prepared)
     tree = {"embedding": embedding, "norm": norm} | ({} if head is None else {"lm_head": head})
@@ -223,7 +224,7 @@ def test_card(sources: Mapping[str, Path], text: Path, atom: Path) -> None:
     job = card["job"]
     assert job["architecture"] == "LlamaForCausalLM"
     assert job["source_sha256"] == source.fingerprint()
-    assert job["recipe"] == dataclasses.asdict(ATOM)
+    assert job["recipe"] == ATOM.settings()
     assert job["versions"]["jax"] == jax.__version__
     digest = hashlib.sha256(prose(4000).encode()).hexdigest()
     assert job["calibration"] == {"text": str(text), "file_sha256": digest, "tokens": TINY_TOKENS, "seed": 0}
@@ -263,7 +264,7 @@ def test_the_same_again_is_done(sources: Mapping[str, Path], text: Path, atom: P
     assert times == {file: file.stat().st_mtime_ns for file in atom.rglob("*")}
     for other in (
         dataclasses.replace(options, eval_tokens=500),
-        dataclasses.replace(options, quantization=BF16),
+        dataclasses.replace(options, recipe=BF16),
     ):
         with fails(atom, "exists already"):
             convert(sources["llama"], atom, other)
@@ -347,5 +348,5 @@ def test_groups_that_do_not_fit(
     changes: dict[str, Any], says: tuple[str, ...], sources: Mapping[str, Path], tmp_path: Path
 ) -> None:
     with fails(*says):
-        convert(sources["llama"], tmp_path / "out", tiny_options(None, quantization=changed(**changes)))
+        convert(sources["llama"], tmp_path / "out", tiny_options(None, recipe=changed(**changes)))
     assert not list(tmp_path.iterdir())

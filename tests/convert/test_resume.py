@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from atom_jax.config import QuantConfig, preset
 from atom_jax.errors import AtomError
-from convert import pipeline, workspace
+from convert import pipeline, quantize_model, workspace
 from convert.pipeline import convert
+from convert.recipe import Recipe, make_recipe
 from convert.workspace import Workspace
 from tests.convert.jobs import ATOM, assert_same, contents, partial, save_text, tiny_options
 from tests.convert.tiny import fails, save_tiny
@@ -201,6 +201,7 @@ def test_full_disk_once(
     for owner, names in (
         (Workspace, ("write_array", "write_json")),
         (pipeline, ("write_tree", "write_config", "write_card")),
+        (quantize_model, ("write_tree",)),
     ):
         for name in names:
             monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
@@ -290,17 +291,17 @@ WITHOUT_GPTQ = dataclasses.replace(ATOM, gptq=False)  # spares the process most 
 
 
 @pytest.mark.parametrize(
-    ("moment", "quantization"),
+    ("moment", "recipe"),
     [
         pytest.param("sampling", ATOM, marks=pytest.mark.slow),
         pytest.param("writing", WITHOUT_GPTQ, marks=pytest.mark.slow),
-        ("published", preset("bf16")),
+        ("published", make_recipe("bf16")),
     ],
 )
-def test_sigkill(moment: str, quantization: QuantConfig, job: tuple[Path, Any], tmp_path: Path) -> None:
+def test_sigkill(moment: str, recipe: Recipe, job: tuple[Path, Any], tmp_path: Path) -> None:
     source, out = job[0], tmp_path / "out"
     text = None if moment == "sampling" else Path(job[1].calibration)
-    options = tiny_options(text, quantization=quantization)
+    options = tiny_options(text, recipe=recipe)
     driver, arguments = tmp_path / "driver.py", tmp_path / "job.pickle"
     driver.write_text(_DRIVER)
     arguments.write_bytes(pickle.dumps((source, out, options)))

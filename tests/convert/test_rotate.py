@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import atom_jax
-from atom_jax.config import preset
 from convert.float_model import load_float, read_layer, read_shared
 from convert.passes.rotate import Rotated, rotate
 from convert.pipeline import ConvertOptions, convert
+from convert.recipe import make_recipe
 from convert.sources import Source, open_source
 from tests.convert.jobs import logits, save_text
 from tests.convert.tiny import fails, save_tiny, save_weights, tiny_config, tiny_tensors
@@ -92,7 +92,7 @@ def test_rotated_conversion(tmp_path: Path) -> None:
     """Rotation, then the order of what is left, then 4 bits: a tied model becomes a checkpoint that runs."""
     source = hot_source(tmp_path, "llama", {"tie_word_embeddings": True})
     text = save_text(tmp_path / "text.txt")
-    recipe = preset("w4a4kv4", group_size=32, num_outliers=32, gptq=False, rotate=True, kv_bits=16)
+    recipe = make_recipe("w4a4kv4", group_size=32, num_outliers=32, gptq=False, rotate=True, kv_bits=16)
     options = ConvertOptions(recipe, calibration=str(text), calibration_tokens=128)
     card = convert(tmp_path / "llama-1", tmp_path / "out", options)
     assert card["job"]["recipe"]["rotate"] is True
@@ -106,4 +106,4 @@ def test_rotated_conversion(tmp_path: Path) -> None:
 
 def test_floats_are_not_rotated() -> None:
     with fails("bf16 has no setting rotate"):
-        preset("bf16", rotate=True)
+        make_recipe("bf16", rotate=True)

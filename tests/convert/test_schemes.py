@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ import pytest
 from flax import nnx
 
 import atom_jax
-from atom_jax.config import QuantConfig, preset
+from atom_jax.config import Format, preset
 from atom_jax.llama import make_params
 from atom_jax.structure import linear_shapes
 from convert.card import read_card
 from convert.float_model import load_float
 from convert.pipeline import convert
+from convert.recipe import Recipe, make_recipe
 from convert.sources import open_source
 from pallas_kernels import QuantizedWeight, TwoLevelWeight, WeightOnlyInt3, WeightOnlyInt4
 from tests.atom_jax.command import run, run_json
@@ -50,13 +50,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoints(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     folder = tmp_path_factory.mktemp("schemes")
     for scheme in SCHEMES:
-        options = tiny_options(text, quantization=recipe(scheme), eval_text=text, eval_tokens=300)
+        options = tiny_options(text, recipe=recipe(scheme), eval_text=text, eval_tokens=300)
         convert(source, folder / scheme, options)
     return {scheme: folder / scheme for scheme in SCHEMES}
 
 
-def recipe(scheme: str, **changes: Any) -> QuantConfig:
-    return preset(scheme, **{**SCHEMES[scheme][0], **changes})
+def recipe(scheme: str, **changes: Any) -> Recipe:
+    return make_recipe(scheme, **{**SCHEMES[scheme][0], **changes})
 
 
 def relative(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -69,14 +69,14 @@ def dequantized(model: atom_jax.Model) -> nnx.State:
     layers = dict(params["layers"])
     for name in linear_shapes(model.config):
         layers[name] = jax.vmap(lambda weight: weight.dequantize())(layers[name])
-    return make_params(model.config.replace(quantization=preset("bf16")), {**params, "layers": layers})
+    return make_params(model.config.replace(format=preset("bf16")), {**params, "layers": layers})
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_model(scheme: str, checkpoints: Mapping[str, Path], source: Path) -> None:
     _, kind, limit = SCHEMES[scheme]
     model = atom_jax.load(checkpoints[scheme])
-    assert model.config.quantization == recipe(scheme)
+    assert model.config.format == recipe(scheme).format
     layers: Any = nnx.to_pure_dict(model.params)["layers"]
     for name, shape in linear_shapes(model.config).items():
         assert isinstance(layers[name], kind) and layers[name].shape == (2, *shape)
@@ -92,7 +92,7 @@ def test_model(scheme: str, checkpoints: Mapping[str, Path], source: Path) -> No
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_card(scheme: str, checkpoints: Mapping[str, Path]) -> None:
     card = read_card(checkpoints[scheme])
-    assert card["job"]["recipe"] == dataclasses.asdict(recipe(scheme))
+    assert card["job"]["recipe"] == recipe(scheme).settings()
     assert card["calibration"]["kind"] == "file"
     errors = [error for layer in card["relative_error"] for error in layer.values()]
     assert len(errors) == 2 * 4 and min(errors) > 0 and max(errors) < SCHEMES[scheme][2]
@@ -117,7 +117,7 @@ def test_resumes(
     scheme: str, checkpoints: Mapping[str, Path], source: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    options = tiny_options(text, quantization=recipe(scheme), eval_text=text, eval_tokens=300)
+    options = tiny_options(text, recipe=recipe(scheme), eval_text=text, eval_tokens=300)
 
     def interrupt(stage: str, done: int, total: int) -> None:
         if stage == "quantize":
@@ -148,18 +148,18 @@ def test_resumes(
 )
 def test_settings_a_scheme_does_not_have(scheme: str, changes: dict[str, Any], name: str) -> None:
     with fails(f"{scheme} has no setting {name}; leave it out"):
-        preset(scheme, **changes)
+        make_recipe(scheme, **changes)
 
 
 def test_a_scheme_needs_its_preset() -> None:
     with fails("w8a8 has no setting"):
-        QuantConfig(scheme="w8a8")
+        Format(scheme="w8a8")
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8kv4"])
 def test_groups_that_do_not_fit(scheme: str, source: Path, tmp_path: Path) -> None:
     with fails("qkv_proj: its 64 input channels are not whole groups of 128; try groups of 32 or 64"):
-        convert(source, tmp_path / "out", tiny_options(None, quantization=preset(scheme)))
+        convert(source, tmp_path / "out", tiny_options(None, recipe=make_recipe(scheme)))
     assert not list(tmp_path.iterdir())
 
 
@@ -171,8 +171,8 @@ def test_without_calibration(scheme: str, source: Path, tmp_path: Path) -> None:
     for group_size in (32, None):
         out = tmp_path / str(group_size)
         keys: dict[str, Any] = {"smooth_keys": 0.0, "center_keys": False}  # these are calibrated, too
-        quantization = recipe(scheme, gptq=False, group_size=group_size, **keys)
-        card = convert(source, out, tiny_options(None, quantization=quantization))
+        coarse = recipe(scheme, gptq=False, group_size=group_size, **keys)
+        card = convert(source, out, tiny_options(None, recipe=coarse))
         assert card["calibration"] is None
         errors.append([error for layer in card["relative_error"] for error in layer.values()])
         model = atom_jax.load(out)

@@ -7,10 +7,11 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, TokenType
 
 from atom_jax.checkpoint import load_tokenizer, read_config
-from atom_jax.config import RopeConfig, preset
+from atom_jax.config import RopeConfig
 from atom_jax.detokenize import detokenize
 from atom_jax.errors import AtomError
 from convert.pipeline import ConvertOptions, convert
+from convert.recipe import make_recipe
 from convert.sources import open_source
 from convert.sources.architectures import expected_tensors, parse_config
 from convert.sources.gguf_config import llama3_divisors
@@ -96,7 +97,7 @@ def test_tokens_that_end_a_turn_stop(path, tmp_path, token, kind):
     }
     save_gguf(path, "llama", to_gguf("llama", tiny_tensors(config), config), config, metadata=metadata)
     assert open_source(path).config.eos_token_ids == (1, len(vocabulary) - 1)
-    convert(path, tmp_path / "out", ConvertOptions(preset("bf16")))
+    convert(path, tmp_path / "out", ConvertOptions(make_recipe("bf16")))
     assert read_config(tmp_path / "out").eos_token_ids == (1, len(vocabulary) - 1)
     tokenizer = load_tokenizer(tmp_path / "out")
     # one token in a prompt, and no text in an answer

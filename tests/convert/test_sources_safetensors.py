@@ -7,9 +7,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from atom_jax.checkpoint import read_config, read_tree, shared_path, shared_specs
-from atom_jax.config import preset
 from convert.card import read_card
 from convert.pipeline import ConvertOptions, convert
+from convert.recipe import make_recipe
 from convert.sources import open_source
 from convert.sources.architectures import expected_tensors
 from tests.convert.tiny import (
@@ -175,7 +175,7 @@ def test_the_order_is_that_of_transformers(folder, order):
 def test_notes_are_in_the_card(folder, tmp_path):
     set_of(folder, 1, shards=2)
     out = tmp_path / "out"
-    card = convert(folder, out, ConvertOptions(preset("bf16")))
+    card = convert(folder, out, ConvertOptions(make_recipe("bf16")))
     assert card["notes"] == list(open_source(folder).notes) == read_card(out)["notes"]
 
 
@@ -183,7 +183,7 @@ def test_an_untied_head_is_converted(tmp_path):
     folder, out = save_tiny(tmp_path, tie_word_embeddings=True), tmp_path / "out"
     tensors = tiny_tensors(tiny_config())
     save_weights(folder, tensors)
-    convert(folder, out, ConvertOptions(preset("bf16")))
+    convert(folder, out, ConvertOptions(make_recipe("bf16")))
     config = read_config(out)
     assert not config.tie_word_embeddings
     head = read_tree(shared_path(out), shared_specs(config))["lm_head"]
@@ -210,7 +210,7 @@ def test_tokenizer_adds_its_stop_token(folder, tmp_path, token, generation, expe
     write_json(path, json.loads(path.read_text()) | {"eos_token": token})
     write_json(folder / "generation_config.json", {"eos_token_id": generation})
     assert open_source(folder).config.eos_token_ids == expected
-    convert(folder, tmp_path / "out", ConvertOptions(preset("bf16")))
+    convert(folder, tmp_path / "out", ConvertOptions(make_recipe("bf16")))
     assert read_config(tmp_path / "out").eos_token_ids == expected
 
 

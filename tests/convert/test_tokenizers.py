@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atom_jax.checkpoint import TOKENIZER_FOLDER, load_tokenizer
-from atom_jax.config import preset
 from atom_jax.text import encode
 from atom_jax_cli.generate import encode_prompt
 from convert.pipeline import ConvertOptions, convert
+from convert.recipe import make_recipe
 from convert.sources import open_source
 from convert.sources.sentencepiece_model import read_sentencepiece
 from tests.convert.jobs import partial
@@ -30,7 +30,7 @@ from tests.convert.tokenizers_like import (
     train_sentencepiece,
 )
 
-FLOAT = ConvertOptions(preset("bf16"))
+FLOAT = ConvertOptions(make_recipe("bf16"))
 LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 BYTE_LEVEL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|im_end|>"}
 CLASSES = (
@@ -182,7 +182,7 @@ def test_broken_file_fails_the_conversion(
     folder, out = save_tiny(tmp_path), tmp_path / "out"
     (folder / file).write_text(content)
     with fails(folder / file, says):
-        convert(folder, out, ConvertOptions(preset(scheme)))
+        convert(folder, out, ConvertOptions(make_recipe(scheme)))
     assert not out.exists() and not partial(out).exists()
 
 

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 import atom_jax
-from atom_jax.config import QuantConfig, preset
 from atom_jax.errors import AtomError
 from atom_jax.text import encode
 from convert.calibrate.help_topics import help_topics
 from convert.calibrate.self_sampling import sample_tokens
 from convert.demo.smollm2 import smollm2_gguf
 from convert.pipeline import ConvertOptions, convert
+from convert.recipe import make_recipe
 from convert.sources import Source
 
 SEQ_LEN = 512
@@ -30,15 +30,15 @@ EVAL_TOKENS = 4096
 CALIBRATION_TOKENS = {"w8a8": 4096, "w4a16": 4096, "w3a16": 4096}
 
 RECIPES = {
-    "bf16": preset("bf16"),
-    "atom": preset("w4a4kv4", group_size=64, num_outliers=64),
-    "w4a8kv4": preset("w4a8kv4", group_size=64),
-    "w3a16": preset("w3a16", group_size=64),
-    "w4a16": preset("w4a16", group_size=64),
-    "w8a8": preset("w8a8"),
-    "per_layer": preset("w4a4kv4", group_size=64, num_outliers=64, reorder="per_layer"),
-    "naive": QuantConfig(
-        scheme="w4a4kv4",
+    "bf16": make_recipe("bf16"),
+    "atom": make_recipe("w4a4kv4", group_size=64, num_outliers=64),
+    "w4a8kv4": make_recipe("w4a8kv4", group_size=64),
+    "w3a16": make_recipe("w3a16", group_size=64),
+    "w4a16": make_recipe("w4a16", group_size=64),
+    "w8a8": make_recipe("w8a8"),
+    "per_layer": make_recipe("w4a4kv4", group_size=64, num_outliers=64, reorder="per_layer"),
+    "naive": make_recipe(
+        "w4a4kv4",
         group_size=None,
         num_outliers=0,
         clip_w=1.0,

@@ -28,7 +28,7 @@ def small_model(architecture: str, num_kv_heads: int, windows: tuple[int | None,
         max_position_embeddings=256,
         qk_norm=architecture.startswith("Qwen3"),
         windows=windows,
-        quantization=preset("w4a4kv4", group_size=64, num_outliers=64, center_keys=True),
+        format=preset("w4a4kv4", group_size=64, num_outliers=64, center_keys=True),
     )
 
 

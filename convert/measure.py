@@ -1,0 +1,54 @@
+"""The perplexity of a model before and after its conversion, one layer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int32
+
+from atom_jax.checkpoint import layer_params, layer_path, layer_specs, read_tree, shared_path, shared_specs
+from atom_jax.config import ModelConfig
+from atom_jax.perplexity import PerplexityResult
+from convert.calibrate.statistics import on_device
+from convert.calibrate.texts import SEQ_LEN
+from convert.float_model import read_layer, read_shared
+from convert.sources import Source
+from convert.streaming import Report, streamed_perplexity
+
+
+def source_perplexity(
+    source: Source, tokens: Int32[np.ndarray, " tokens"], report: Report
+) -> PerplexityResult:
+    """Of the float model; see ``convert.streaming.streamed_perplexity``."""
+    config = source.config
+
+    def layers() -> Iterator[dict[str, Any]]:
+        for layer in range(config.num_layers):
+            yield on_device(read_layer(source, layer))
+
+    return streamed_perplexity(
+        layers, read_shared(source), tokens, config=config, seq_len=_seq_len(config), report=report
+    )
+
+
+def checkpoint_perplexity(
+    checkpoint: Path, config: ModelConfig, tokens: Int32[np.ndarray, " tokens"], report: Report
+) -> PerplexityResult:
+    """Of the parameters in ``checkpoint``; see ``convert.streaming.streamed_perplexity``."""
+    specs = layer_specs(config)
+
+    def layers() -> Iterator[dict[str, Any]]:
+        for layer in range(config.num_layers):
+            yield layer_params(read_tree(layer_path(checkpoint, layer), specs), config, jnp.float32)
+
+    stored = read_tree(shared_path(checkpoint), shared_specs(config))
+    shared = {name: value.astype(np.float32) for name, value in stored.items()}
+    return streamed_perplexity(layers, shared, tokens, config=config, seq_len=_seq_len(config), report=report)
+
+
+def _seq_len(config: ModelConfig) -> int:
+    return min(SEQ_LEN, config.max_position_embeddings)

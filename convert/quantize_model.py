@@ -1,0 +1,80 @@
+"""Every layer quantized and written, one in memory at a time; an interrupted run goes on after the last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from atom_jax.checkpoint import layer_path, layer_specs, stored_form, write_tree
+from atom_jax.errors import AtomError
+from convert.float_model import read_layer
+from convert.passes.reorder import permute_residual
+from convert.quantize_layer import quantize_on_windows
+from convert.recipe import Recipe
+from convert.sources import Source
+from convert.streaming import Report, advance
+from convert.workspace import Workspace
+
+_STATE = "layers.json"
+
+
+def quantize_model(
+    source: Source,
+    recipe: Recipe,
+    windows: Float32[np.ndarray, "windows seq hidden"],
+    order: Int32[np.ndarray, " hidden"] | None,
+    workspace: Workspace,
+    report: Report,
+) -> list[dict[str, float]]:
+    """Writes the layers of the checkpoint, which are the source's where the recipe quantizes no linears.
+
+    What a run leaves after a layer is that layer's files and the residual stream: the next one goes on after
+    the last layer for which both are there.
+
+    Args:
+      windows: the residual stream before the first layer, in ``order``; updated in place. No windows where
+        the recipe needs no calibration.
+      order: of the residual stream; None for that of the source.
+      report: called with (layers done, layers in all).
+
+    Returns:
+      For each layer the relative errors of its linears, see ``convert.quantize_layer.quantize_layer``.
+
+    Raises:
+      AtomError: a layer that cannot be quantized; the message names it.
+    """
+    num_layers = source.config.num_layers
+    config = source.config.replace(format=recipe.format)
+    state: dict[str, Any] = workspace.read_json(_STATE) or {"done": 0, "errors": []}
+    errors, first = state["errors"], state["done"]
+    if first and windows.size:
+        saved = workspace.read_array(_residual_file(first))
+        assert saved is not None, "the state is written after the array it names"
+        windows = saved
+    for layer in range(first, num_layers):
+        tree = read_layer(source, layer)
+        params: dict[str, Any] = tree if order is None else permute_residual(tree, order)
+        if recipe.format.quantizes_linears:
+            try:
+                params, layer_errors = quantize_on_windows(
+                    params, windows, config=source.config.of_layer(layer), recipe=recipe
+                )
+            except AtomError as error:
+                raise AtomError(f"layer {layer}: {error}") from error
+            errors.append(layer_errors)
+        write_tree(layer_path(workspace.checkpoint, layer), stored_form(params, layer_specs(config)))
+        if windows.size:
+            advance(params, windows, config.of_layer(layer))
+            if not np.isfinite(windows).all():
+                raise AtomError(f"layer {layer}: the output of the quantized layer is not finite")
+            workspace.write_array(_residual_file(layer + 1), windows)
+        workspace.write_json(_STATE, {"done": layer + 1, "errors": errors})
+        workspace.path(_residual_file(layer)).unlink(missing_ok=True)
+        report(layer + 1, num_layers)
+    return errors
+
+
+def _residual_file(layers_done: int) -> str:
+    return f"residual-{layers_done:04d}.npy"

@@ -1,0 +1,10 @@
+"""Linears stay as they are."""
+
+from __future__ import annotations
+
+from convert.schemes.base import Method
+
+METHOD = Method(
+    quantize=None,
+    unused={"clip_w": 0.85, "gptq": False, "reorder": "folded", "rotate": False, "migrate": False},
+)
