@@ -58,8 +58,8 @@ _SIZES = frozenset(
 _RECIPE_OF_VERSION_1 = frozenset(("clip_w", "gptq", "rotate", "migrate", "smooth_keys"))
 
 # name -> array, or name -> the arrays of a quantized linear by name (see ``atom_jax.schemes``).
-Tree = dict[str, Any]
-Specs = dict[str, Any]
+StoredParams = dict[str, Any]
+StoredSpecs = dict[str, Any]
 
 _spec = jax.ShapeDtypeStruct
 
@@ -82,23 +82,23 @@ class Model:
         return load_tokenizer(self.path)
 
 
-def linear_spec(shape: tuple[int, int], config: ModelConfig) -> Specs | jax.ShapeDtypeStruct:
+def linear_spec(shape: tuple[int, int], config: ModelConfig) -> StoredSpecs | jax.ShapeDtypeStruct:
     """How a linear [N, K] is stored under this configuration; AtomError if its K does not suit the groups."""
     weight = SCHEMES[config.format.scheme].weight
     return _spec(shape, jnp.bfloat16) if weight is None else weight.stored(shape, config.format)
 
 
-def layer_specs(config: ModelConfig) -> Specs:
+def layer_specs(config: ModelConfig) -> StoredSpecs:
     """Shape and dtype of everything stored for one layer."""
-    specs: Specs = {name: linear_spec(shape, config) for name, shape in linear_shapes(config).items()}
+    specs: StoredSpecs = {name: linear_spec(shape, config) for name, shape in linear_shapes(config).items()}
     specs |= {name: _spec(shape, jnp.float32) for name, shape in vector_shapes(config).items()}
     return specs | {name: _spec(shape, jnp.int32) for name, shape in index_shapes(config).items()}
 
 
-def shared_specs(config: ModelConfig) -> Specs:
+def shared_specs(config: ModelConfig) -> StoredSpecs:
     """Shape and dtype of everything stored outside the layers."""
     table = _spec((config.vocab_size, config.hidden_size), jnp.bfloat16)
-    specs: Specs = {"embedding": table, "norm": _spec((config.hidden_size,), jnp.float32)}
+    specs: StoredSpecs = {"embedding": table, "norm": _spec((config.hidden_size,), jnp.float32)}
     return specs if config.tie_word_embeddings else specs | {"lm_head": table}
 
 
@@ -112,7 +112,7 @@ def shared_path(checkpoint: Path) -> Path:
     return checkpoint / "params" / "shared"
 
 
-def stored_form(tree: Mapping[str, Any], specs: Specs) -> Tree:
+def stored_form(tree: Mapping[str, Any], specs: StoredSpecs) -> StoredParams:
     """``tree``'s arrays and quantized weights as NumPy arrays of the stored types."""
 
     def store(value: Any, spec: Any) -> Any:
@@ -123,7 +123,7 @@ def stored_form(tree: Mapping[str, Any], specs: Specs) -> Tree:
     return {name: store(tree[name], spec) for name, spec in specs.items()}
 
 
-def write_tree(path: Path, tree: Tree) -> None:
+def write_tree(path: Path, tree: StoredParams) -> None:
     """Writes one Orbax item; ``path`` exists afterwards complete or not at all.
 
     Raises:
@@ -173,7 +173,7 @@ def _stored_files(path: Path) -> dict[Path, tuple[int, int]]:
     return found
 
 
-def read_tree(path: Path, specs: Specs) -> Tree:
+def read_tree(path: Path, specs: StoredSpecs) -> StoredParams:
     """Reads one Orbax item as NumPy arrays and checks it against ``specs``.
 
     Raises:
@@ -219,7 +219,7 @@ def _reason(error: Exception) -> str:
     return said[1].strip() if said else one_line(error)
 
 
-def _check_tree(path: Path, prefix: str, tree: Any, specs: Specs) -> None:
+def _check_tree(path: Path, prefix: str, tree: Any, specs: StoredSpecs) -> None:
     found = set(tree) if isinstance(tree, Mapping) else set()
     if found != set(specs):
         under = prefix.removesuffix(".") or "the root"
@@ -286,7 +286,7 @@ def load_tokenizer(checkpoint: Path) -> Any:
     return wrap_tokenizer(folder)
 
 
-def layer_params(tree: Tree, config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:
+def layer_params(tree: StoredParams, config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:
     """A stored layer, or a stack of them, as the parameters of ``llama.Layer`` on the default device."""
     weight, shapes = SCHEMES[config.format.scheme].weight, linear_shapes(config)
 
@@ -336,7 +336,7 @@ def load(path: str | Path, *, dtype: jnp.dtype | None = None) -> Model:
 def abstract_params(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Any:
     """The params that ``load`` would return for ``config``, as shapes: no file is read, no memory used."""
 
-    def build(shared: Tree, layers: Tree) -> nnx.State:
+    def build(shared: StoredParams, layers: StoredParams) -> nnx.State:
         tree = layer_params(shared, config, dtype)
         return make_params(config, {**tree, "layers": layer_params(layers, config, dtype)})
 

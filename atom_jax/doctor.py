@@ -29,7 +29,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "orbax-checkpoint")
 TYPICAL = "Llama-3-8B"
 # Sequences and tokens of each.
 _STEPS = {"decode": (16, 1), "prefill": (1, 512)}
-_CONTEXT = 2048
+_CONTEXT_TOKENS = 2048
 # Where several schemes suit a GPU alike, the first.
 _PREFERRED = ("w4a4kv4", "w8a8", "w4a8kv4", "w4a16", "bf16")
 
@@ -167,7 +167,7 @@ def _choices(scheme: str) -> list[tuple[str, Line]]:
     return [
         (step, line)
         for step, (batch, seq) in _STEPS.items()
-        for line in explain(config, batch=batch, seq=seq, context=_CONTEXT)
+        for line in explain(config, batch=batch, seq=seq, context=_CONTEXT_TOKENS)
     ]
 
 

@@ -127,7 +127,7 @@ def layer_energies(
     return jax.lax.map(energies, (residuals_a, residuals_b))
 
 
-def residual_order(
+def match_channels(
     embedding_a: Shaped[Array | np.ndarray, "vocab hidden"],
     embedding_b: Shaped[Array | np.ndarray, "vocab_b hidden_b"],
 ) -> Int32[np.ndarray, " hidden"]:
@@ -168,12 +168,12 @@ def residual_order(
 def _order_or_reason(
     params_a: nnx.State, params_b: nnx.State, config_a: ModelConfig, config_b: ModelConfig
 ) -> tuple[Int32[np.ndarray, " hidden"] | None, str | None]:
-    """``residual_order``, or None and why the streams cannot be compared."""
+    """``match_channels``, or None and why the streams cannot be compared."""
     if config_a.num_layers != config_b.num_layers:
         return None, f"the models have {config_a.num_layers} and {config_b.num_layers} layers"
     try:
         models = merge(params_a, config_a), merge(params_b, config_b)
-        return residual_order(*(model.embedding.get_value() for model in models)), None
+        return match_channels(*(model.embedding.get_value() for model in models)), None
     except AtomError as error:
         return None, str(error)
 

@@ -13,7 +13,8 @@ from atom_jax.config import ModelConfig
 from atom_jax.llama import make_params
 from convert.sources import Source
 
-Tree = dict[str, np.ndarray]
+# Float32 arrays of one layer, or of what is outside the layers, by the names that ``atom_jax`` gives them.
+FloatParams = dict[str, np.ndarray]
 
 # Fused name -> the Hugging Face modules whose rows it stacks.
 _PROJECTIONS = {
@@ -30,13 +31,13 @@ _NORMS = {
 }
 
 
-def read_layer(source: Source, layer: int) -> Tree:
+def read_layer(source: Source, layer: int) -> FloatParams:
     """One decoder layer under the names of ``atom_jax.llama``, float32.
 
     A bias that only part of a fused projection has is zero elsewhere.
     """
     prefix = f"model.layers.{layer}"
-    tree: Tree = {}
+    tree: FloatParams = {}
     for name, module in _NORMS.items():
         tensor = f"{prefix}.{module}.weight"
         if tensor in source.shapes:
@@ -55,7 +56,7 @@ def read_layer(source: Source, layer: int) -> Tree:
     return tree
 
 
-def read_shared(source: Source) -> Tree:
+def read_shared(source: Source) -> FloatParams:
     """Embedding [V, H], final norm [H] and, unless tied, lm_head [V, H], float32."""
     tree = {
         "embedding": source.tensor("model.embed_tokens.weight"),

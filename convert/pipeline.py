@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Int32
 
 from atom_jax.checkpoint import (
     CARD_FILE,
@@ -29,19 +29,17 @@ from convert.card import Card, make_card, read_card, versions, write_card
 from convert.float_model import read_shared
 from convert.groups import choose_groups
 from convert.measure import checkpoint_perplexity, source_perplexity
-from convert.passes.order import permute_shared, residual_order
+from convert.passes.order import ResidualOrder, permute_shared, residual_order
 from convert.passes.outliers import candidates, measure_outliers
 from convert.passes.rotate import Rotated
 from convert.quantize_layer import check_recipe, needs_calibration
 from convert.quantize_model import quantize_model
 from convert.recipe import Recipe
 from convert.sources import Source, open_source
-from convert.streaming import embed
+from convert.streaming import Windows, embed
 from convert.workspace import Workspace, open_workspace, remove_workspace
 
 Progress = Callable[[str, int, int], None]
-Windows = Float32[np.ndarray, "windows seq hidden"]
-Order = Int32[np.ndarray, " hidden"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +258,7 @@ def _write_shared(
     calibration: Calibration | None,
     workspace: Workspace,
     progress: Progress,
-) -> tuple[Windows, Order | None]:
+) -> tuple[Windows, ResidualOrder | None]:
     """Writes what is outside the layers; returns the residual stream before them, and its new order if any.
 
     The order is the one that all layers share (``reorder="folded"``): it is measured once, then kept.

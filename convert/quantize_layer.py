@@ -16,14 +16,15 @@ from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from atom_jax.structure import LINEARS, index_shapes, vector_shapes
 from convert.calibrate.statistics import LayerStatistics, layer_statistics
-from convert.float_model import Tree
+from convert.float_model import FloatParams
 from convert.groups import check_model
-from convert.passes import Layer, Pass
+from convert.passes import Pass
 from convert.passes.keys import even_keys
 from convert.passes.migrate import migrate
 from convert.passes.order import choose_input_orders, fold_order, gather_inputs
 from convert.recipe import Recipe
 from convert.schemes import quantize
+from convert.streaming import Windows
 
 
 def needs_inputs(recipe: Recipe) -> bool:
@@ -58,8 +59,8 @@ def passes(config: ModelConfig, recipe: Recipe) -> list[Pass]:
 
 
 def prepare_layer(
-    layer: Layer, statistics: LayerStatistics, config: ModelConfig, recipe: Recipe
-) -> tuple[Layer, LayerStatistics]:
+    layer: FloatParams, statistics: LayerStatistics, config: ModelConfig, recipe: Recipe
+) -> tuple[FloatParams, LayerStatistics]:
     """A layer that computes the same and loses less when it is rounded, and its statistics."""
     for run in passes(config, recipe):
         layer, statistics = run(layer, statistics)
@@ -117,8 +118,8 @@ def quantize_layer(
 
 
 def quantize_on_windows(
-    tree: Tree,
-    windows: Float32[np.ndarray, "windows seq hidden"],
+    tree: FloatParams,
+    windows: Windows,
     *,
     config: ModelConfig,
     recipe: Recipe,

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32
 
 from atom_jax.checkpoint import layer_path, layer_specs, stored_form, write_tree
 from atom_jax.errors import AtomError
 from convert.float_model import read_layer
+from convert.passes.order import ResidualOrder
 from convert.passes.reorder import permute_residual
 from convert.quantize_layer import quantize_on_windows
 from convert.recipe import Recipe
 from convert.sources import Source
-from convert.streaming import Report, advance
+from convert.streaming import Report, Windows, run_in_place
 from convert.workspace import Workspace
 
 _STATE = "layers.json"
@@ -23,8 +23,8 @@ _STATE = "layers.json"
 def quantize_model(
     source: Source,
     recipe: Recipe,
-    windows: Float32[np.ndarray, "windows seq hidden"],
-    order: Int32[np.ndarray, " hidden"] | None,
+    windows: Windows,
+    order: ResidualOrder | None,
     workspace: Workspace,
     report: Report,
 ) -> list[dict[str, float]]:
@@ -66,7 +66,7 @@ def quantize_model(
             errors.append(layer_errors)
         write_tree(layer_path(workspace.checkpoint, layer), stored_form(params, layer_specs(config)))
         if windows.size:
-            advance(params, windows, config.of_layer(layer))
+            run_in_place(params, windows, config.of_layer(layer))
             if not np.isfinite(windows).all():
                 raise AtomError(f"layer {layer}: the output of the quantized layer is not finite")
             workspace.write_array(_residual_file(layer + 1), windows)

@@ -22,9 +22,11 @@ from atom_jax.structure import LINEARS
 from pallas_kernels.nn import rms_norm
 
 Params = Mapping[str, Any]
+# The residual stream of some windows of tokens.
+Windows = Float32[np.ndarray, "windows seq hidden"]
 Report = Callable[[int, int], None]
 # By the name of a projection without "_proj": "qkv", "o", "gate_up", "down".
-Statistics = dict[str, Array]
+PerLinear = dict[str, Array]
 # The projections whose output is added to the residual stream.
 _ADDED = {linear.name for linear in LINEARS if linear.residual}
 # Tokens one call runs.
@@ -39,7 +41,7 @@ def projections(config: ModelConfig) -> dict[str, int]:
 
 
 def batches(
-    windows: Float32[np.ndarray, "windows seq hidden"],
+    windows: Windows,
 ) -> Iterator[Float32[np.ndarray, "batch seq hidden"]]:
     """Views of about ``_BATCH_TOKENS`` tokens: few rows waste the CPU's matmul, many its memory."""
     batch = max(1, _BATCH_TOKENS // windows.shape[1])
@@ -86,8 +88,8 @@ def run_windows(
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("energies",))
 def run_windows_with_energies(
-    params: Params, x: Float32[Array, "batch seq hidden"], energies: Statistics, *, config: ModelConfig
-) -> tuple[Float32[Array, "batch seq hidden"], Statistics]:
+    params: Params, x: Float32[Array, "batch seq hidden"], energies: PerLinear, *, config: ModelConfig
+) -> tuple[Float32[Array, "batch seq hidden"], PerLinear]:
     """``run_windows``, and ``energies`` plus each input channel's sum of squares."""
     x, seen = _run_and_see(params, x, config)
     return x, {name: total + jnp.sum(jnp.square(seen[name]), axis=0) for name, total in energies.items()}
@@ -112,14 +114,14 @@ def projection_inputs(
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("hessians",))
 def add_windows_to_hessians(
-    params: Params, x: Float32[Array, "batch seq hidden"], hessians: Statistics, *, config: ModelConfig
-) -> Statistics:
+    params: Params, x: Float32[Array, "batch seq hidden"], hessians: PerLinear, *, config: ModelConfig
+) -> PerLinear:
     """``hessians`` plus X^T X of the inputs of each projection, rows as in ``projection_inputs``."""
     inputs = projection_inputs(params, x, config=config)
     return {name: total + inputs[name].T @ inputs[name] for name, total in hessians.items()}
 
 
-def advance(params: Params, windows: Float32[np.ndarray, "windows seq hidden"], config: ModelConfig) -> None:
+def run_in_place(params: Params, windows: Windows, config: ModelConfig) -> None:
     """Runs a layer over all windows, in place."""
     for batch in batches(windows):
         batch[...] = run_windows(params, batch, config=config)
@@ -127,7 +129,7 @@ def advance(params: Params, windows: Float32[np.ndarray, "windows seq hidden"], 
 
 def embed(
     embedding: Float32[np.ndarray, "vocab hidden"], tokens: Int32[np.ndarray, "windows seq"]
-) -> Float32[np.ndarray, "windows seq hidden"]:
+) -> Windows:
     """The residual stream before the first layer."""
     return np.ascontiguousarray(embedding[tokens], np.float32)
 
@@ -170,7 +172,7 @@ def streamed_perplexity(
         part = slice(start, start + some)
         x = embed(shared["embedding"], windows[part])
         for index, params in enumerate(layers()):
-            advance(params, x, config.of_layer(index))
+            run_in_place(params, x, config.of_layer(index))
             if report is not None:
                 report(done * config.num_layers + index + 1, len(starts) * config.num_layers)
         nll += _residual_nll(x, windows[part], lengths[part], shared, config)
@@ -178,7 +180,7 @@ def streamed_perplexity(
 
 
 def _residual_nll(
-    x: Float32[np.ndarray, "windows seq hidden"],
+    x: Windows,
     windows: Int32[np.ndarray, "windows seq"],
     lengths: Int32[np.ndarray, " windows"],
     shared: Mapping[str, np.ndarray],
@@ -198,7 +200,7 @@ def _result(nll: float, lengths: Int32[np.ndarray, " windows"], config: ModelCon
 
 
 def residual_perplexity(
-    x: Float32[np.ndarray, "windows seq hidden"],
+    x: Windows,
     windows: Int32[np.ndarray, "windows seq"],
     lengths: Int32[np.ndarray, " windows"],
     shared: Mapping[str, np.ndarray],

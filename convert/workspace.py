@@ -108,7 +108,7 @@ def open_workspace(out: Path, job: dict[str, Any]) -> Iterator[Workspace]:
       AtomError: OUT exists, another process works on it, there is an unfinished conversion of another job,
         or (WriteError) a file cannot be written.
     """
-    root = _partial(out)
+    root = partial_path(out)
     _check_free(out)
     with _one_error(root), _locked(root):
         _check_free(out)  # again: the process that had the lock until now may have been making it
@@ -140,10 +140,11 @@ def open_workspace(out: Path, job: dict[str, Any]) -> Iterator[Workspace]:
 
 def remove_workspace(out: Path) -> None:
     """Removes what a run killed after it published OUT may have left."""
-    _remove(_partial(out))
+    _remove(partial_path(out))
 
 
-def _partial(out: Path) -> Path:
+def partial_path(out: Path) -> Path:
+    """Where ``convert`` works until the checkpoint is whole."""
     return out.with_name(out.name + ".partial")
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from atom_jax.config import Format
 
 # Name -> shape and dtype of an array on disk.
-Specs = dict[str, jax.ShapeDtypeStruct]
+WeightSpecs = dict[str, jax.ShapeDtypeStruct]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +34,12 @@ class WeightFormat:
     """
 
     pytree: type
-    specs: Callable[[int, int, int, int], Specs]
+    specs: Callable[[int, int, int, int], WeightSpecs]
     matmul: Callable[..., jax.Array]
     activation: Callable[[Any, float], ActivationFormat] | None = None
     grouped: bool = True
 
-    def stored(self, shape: tuple[int, int], format: Format) -> Specs:
+    def stored(self, shape: tuple[int, int], format: Format) -> WeightSpecs:
         """What is on disk of a linear [N, K]; AtomError if its K does not suit the groups."""
         group_size = self._group_size(shape[1], format)
         specs = self.specs(*shape, group_size, format.num_outliers)
@@ -106,7 +106,7 @@ def spec(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def int4_groups_with_zeros(rows: int, channels: int, group_size: int) -> Specs:
+def int4_groups_with_zeros(rows: int, channels: int, group_size: int) -> WeightSpecs:
     """Packed unsigned INT4 values and the zero point of each group."""
     return {
         "packed": spec((rows, num_tiles(channels) * PACK_TILE // 2), jnp.int8),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from atom_jax.schemes.base import NO_OUTLIERS, Scheme, Specs, WeightFormat, spec
+from atom_jax.schemes.base import NO_OUTLIERS, Scheme, WeightFormat, WeightSpecs, spec
 from pallas_kernels import WeightOnlyInt3, weight_only_matmul
 from pallas_kernels.qarrays import PACK_TILE, num_tiles
 
 
-def _specs(rows: int, channels: int, group_size: int, num_outliers: int) -> Specs:
+def _specs(rows: int, channels: int, group_size: int, num_outliers: int) -> WeightSpecs:
     tiles, groups = num_tiles(channels), channels // group_size
     return {
         "packed": spec((rows, tiles * PACK_TILE // 4), jnp.int8),

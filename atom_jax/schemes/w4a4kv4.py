@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from atom_jax.schemes.base import Scheme, Specs, WeightFormat, spec
+from atom_jax.schemes.base import Scheme, WeightFormat, WeightSpecs, spec
 from pallas_kernels import QuantizedWeight, grouped_matmul
 from pallas_kernels.qarrays import PACK_TILE, num_tiles
 
 
-def _specs(rows: int, channels: int, group_size: int, num_outliers: int) -> Specs:
+def _specs(rows: int, channels: int, group_size: int, num_outliers: int) -> WeightSpecs:
     """INT4 groups, then the outliers, which are one more group of scales."""
     body = channels - num_outliers
     return {

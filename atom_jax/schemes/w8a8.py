@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from atom_jax.schemes.base import NO_OUTLIERS, Scheme, Specs, WeightFormat, spec
+from atom_jax.schemes.base import NO_OUTLIERS, Scheme, WeightFormat, WeightSpecs, spec
 from pallas_kernels import QuantizedWeight, grouped_matmul
 
 
-def _specs(rows: int, channels: int, group_size: int, num_outliers: int) -> Specs:
+def _specs(rows: int, channels: int, group_size: int, num_outliers: int) -> WeightSpecs:
     """A weight without groups: its INT8 tail alone."""
     return {
         "packed": spec((rows, 0), jnp.int8),

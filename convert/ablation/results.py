@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from atom_jax.errors import AtomError
-from convert.ablation.steps import FLOAT, PAPER_MODEL, Step, bases
+from convert.ablation.steps import FLOAT, PAPER_MODEL, AblationStep, bases
 from convert.calibrate.texts import Calibration
 from convert.recipe import Recipe
 
@@ -67,7 +67,7 @@ class Results:
                 "remove it or choose another folder"
             )
 
-    def get(self, step: Step, recipe: Recipe) -> Row | None:
+    def get(self, step: AblationStep, recipe: Recipe) -> Row | None:
         """The row of a step, if it was measured before with this recipe."""
         for row in self._data["steps"]:
             same = row["name"] == step.name and row["simulated"] == step.simulated
@@ -111,7 +111,7 @@ class Results:
 
 def report_of(
     job: dict[str, Any],
-    steps: Sequence[Step],
+    steps: Sequence[AblationStep],
     wanted: Mapping[str, Recipe],
     results: Results,
     misfits: Mapping[str, str],

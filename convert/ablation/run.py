@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Int32
 
 from atom_jax.checkpoint import layer_specs, linear_spec, shared_specs, stored_form
 from atom_jax.config import ModelConfig, preset
@@ -23,24 +23,21 @@ from atom_jax.perplexity import make_windows
 from atom_jax.structure import linear_shapes
 from convert.ablation.results import Results, Row, report_of
 from convert.ablation.simulation import run_simulated, simulate_layer
-from convert.ablation.steps import Step, make_steps, recipes
+from convert.ablation.steps import AblationStep, make_steps, recipes
 from convert.ablation.texts import load_texts
 from convert.calibrate.statistics import on_device
 from convert.calibrate.texts import SEQ_LEN, Calibration, load_calibration
 from convert.card import versions
-from convert.float_model import Tree, read_layer, read_shared
+from convert.float_model import FloatParams, read_layer, read_shared
 from convert.groups import CHOOSABLE, choose_groups
-from convert.passes.order import permute_shared, residual_order
+from convert.passes.order import ResidualOrder, permute_shared, residual_order
 from convert.passes.reorder import permute_residual
 from convert.passes.rotate import Rotated
 from convert.pipeline import Progress, calibration_job
 from convert.quantize_layer import check_recipe, needs_calibration, quantize_on_windows
 from convert.recipe import Recipe
 from convert.sources import Source, open_source
-from convert.streaming import batches, embed, residual_perplexity, run_windows
-
-Windows = Float32[np.ndarray, "windows seq hidden"]
-Order = Int32[np.ndarray, " hidden"]
+from convert.streaming import Windows, batches, embed, residual_perplexity, run_windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +65,7 @@ def ablate(
     out: str | Path,
     options: AblationOptions,
     progress: Progress | None = None,
-    steps: Sequence[Step] | None = None,
+    steps: Sequence[AblationStep] | None = None,
 ) -> dict[str, Any]:
     """Measures every step and writes ``out/ablation.json`` after each, so that an interrupted run goes on.
 
@@ -117,7 +114,7 @@ def groups(config: ModelConfig, options: AblationOptions) -> tuple[int, int]:
     return format.group_size, format.num_outliers
 
 
-def _misfits(config: ModelConfig, steps: Sequence[Step], wanted: dict[str, Recipe]) -> dict[str, str]:
+def _misfits(config: ModelConfig, steps: Sequence[AblationStep], wanted: dict[str, Recipe]) -> dict[str, str]:
     """Why a branch is not possible for the model's sizes, by name; AtomError if it is a step of the chain."""
     found = {}
     for step in steps:
@@ -157,7 +154,7 @@ class _Ablation:
     tokenizer: Path
     results: Results
     progress: Progress
-    orders: dict[bool, Order] = dataclasses.field(default_factory=dict)
+    orders: dict[bool, ResidualOrder] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def calibration(self) -> Calibration:
@@ -186,7 +183,7 @@ class _Ablation:
             for name, tokens in self.texts.items()
         }
 
-    def measure(self, step: Step, recipe: Recipe) -> Row:
+    def measure(self, step: AblationStep, recipe: Recipe) -> Row:
         """Quantizes the model as the step says, running all windows through each layer as it is made."""
         started = time.perf_counter()
         source = Rotated(self.source) if recipe.rotate else self.source
@@ -227,7 +224,7 @@ class _Ablation:
             seconds=time.perf_counter() - started,
         )
 
-    def _start(self, source: Source, recipe: Recipe) -> tuple[Tree, Order | None, Windows]:
+    def _start(self, source: Source, recipe: Recipe) -> tuple[FloatParams, ResidualOrder | None, Windows]:
         """Embedding, norm, head; the order of the residual stream; that stream of the calibration windows."""
         shared = read_shared(source)
         if not needs_calibration(recipe):
@@ -251,7 +248,7 @@ class _Ablation:
 
 
 def _layer_params(
-    step: Step, tree: Tree, windows: Windows, config: ModelConfig, recipe: Recipe
+    step: AblationStep, tree: FloatParams, windows: Windows, config: ModelConfig, recipe: Recipe
 ) -> dict[str, Any]:
     if step.simulated:
         return simulate_layer(tree, windows, config=config, recipe=recipe)

@@ -19,17 +19,17 @@ from jaxtyping import Array, Float32, Int32
 from atom_jax.config import Format, ModelConfig
 from atom_jax.structure import linear_shapes
 from convert.calibrate.statistics import layer_statistics
-from convert.float_model import Tree
+from convert.float_model import FloatParams
 from convert.quantize_layer import prepare_layer
 from convert.recipe import Recipe
 from convert.rounding.rtn import quantize_weight
-from convert.streaming import run_layer
+from convert.streaming import Windows, run_layer
 from pallas_kernels import ActivationFormat, quantize
 
 
 def simulate_layer(
-    tree: Tree,
-    windows: Float32[np.ndarray, "windows seq hidden"],
+    tree: FloatParams,
+    windows: Windows,
     *,
     config: ModelConfig,
     recipe: Recipe,

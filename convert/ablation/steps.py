@@ -13,7 +13,7 @@ PAPER_MODEL = "Llama-7B"
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class AblationStep:
     """One idea, on top of another step.
 
     Attributes:
@@ -34,7 +34,7 @@ class Step:
     simulated: bool = False
 
 
-FLOAT = Step("float", "float", {}, paper=5.68)
+FLOAT = AblationStep("float", "float", {}, paper=5.68)
 
 # Every setting is named: one that is new must not enter the first step by its default.
 _NAIVE: dict[str, Any] = {
@@ -55,34 +55,38 @@ _NAIVE: dict[str, Any] = {
 }
 
 
-def make_steps(group_size: int, num_outliers: int) -> tuple[Step, ...]:
+def make_steps(group_size: int, num_outliers: int) -> tuple[AblationStep, ...]:
     """The paper's ideas in the paper's order, then this project's, then what was tried instead."""
     outliers = {"num_outliers": num_outliers, "reorder": "per_layer"}
     clip = {"clip_w": 0.85, "clip_a": 0.9}
     return (
         FLOAT,
-        Step("naive", "W4A4, one scale a row", _NAIVE, paper=2315.5),
-        Step("outliers-fp16", f"{num_outliers} outliers in FP16", outliers, paper=11.34, simulated=True),
-        Step("outliers-int8", "outliers in INT8", {}, paper=11.39),
-        Step("groups", f"groups of {group_size}", {"group_size": group_size}, paper=6.22),
-        Step("clip", "clipping", clip, paper=6.13),
-        Step("gptq", "GPTQ", {"gptq": True}, paper=6.04),
-        Step("kv4", "INT4 KV cache", {"kv_bits": 4}, paper=6.16),
+        AblationStep("naive", "W4A4, one scale a row", _NAIVE, paper=2315.5),
+        AblationStep(
+            "outliers-fp16", f"{num_outliers} outliers in FP16", outliers, paper=11.34, simulated=True
+        ),
+        AblationStep("outliers-int8", "outliers in INT8", {}, paper=11.39),
+        AblationStep("groups", f"groups of {group_size}", {"group_size": group_size}, paper=6.22),
+        AblationStep("clip", "clipping", clip, paper=6.13),
+        AblationStep("gptq", "GPTQ", {"gptq": True}, paper=6.04),
+        AblationStep("kv4", "INT4 KV cache", {"kv_bits": 4}, paper=6.16),
         # This project's.
-        Step("folded", "one order for all layers, folded", {"reorder": "folded"}),
-        Step("post-rope", "keys quantized after RoPE", {"kv_rope": "post"}),
-        Step("kv-groups", "two scales for each cached head", {"kv_groups": 2}),
-        Step("smooth-keys", "key channels evened out", {"smooth_keys": None}),
-        Step("center-keys", "mean of the keys removed", {"center_keys": True}),
-        Step("migrate", "scales migrated", {"migrate": True}),
-        Step("clip-search", "clipping of weights searched", {"clip_w": None}),
+        AblationStep("folded", "one order for all layers, folded", {"reorder": "folded"}),
+        AblationStep("post-rope", "keys quantized after RoPE", {"kv_rope": "post"}),
+        AblationStep("kv-groups", "two scales for each cached head", {"kv_groups": 2}),
+        AblationStep("smooth-keys", "key channels evened out", {"smooth_keys": None}),
+        AblationStep("center-keys", "mean of the keys removed", {"center_keys": True}),
+        AblationStep("migrate", "scales migrated", {"migrate": True}),
+        AblationStep("clip-search", "clipping of weights searched", {"clip_w": None}),
         # Instead.
-        Step("rotated", "rotated first", {"rotate": True}, branch=True),
-        Step("rotated-only", "rotated, no outliers", {"rotate": True, "num_outliers": 0}, branch=True),
+        AblationStep("rotated", "rotated first", {"rotate": True}, branch=True),
+        AblationStep(
+            "rotated-only", "rotated, no outliers", {"rotate": True, "num_outliers": 0}, branch=True
+        ),
     )
 
 
-def recipes(steps: Sequence[Step]) -> dict[str, Recipe]:
+def recipes(steps: Sequence[AblationStep]) -> dict[str, Recipe]:
     """The whole recipe of each step, by name."""
     found: dict[str, Recipe] = {}
     for step, base in zip(steps, bases(steps), strict=True):
@@ -95,7 +99,7 @@ def recipes(steps: Sequence[Step]) -> dict[str, Recipe]:
     return found
 
 
-def bases(steps: Sequence[Step]) -> list[str | None]:
+def bases(steps: Sequence[AblationStep]) -> list[str | None]:
     """The name of the step that each is added to and compared with; None for the first."""
     found: list[str | None] = []
     last = None

@@ -15,7 +15,7 @@ from atom_jax.text import encode, read_text
 from convert.calibrate.help_topics import help_topics
 
 # Generous characters a token: no more of a text than is needed is tokenized.
-_CHARACTERS_PER_TOKEN = 16
+_MOST_CHARACTERS_PER_TOKEN = 16
 
 
 def default_texts() -> dict[str, str]:
@@ -37,7 +37,7 @@ def load_texts(
         if file.name in texts:
             raise AtomError(f"{file}: another text is called {file.name}, too; rename one of them")
         texts[file.name] = read_text(file)
-    longest = _CHARACTERS_PER_TOKEN * num_tokens
+    longest = _MOST_CHARACTERS_PER_TOKEN * num_tokens
     tokens = {name: encode(tokenizer_folder, text[:longest])[:num_tokens] for name, text in texts.items()}
     for name, ids in tokens.items():
         if ids.size < 2:

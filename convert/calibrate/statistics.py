@@ -8,13 +8,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32
+from jaxtyping import Array
 
 from atom_jax.config import ModelConfig
-from convert.float_model import Tree
+from convert.float_model import FloatParams
 from convert.streaming import (
     Params,
-    Statistics,
+    PerLinear,
+    Windows,
     add_windows_to_hessians,
     batches,
     projection_inputs,
@@ -62,14 +63,12 @@ class LayerStatistics:
         )
 
 
-def on_device(tree: Tree) -> dict[str, jax.Array]:
+def on_device(tree: FloatParams) -> dict[str, jax.Array]:
     """The float layer as JAX arrays."""
     return {name: jnp.asarray(value) for name, value in tree.items()}
 
 
-def mean_hessians(
-    params: Params, windows: Float32[np.ndarray, "windows seq hidden"], config: ModelConfig
-) -> Statistics:
+def mean_hessians(params: Params, windows: Windows, config: ModelConfig) -> PerLinear:
     """Mean of x x^T over the inputs x of each projection of a float layer (see ``add_windows_to_hessians``).
 
     Args:
@@ -87,8 +86,8 @@ def mean_hessians(
 
 
 def layer_statistics(
-    tree: Tree,
-    windows: Float32[np.ndarray, "windows seq hidden"],
+    tree: FloatParams,
+    windows: Windows,
     config: ModelConfig,
     *,
     with_inputs: bool,

@@ -27,7 +27,7 @@ _DATASET_FIELDS = ("text", "content", "document")
 # A missing file of these is a missing file; anything else may be a data set id, in which dots are common.
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".md")
 # Generous characters a token, so that a data set is read only as far as needed.
-_CHARACTERS_PER_TOKEN = 8
+_DATASET_CHARACTERS_PER_TOKEN = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def load_calibration(
     if path.exists() or path.suffix.lower() in _TEXT_SUFFIXES:
         text, kind, name = read_text(path), "file", path.name
     else:
-        text = _dataset_text(calibration, num_tokens * _CHARACTERS_PER_TOKEN)
+        text = _dataset_text(calibration, num_tokens * _DATASET_CHARACTERS_PER_TOKEN)
         kind, name = "dataset", calibration
     tokens = _encode(source, tokenizer_folder, text)
     return Calibration(spread_windows(tokens, num_tokens, seq_len, name), kind, name)

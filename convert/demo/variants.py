@@ -22,8 +22,9 @@ from convert.card import versions
 from convert.demo.smollm2 import SHA256, smollm2_gguf
 from convert.pipeline import ConvertOptions, Progress, convert
 from convert.recipe import Recipe, make_recipe
+from convert.workspace import partial_path
 
-SEQ_LEN = 512
+EVAL_SEQ_LEN = 512
 EVAL_TOKENS = 2048
 # Half of the converter's default: it costs little accuracy here, and half of the demo's time goes into it.
 CALIBRATION_TOKENS = 4096
@@ -110,7 +111,7 @@ class _Results:
 
     @staticmethod
     def _key(variant: Variant) -> dict[str, Any]:
-        tokens = {"calibration": CALIBRATION_TOKENS, "evaluation": EVAL_TOKENS, "window": SEQ_LEN}
+        tokens = {"calibration": CALIBRATION_TOKENS, "evaluation": EVAL_TOKENS, "window": EVAL_SEQ_LEN}
         return {
             "recipe": variant.recipe.settings(),
             "model": SHA256,
@@ -136,7 +137,7 @@ def _measure(variant: Variant, out: Path, progress: Progress) -> VariantResult:
     report("fetch the model", 0, 1)
     gguf = smollm2_gguf()
     report("fetch the model", 1, 1)
-    untouched = not out.exists() and not _partial(out).exists()
+    untouched = not out.exists() and not partial_path(out).exists()
     started = time.perf_counter()
     options = ConvertOptions(variant.recipe, calibration_tokens=CALIBRATION_TOKENS)
     _convert(gguf, out, options, report)
@@ -146,7 +147,7 @@ def _measure(variant: Variant, out: Path, progress: Progress) -> VariantResult:
         model.params,
         eval_tokens(out),
         config=model.config,
-        seq_len=SEQ_LEN,
+        seq_len=EVAL_SEQ_LEN,
         progress=lambda done, total: report("measure perplexity", done, total),
     )
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
@@ -162,17 +163,12 @@ def _convert(gguf: Path, out: Path, options: ConvertOptions, progress: Progress)
     except AtomError:
         # Only what a conversion wrote is removed, whatever folder the user chose.
         old = [out] if (out / CARD_FILE).is_file() else []
-        old += [_partial(out)] if (_partial(out) / "work" / "job.json").is_file() else []
+        old += [partial_path(out)] if (partial_path(out) / "work" / "job.json").is_file() else []
         if not old:
             raise
         for path in old:
             shutil.rmtree(path)
         convert(gguf, out, options, progress)
-
-
-def _partial(out: Path) -> Path:
-    """Where ``convert`` works until the checkpoint is whole."""
-    return out.with_name(f"{out.name}.partial")
 
 
 def eval_tokens(checkpoint: Path) -> Int32[np.ndarray, " tokens"]:

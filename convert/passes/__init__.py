@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from convert.calibrate.statistics import LayerStatistics
+from convert.float_model import FloatParams
 
-Layer = dict[str, np.ndarray]
-Pass = Callable[[Layer, LayerStatistics], tuple[Layer, LayerStatistics]]
+Pass = Callable[[FloatParams, LayerStatistics], tuple[FloatParams, LayerStatistics]]

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Float32
 from atom_jax.config import ModelConfig
 from atom_jax.rope import rope_table
 from convert.calibrate.statistics import LayerStatistics
-from convert.passes import Layer
+from convert.float_model import FloatParams
 from convert.recipe import Recipe
 from pallas_kernels.nn import rms_norm, rope
 from pallas_kernels.rounding import dequantize_kv, quantize_kv
@@ -98,7 +98,7 @@ def fit_keys(
 
 def scale_keys(
     layer: Mapping[str, np.ndarray], factor: Float[np.ndarray, "kv_heads head_dim"], config: ModelConfig
-) -> Layer:
+) -> FloatParams:
     """A layer that computes the same attention, its keys divided by ``factor`` and its queries multiplied.
 
     With q/k norms the factor goes into their weights: scaling before the norm would be undone by it.
@@ -118,8 +118,8 @@ def scale_keys(
 
 
 def even_keys(
-    layer: Layer, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
-) -> tuple[Layer, LayerStatistics]:
+    layer: FloatParams, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
+) -> tuple[FloatParams, LayerStatistics]:
     """The pass: evens out the channels of the keys, and measures the mean that the cache leaves out."""
     fit = fit_keys(layer, statistics.inputs["qkv"], config, recipe)
     layer = scale_keys(layer, fit.factor, config)

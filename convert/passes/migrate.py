@@ -31,13 +31,13 @@ from jaxtyping import Array, Float, Float32, Int32
 from atom_jax.config import ModelConfig
 from convert import schemes
 from convert.calibrate.statistics import LayerStatistics
+from convert.float_model import FloatParams
 from convert.groups import has_groups
-from convert.passes import Layer
 from convert.recipe import Recipe
 from pallas_kernels import quantize
 
 # By the name of a projection without "_proj"; the factor of each of its input channels.
-Factors = dict[str, Float[np.ndarray, "k"]]
+ChannelFactors = dict[str, Float[np.ndarray, "k"]]
 
 # The exponents (a, b) that are tried. Where a scale serves a whole row, as in w8a8, a channel's size is its
 # largest magnitude and a + b = 1 (SmoothQuant). Where a scale serves a group of channels that are alike, the
@@ -53,7 +53,7 @@ def search_factors(
     recipe: Recipe,
     round_weight: Callable[[Float32[Array, "n k"]], Any],
     indices: Mapping[str, Int32[np.ndarray, " k"]] | None = None,
-) -> Factors:
+) -> ChannelFactors:
     """The best factors of each linear; all ones where migration does not pay.
 
     Args:
@@ -135,7 +135,9 @@ def _output_error(
     return jnp.sum(jnp.square(x @ rounded.dequantize().T - inputs @ weight.T))
 
 
-def fold_factors(layer: Mapping[str, np.ndarray], factors: Factors, config: ModelConfig) -> Layer:
+def fold_factors(
+    layer: Mapping[str, np.ndarray], factors: ChannelFactors, config: ModelConfig
+) -> FloatParams:
     """A layer that computes the same, its linears' inputs divided by ``factors``.
 
     Args:
@@ -157,8 +159,8 @@ def fold_factors(layer: Mapping[str, np.ndarray], factors: Factors, config: Mode
 
 
 def migrate(
-    layer: Layer, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
-) -> tuple[Layer, LayerStatistics]:
+    layer: FloatParams, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
+) -> tuple[FloatParams, LayerStatistics]:
     """The pass: searches the factors on the inputs of single tokens, and folds them."""
     orders = {name: layer[f"{name}_indices"] for name in statistics.inputs if f"{name}_indices" in layer}
     round_weight = _round_to_nearest(recipe)

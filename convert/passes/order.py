@@ -9,8 +9,7 @@ from jaxtyping import Float32, Int32
 from atom_jax.config import ModelConfig
 from atom_jax.structure import LINEARS
 from convert.calibrate.statistics import LayerStatistics, on_device
-from convert.float_model import Tree, read_layer
-from convert.passes import Layer
+from convert.float_model import FloatParams, read_layer
 from convert.passes.reorder import (
     energy_order,
     head_order,
@@ -23,6 +22,8 @@ from convert.recipe import Recipe
 from convert.sources import Source
 from convert.streaming import Report, batches, embed, projections, run_windows_with_energies
 
+# The order of the channels of the residual stream: for each new place, the old one.
+ResidualOrder = Int32[np.ndarray, " hidden"]
 # The order of the residual stream needs the energies of every layer before the first is quantized: a second
 # pass over the float model, for which this many windows are enough.
 _ENERGY_WINDOWS = 4
@@ -33,7 +34,7 @@ def residual_order(
     embedding: Float32[np.ndarray, "vocab hidden"],
     tokens: Int32[np.ndarray, "windows seq"],
     report: Report,
-) -> Int32[np.ndarray, " hidden"]:
+) -> ResidualOrder:
     """The one order of the residual stream that all layers share (folded), by their mean relative size.
 
     The size is the root of the energy, as a scale is that of the largest channel of a group: a channel that
@@ -62,7 +63,7 @@ def residual_order(
     return energy_order(total)
 
 
-def permute_shared(shared: Tree, order: Int32[np.ndarray, " hidden"]) -> Tree:
+def permute_shared(shared: FloatParams, order: ResidualOrder) -> FloatParams:
     """Embedding, norm and lm_head (unless tied) for a residual stream in this order."""
     embedding, norm, lm_head = permute_ends(shared["embedding"], shared["norm"], shared.get("lm_head"), order)
     permuted = {"embedding": embedding, "norm": norm}
@@ -70,8 +71,8 @@ def permute_shared(shared: Tree, order: Int32[np.ndarray, " hidden"]) -> Tree:
 
 
 def fold_order(
-    layer: Layer, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
-) -> tuple[Layer, LayerStatistics]:
+    layer: FloatParams, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
+) -> tuple[FloatParams, LayerStatistics]:
     """Brings hot input channels last where their producers can be permuted alike (paper section 4.1).
 
     The inner channels of the MLP always fold into gate and up. With ``reorder="folded"`` heads are reordered,
@@ -87,8 +88,8 @@ def fold_order(
 
 
 def choose_input_orders(
-    layer: Layer, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
-) -> tuple[Layer, LayerStatistics]:
+    layer: FloatParams, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
+) -> tuple[FloatParams, LayerStatistics]:
     """The layer with the orders by which inputs are gathered at run time; nothing is permuted yet."""
     orders = {
         linear.indices: energy_order(statistics.energy(linear.name))
@@ -99,8 +100,8 @@ def choose_input_orders(
 
 
 def gather_inputs(
-    layer: Layer, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
-) -> tuple[Layer, LayerStatistics]:
+    layer: FloatParams, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
+) -> tuple[FloatParams, LayerStatistics]:
     """The layer with its input channels in the orders that ``choose_input_orders`` found."""
     orders, weights = {}, {}
     for linear in LINEARS:

@@ -25,7 +25,7 @@ from convert.groups import check_model
 from convert.passes.reorder import energy_order
 from convert.recipe import Recipe
 from convert.sources import Source
-from convert.streaming import Report, advance, embed, projection_inputs
+from convert.streaming import Report, embed, projection_inputs, run_in_place
 from pallas_kernels import quantize
 from pallas_kernels.qarrays import ActivationFormat
 
@@ -127,7 +127,7 @@ def outlier_errors(
             errors.append(np.asarray(measured, np.float64))
             if not np.isfinite(errors[-1]).all():
                 raise AtomError(f"layer {layer}: {name}_proj: its output or its inputs are not finite")
-        advance(params, x, config.of_layer(layer))
+        run_in_place(params, x, config.of_layer(layer))
         report(layer + 1, config.num_layers)
     return dict(zip(numbers, np.mean(errors, axis=0).tolist(), strict=True))
 

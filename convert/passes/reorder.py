@@ -26,7 +26,7 @@ from jaxtyping import Float, Int, Int32
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from atom_jax.structure import LINEARS
-from convert.passes import Layer
+from convert.float_model import FloatParams
 
 # Along the last axis: norms, and the linears behind them.
 _READS_RESIDUAL = [
@@ -74,7 +74,7 @@ def permute_ends(
     return permute_inputs(embedding, perm), permute_inputs(final_norm, perm), head
 
 
-def permute_residual(layer: Mapping[str, np.ndarray], perm: Int[np.ndarray, "h"]) -> Layer:
+def permute_residual(layer: Mapping[str, np.ndarray], perm: Int[np.ndarray, "h"]) -> FloatParams:
     """Reorders the residual stream: what reads it and what writes it.
 
     Raises:
@@ -86,7 +86,7 @@ def permute_residual(layer: Mapping[str, np.ndarray], perm: Int[np.ndarray, "h"]
     return {**layer, **changed}
 
 
-def permute_mlp(layer: Mapping[str, np.ndarray], perm: Int[np.ndarray, "i"]) -> Layer:
+def permute_mlp(layer: Mapping[str, np.ndarray], perm: Int[np.ndarray, "i"]) -> FloatParams:
     """Reorders the input channels of down_proj, and the rows of gate and up that produce them.
 
     Raises:
@@ -162,7 +162,7 @@ def head_order(energy: Float[np.ndarray, "q"], num_heads: int, num_kv_heads: int
     return HeadOrder(kv_heads, np.concatenate(q_heads).astype(np.int32), np.stack(channels))
 
 
-def permute_heads(layer: Mapping[str, np.ndarray], order: HeadOrder, config: ModelConfig) -> Layer:
+def permute_heads(layer: Mapping[str, np.ndarray], order: HeadOrder, config: ModelConfig) -> FloatParams:
     """Reorders heads, and v channels within a kv head, through q, k, v and the columns of o_proj.
 
     Raises:

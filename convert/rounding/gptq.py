@@ -35,7 +35,7 @@ _PANEL = 64  # rows of the Cholesky factor between two matmuls
 _FLOOR = 1e-4
 
 
-class Factors(NamedTuple):
+class HessianFactors(NamedTuple):
     """The damped Hessian as M D M^T.
 
     Attributes:
@@ -97,7 +97,7 @@ def gptq(
     return quantized
 
 
-def factorize(hessian: Float32[Array, "k k"], damping: float) -> Factors:
+def factorize(hessian: Float32[Array, "k k"], damping: float) -> HessianFactors:
     """Factors of the Hessian with ``damping``, or the least of its tenfold multiples that is enough.
 
     Raises:
@@ -120,7 +120,7 @@ def factorize(hessian: Float32[Array, "k k"], damping: float) -> Factors:
 @jax.jit
 def _factorize(
     hessian: Float32[Array, "k k"], damping: Float32[Array, ""]
-) -> tuple[Factors, Bool[Array, ""]]:
+) -> tuple[HessianFactors, Bool[Array, ""]]:
     """The factors, and whether they are usable."""
     # The scale of H does not matter: bring the diagonal to at most 1, where nothing can overflow.
     largest = jnp.max(jnp.diagonal(hessian))
@@ -137,7 +137,7 @@ def _factorize(
     upper_t = _cholesky(correlations[::-1, ::-1])[::-1, ::-1]
     pivots = jnp.diagonal(upper_t)
     feedback = jnp.tril(upper_t * (size / (pivots * size)[:, None]), -1)
-    return Factors(feedback, jnp.square(pivots * size)), jnp.all(jnp.isfinite(feedback))
+    return HessianFactors(feedback, jnp.square(pivots * size)), jnp.all(jnp.isfinite(feedback))
 
 
 def _cholesky(matrix: Float32[Array, "k k"]) -> Float32[Array, "k k"]:
@@ -171,7 +171,7 @@ def _cholesky(matrix: Float32[Array, "k k"]) -> Float32[Array, "k k"]:
 @partial(jax.jit, static_argnums=(3, 4, 5))
 def _sweep(
     weight: Float32[Array, "n k"],
-    factors: Factors,
+    factors: HessianFactors,
     clip_w: float | None,
     group_size: int,
     num_outliers: int,
@@ -198,7 +198,7 @@ def _sweep(
 
 def _quantize_span(
     weight: Float32[Array, "k n"],
-    factors: Factors,
+    factors: HessianFactors,
     errors: Float32[Array, "k n"],
     start: Int32[Array, ""],
     size: int,

@@ -28,4 +28,4 @@ class Method:
 
 
 # Of schemes whose weights have no outliers: grids that are searched for each group, or no clipping at all.
-NO_OUTLIERS: dict[str, Any] = {"clip_w": 1.0, "reorder": "none", "migrate": False}
+ORDER_KEPT: dict[str, Any] = {"clip_w": 1.0, "reorder": "none", "migrate": False}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from convert.rounding.group_gptq import quantize_groups
-from convert.schemes.base import NO_OUTLIERS, Method
+from convert.schemes.base import ORDER_KEPT, Method
 from pallas_kernels import PACK_TILE, WeightOnlyInt3
 from pallas_kernels.int3 import pack_int3
 
@@ -25,4 +25,4 @@ def _quantize(
     return WeightOnlyInt3(*pack_int3(padded), grids.scale, grids.zero.astype(jnp.int8), group_size)
 
 
-METHOD = Method(_quantize, unused=NO_OUTLIERS)
+METHOD = Method(_quantize, unused=ORDER_KEPT)

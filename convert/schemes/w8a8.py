@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from jaxtyping import Array, Float32
 
-from convert.schemes.base import NO_OUTLIERS, Method
+from convert.schemes.base import ORDER_KEPT, Method
 from pallas_kernels import QuantizedWeight
 from pallas_kernels.rounding import quantize_int8
 
@@ -20,4 +20,4 @@ def _quantize(
     return quantize_int8(weight)
 
 
-METHOD = Method(_quantize, unused={**NO_OUTLIERS, "gptq": False, "migrate": True})
+METHOD = Method(_quantize, unused={**ORDER_KEPT, "gptq": False, "migrate": True})

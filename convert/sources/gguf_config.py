@@ -29,7 +29,7 @@ _KEYS = {
     "expert_count": "num_local_experts",
 }
 _OUTSIDE_LAYERS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_IN_LAYER = {
+_LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -58,14 +58,14 @@ _NEUTRAL = (
     ("yarn_ext_factor", -1.0),
 )
 # The frequency rule of Llama 3.1, 3.2 and 3.3; only the factor differs between them (8 and 32).
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA3_FACTORS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def hf_name(name: str) -> str:
     """The Hugging Face name of a GGUF tensor; a name without one is returned as it is."""
     match = _LAYER_NAME.fullmatch(name)
-    if match and match[2] in _IN_LAYER:
-        return f"model.layers.{int(match[1])}.{_IN_LAYER[match[2]]}.{match[3]}"
+    if match and match[2] in _LAYER_NAMES:
+        return f"model.layers.{int(match[1])}.{_LAYER_NAMES[match[2]]}.{match[3]}"
     stem, _, suffix = name.rpartition(".")
     return f"{_OUTSIDE_LAYERS[stem]}.{suffix}" if stem in _OUTSIDE_LAYERS else name
 
@@ -226,7 +226,7 @@ def _llama3(file: GGUFFile, theta: Any, config: dict[str, Any]) -> dict[str, Any
         if np.allclose(divisors, 1.0):
             return {"rope_type": "default"}
         if np.allclose(divisors, llama3_divisors(theta, head_dim, factor), rtol=1e-4):
-            return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+            return {"rope_type": "llama3", "factor": factor, **_LLAMA3_FACTORS}
     raise AtomError(
         f"{file.path}: tensor rope_freqs.weight {list(tensor.shape)} is not Llama 3's frequency scaling "
         f"for rope_theta {theta} and head dimension {head_dim}: not supported"
@@ -235,8 +235,8 @@ def _llama3(file: GGUFFile, theta: Any, config: dict[str, Any]) -> dict[str, Any
 
 def llama3_divisors(theta: float, head_dim: int, factor: float) -> np.ndarray:
     """What each of the ``head_dim / 2`` rotary frequencies is divided by (Llama 3.1 model card)."""
-    low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
+    low, high = _LLAMA3_FACTORS["low_freq_factor"], _LLAMA3_FACTORS["high_freq_factor"]
     wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    turns = _LLAMA3["original_max_position_embeddings"] / wavelengths
+    turns = _LLAMA3_FACTORS["original_max_position_embeddings"] / wavelengths
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return 1.0 / ((1.0 - smooth) / factor + smooth)

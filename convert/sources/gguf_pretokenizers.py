@@ -30,9 +30,9 @@ class PreTokenizer:
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*" + _SPACES
-_SUFFIXES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_ENGLISH_SUFFIXES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?"
-_CONTRACTIONS = _SUFFIXES + rf"|{_WORD}\p{{L}}+|"
+_CONTRACTIONS = _ENGLISH_SUFFIXES + rf"|{_WORD}\p{{L}}+|"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _SENTENCE = r" ?[^(\s|.,!?…。，、।۔،)]+"  # up to a mark that ends a clause, or a space
 # Letters that have case, but for those of some blocks, as DeepSeek's first tokenizers list them.
@@ -46,7 +46,7 @@ _ASIAN = r"[\x{800}-\x{9FA5}\x{AC00}-\x{D7FF}]+"
 _PLAIN = PreTokenizer((_GPT2,))
 _SMOLLM = PreTokenizer((r"\p{N}", _GPT2))
 _NUMBERS3 = PreTokenizer((_CONTRACTIONS + r"\p{N}{1,3}" + _TAIL,))
-_LLAMA3 = dataclasses.replace(_NUMBERS3, ignore_merges=True, add_bos=True)
+_LLAMA3_PRETOKENIZER = dataclasses.replace(_NUMBERS3, ignore_merges=True, add_bos=True)
 _DIGITS = PreTokenizer((_CONTRACTIONS + r"\p{N}" + _TAIL,))
 _QWEN2 = dataclasses.replace(_DIGITS, nfc=True)
 _TEKKEN = PreTokenizer(
@@ -59,7 +59,7 @@ _TEKKEN = PreTokenizer(
 )
 _GPT4O = PreTokenizer(
     (
-        rf"{_WORD}{_UPPER}*{_LOWER}+{_SUFFIXES}?|{_WORD}{_UPPER}+{_LOWER}*{_SUFFIXES}?|\p{{N}}{{1,3}}"
+        rf"{_WORD}{_UPPER}*{_LOWER}+{_ENGLISH_SUFFIXES}?|{_WORD}{_UPPER}+{_LOWER}*{_ENGLISH_SUFFIXES}?|\p{{N}}{{1,3}}"
         rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*{_SPACES}",
     )
 )
@@ -90,7 +90,7 @@ _NAMES: tuple[tuple[PreTokenizer, str], ...] = (
         "gpt-2 phi-2 mpt olmo jais trillion gigachat a.x-4.0 mellum exaone4 granite-docling",
     ),
     (_SMOLLM, "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2"),
-    (_LLAMA3, "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2"),
+    (_LLAMA3_PRETOKENIZER, "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2"),
     (_NUMBERS3, "dbrx smaug-bpe chatglm-bpe glm4"),
     (_QWEN2, "qwen2 deepseek-r1-qwen megrez"),
     (_DIGITS, "stablelm2 hunyuan solar-open grok-2 kormo"),

@@ -14,10 +14,10 @@ SAFETENSORS_INDEX, SAFETENSORS_SINGLE = "model.safetensors.index.json", "model.s
 TORCH_INDEX, TORCH_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 ADAPTER_CONFIG = "adapter_config.json"
 
-Format = Literal["safetensors", "torch"]
-_SUFFIXES: dict[Format, str] = {"safetensors": ".safetensors", "torch": ".bin"}
-_INDEXES: dict[Format, str] = {"safetensors": SAFETENSORS_INDEX, "torch": TORCH_INDEX}
-_SINGLES: dict[Format, str] = {"safetensors": SAFETENSORS_SINGLE, "torch": TORCH_SINGLE}
+FileFormat = Literal["safetensors", "torch"]
+_FILE_SUFFIXES: dict[FileFormat, str] = {"safetensors": ".safetensors", "torch": ".bin"}
+_INDEXES: dict[FileFormat, str] = {"safetensors": SAFETENSORS_INDEX, "torch": TORCH_INDEX}
+_SINGLES: dict[FileFormat, str] = {"safetensors": SAFETENSORS_SINGLE, "torch": TORCH_SINGLE}
 # Not the weights of a model: adapters, and what trainers leave beside them.
 _OTHER = re.compile(r"(adapter|optimizer|scheduler|scaler|training_args|random_states|rng_state).*")
 # By their names alone the weights of a model, in any format.
@@ -37,7 +37,7 @@ class WeightFiles:
       files: their names, sorted; empty where there is an index.
     """
 
-    format: Format
+    format: FileFormat
     index: str | None
     files: tuple[str, ...]
 
@@ -60,12 +60,12 @@ def find_weights(names: Iterable[str], where: str) -> WeightFiles | None:
       AtomError: shards are missing, or there are several sets of shards.
     """
     names = set(names)
-    for kind in _SUFFIXES:
+    for kind in _FILE_SUFFIXES:
         if _SINGLES[kind] in names:
             return WeightFiles(kind, None, (_SINGLES[kind],))
         if _INDEXES[kind] in names:
             return WeightFiles(kind, _INDEXES[kind], ())
-    for kind in _SUFFIXES:
+    for kind in _FILE_SUFFIXES:
         found = _find_unusual(names, kind, where)
         if found is not None:
             return found
@@ -92,9 +92,9 @@ def reject_adapter(names: Iterable[str], where: str) -> None:
             )
 
 
-def _find_unusual(names: Collection[str], kind: Format, where: str) -> WeightFiles | None:
+def _find_unusual(names: Collection[str], kind: FileFormat, where: str) -> WeightFiles | None:
     """Weights in the format ``kind`` that transformers does not look for."""
-    suffix = _SUFFIXES[kind]
+    suffix = _FILE_SUFFIXES[kind]
     weights = sorted(name for name in names if name.endswith(suffix) and not _OTHER.fullmatch(name))
     indexes = sorted(name for name in names if name.endswith(f"{suffix}.index.json"))
     stem = _SINGLES[kind].removesuffix(suffix)
@@ -120,7 +120,7 @@ def weights_of_file(path: Path) -> WeightFiles | None:
     Raises:
       AtomError: shards are missing.
     """
-    for kind, suffix in _SUFFIXES.items():
+    for kind, suffix in _FILE_SUFFIXES.items():
         if path.name.endswith(suffix):
             return WeightFiles(kind, None, tuple(file.name for file in shard_set(path)))
     return None

@@ -24,8 +24,8 @@ from convert.sources.base import (
 )
 from convert.sources.layout import WeightFiles
 
-DTYPES = ("F64", "F32", "F16", "BF16")
-_BLOCK = 1 << 22  # values compared at once
+_DTYPE_NAMES = ("F64", "F32", "F16", "BF16")
+_COMPARED_AT_ONCE = 1 << 22  # values compared at once
 
 
 class SafetensorsSource:
@@ -47,7 +47,7 @@ class SafetensorsSource:
         self._files = sorted({info.file for info in found.values()})
         self.config, untied = untie(self.config, found, _equal)
         self.notes = (*hf.notes(folder, self._files), *untied)
-        self._infos = check_tensors(self.config, found, where=folder, dtypes=DTYPES)
+        self._infos = check_tensors(self.config, found, where=folder, dtypes=_DTYPE_NAMES)
         self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in self._infos.items()}
 
     def tensor(self, name: str) -> np.ndarray:
@@ -72,9 +72,9 @@ class SafetensorsSource:
 
 def _equal(one: TensorInfo, other: TensorInfo) -> bool:
     """Whether two matrices hold the same values, a block of rows at a time."""
-    if one.dtype not in DTYPES:
+    if one.dtype not in _DTYPE_NAMES:
         return False  # check_tensors refuses it
-    rows = max(1, _BLOCK // max(1, one.shape[-1]))
+    rows = max(1, _COMPARED_AT_ONCE // max(1, one.shape[-1]))
     try:
         with (
             safe_open(one.file, framework="np", backend="pread") as a,

@@ -24,7 +24,7 @@ from convert.sources.base import (
 )
 from convert.sources.layout import WeightFiles
 
-DTYPES = ("float64", "float32", "float16", "bfloat16")
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
 # Where training programs put the state dict (Lightning, DeepSpeed, many a script).
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
 MIN_TORCH = (2, 6)  # before it, weights_only could be bypassed (CVE-2025-32434)
@@ -50,7 +50,7 @@ class TorchSource:
         self._files = sorted({info.file for info in found.values()})
         self.config, untied = untie(self.config, found, _equal)
         self.notes = (*hf.notes(folder, self._files), *untied)
-        self._infos = check_tensors(self.config, found, where=folder, dtypes=DTYPES)
+        self._infos = check_tensors(self.config, found, where=folder, dtypes=_DTYPES)
         self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in self._infos.items()}
 
     def tensor(self, name: str) -> np.ndarray:

@@ -33,7 +33,7 @@ CONFIGS = {
 }
 
 
-def random_tree(specs: checkpoint.Specs, seed: int) -> checkpoint.Tree:
+def random_tree(specs: checkpoint.StoredSpecs, seed: int) -> checkpoint.StoredParams:
     """Any values of the stored types: every byte of packed data, scales and vectors exact in bfloat16."""
     rng = np.random.default_rng(seed)
 
@@ -46,7 +46,7 @@ def random_tree(specs: checkpoint.Specs, seed: int) -> checkpoint.Tree:
     return jax.tree.map(fill, specs)
 
 
-def write(folder: Path, config: ModelConfig) -> tuple[list[checkpoint.Tree], checkpoint.Tree]:
+def write(folder: Path, config: ModelConfig) -> tuple[list[checkpoint.StoredParams], checkpoint.StoredParams]:
     """A whole checkpoint by hand; returns the layers and the shared part that it holds."""
     layers = [random_tree(checkpoint.layer_specs(config), seed) for seed in range(config.num_layers)]
     shared = random_tree(checkpoint.shared_specs(config), 99)
@@ -134,7 +134,7 @@ def damaged(intact: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(intact, tmp_path / "checkpoint"))
 
 
-def rewrite(change: Callable[[checkpoint.Tree], Any], layer: int = 1) -> Callable[[Path], None]:
+def rewrite(change: Callable[[checkpoint.StoredParams], Any], layer: int = 1) -> Callable[[Path], None]:
     """Damage: writes a layer, or the shared part (-1), with ``change`` applied."""
 
     def damage(folder: Path) -> None:
@@ -164,15 +164,15 @@ def empty(folder: Path) -> None:
             path.write_bytes(b"")
 
 
-def wrong_shape(tree: checkpoint.Tree) -> None:
+def wrong_shape(tree: checkpoint.StoredParams) -> None:
     tree["qkv_proj"]["packed"] = tree["qkv_proj"]["packed"][:-1]
 
 
-def wrong_dtype(tree: checkpoint.Tree) -> None:
+def wrong_dtype(tree: checkpoint.StoredParams) -> None:
     tree["input_norm"] = tree["input_norm"].astype(jnp.bfloat16)
 
 
-def wrong_scales(tree: checkpoint.Tree) -> None:
+def wrong_scales(tree: checkpoint.StoredParams) -> None:
     tree["down_proj"]["scales"] = tree["down_proj"]["scales"].astype(np.float32)
 
 

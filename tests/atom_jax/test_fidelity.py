@@ -18,7 +18,7 @@ from atom_jax import compare, perplexity, preset
 from atom_jax.blocks import make_step
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
-from atom_jax.fidelity import Fidelity, residual_order
+from atom_jax.fidelity import Fidelity, match_channels
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import Layer, make_params, merge
 from atom_jax.structure import linear_shapes, vector_shapes
@@ -174,31 +174,31 @@ class TestResidualOrder:
 
     def test_is_recovered(self) -> None:
         perm = np.random.default_rng(3).permutation(24)
-        order = residual_order(self.embedding, self.embedding[:, perm])
+        order = match_channels(self.embedding, self.embedding[:, perm])
         assert np.array_equal(self.embedding[:, perm][:, order], self.embedding)
 
     def test_stored_in_bfloat16(self) -> None:
         perm = np.random.default_rng(3).permutation(24)
         stored = jnp.asarray(self.embedding[:, perm], jnp.bfloat16)
-        assert residual_order(self.embedding, stored).tolist() == np.argsort(perm).tolist()
+        assert match_channels(self.embedding, stored).tolist() == np.argsort(perm).tolist()
 
     def test_equal_columns_in_place(self) -> None:
         embedding = self.embedding.copy()
         embedding[:, 3] = embedding[:, 4]
-        assert residual_order(embedding, embedding).tolist() == list(range(24))
+        assert match_channels(embedding, embedding).tolist() == list(range(24))
 
     def test_equal_columns_moved(self) -> None:
         embedding = self.embedding.copy()
         embedding[:, 3] = embedding[:, 4]
         with pytest.raises(AtomError, match="1 columns of the embedding equal an earlier one"):
-            residual_order(embedding, embedding[:, ::-1])
+            match_channels(embedding, embedding[:, ::-1])
 
     def test_other_embedding(self) -> None:
         other = self.embedding[:, ::-1].copy()
         other[0, 0] += 1
         other[7, 5] += 1
         with pytest.raises(AtomError, match="2 of 24 columns of one embedding are not in the other"):
-            residual_order(self.embedding, other)
+            match_channels(self.embedding, other)
 
 
 class TestNoLayers:

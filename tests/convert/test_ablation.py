@@ -22,7 +22,7 @@ from convert.ablation.plot import PLOT_FILE, can_plot, plot
 from convert.ablation.results import RESULTS_FILE, table
 from convert.ablation.run import AblationOptions, ablate
 from convert.ablation.simulation import run_simulated, simulate_layer
-from convert.ablation.steps import FLOAT, Step, bases, make_steps, recipes
+from convert.ablation.steps import FLOAT, AblationStep, bases, make_steps, recipes
 from convert.ablation.texts import default_texts
 from convert.float_model import read_layer
 from convert.pipeline import ConvertOptions, convert
@@ -46,10 +46,10 @@ GROUPS = {
 }
 STEPS = (
     FLOAT,
-    Step("simulated", "32 outliers in FP16", GROUPS, simulated=True, paper=11.34),
-    Step("stored", "outliers in INT8", {}, paper=11.39),
-    Step("rotated", "rotated", {"rotate": True, "reorder": "folded"}, branch=True),
-    Step("misfit", "groups of 128", {"group_size": 128}, branch=True),
+    AblationStep("simulated", "32 outliers in FP16", GROUPS, simulated=True, paper=11.34),
+    AblationStep("stored", "outliers in INT8", {}, paper=11.39),
+    AblationStep("rotated", "rotated", {"rotate": True, "reorder": "folded"}, branch=True),
+    AblationStep("misfit", "groups of 128", {"group_size": 128}, branch=True),
 )
 ABOUT = ("label", "after", "branch", "paper", "ratio", "change")  # what the report adds to a row
 MEASURED = ["float", "simulated", "stored", "rotated"]
@@ -124,7 +124,12 @@ def test_groups_that_suit_where_none_are_asked_for(source: Path) -> None:
 
 def test_a_branch_is_compared_with_its_base_and_nothing_follows_it() -> None:
     clip, gptq = {"clip_w": 0.7}, {"gptq": False}
-    chain = (FLOAT, Step("a", "", {}), Step("b", "", clip, branch=True), Step("c", "", gptq))
+    chain = (
+        FLOAT,
+        AblationStep("a", "", {}),
+        AblationStep("b", "", clip, branch=True),
+        AblationStep("c", "", gptq),
+    )
     assert bases(chain) == [None, "float", "a", "a"]
     assert recipes(chain)["b"] == Recipe(clip_w=0.7)
     assert recipes(chain)["c"] == Recipe(gptq=False)

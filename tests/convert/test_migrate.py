@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from atom_jax.config import ModelConfig
-from convert.passes.migrate import Layer, fold_factors, search_factors
+from convert.float_model import FloatParams
+from convert.passes.migrate import fold_factors, search_factors
 from convert.recipe import make_recipe
 from convert.streaming import projection_inputs, run_windows
 from pallas_kernels import grouped_matmul, quantize
@@ -18,7 +19,7 @@ SEQ = 24
 ROWS = make_recipe("w8a8")  # one scale a row
 
 
-def tiny_layer(config: ModelConfig, seed: int = 0) -> Layer:
+def tiny_layer(config: ModelConfig, seed: int = 0) -> FloatParams:
     tree = tiny_tree(config, seed)["layers"]
     return {name: np.asarray(value[0]) for name, value in tree.items()}
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
+from convert.float_model import FloatParams
 from convert.passes.reorder import (
     HeadOrder,
-    Layer,
     energy_order,
     head_order,
     permute_ends,
@@ -40,11 +40,11 @@ def rotate(x: np.ndarray) -> np.ndarray:
     )
 
 
-def linear(layer: Layer, name: str, x: np.ndarray) -> np.ndarray:
+def linear(layer: FloatParams, name: str, x: np.ndarray) -> np.ndarray:
     return x @ layer[f"{name}_proj"].T + layer.get(f"{name}_bias", np.zeros(1, x.dtype))
 
 
-def attention_output(layer: Layer, x: np.ndarray, config: ModelConfig) -> np.ndarray:
+def attention_output(layer: FloatParams, x: np.ndarray, config: ModelConfig) -> np.ndarray:
     """The input of o_proj, [tokens, q]."""
     qkv = linear(layer, "qkv", rms_norm(x, layer["input_norm"]))
     q, k, v = np.split(qkv, [config.q_size, config.q_size + config.kv_size], axis=-1)
@@ -60,7 +60,7 @@ def attention_output(layer: Layer, x: np.ndarray, config: ModelConfig) -> np.nda
     return np.einsum("hqk,khd->qhd", weights, v).reshape(len(x), -1)
 
 
-def decoder(layer: Layer, x: np.ndarray, config: ModelConfig) -> np.ndarray:
+def decoder(layer: FloatParams, x: np.ndarray, config: ModelConfig) -> np.ndarray:
     x = x + linear(layer, "o", attention_output(layer, x, config))
     gate, up = np.split(linear(layer, "gate_up", rms_norm(x, layer["post_attention_norm"])), 2, axis=-1)
     return x + linear(layer, "down", gate / (1 + np.exp(-gate)) * up)
@@ -72,7 +72,7 @@ class Case:
     seed: int
     dtype: type
 
-    def layer(self) -> Layer:
+    def layer(self) -> FloatParams:
         c, rng = self.config, np.random.default_rng(self.seed)
         qkv, inner = c.q_size + 2 * c.kv_size, c.intermediate_size
         shapes: dict[str, tuple[int, ...]] = {
@@ -131,7 +131,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(config, draw(st.integers(0, 2**31)), draw(st.sampled_from([np.float32, np.float64])))
 
 
-def assert_pure(before: Layer, after: Layer, case: Case) -> None:
+def assert_pure(before: FloatParams, after: FloatParams, case: Case) -> None:
     """The layer given is as it was, and the new one has arrays of the same names, shapes and types."""
     assert before.keys() == after.keys()
     for name, value in case.layer().items():
