@@ -20,10 +20,10 @@ from pydantic import ValidationError
 
 from atom_jax.engine import Engine, Output
 from atom_jax.errors import AtomError
-from atom_jax.server.answers import Answer
-from atom_jax.server.errors import ApiError, invalid_request
-from atom_jax.server.prompts import make_job
-from atom_jax.server.protocol import ChatCompletionRequest, CompletionRequest
+from atom_jax.openai.engine_requests import make_engine_requests
+from atom_jax.openai.errors import ApiError, invalid_request
+from atom_jax.openai.requests import ChatCompletionRequest, CompletionRequest
+from atom_jax.openai.responses import ApiResponse
 
 _REQUESTS: dict[str, type[CompletionRequest] | type[ChatCompletionRequest]] = {
     "/v1/completions": CompletionRequest,
@@ -50,10 +50,10 @@ class BatchProgress:
 
 @dataclasses.dataclass
 class _Running:
-    """A line whose answers are being made."""
+    """A line of the file of requests whose answers are being generated."""
 
     custom_id: str
-    answer: Answer
+    response: ApiResponse
     unfinished: int
 
 
@@ -113,15 +113,15 @@ def _answers(
                 more = False
                 break
             try:
-                running |= _start(engine, tokenizer, *line)
+                running |= _add_to_engine(engine, tokenizer, *line)
             except ApiError as error:
                 yield line[0], error.status, error.body
         for output in engine.step() if running else ():
             if (ended := _take(running, output)) is not None:
-                yield ended.custom_id, 200, ended.answer.whole()
+                yield ended.custom_id, 200, ended.response.whole()
 
 
-def _start(
+def _add_to_engine(
     engine: Engine, tokenizer: Any, custom_id: str, url: str, body: Any
 ) -> dict[str, tuple[_Running, int]]:
     """Gives a line to the engine: which answer and choice each of the engine's requests belongs to."""
@@ -129,15 +129,15 @@ def _start(
         request = _REQUESTS[url].model_validate(body)
         if request.stream:
             raise ApiError(400, "stream: a batch has no streams; leave it out", param="stream")
-        job = make_job(request, tokenizer, max_model_len=engine.max_model_len)
+        engine_requests = make_engine_requests(request, tokenizer, max_model_len=engine.max_model_len)
     except ValidationError as error:
         raise invalid_request(error.errors()) from error
     except AtomError as error:
         raise ApiError(400, str(error)) from error
-    line = _Running(custom_id, Answer(request, job, tokenizer), len(job.choices))
+    line = _Running(custom_id, ApiResponse(request, engine_requests, tokenizer), len(engine_requests.choices))
     started: dict[str, tuple[_Running, int]] = {}
-    for index, (prompt, params) in enumerate(job.choices):
-        request_id = f"{line.answer.id}-{index}"
+    for index, (prompt, params) in enumerate(engine_requests.choices):
+        request_id = f"{line.response.id}-{index}"
         try:
             engine.add(request_id, prompt, params)
         except AtomError as error:
@@ -151,7 +151,7 @@ def _start(
 def _take(running: dict[str, tuple[_Running, int]], output: Output) -> _Running | None:
     """Takes in an output; the line that it completes."""
     line, index = running[output.request_id]
-    line.answer.add(index, output)
+    line.response.add(index, output)
     if output.finish_reason is None:
         return None
     del running[output.request_id]

@@ -19,14 +19,14 @@ from starlette.types import Receive, Scope, Send
 
 from atom_jax.engine import Engine
 from atom_jax.errors import AtomError
-from atom_jax.server.answers import Answer
+from atom_jax.openai.engine_requests import make_engine_requests
+from atom_jax.openai.errors import ApiError, invalid_request
+from atom_jax.openai.requests import ApiRequest, ChatCompletionRequest, CompletionRequest
+from atom_jax.openai.responses import ApiResponse
 from atom_jax.server.config import ServerConfig
-from atom_jax.server.engine_thread import Answers, EngineThread, Latency, Stopped
-from atom_jax.server.errors import ApiError, invalid_request
+from atom_jax.server.engine_thread import EngineThread, Latency, OutputStream, Stopped
 from atom_jax.server.guard import error_response, guard
 from atom_jax.server.metrics import Metrics
-from atom_jax.server.prompts import make_job
-from atom_jax.server.protocol import ApiRequest, ChatCompletionRequest, CompletionRequest
 
 PAGE = Path(__file__).parent / "static" / "index.html"
 # The page asks nobody but this server for anything.
@@ -55,7 +55,7 @@ class Service:
         self.draining = False
         self.created = int(time.time())
 
-    async def submit(self, request: ApiRequest) -> tuple[Answer, Answers]:
+    async def submit(self, request: ApiRequest) -> tuple[ApiResponse, OutputStream]:
         """Starts on a request; the caller closes the second of what it gets.
 
         Raises:
@@ -71,10 +71,12 @@ class Service:
             message = f"{count} answers are more than this server gives at once, {config.max_in_flight}"
             raise ApiError(400, message, param="n")
         self._check_queue(count)  # before the work of tokenizing
-        job = await asyncio.to_thread(make_job, request, self._tokenizer, max_model_len=self.max_model_len)
+        engine_requests = await asyncio.to_thread(
+            make_engine_requests, request, self._tokenizer, max_model_len=self.max_model_len
+        )
         self._check_queue(count)  # others were faster, perhaps
-        answers = await self.engine.submit(job.choices, config.request_timeout)
-        return Answer(request, job, self._tokenizer), answers
+        output_stream = await self.engine.submit(engine_requests.choices, config.request_timeout)
+        return ApiResponse(request, engine_requests, self._tokenizer), output_stream
 
     def _check_queue(self, count: int) -> None:
         if self.engine.in_flight + count > self.config.max_in_flight:
@@ -164,22 +166,22 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 async def _respond(service: Service, body: ApiRequest, request: Request) -> Response:
-    answer, answers = await service.submit(body)
+    response, output_stream = await service.submit(body)
     if body.stream:
-        return _EventStream(answer, answers)
+        return _EventStream(response, output_stream)
     try:
-        await _collect(answer, answers, request)
+        await _collect(response, output_stream, request)
     finally:
-        answers.close()
-    return JSONResponse(answer.whole())
+        output_stream.close()
+    return JSONResponse(response.whole())
 
 
-async def _collect(answer: Answer, answers: Answers, request: Request) -> None:
-    """Waits for all of ``answers``, or until the client has left."""
+async def _collect(response: ApiResponse, output_stream: OutputStream, request: Request) -> None:
+    """Waits for all of ``output_stream``, or until the client has left."""
 
     async def collect() -> None:
-        async for index, output in answers:
-            answer.add(index, output)
+        async for index, output in output_stream:
+            response.add(index, output)
 
     async def left() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -200,31 +202,31 @@ async def _collect(answer: Answer, answers: Answers, request: Request) -> None:
 
 
 class _EventStream(StreamingResponse):
-    """The answers as server-sent events. Whatever ends the response aborts what is unfinished."""
+    """A response as server-sent events. However it ends, requests that are unfinished then are aborted."""
 
-    def __init__(self, answer: Answer, answers: Answers) -> None:
-        super().__init__(_events(answer, answers), media_type="text/event-stream")
+    def __init__(self, response: ApiResponse, output_stream: OutputStream) -> None:
+        super().__init__(_events(response, output_stream), media_type="text/event-stream")
         self.headers.update({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self._answers = answers
+        self._output_stream = output_stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._answers.close()
+            self._output_stream.close()
 
 
-async def _events(answer: Answer, answers: Answers) -> AsyncIterator[str]:
-    for chunk in answer.opening():
+async def _events(response: ApiResponse, output_stream: OutputStream) -> AsyncIterator[str]:
+    for chunk in response.opening():
         yield _event(chunk)
     try:
-        async for index, output in answers:
-            if (chunk := answer.add(index, output)) is not None:
+        async for index, output in output_stream:
+            if (chunk := response.add(index, output)) is not None:
                 yield _event(chunk)
     except (TimeoutError, Stopped) as error:
         yield _event(_unanswered(error).body)
         return
-    for chunk in answer.closing():
+    for chunk in response.closing():
         yield _event(chunk)
     yield "data: [DONE]\n\n"
 

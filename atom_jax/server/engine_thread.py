@@ -22,7 +22,7 @@ _Requests = Sequence[tuple[Sequence[int], RequestParams]]
 
 
 class Stopped(Exception):
-    """The engine answers no more: the server ends, or the engine failed."""
+    """The engine gives no more outputs: the server shuts down, or the engine failed."""
 
 
 @dataclasses.dataclass
@@ -35,7 +35,7 @@ class Latency:
     tokens: int = 0
 
 
-class Answers:
+class OutputStream:
     """The outputs of one submitted group of requests as they come: an async iterator.
 
     It ends when every request has ended. ``close`` gives up those that have not.
@@ -66,7 +66,7 @@ class Answers:
         settle(self.accepted, error)
         self._arrived.put_nowait(error)
 
-    def __aiter__(self) -> Answers:
+    def __aiter__(self) -> OutputStream:
         return self
 
     async def __anext__(self) -> tuple[int, Output]:
@@ -74,7 +74,7 @@ class Answers:
 
         Raises:
           TimeoutError: the time of the group is over.
-          Stopped: the engine answers no more.
+          Stopped: the engine gives no more outputs.
         """
         if not self._open:
             raise StopAsyncIteration
@@ -104,7 +104,7 @@ class EngineThread:
         self._engine = engine
         self._on_progress, self._on_failure = on_progress, on_failure
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._requests: dict[str, tuple[Answers, Latency]] = {}
+        self._requests: dict[str, tuple[OutputStream, Latency]] = {}
         self._numbers = itertools.count()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopped: Stopped | None = None
@@ -127,7 +127,7 @@ class EngineThread:
         await asyncio.to_thread(self._thread.join)
         self._end(Stopped("the server is shutting down"))
 
-    async def submit(self, requests: _Requests, timeout: float | None = None) -> Answers:
+    async def submit(self, requests: _Requests, timeout: float | None = None) -> OutputStream:
         """Gives prompts to the engine, all or none.
 
         Args:
@@ -136,27 +136,27 @@ class EngineThread:
 
         Raises:
           AtomError: the engine refuses one of them.
-          Stopped: the engine answers no more.
+          Stopped: the engine gives no more outputs.
         """
         if self._stopped is not None:
             raise self._stopped
         ids = [str(next(self._numbers)) for _ in requests]
-        answers = Answers(ids, self._loop.create_future(), lambda: self._close(ids))
+        output_stream = OutputStream(ids, self._loop.create_future(), lambda: self._close(ids))
         for request_id in ids:
-            self._requests[request_id] = answers, Latency(time.perf_counter())
+            self._requests[request_id] = output_stream, Latency(time.perf_counter())
 
         def add() -> None:
-            self._loop.call_soon_threadsafe(settle, answers.accepted, self._add(ids, requests))
+            self._loop.call_soon_threadsafe(settle, output_stream.accepted, self._add(ids, requests))
 
         self._commands.put(add)
         try:
-            await answers.accepted
+            await output_stream.accepted
         except BaseException:  # refused, or whoever asked has left
             self._close(ids)
             raise
         if timeout is not None:
-            answers.expiry = self._loop.call_later(timeout, self._expire, answers, ids, timeout)
-        return answers
+            output_stream.expiry = self._loop.call_later(timeout, self._expire, output_stream, ids, timeout)
+        return output_stream
 
     # In the thread of the event loop.
 
@@ -165,18 +165,18 @@ class EngineThread:
         if unfinished:
             self._commands.put(lambda: self._abort(unfinished))
 
-    def _expire(self, answers: Answers, ids: Sequence[str], timeout: float) -> None:
+    def _expire(self, output_stream: OutputStream, ids: Sequence[str], timeout: float) -> None:
         if any(request_id in self._requests for request_id in ids):
             self._close(ids)
-            answers.fail(TimeoutError(f"not answered within {timeout:g} s"))
+            output_stream.fail(TimeoutError(f"not answered within {timeout:g} s"))
 
     def _deliver(self, outputs: list[Output]) -> None:
         now = time.perf_counter()
         for output in outputs:
             if output.request_id not in self._requests:
                 continue  # closed while this was on its way
-            answers, latency = self._requests[output.request_id]
-            answers.put(output)
+            output_stream, latency = self._requests[output.request_id]
+            output_stream.put(output)
             latency.tokens = output.completion_tokens
             if first := latency.first_token is None:
                 latency.first_token = now
@@ -188,8 +188,8 @@ class EngineThread:
 
     def _end(self, reason: Stopped) -> None:
         self._stopped = reason
-        for answers, _ in self._requests.values():
-            answers.fail(reason)
+        for output_stream, _ in self._requests.values():
+            output_stream.fail(reason)
         self._requests.clear()
 
     def _fail(self, error: BaseException) -> None:

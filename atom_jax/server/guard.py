@@ -11,8 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from atom_jax.openai.errors import ApiError
 from atom_jax.server.config import ServerConfig
-from atom_jax.server.errors import ApiError
 
 # After a body that was not read to its end the connection cannot be used for another request.
 _CLOSE = {"Connection": "close"}
@@ -41,7 +41,7 @@ def guard(
                 count(scope["path"], message["status"])
             await send(message)
 
-        refusal = _refusal(scope, config, draining=is_draining())
+        refusal = _refuse(scope, config, draining=is_draining())
         if refusal is not None:
             await error_response(refusal)(scope, receive, counted)
         else:
@@ -55,7 +55,7 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
 
 
-def _refusal(scope: Scope, config: ServerConfig, *, draining: bool) -> ApiError | None:
+def _refuse(scope: Scope, config: ServerConfig, *, draining: bool) -> ApiError | None:
     if not scope["path"].startswith("/v1/"):
         return None
     given = Headers(scope=scope).get("authorization", "").encode("latin-1")  # the bytes that were sent

@@ -65,7 +65,7 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class _Request(_Strict):
+class _BaseRequest(_Strict):
     """What both kinds of request have; the meaning and the limits are OpenAI's.
 
     ``top_k``, ``stop_token_ids`` and ``ignore_eos`` are additions that other servers have too.
@@ -130,7 +130,7 @@ class _Request(_Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class CompletionRequest(_Request):
+class CompletionRequest(_BaseRequest):
     """``POST /v1/completions``: continues text, or token ids; several prompts are several answers."""
 
     prompt: (
@@ -185,7 +185,7 @@ class Message(_Strict):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatCompletionRequest(_Request):
+class ChatCompletionRequest(_BaseRequest):
     """``POST /v1/chat/completions``: the next message of a conversation."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
@@ -197,7 +197,7 @@ class ChatCompletionRequest(_Request):
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatCompletionRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise _refusal("top_logprobs", "needs logprobs: true")
+            raise _field_error("top_logprobs", "needs logprobs: true")
         return self
 
     @property
@@ -213,9 +213,9 @@ def _refuse_unsupported(data: Any, unsupported: dict[str, tuple[Any, ...]]) -> A
     if isinstance(data, dict):
         for name in data.keys() & unsupported.keys():
             if data[name] not in unsupported[name]:
-                raise _refusal(name, "is not supported; leave it out")
+                raise _field_error(name, "is not supported; leave it out")
     return data
 
 
-def _refusal(field: str, reason: str) -> PydanticCustomError:
+def _field_error(field: str, reason: str) -> PydanticCustomError:
     return PydanticCustomError("refused", "{reason}", {"field": field, "reason": reason})

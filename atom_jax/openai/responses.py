@@ -8,8 +8,8 @@ import uuid
 from typing import Any
 
 from atom_jax.engine import Output, TokenLogprobs
-from atom_jax.server.prompts import Job
-from atom_jax.server.protocol import ApiRequest, ChatCompletionRequest
+from atom_jax.openai.engine_requests import EngineRequests
+from atom_jax.openai.requests import ApiRequest, ChatCompletionRequest
 
 # JSON has no infinity; OpenAI says "very unlikely" with this number.
 _LEAST_LOGPROB = -9999.0
@@ -27,16 +27,16 @@ class _Choice:
     logprob_chars: int = 0  # characters of the tokens whose logprobs were sent
 
 
-class Answer:
+class ApiResponse:
     """Collects the engine's outputs to one request of the API.
 
     ``add`` takes them and returns what a stream sends; ``whole`` is the answer when all have come.
     """
 
-    def __init__(self, request: ApiRequest, job: Job, tokenizer: Any) -> None:
-        self._request, self._job, self._tokenizer = request, job, tokenizer
+    def __init__(self, request: ApiRequest, engine_requests: EngineRequests, tokenizer: Any) -> None:
+        self._request, self._engine_requests, self._tokenizer = request, engine_requests, tokenizer
         self._chat = isinstance(request, ChatCompletionRequest)
-        self._choices = [_Choice() for _ in job.choices]
+        self._choices = [_Choice() for _ in engine_requests.choices]
         self.id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
@@ -84,9 +84,9 @@ class Answer:
 
     def usage(self) -> dict[str, Any]:
         """Tokens so far. A prompt counts once, however many choices it has."""
-        prompt = sum(map(len, self._job.prompts))
+        prompt = sum(map(len, self._engine_requests.prompts))
         completion = sum(choice.completion_tokens for choice in self._choices)
-        cached = sum(choice.cached_tokens for choice in self._choices[:: len(self._job.params)])
+        cached = sum(choice.cached_tokens for choice in self._choices[:: len(self._engine_requests.params)])
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,

@@ -9,12 +9,12 @@ from typing import Any
 from atom_jax.chat import chat_text
 from atom_jax.engine import RequestParams
 from atom_jax.errors import AtomError
-from atom_jax.server.errors import ApiError
-from atom_jax.server.protocol import ApiRequest, ChatCompletionRequest
+from atom_jax.openai.errors import ApiError
+from atom_jax.openai.requests import ApiRequest, ChatCompletionRequest
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class EngineRequests:
     """What one request of the API asks of the engine.
 
     Attributes:
@@ -31,7 +31,7 @@ class Job:
         return [(prompt, params) for prompt in self.prompts for params in self.params]
 
 
-def make_job(request: ApiRequest, tokenizer: Any, *, max_model_len: int) -> Job:
+def make_engine_requests(request: ApiRequest, tokenizer: Any, *, max_model_len: int) -> EngineRequests:
     """Tokenizes a request. Its seed, if it has none, is drawn.
 
     Args:
@@ -59,7 +59,7 @@ def make_job(request: ApiRequest, tokenizer: Any, *, max_model_len: int) -> Job:
             code="context_length_exceeded",
         )
     seed = secrets.randbits(63) if request.seed is None else request.seed
-    return Job(tuple(prompts), tuple(request.params(new_tokens, seed)))
+    return EngineRequests(tuple(prompts), tuple(request.params(new_tokens, seed)))
 
 
 def _ids(prompts: list[str] | list[list[int]], tokenizer: Any) -> list[list[int]]:
