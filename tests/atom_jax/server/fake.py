@@ -11,6 +11,7 @@ from typing import Any
 
 from atom_jax.engine import Engine, EngineStats, Output, RequestParams, TokenLogprobs
 from atom_jax.errors import AtomError
+from atom_jax.progress import Progress
 from atom_jax.server.app import Service
 from atom_jax.server.config import ServerConfig
 from atom_jax.server.run import DrainingServer, bind
@@ -42,7 +43,7 @@ class FakeEngine(Engine):
         self.steps = self.aborted = self.generated = self.prompt_tokens = 0
         self.threads: set[int] = set()
 
-    def warm_up(self, report: Any = None) -> None:
+    def warm_up(self, progress: Progress | None = None) -> None:
         """There is nothing to compile."""
 
     def add(self, request_id: str, prompt: Sequence[int], params: RequestParams) -> None:
