@@ -1,24 +1,26 @@
-"""What went wrong with a request, in the form of OpenAI's API."""
+"""Errors of a request, in the form of OpenAI's API."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-# What pydantic adds to the place of an error to tell the types of a union apart.
+from pydantic_core import ErrorDetails
+
+# To the location of an error pydantic adds entries that tell the types of a union apart, such as "str" or
+# "list[constrained-int]". They name no field of the request.
 _TYPE_OF_UNION = re.compile(r"(str|bool|int|float)$|.*[\[(-]")
 
 
 class ApiError(Exception):
-    """An answer other than 2xx.
+    """An error that is the response to a request.
 
     Attributes:
-      status: of HTTP.
-      message: one line that names the culprit.
-      param: the field of the request, if it is one.
-      code: for programs, as OpenAI names it.
-      headers: of the answer.
+      status: HTTP status code.
+      message: one line that names what is wrong.
+      param: the field of the request that is wrong, if it is one.
+      code: OpenAI's name of the error, for programs.
+      headers: HTTP headers of the response.
     """
 
     def __init__(
@@ -35,21 +37,26 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     @property
-    def body(self) -> dict[str, Any]:
-        """The JSON object of the answer."""
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The JSON object of the response."""
         kind = {429: "rate_limit_error"}.get(self.status)
         kind = kind or ("invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def invalid_request(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The error that says most of those that pydantic found: the one deepest in the request."""
+def invalid_request(errors: Sequence[ErrorDetails]) -> ApiError:
+    """The error to answer with when pydantic has found ``errors`` in a request.
+
+    For a value that fits no type of a union, pydantic reports an error for each type. The error at the
+    deepest location belongs to the type that fits best, and says the most.
+    """
     error = max(errors, key=lambda each: len(each["loc"]))
+    context = error.get("ctx", {})
     if error["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {error['ctx']['error']}")
-    places = [str(place) for place in error["loc"] if place != "body"]
-    places = [place for place in places if not _TYPE_OF_UNION.match(place)]
-    param = error.get("ctx", {}).get("field") or ".".join(places) or None
+        return ApiError(400, f"the body is not JSON: {context['error']}")
+    location = [str(entry) for entry in error["loc"] if entry != "body"]
+    location = [entry for entry in location if not _TYPE_OF_UNION.match(entry)]
+    param = context.get("field") or ".".join(location) or None
     message = error["msg"][:1].lower() + error["msg"][1:]
     if param is None:
         return ApiError(400, f"the body must be a JSON object (application/json): {message}")

@@ -1,6 +1,7 @@
 """Requests as they are read: what is honoured, refused, ignored, and what becomes of it in the engine."""
 
 import copy
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -25,7 +26,8 @@ def chat(**changes):
 def refused(read, **changes):
     with pytest.raises(ValidationError) as caught:
         read(**changes)
-    return invalid_request(caught.value.errors()).body["error"]
+    error: Any = invalid_request(caught.value.errors()).body["error"]
+    return error
 
 
 @pytest.mark.parametrize(

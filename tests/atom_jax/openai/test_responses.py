@@ -26,7 +26,8 @@ def whole():
         for count, token in enumerate(ids, 1):
             logprobs = (TokenLogprobs(token, -1.0, ((ids[0], -0.5),)),)
             response.add(0, Output("", (token,), "", logprobs, None, 1, count, 0))
-        (choice,) = response.whole()["choices"]
+        choices: Any = response.whole()["choices"]
+        (choice,) = choices
         return choice["logprobs"]
 
     return answer
