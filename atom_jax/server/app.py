@@ -1,4 +1,4 @@
-"""The routes."""
+"""The HTTP routes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -28,9 +28,14 @@ from atom_jax.server.engine_thread import EngineThread, Latency, OutputStream, S
 from atom_jax.server.guard import error_response, guard
 from atom_jax.server.metrics import Metrics
 
-PAGE = Path(__file__).parent / "static" / "index.html"
-# The page asks nobody but this server for anything.
-_PAGE_HEADERS = {
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_Error = TypeVar("_Error", bound=Exception)
+
+WEB_PAGE = Path(__file__).parent / "static" / "index.html"
+# The page may load nothing from other servers.
+_WEB_PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
     "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 }
@@ -39,14 +44,21 @@ _PAGE_HEADERS = {
 class Service:
     """What the routes share.
 
+    Args:
+      config: limits and names of the server.
+      engine: from now on only the engine's thread uses it.
+      tokenizer: of the engine's model.
+
     Attributes:
-      engine: the thread that answers.
+      engine: the thread of the engine.
+      metrics: what ``/metrics`` shows.
       max_model_len: the most tokens of a prompt and its answer together.
-      draining: new work is refused.
+      draining: whether new requests are refused because the server shuts down.
+      created: when the service was made, in seconds since 1970.
       on_failure: called when the engine has failed.
     """
 
-    def __init__(self, config: ServerConfig, engine: Engine, tokenizer: Any) -> None:
+    def __init__(self, config: ServerConfig, engine: Engine, tokenizer: PreTrainedTokenizerFast) -> None:
         self.config, self._tokenizer = config, tokenizer
         self.on_failure: Callable[[], None] = lambda: None
         self.engine = EngineThread(engine, on_progress=self._observe, on_failure=lambda: self.on_failure())
@@ -56,11 +68,14 @@ class Service:
         self.created = int(time.time())
 
     async def submit(self, request: ApiRequest) -> tuple[ApiResponse, OutputStream]:
-        """Starts on a request; the caller closes the second of what it gets.
+        """Gives a request to the engine.
+
+        Returns:
+          The response to fill, and the stream of the engine's outputs, which the caller must close.
 
         Raises:
-          ApiError: it cannot be answered, or not now.
-          AtomError: the engine refuses it.
+          ApiError: the request cannot be answered, or not now.
+          AtomError: the engine refuses the request.
         """
         config = self.config
         if request.model != config.model_name:
@@ -70,20 +85,22 @@ class Service:
         if count > config.max_in_flight:
             message = f"{count} answers are more than this server gives at once, {config.max_in_flight}"
             raise ApiError(400, message, param="n")
-        self._check_queue(count)  # before the work of tokenizing
+        self._check_queue(count)  # a first time, so that a full queue costs no tokenizing
         engine_requests = await asyncio.to_thread(
             make_engine_requests, request, self._tokenizer, max_model_len=self.max_model_len
         )
-        self._check_queue(count)  # others were faster, perhaps
+        self._check_queue(count)  # again: meanwhile other requests may have filled the queue
         output_stream = await self.engine.submit(engine_requests.choices, config.request_timeout)
         return ApiResponse(request, engine_requests, self._tokenizer), output_stream
 
     def _check_queue(self, count: int) -> None:
+        """Raises ApiError if there is no room for ``count`` more answers."""
         if self.engine.in_flight + count > self.config.max_in_flight:
             message = "the queue is full; try again later"
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
 
     def _observe(self, latency: Latency) -> None:
+        """Puts the times of a request into the metrics: after its first token, and when it has ended."""
         metrics = self.metrics
         if latency.first_token is None:
             return
@@ -96,7 +113,7 @@ class Service:
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application; its lifespan is that of the engine's thread."""
+    """The application. The engine's thread starts and stops with it."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -104,7 +121,7 @@ def create_app(service: Service) -> FastAPI:
         yield
         await service.engine.stop()
 
-    # The interactive documentation would load scripts from elsewhere.
+    # No interactive documentation: it would load scripts from other servers.
     app = FastAPI(title="Atom-JAX", lifespan=lifespan, docs_url=None, redoc_url=None)
     paths = set()
 
@@ -120,11 +137,11 @@ def create_app(service: Service) -> FastAPI:
     _add_error_handlers(app)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> dict[str, object]:
         return {"object": "list", "data": [_model(service)]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str) -> dict[str, object]:
         if name != service.config.model_name:
             raise ApiError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
         return _model(service)
@@ -148,13 +165,14 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(PAGE, headers=_PAGE_HEADERS)
+        return FileResponse(WEB_PAGE, headers=_WEB_PAGE_HEADERS)
 
     paths.update(getattr(route, "path", "") for route in app.routes)
     return app
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _model(service: Service) -> dict[str, object]:
+    """The model as the API describes it."""
     config = service.config
     return {
         "id": config.model_name,
@@ -166,6 +184,7 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 async def _respond(service: Service, body: ApiRequest, request: Request) -> Response:
+    """Answers a request of the API; ``request`` is the HTTP request it came with."""
     response, output_stream = await service.submit(body)
     if body.stream:
         return _EventStream(response, output_stream)
@@ -177,7 +196,7 @@ async def _respond(service: Service, body: ApiRequest, request: Request) -> Resp
 
 
 async def _collect(response: ApiResponse, output_stream: OutputStream, request: Request) -> None:
-    """Waits for all of ``output_stream``, or until the client has left."""
+    """Adds all outputs to the response, unless the client closes the connection first."""
 
     async def collect() -> None:
         async for index, output in output_stream:
@@ -194,7 +213,7 @@ async def _collect(response: ApiResponse, output_stream: OutputStream, request: 
         for task in tasks:
             task.cancel()
     if not tasks[0].done():
-        raise ApiError(499, "the client has left")  # for the metrics: nobody reads it
+        raise ApiError(499, "the client has left")  # nobody reads it, but the metrics count it
     try:
         tasks[0].result()
     except (TimeoutError, Stopped) as error:
@@ -231,7 +250,7 @@ async def _events(response: ApiResponse, output_stream: OutputStream) -> AsyncIt
     yield "data: [DONE]\n\n"
 
 
-def _event(data: dict[str, Any]) -> str:
+def _event(data: Mapping[str, object]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
@@ -240,10 +259,11 @@ def _unanswered(error: TimeoutError | Stopped) -> ApiError:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    """Every answer that is no success has OpenAI's form."""
+    """Makes every error a response in OpenAI's form."""
 
-    def handle(kind: type[Exception], convert: Callable[[Any], ApiError]) -> None:
+    def handle(kind: type[_Error], convert: Callable[[_Error], ApiError]) -> None:
         async def handler(_: Request, error: Exception) -> Response:
+            assert isinstance(error, kind)
             return error_response(convert(error))
 
         app.add_exception_handler(kind, handler)
