@@ -66,7 +66,7 @@ class _Running:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Line:
+class _BatchLine:
     """A line of the file of requests."""
 
     custom_id: str
@@ -136,7 +136,7 @@ def run_batch(
 
 
 def _results(
-    engine: Engine, tokenizer: PreTrainedTokenizerFast, lines: Iterator[_Line], ahead: int
+    engine: Engine, tokenizer: PreTrainedTokenizerFast, lines: Iterator[_BatchLine], ahead: int
 ) -> Iterator[_Result]:
     """The results of ``lines``, in the order in which they are complete."""
     running: dict[str, tuple[_Running, int]] = {}
@@ -158,7 +158,7 @@ def _results(
 
 
 def _add_to_engine(
-    engine: Engine, tokenizer: PreTrainedTokenizerFast, line: _Line
+    engine: Engine, tokenizer: PreTrainedTokenizerFast, line: _BatchLine
 ) -> dict[str, tuple[_Running, int]]:
     """Gives the request in a line to the engine.
 
@@ -212,7 +212,7 @@ def check_requests(path: Path, model_name: str) -> set[str]:
     return {line.custom_id for line in _read_requests(path, model_name)}
 
 
-def _read_requests(path: Path, model_name: str) -> Iterator[_Line]:
+def _read_requests(path: Path, model_name: str) -> Iterator[_BatchLine]:
     """The lines of a file of requests; raises as ``check_requests``."""
     seen: set[str] = set()
     with path.open("rb") as file:
@@ -234,7 +234,7 @@ def _read_requests(path: Path, model_name: str) -> Iterator[_Line]:
             if isinstance(model, str) and model != model_name:
                 raise AtomError(f"{where} is for model {model!r}; give --model-name to call this model so")
             seen.add(custom_id)
-            yield _Line(custom_id, url, body)
+            yield _BatchLine(custom_id, url, body)
 
 
 def _is_unicode(text: str) -> bool:

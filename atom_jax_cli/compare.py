@@ -70,7 +70,7 @@ def compare(
     if json_output:
         print_json(_as_json(result))
         return
-    stdout.print(_summary(result))
+    stdout.print(_summary_table(result))
     if result.layer_snr_db is not None:
         stdout.print(_layers(result.layer_snr_db))
     note(f"{result.tokens} tokens scored in {result.seconds:.1f} s")
@@ -85,7 +85,7 @@ def _as_json(result: Fidelity) -> dict[str, object]:
     return data
 
 
-def _summary(result: Fidelity) -> Table:
+def _summary_table(result: Fidelity) -> Table:
     table = Table("", show_header=False)
     table.add_column(justify="right")
     table.add_row("perplexity of A", f"{result.perplexity_a:.4f}")

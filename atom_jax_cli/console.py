@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from typer.core import TyperCommand
 
 from atom_jax.errors import AtomError
+from atom_jax.progress import StageProgress
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -26,9 +27,6 @@ EXIT_INTERRUPTED = 130
 LOG_SECONDS = 10.0
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-
-# (stage, done, total); stages come one after the other.
-Report = Callable[[str, int, int], None]
 
 stderr = Console(stderr=True)
 stdout = Console()
@@ -121,7 +119,7 @@ def note(message: str) -> None:
 
 
 @contextlib.contextmanager
-def progress_bars() -> Iterator[Report]:
+def progress_bars() -> Iterator[StageProgress]:
     """Draws one bar a stage on stderr while the block runs.
 
     In a log, a line when a stage is done, and some lines about one that takes longer.

@@ -194,7 +194,7 @@ def convert(
     auto_outliers = num_outliers == "auto"
     changes = _given(
         group_size=group_size,
-        num_outliers=None if num_outliers is None or auto_outliers else _number(num_outliers),
+        num_outliers=None if num_outliers is None or auto_outliers else _outliers_option(num_outliers),
         clip_w=clip_w,
         clip_a=clip_a,
         gptq=gptq,
@@ -249,7 +249,7 @@ def convert(
         note(f"{out}: {scheme} checkpoint, {format_bytes(size)}; details: atom-jax inspect {out}")
 
 
-def _number(outliers: str) -> int:
+def _outliers_option(outliers: str) -> int:
     try:
         return int(outliers)
     except ValueError:

@@ -86,7 +86,7 @@ def generate(
             stdout.rule(f"{number}", style="dim")
             stdout.print(result["prompt"], markup=False, highlight=False, soft_wrap=True, style="dim")
             stdout.print(result["text"], markup=False, highlight=False, soft_wrap=True)
-    note(describe(timing))
+    note(describe_timing(timing))
 
 
 def _prompts(given: list[str], file: Path | None) -> list[str]:
@@ -237,7 +237,7 @@ def _timing(ids: list[list[int]], tokens: list[list[int]], seconds: float) -> di
     }
 
 
-def describe(timing: dict[str, Any]) -> str:
+def describe_timing(timing: dict[str, Any]) -> str:
     """The timing as a line for humans."""
     line = f"{timing['new_tokens']} tokens in {timing['seconds']:.1f} s with compilation"
     if steady := timing.get("decode_tokens_per_second"):

@@ -10,7 +10,6 @@ recipe changed is measured again. After any other change of the program remove F
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from typing import Annotated, Any
 import typer
 
 from bench import record
+from bench.markdown import table_row, with_table
+from bench.record import DOCS
 from convert.ablation.plot import PLOT_FILE
 from convert.ablation.results import table
 from convert.demo.smollm2 import cache_folder, smollm2_gguf
@@ -28,9 +29,7 @@ SETTINGS = (
     *("--group-size", "64", "--num-outliers", "64"),
     *("--calib-tokens", "4096", "--eval-tokens", "2048"),  # half of the defaults: a quarter of an hour
 )
-DOCS = record.RESULTS.parents[1] / "docs"
-PAGE = "accuracy.md"
-_TABLE = re.compile(r"(<!-- table of bench\.ablation -->\n).*?(<!-- end of table -->\n)", re.DOTALL)
+PAGE_NAME = "accuracy.md"
 
 
 def markdown(environment: dict[str, Any], report: dict[str, Any]) -> str:
@@ -43,22 +42,11 @@ def markdown(environment: dict[str, Any], report: dict[str, Any]) -> str:
         f"SmolLM2-135M-Instruct; {texts}; calibrated on {windows * length:,} tokens ({calibration['kind']}). "
         f"{environment['cpu']}, jax {environment['versions']['jax']}, commit {environment['commit']}.",
         "",
-        _line(heading),
-        _line(["---", *["---:"] * (len(heading) - 1)]),
-        *map(_line, rows),
+        table_row(*heading),
+        table_row("---", *["---:"] * (len(heading) - 1)),
+        *(table_row(*row) for row in rows),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def with_table(page: str, text: str) -> str:
-    """``page`` with ``text`` in the place of its table."""
-    if _TABLE.search(page) is None:
-        raise ValueError(f"{PAGE} has no place for the table")
-    return _TABLE.sub(lambda found: f"{found[1]}{text}{found[2]}", page)
 
 
 def main(
@@ -72,9 +60,10 @@ def main(
     run = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, text=True, check=True)
     report = json.loads(run.stdout)
     print(f"written to {record.save('ablation', environment, report)}")
-    page = docs / PAGE
+    page = docs / PAGE_NAME
     page.write_text(
-        with_table(page.read_text(encoding="utf-8"), markdown(environment, report)), encoding="utf-8"
+        with_table(page.read_text(encoding="utf-8"), "ablation", markdown(environment, report)),
+        encoding="utf-8",
     )
     if (folder / PLOT_FILE).exists():
         shutil.copyfile(folder / PLOT_FILE, docs / PLOT_FILE)

@@ -15,7 +15,7 @@ from typing import Any
 from bench import record
 
 
-def run(folder: str) -> tuple[dict[str, Any], float]:
+def run_demo(folder: str) -> tuple[dict[str, Any], float]:
     """What the demo found in ``folder``, and the seconds of the whole command."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "atom_jax", "demo", "--json", "--dir", folder]
@@ -26,8 +26,8 @@ def run(folder: str) -> tuple[dict[str, Any], float]:
 def main() -> None:
     environment = record.environment()
     with tempfile.TemporaryDirectory(prefix="atom-jax-demo-") as folder:
-        results, first = run(folder)
-        again, second = run(folder)
+        results, first = run_demo(folder)
+        again, second = run_demo(folder)
     assert again["variants"] == results["variants"], "the second run converted or measured again"
     results |= {"seconds": first, "seconds_of_second_run": second}
     print(json.dumps(results, indent=2))

@@ -24,7 +24,7 @@ from atom_jax.engine import Engine, EngineConfig, RequestParams
 from bench.record import environment, save
 
 SIZES = EngineConfig(max_num_seqs=32, max_model_len=1024)
-BATCH = 32
+DECODE_BATCH = 32
 STEPS = 16
 CONCURRENT = 16
 ONE_BY_ONE = 4
@@ -43,15 +43,15 @@ def params(new_tokens: int) -> RequestParams:
 
 
 def decode_steps(engine: Engine) -> dict[str, float]:
-    """Milliseconds of a decode step of BATCH sequences: all of it, and what the host does.
+    """Milliseconds of a decode step of DECODE_BATCH sequences: all of it, and what the host does.
 
     ``unhidden`` is what the engine itself counts: host work while the device had none. ``host_cpu`` is all
     that the engine's thread computes, which the device does not wait for but shares two cores with.
     """
-    for number, prompt in enumerate(random_prompts(BATCH, PROMPT_TOKENS)):
+    for number, prompt in enumerate(random_prompts(DECODE_BATCH, PROMPT_TOKENS)):
         engine.add(str(number), prompt, params(NEW_TOKENS))
     started: set[str] = set()
-    while len(started) < BATCH:
+    while len(started) < DECODE_BATCH:
         started |= {output.request_id for output in engine.step()}
     engine.step()  # the first that decodes all and prefills nothing is on its way
     unhidden, wall, cpu = engine.stats().host_seconds, time.perf_counter(), time.thread_time()
@@ -62,9 +62,9 @@ def decode_steps(engine: Engine) -> dict[str, float]:
         "unhidden": engine.stats().host_seconds - unhidden,
         "host_cpu": time.thread_time() - cpu,
     }
-    if engine.stats().running != BATCH:
+    if engine.stats().running != DECODE_BATCH:
         raise SystemExit("a sequence ended while steps were timed")
-    for number in range(BATCH):
+    for number in range(DECODE_BATCH):
         engine.abort(str(number))
     while engine.has_work:
         engine.step()
@@ -120,7 +120,11 @@ def main(checkpoint: Path, rounds: Annotated[int, typer.Option(min=1)] = 3) -> N
     prefix = min(first) / min(again)
     results = [
         row(
-            f"unhidden host time / decode step of {BATCH}", "< 5%", 100 * unhidden, unhidden < 0.05, ms=steps
+            f"unhidden host time / decode step of {DECODE_BATCH}",
+            "< 5%",
+            100 * unhidden,
+            unhidden < 0.05,
+            ms=steps,
         ),
         row(
             f"throughput, {CONCURRENT} requests at once / one by one",

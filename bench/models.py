@@ -38,4 +38,4 @@ def llama_2_7b(quantization: QuantConfig | None = None) -> ModelConfig:
     )
 
 
-SHAPES = {"llama-2-7b": llama_2_7b, "llama-3-8b": llama_3_8b}
+KNOWN_MODELS = {"llama-2-7b": llama_2_7b, "llama-3-8b": llama_3_8b}

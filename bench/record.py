@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -12,22 +11,17 @@ from typing import Any
 
 import jax
 
+from atom_jax.doctor import package_version
 from pallas_kernels.tuning.winners import gpu_name
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
+DOCS = RESULTS.parents[1] / "docs"
+_RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
 
 
 def gpu_results(device_kind: str) -> Path:
     """The folder of what was measured on a GPU, e.g. bench/results/h100 for "NVIDIA H100 80GB HBM3"."""
     return RESULTS / gpu_name(device_kind)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_name() -> str:
@@ -68,7 +62,7 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in _PACKAGES},
+        "versions": {package: package_version(package) for package in _RECORDED_PACKAGES},
         "commit": _commit(),
     }
 

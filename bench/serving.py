@@ -34,8 +34,8 @@ from atom_jax.engine import Engine, EngineConfig, RequestParams
 from atom_jax.engine.runner import page_bytes
 from bench import record
 from bench.gpu.random_model import random_params
-from bench.models import SHAPES
-from bench.workload import Load, Request, sharegpt, synthetic
+from bench.models import KNOWN_MODELS
+from bench.workload import BenchRequest, Load, sharegpt, synthetic
 
 OUT = record.RESULTS / "serving.json"
 RANDOM_SCHEMES = ("bf16", "w4a4kv4")
@@ -67,7 +67,7 @@ def weight_bytes(config: ModelConfig, dtype: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def drive(engine: Engine, requests: Sequence[Request], load: Load, arrivals: np.ndarray) -> Result:
+def drive(engine: Engine, requests: Sequence[BenchRequest], load: Load, arrivals: np.ndarray) -> Result:
     """Answers all of ``requests``; latencies in seconds, throughput in tokens per second."""
     before = engine.stats()
     waiting = collections.deque(range(len(requests)))
@@ -103,10 +103,12 @@ def drive(engine: Engine, requests: Sequence[Request], load: Load, arrivals: np.
             each.first = each.first or now
             each.last = now
             finished += output.finish_reason is not None
-    return _summary(requests, times, elapsed()) | _differences(engine, before, running)
+    return _latency_and_throughput(requests, times, elapsed()) | _differences(engine, before, running)
 
 
-def _summary(requests: Sequence[Request], times: dict[str, _Times], seconds: float) -> Result:
+def _latency_and_throughput(
+    requests: Sequence[BenchRequest], times: dict[str, _Times], seconds: float
+) -> Result:
     first = [each.first - each.arrived for each in times.values()]
     per_token = [
         (each.last - each.first) / (requests[int(index)].new_tokens - 1)
@@ -145,7 +147,7 @@ def random_model(shape: str, scheme: str) -> Model:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    config = SHAPES[shape](preset(scheme))
+    config = KNOWN_MODELS[shape](preset(scheme))
     vocabulary = {str(token): token for token in range(config.vocab_size)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="0"))
     params = jax.block_until_ready(random_params(config, jax.random.key(0, impl="rbg")))
@@ -154,8 +156,8 @@ def random_model(shape: str, scheme: str) -> Model:
     return model
 
 
-def measure(
-    model: Model, loads: Sequence[Load], requests: Sequence[Request], settings: EngineConfig
+def measure_loads(
+    model: Model, loads: Sequence[Load], requests: Sequence[BenchRequest], settings: EngineConfig
 ) -> Iterator[Result]:
     """A result for each load. Everything is compiled before the first."""
     engine = Engine(model, settings)
@@ -190,15 +192,16 @@ def _models(
         raise SystemExit("give either converted checkpoints or --shape")
     if not shape:
         return [(read_config(path), functools.partial(atom_jax.load, path)) for path in checkpoints]
-    if shape not in SHAPES:
-        raise SystemExit(f"unknown shape {shape!r}; there are {', '.join(SHAPES)}")
+    if shape not in KNOWN_MODELS:
+        raise SystemExit(f"unknown shape {shape!r}; there are {', '.join(KNOWN_MODELS)}")
     wanted = schemes.split(",")
     if unknown := set(wanted) - set(RANDOM_SCHEMES):
         raise SystemExit(
             f"no random weights for {', '.join(sorted(unknown))}; only {', '.join(RANDOM_SCHEMES)}"
         )
     return [
-        (SHAPES[shape](preset(scheme)), functools.partial(random_model, shape, scheme)) for scheme in wanted
+        (KNOWN_MODELS[shape](preset(scheme)), functools.partial(random_model, shape, scheme))
+        for scheme in wanted
     ]
 
 
@@ -248,7 +251,7 @@ def main(
         else:
             encode = lambda text: model.tokenizer(text).input_ids  # noqa: B023, E731
             work = sharegpt(dataset, requests, max_total=max_total, encode=encode, rng=rng)
-        for row in measure(model, loads, work, settings):
+        for row in measure_loads(model, loads, work, settings):
             rows.append(row)
             print(line(row), flush=True)
             record.write_json(out, {"environment": where, "settings": asked, "results": rows})

@@ -37,14 +37,22 @@ from atom_jax.config import ModelConfig
 from atom_jax.engine.runner import page_bytes
 from bench import record
 from bench.serving import weight_bytes
-from bench.soak_clients import MAX_BODY_KB, MAX_MODEL_LEN, MODEL, Case, answer_length, soak
+from bench.soak_clients import MAX_BODY_KB, MAX_MODEL_LEN, MODEL_NAME, SoakCase, answer_length, soak
 
-PAGE_SIZE = 4
+SMALL_PAGE_SIZE = 4
 # Of the engine, in the server and in the batch command. Answers grow by many small pages, which run out; the
 # deterministic engine always computes whole decode steps and chunks, so both are small.
 OPTIONS = (
-    *("--model-name", MODEL, "--deterministic", "--max-num-seqs", "8", "--max-model-len", str(MAX_MODEL_LEN)),
-    *("--page-size", str(PAGE_SIZE), "--token-budget", "72"),
+    *(
+        "--model-name",
+        MODEL_NAME,
+        "--deterministic",
+        "--max-num-seqs",
+        "8",
+        "--max-model-len",
+        str(MAX_MODEL_LEN),
+    ),
+    *("--page-size", str(SMALL_PAGE_SIZE), "--token-budget", "72"),
 )
 
 
@@ -72,7 +80,7 @@ def server(checkpoint: Path, *options: str) -> Iterator[tuple[str, subprocess.Po
 
 def killed_batch(
     command: Sequence[str | Path],
-    cases: Sequence[Case],
+    cases: Sequence[SoakCase],
     *,
     folder: Path,
     requests: int,
@@ -91,7 +99,7 @@ def killed_batch(
     source, results = folder / "in.jsonl", folder / "out.jsonl"
     with source.open("w") as file:
         for number, (case, tokens) in enumerate(asked):
-            body = {"model": MODEL, "prompt": case.prompt, "max_tokens": tokens, "temperature": 0}
+            body = {"model": MODEL_NAME, "prompt": case.prompt, "max_tokens": tokens, "temperature": 0}
             record = {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(record) + "\n")
 
@@ -133,7 +141,7 @@ def killed_batch(
 def memory_gb(config: ModelConfig, pages: int) -> float:
     """What --memory-gb must say for so many cache pages; half a page more, lest rounding takes one."""
     dtype = default_dtype()
-    return (weight_bytes(config, dtype) + (pages + 0.5) * page_bytes(config, PAGE_SIZE, dtype)) / 1e9
+    return (weight_bytes(config, dtype) + (pages + 0.5) * page_bytes(config, SMALL_PAGE_SIZE, dtype)) / 1e9
 
 
 def resident_bytes(pid: int) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 # Of the server that they expect.
-MODEL = "soak"
+MODEL_NAME = "soak"
 MAX_MODEL_LEN = 256
 MAX_BODY_KB = 64
 
@@ -23,7 +23,7 @@ _WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "12", "red", "bir
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class SoakCase:
     """A prompt and what the server answers to it alone."""
 
     prompt: str
@@ -44,14 +44,14 @@ class Client:
     """Sends requests to one server and notes what was wrong with the answers."""
 
     http: httpx.AsyncClient
-    cases: list[Case]
+    cases: list[SoakCase]
     rng: random.Random
     wrong: list[str] = dataclasses.field(default_factory=list)
 
-    def _body(self, **changes: Any) -> tuple[Case, dict[str, Any]]:
+    def _body(self, **changes: Any) -> tuple[SoakCase, dict[str, Any]]:
         case = self.rng.choice(self.cases)
         count = answer_length(self.rng, case.max_tokens)
-        body = {"model": MODEL, "prompt": case.prompt, "max_tokens": count, "temperature": 0}
+        body = {"model": MODEL_NAME, "prompt": case.prompt, "max_tokens": count, "temperature": 0}
         return case, body | changes
 
     async def _post(self, **options: Any) -> httpx.Response:
@@ -61,7 +61,7 @@ class Client:
         if response.status_code != status or "message" not in response.json().get("error", {}):
             self.wrong.append(f"{status} expected, found {response.status_code} {response.text[:200]}")
 
-    def _check(self, case: Case, body: dict[str, Any], text: str, tokens: int) -> None:
+    def _check(self, case: SoakCase, body: dict[str, Any], text: str, tokens: int) -> None:
         if not case.holds(text, tokens, body["max_tokens"]):
             self.wrong.append(f"{body}: {text!r} ({tokens} tokens), alone {case.text!r} ({case.tokens})")
 
@@ -171,15 +171,15 @@ def answer_length(rng: random.Random, longest: int) -> int:
 
 async def ask_alone(
     http: httpx.AsyncClient, rng: random.Random, count: int, max_words: int, max_tokens: int
-) -> list[Case]:
+) -> list[SoakCase]:
     """``count`` prompts of different lengths, each asked while nothing else runs."""
     cases = []
     for number in range(count):
         prompt = f"{number} " + " ".join(rng.choices(_WORDS, k=rng.randint(1, max_words)))
-        body = {"model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         response = (await http.post("/v1/completions", json=body)).raise_for_status().json()
         tokens = response["usage"]["completion_tokens"]
-        cases.append(Case(prompt, response["choices"][0]["text"], tokens, max_tokens))
+        cases.append(SoakCase(prompt, response["choices"][0]["text"], tokens, max_tokens))
     return cases
 
 
@@ -193,11 +193,11 @@ async def soak(
     max_tokens: int = 24,
     seed: int = 0,
     sample: Callable[[int], None] = lambda done: None,
-) -> tuple[dict[str, Any], list[Case]]:
+) -> tuple[dict[str, Any], list[SoakCase]]:
     """Runs the mixture against a server, and waits until it is idle again.
 
     Args:
-      url: of a server whose model is called ``MODEL``, with the limits of this module.
+      url: of a server whose model is called ``MODEL_NAME``, with the limits of this module.
       prompts: how many different ones.
       max_words: of a prompt.
       max_tokens: of an answer.

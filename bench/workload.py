@@ -15,7 +15,7 @@ _MEDIAN, _SIGMA, _SHIFT = 18.0, 0.8, -1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class BenchRequest:
     """One request of a benchmark.
 
     Attributes:
@@ -49,20 +49,20 @@ class Load:
         return f"{self.rate:g} requests/s" if self.rate is not None else f"{self.clients} clients"
 
 
-def synthetic(count: int, *, max_total: int, vocab_size: int, rng: np.random.Generator) -> list[Request]:
+def synthetic(count: int, *, max_total: int, vocab_size: int, rng: np.random.Generator) -> list[BenchRequest]:
     """Requests with log-normal prompt lengths and totals that are uniform up to ``max_total``."""
     lengths = np.rint(rng.lognormal(np.log(_MEDIAN), _SIGMA, count) + _SHIFT)
     lengths = np.clip(lengths, 1, max_total - 1).astype(int)
     totals = rng.integers(lengths + 1, max_total + 1)
     return [
-        Request(tuple(rng.integers(0, vocab_size, length).tolist()), int(total - length))
+        BenchRequest(tuple(rng.integers(0, vocab_size, length).tolist()), int(total - length))
         for length, total in zip(lengths, totals, strict=True)
     ]
 
 
 def sharegpt(
     path: Path, count: int, *, max_total: int, encode: Callable[[str], list[int]], rng: np.random.Generator
-) -> list[Request]:
+) -> list[BenchRequest]:
     """Questions and the lengths of their answers from conversations in ShareGPT's format.
 
     Each conversation that begins with a turn of a human and one of the model is one request; those that do
@@ -75,7 +75,7 @@ def sharegpt(
             continue
         prompt, answer = map(encode, pair)
         if prompt and answer and len(prompt) + len(answer) <= max_total:
-            found.append(Request(tuple(prompt), len(answer)))
+            found.append(BenchRequest(tuple(prompt), len(answer)))
     if not found:
         raise SystemExit(f"{path}: no conversation of at most {max_total} tokens")
     chosen = rng.choice(len(found), count, replace=count > len(found))

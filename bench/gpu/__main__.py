@@ -76,7 +76,7 @@ def _tests(results: Path, number: int) -> Part:
     return Part((*pytest.split(), *options), out, 195, 60, "--cuda-seconds", "--cuda-resume")
 
 
-def environment() -> dict[str, str]:
+def process_environment() -> dict[str, str]:
     """Of every part: this repository importable, memory for torch beside JAX, kernels without a verdict.
 
     The tests are a check of their own, and what is timed must be the kernels.
@@ -90,7 +90,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def gpu_results() -> Path:
+def results_of_this_gpu() -> Path:
     """The folder for the results of the CUDA GPU that JAX uses.
 
     Raises:
@@ -101,7 +101,7 @@ def gpu_results() -> Path:
         "print(jax.__version__, jax.default_backend(), record.gpu_results(kind), kind)"
     )
     run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=False
+        [sys.executable, "-c", script], capture_output=True, text=True, env=process_environment(), check=False
     )
     if run.returncode != 0:
         raise LookupError((run.stderr.strip().splitlines() or ["python failed"])[-1])
@@ -132,7 +132,7 @@ def run_part(part: Part) -> str | None:
 
 def watch(command: Sequence[str], part: Part, deadline: float) -> int | str:
     """Exit status of ``command``, or why it was ended."""
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=process_environment(), start_new_session=True)
     started = time.time()
     try:
         while (status := process.poll()) is None:
@@ -183,7 +183,7 @@ def main(
 ) -> None:
     """Runs the parts and says how each ended."""
     try:
-        results = gpu_results()
+        results = results_of_this_gpu()
     except LookupError as reason:
         print(f"make gpu needs a CUDA GPU: {reason}", file=sys.stderr)
         raise typer.Exit(_NO_GPU) from None

@@ -27,7 +27,7 @@ class Ceilings:
     bf16_ops_per_second: float
 
 
-def measure(clock: Clock, *, smoke: bool = False) -> Ceilings:
+def measure_ceilings(clock: Clock, *, smoke: bool = False) -> Ceilings:
     """Measures both by the wall clock, long enough that launching costs nothing."""
     size = _COPIED_BYTES >> 12 if smoke else _COPIED_BYTES
     x = jnp.zeros((size // 4,), jnp.int32)

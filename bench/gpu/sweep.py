@@ -21,7 +21,7 @@ def configs(case: Case) -> list[Any]:
     return dispatch.configs(case.op, IMPLEMENTATION, case.call)
 
 
-def measure(case: Case, config: Any, clock: Clock, sets: list[Any]) -> dict[str, Any]:
+def measure_config(case: Case, config: Any, clock: Clock, sets: list[Any]) -> dict[str, Any]:
     """Seconds of a call of ``case`` with ``config``, or the error."""
     tried: dict[str, Any] = {"config": dataclasses.asdict(config)}
     feedback = case.donated[0] if case.donated else None
@@ -54,7 +54,7 @@ def sweep_cases(selected: Sequence[Case], clock: Clock, budget: float, out: Path
         for config in found:
             if time.monotonic() > deadline:
                 break
-            tried.append(measure(case, config, clock, sets))
+            tried.append(measure_config(case, config, clock, sets))
         timed = [entry for entry in tried if "seconds" in entry]
         if timed:
             shape = dispatch.describe(case.op, case.call)

@@ -56,10 +56,10 @@ def has_target(op: str, model: str, shape: str) -> bool:
 
 def check(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """One entry for each target and each of its rows; "met" is None where nothing could be measured."""
-    return [_check(target, row) for target in TARGETS for row in rows if target.applies(row)]
+    return [_check_target(target, row) for target in TARGETS for row in rows if target.applies(row)]
 
 
-def _check(target: Target, row: Row) -> dict[str, Any]:
+def _check_target(target: Target, row: Row) -> dict[str, Any]:
     seconds = row.get("seconds")
     timed = {name: peer["seconds"] for name, peer in row.get("peers", {}).items() if "seconds" in peer}
     fastest = min((timed[name] for name in target.peers if name in timed), default=None)
