@@ -34,7 +34,14 @@ class GenerateOutput(NamedTuple):
 
 
 class BatchSettings(NamedTuple):
-    """What a batch of prompts asks for, as arrays, so that no value of it recompiles anything."""
+    """How a batch of prompts is to be continued, as arrays: other values need no new compilation.
+
+    Attributes:
+      lengths: tokens of each prompt.
+      keys: a random key for each prompt.
+      temperature, top_k, top_p: as in ``SamplingParams``, for each prompt.
+      stop_ids: tokens that end an answer, -1 for unused places.
+    """
 
     lengths: Int32[Array, " batch"]
     keys: Key[Array, " batch"]
@@ -154,7 +161,7 @@ def _prepare(
     sampling: SamplingParams,
     stop_ids: Sequence[int],
 ) -> tuple[Int32[Array, "batch bucket"], BatchSettings]:
-    """Validates a request and pads it to its bucket."""
+    """Checks the arguments of ``generate`` and pads the prompts to their bucket."""
     ids, counts = np.asarray(tokens), np.asarray(lengths)
     _check_prompts(ids, counts, config, max_new_tokens)
     stops = sorted({*config.eos_token_ids, *stop_ids})

@@ -53,7 +53,7 @@ def batch(
     from atom_jax.batch import check_requests, run_batch
 
     name = served_name(checkpoint, model_name)
-    check_requests(requests, name)  # before the minutes of loading and compiling
+    check_requests(requests, name)  # loading and compiling take minutes: find errors before
     model, engine = load_engine(
         checkpoint,
         memory_gb=memory_gb,

@@ -77,7 +77,7 @@ def compare(
 
 
 def _as_json(result: Fidelity) -> dict[str, object]:
-    """The result without what JSON lacks: an infinite ratio is null."""
+    """The result as JSON, which has no infinity: an infinite ratio becomes null."""
     data = dataclasses.asdict(result)
     del data["no_snr"]
     if result.layer_snr_db is not None:

@@ -1,4 +1,4 @@
-"""``atom-jax demo``: a real model from PyPI, converted, measured and made to talk."""
+"""``atom-jax demo``: converts a real model from PyPI, measures it and asks it a question."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``atom-jax doctor``: does it work here?"""
+"""``atom-jax doctor``: whether Atom-JAX works on this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def doctor(
 
     Ends with status 1 if a kernel fails or cannot be checked, or JAX does not use the GPU that is there.
     """
-    # The memory is for the processes that check; to be said before JAX is imported.
+    # The child processes that check the kernels need the GPU's memory. JAX reads this when it is imported.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from atom_jax.doctor import examine
     from pallas_kernels.verification.verify import Limits

@@ -1,10 +1,10 @@
-"""The ablation of SmolLM2, for docs/accuracy.md: runs ``atom-jax ablate`` and saves what it finds.
+"""Makes the ablation of SmolLM2 for docs/accuracy.md: runs ``atom-jax ablate`` and saves the results.
 
     python -m bench.ablation [--dir FOLDER]
 
 Writes bench/results/ablation.json, the table in docs/accuracy.md and, with matplotlib (``pip install
-.[bench]``), docs/ablation.png. FOLDER keeps the finished steps: an interrupted run goes on, and a step whose
-recipe changed is measured again. After any other change of the program remove FOLDER.
+.[bench]``), docs/ablation.png. The finished steps are stored in FOLDER, so that an interrupted run goes on;
+a step whose recipe was changed is measured again. After any other change of the program remove FOLDER.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PAGE_NAME = "accuracy.md"
 
 
 def markdown(environment: dict[str, Any], report: dict[str, Any]) -> str:
-    """The table, and what it was measured on."""
+    """The table in Markdown, after a line on texts, machine and versions."""
     heading, rows = table(report)
     job, calibration = report["job"], report["calibration"]
     texts = ", ".join(f"{text['tokens']:,} tokens of *{name}*" for name, text in job["texts"].items())
@@ -53,7 +53,7 @@ def main(
     folder: Annotated[Path | None, typer.Option("--dir", help="Keeps the finished steps.")] = None,
     docs: Annotated[Path, typer.Option(help="Where to write.")] = DOCS,
 ) -> None:
-    """Runs the ablation, as far as it was not done before, and writes its results."""
+    """Runs the steps of the ablation that were not run before, and writes the results."""
     environment = record.environment()
     folder = cache_folder() / "ablation" if folder is None else folder
     command = [sys.executable, "-m", "atom_jax", "ablate", str(smollm2_gguf()), str(folder), *SETTINGS]

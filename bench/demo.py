@@ -1,6 +1,8 @@
-"""The figures of the demo: runs ``atom-jax demo --json`` from the beginning, and once more, and saves them.
+"""Measures the demo: runs ``atom-jax demo --json`` twice, the first time in an empty folder.
 
-python -m bench.demo, which writes bench/results/demo.json.
+    python -m bench.demo
+
+Writes bench/results/demo.json.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from bench import record
 
 
 def run_demo(folder: str) -> tuple[dict[str, Any], float]:
-    """What the demo found in ``folder``, and the seconds of the whole command."""
+    """What the demo with ``folder`` prints, and the seconds that the command took."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "atom_jax", "demo", "--json", "--dir", folder]
     found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)

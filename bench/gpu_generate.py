@@ -3,10 +3,10 @@
     python -m bench.gpu_generate            # one GPU
     python -m bench.gpu_generate --smoke    # two tiny layers with the reference, on any device
 
-Decoding is one jitted loop of 64 greedy steps on sequences that have 1,024 tokens in the cache already; what
-starting it costs is counted, below one percent. Prefill is the last 512-token chunk of a 2,048-token prompt.
-Neither the values in the cache nor the weights change what is computed. XLA's matmuls are cuBLAS's. The JSON
-is complete after every figure.
+Decoding is one jitted loop of 64 greedy steps on sequences that have 1,024 tokens in the cache already. Its
+time includes the start of the loop, which is less than one percent. Prefill is the last 512-token chunk of a
+2,048-token prompt. The time depends neither on the values in the cache nor on those of the weights. XLA's
+matmuls are those of cuBLAS. The JSON file is rewritten after every measurement.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from bench.models import llama_3_8b
 from pallas_kernels import dispatch
 from pallas_kernels.verification.execute import device_lost
 
-# Labels of a figure, and the call that measures it.
+# One measurement: its labels, and the function that makes it.
 Figure = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
 TIMED_SCHEMES = ("w4a4kv4", "bf16")
 _GENERATE_COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
@@ -43,14 +43,14 @@ _GENERATE_COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 @dataclasses.dataclass(frozen=True)
 class BenchSizes:
-    """What is measured.
+    """The sizes that are measured.
 
     Attributes:
       context: tokens in the cache when decoding begins.
-      steps: of the decoding loop.
-      batches: of decoding, most valuable first.
-      prefills: (sequences, chunk, prompt) of prefill.
-      rounds: repetitions, of which the fastest counts.
+      steps: number of steps of the decoding loop.
+      batches: numbers of sequences to decode, the most valuable measurement first.
+      prefills: (sequences, tokens of the chunk, tokens of the prompt) of each measurement of prefill.
+      rounds: number of repetitions, of which the fastest counts.
     """
 
     context: int = 1024
@@ -77,7 +77,7 @@ def tree_bytes(tree: Any) -> int:
 
 
 def decode_loop(config: ModelConfig) -> Callable[..., Any]:
-    """``loop(params, token, cache, first, steps)``: greedy steps from position ``first`` on."""
+    """A function ``loop(params, token, cache, first, steps)``: greedy steps from position ``first`` on."""
 
     def loop(params: Any, token: Any, cache: Any, first: Any, steps: Any) -> Any:
         def body(i: Any, carry: Any) -> Any:
@@ -92,7 +92,7 @@ def decode_loop(config: ModelConfig) -> Callable[..., Any]:
 
 
 def fastest(run: Callable[[], Any], rounds: int) -> float:
-    """Seconds of the fastest of ``rounds`` runs, each waited for."""
+    """Seconds of the fastest of ``rounds`` runs, each until its results are complete."""
     times = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -161,7 +161,7 @@ def measure_prefill(
 
 
 def run(out: Path, budget: float, *, smoke: bool = False) -> bool:
-    """Measures everything that can be begun within ``budget`` seconds; False if anything failed."""
+    """Measures as much as can be begun within ``budget`` seconds; returns False if anything failed."""
     deadline = time.monotonic() + budget
     bench_sizes = SMOKE if smoke else BenchSizes()
     rows: list[dict[str, Any]] = []
@@ -170,7 +170,7 @@ def run(out: Path, budget: float, *, smoke: bool = False) -> bool:
     record.write_json(out, {"environment": environment, "results": result})
     for number, scheme in enumerate(TIMED_SCHEMES):
         config = smoke_config(scheme) if smoke else llama_3_8b(preset(scheme))
-        # The first scheme must leave time for the second: figures are only worth something side by side.
+        # The first scheme must leave time for the second, because only the comparison is of interest.
         end = deadline - (len(TIMED_SCHEMES) - 1 - number) * budget / len(TIMED_SCHEMES)
         started = time.monotonic()
         params = jax.block_until_ready(random_params(config, jax.random.key(0, impl="rbg")))
@@ -190,7 +190,7 @@ def run(out: Path, budget: float, *, smoke: bool = False) -> bool:
             )
             for batch, chunk, prompt in bench_sizes.prefills
         ]
-        # A batch or two of decoding, one prefill, the rest.
+        # Two batches of decoding and one prefill come first, in case the time is over before the rest.
         for what, measure in (*decodes[:2], *prefills[:1], *decodes[2:], *prefills[1:]):
             row: dict[str, Any] = setup | what
             if time.monotonic() > end:
@@ -199,7 +199,7 @@ def run(out: Path, budget: float, *, smoke: bool = False) -> bool:
             try:
                 row |= measure()
                 print(f"{scheme:8s} {what}: {row['tokens_per_second']:.0f} tokens/s", flush=True)
-            except Exception as error:  # e.g. out of memory: the next figure may fit
+            except Exception as error:  # e.g. out of memory: the next measurement may need less
                 row["error"] = describe_error(error)
                 print(f"{scheme:8s} {what}: FAILED {row['error'][:100]}", flush=True)
             rows.append(row)
@@ -216,7 +216,7 @@ def run(out: Path, budget: float, *, smoke: bool = False) -> bool:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many times as many tokens per second w4a4kv4 makes as bf16, where both were measured."""
+    """Tokens per second of w4a4kv4 divided by those of bf16, where both were measured."""
     measured = [row for row in rows if "tokens_per_second" in row]
     label = lambda row: f"{row['kind']} batch {row['batch']}"  # noqa: E731
     speeds = {(label(row), row["scheme"]): row["tokens_per_second"] for row in measured}

@@ -4,9 +4,9 @@
     python -m bench.kernels --sweep     # tile configurations instead; winners to pallas_kernels/tuning/
     python -m bench.kernels --smoke     # the reference on tiny shapes, on any device: tests this program
 
-``bench.gpu.timing`` says how time is measured, ``bench.gpu.peers`` what is compared, ``bench.gpu.targets``
-what is required. The JSON is complete after every case; a case or a peer that fails leaves its error there
-and the run goes on.
+``bench.gpu.timing`` says how time is measured, ``bench.gpu.peers`` what the kernels are compared with,
+``bench.gpu.targets`` what is required. The JSON file is rewritten after every case. If a case or a peer
+fails, its error is written there and the run goes on.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pallas_kernels.verification.execute import device_lost
 
 
 def ordered(all_cases: Iterable[Case]) -> list[Case]:
-    """Cases with targets first, then those of the same model; calls of equal shapes once."""
+    """Cases with targets first, then others of Llama-3-8B, then the rest; calls of equal shapes only once."""
 
     def rank(case: Case) -> int:
         if targets.has_target(case.op, case.model, case.shape):
@@ -67,17 +67,17 @@ def smoke_cases() -> list[Case]:
 
 
 def identity(case: Case) -> dict[str, Any]:
-    """What tells a case from others."""
+    """The fields that identify a case in the result."""
     return {"case": case.name, "op": case.op, "model": case.model, "shape": case.shape}
 
 
 def describe_error(error: BaseException) -> str:
-    """One error, short enough for a JSON."""
+    """The type and the message of an error, at most 500 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
 
 def measure_case(case: Case, clock: Clock, ceilings: Ceilings, implementation: str) -> dict[str, Any]:
-    """One row of the result, without peers; "error" instead of times if anything failed."""
+    """One row of the result, without peers. If anything failed, it has "error" instead of times."""
     row: dict[str, Any] = {**identity(case), "implementation": implementation}
     feedback = case.donated[0] if case.donated else None
     try:
@@ -88,7 +88,7 @@ def measure_case(case: Case, clock: Clock, ceilings: Ceilings, implementation: s
             program = jax_program(case.function, sets, feedback=feedback)
         row["configuration"] = _configuration_json(choices[0].config)
         timing = clock.measure(program)
-    except Exception as error:  # of any kind: it belongs into the result, not to the end of the run
+    except Exception as error:  # of any kind: it is written into the result, and the run goes on
         return row | {"error": describe_error(error)}
     operations = work.int8_ops + work.bf16_ops
     return row | {
@@ -127,7 +127,7 @@ def best_peer(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def import_torch() -> tuple[ModuleType | None, str]:
-    """torch, if it is there and (next to a GPU) has one too; and a word on it for the result."""
+    """torch, or None if it is not installed or cannot use the GPU; and its version, or why it is not used."""
     try:
         torch = importlib.import_module("torch")
     except Exception as error:  # a broken installation raises OSError and others
@@ -138,7 +138,7 @@ def import_torch() -> tuple[ModuleType | None, str]:
 
 
 def earlier_rows(out: Path) -> list[dict[str, Any]]:
-    """The rows of an interrupted run; the case it did not survive is one, with an error."""
+    """The rows of an interrupted run. The case during which it ended has a row with an error."""
     earlier = progress.interrupted(out)
     if earlier is None:
         return []

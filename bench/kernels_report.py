@@ -28,7 +28,7 @@ from tests.pallas_kernels.mosaic.samples import sample
 PAGE = DOCS / "kernels.md"
 # An SM issues one instruction a clock for each of its four quarters; the clock under load is about this.
 _ISSUE_SLOTS, _CLOCK_HZ = 4, 1.75e9
-# The instruction in a kernel's main loop; kernels that are not here have none and run straight through.
+# The instruction by which a kernel's main loop is found. Kernels that are not listed here have no main loop.
 _MAIN_LOOP = {"grouped_matmul": "IGMMA", "paged_attention": "HMMA", "flash_attention": "HGMMA"}
 _INTRO = """\
 # Which GPU kernels are there, and what does their machine code look like?
@@ -57,7 +57,15 @@ A shape that models share is listed under the first of them.
 
 @dataclasses.dataclass(frozen=True)
 class KernelRow:
-    """One kernel of one case."""
+    """One row of the table: one kernel of one case.
+
+    Attributes:
+      executed: CTAs that the emulator ran, and how far their results are from the reference's.
+      loop: instructions of the main loop; None if there is none.
+      bytes: that the call reads and writes.
+      roofline_us: the time that the call needs by the data sheet.
+      issue_us: the time that its instructions need to be issued.
+    """
 
     case: cases.Case
     kernel: CompiledKernel

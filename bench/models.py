@@ -1,4 +1,4 @@
-"""Configurations of real models, for compiling and timing without their weights."""
+"""Configurations of real models, for compiling and timing them without their weights."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def measured(result: dict[str, Any]) -> list[Row]:
 
 
 def page_text(result: dict[str, Any], plotted: bool) -> str:
-    """The page: where and how, targets, all cases, what failed and what was not reached."""
+    """The page: device and versions, targets, cases with a time, cases that failed or were not reached."""
     where, found = result["environment"], result["results"]
     gpu, rates = where.get("gpu") or {}, found["ceilings"]
     lines = [

@@ -1,4 +1,4 @@
-"""Saving a result with what is needed to judge it: machine, versions, commit."""
+"""Saves results together with the machine, the versions and the commit that they were measured with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
 
 
 def gpu_results(device_kind: str) -> Path:
-    """The folder of what was measured on a GPU, e.g. bench/results/h100 for "NVIDIA H100 80GB HBM3"."""
+    """The folder for results from this kind of GPU, e.g. bench/results/h100 for "NVIDIA H100 80GB HBM3"."""
     return RESULTS / gpu_name(device_kind)
 
 
@@ -44,7 +44,7 @@ def _gpu() -> dict[str, str] | None:
 
 
 def _commit() -> str | None:
-    """Of this tree; a copy of it without its history is told by the variable ATOM_JAX_COMMIT."""
+    """The commit of this tree. In a copy without the history it is the variable ATOM_JAX_COMMIT, if set."""
     describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         run = subprocess.run(describe, capture_output=True, text=True, cwd=RESULTS.parent, check=False)
@@ -68,14 +68,14 @@ def environment() -> dict[str, Any]:
 
 
 def save(name: str, environment: dict[str, Any], results: Any) -> Path:
-    """Writes bench/results/NAME.json; one that was there is replaced whole, whatever interrupts."""
+    """Writes bench/results/NAME.json; see ``write_json``."""
     path = RESULTS / f"{name}.json"
     write_json(path, {"environment": environment, "results": results})
     return path
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` to ``path``, which is complete at every moment."""
+    """Writes ``value`` to ``path``. An interruption leaves the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What the kernels have to reach on one H200, as ratios of one run, and whether they did."""
+"""The speeds that the kernels must reach on an H200, as ratios of times in one run, and a check of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ class Target:
     """A requirement on some cases.
 
     Attributes:
-      applies: to which rows.
-      of_copy: least share of the measured copy bandwidth, 0 for none.
-      peers, speedup: how many times as fast as the best of these peers, 0 for none.
+      applies: whether a row is one of these cases.
+      of_copy: the least share of the measured copy bandwidth; 0 if there is no such requirement.
+      peers, speedup: how many times as fast as the fastest of ``peers`` the kernel must be; 0 if there is no
+        such requirement.
     """
 
     name: str
