@@ -1,7 +1,8 @@
-"""Answers to a file of requests in OpenAI's batch format, one line each; an interrupted run goes on.
+"""Answers a file of requests in OpenAI's batch format; an interrupted run can be continued.
 
-A result is appended as one whole line when its request has ended. The file of results is therefore all the
-state there is: whatever stops a run, the next one drops an unfinished last line and answers the rest.
+When a request is complete, its result is appended to the file of results as one line. There is no other
+state: after an interruption, however it came, the next run removes an incomplete last line and answers the
+requests that have no result yet.
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from atom_jax.engine import Engine, Output
 from atom_jax.errors import AtomError
-from atom_jax.server.answers import Answer
-from atom_jax.server.errors import ApiError, invalid_request
-from atom_jax.server.prompts import make_job
-from atom_jax.server.protocol import ChatCompletionRequest, CompletionRequest
+from atom_jax.openai.engine_requests import make_engine_requests
+from atom_jax.openai.errors import ApiError, invalid_request
+from atom_jax.openai.requests import ChatCompletionRequest, CompletionRequest
+from atom_jax.openai.responses import ApiResponse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _REQUESTS: dict[str, type[CompletionRequest] | type[ChatCompletionRequest]] = {
     "/v1/completions": CompletionRequest,
@@ -36,10 +40,10 @@ class BatchProgress:
     """How far a run is.
 
     Attributes:
-      total: lines of the file of requests.
-      done: of them, those that have a result, earlier runs' included.
-      failed: of those, those that this run answered with an error.
-      tokens: that this run generated.
+      total: number of requests in the file.
+      done: number of requests that have a result, from this run or an earlier one.
+      failed: number of requests that this run answered with an error.
+      tokens: number of tokens that this run generated.
     """
 
     total: int
@@ -50,61 +54,92 @@ class BatchProgress:
 
 @dataclasses.dataclass
 class _Running:
-    """A line whose answers are being made."""
+    """A request of the file that the engine works on.
+
+    Attributes:
+      unfinished: number of its choices that have not ended.
+    """
 
     custom_id: str
-    answer: Answer
+    response: ApiResponse
     unfinished: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _BatchLine:
+    """A line of the file of requests."""
+
+    custom_id: str
+    url: str
+    body: dict[str, object]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """What a request is answered with.
+
+    Attributes:
+      status: HTTP status code that the server would send.
+      body: the response or the error, a JSON object.
+      tokens: number of generated tokens.
+    """
+
+    custom_id: str
+    status: int
+    body: Mapping[str, object]
+    tokens: int = 0
 
 
 def run_batch(
     engine: Engine,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
     requests: Path,
     results: Path,
     *,
     model_name: str,
     ahead: int,
-    report: Callable[[BatchProgress], None] = lambda progress: None,
+    on_result: Callable[[BatchProgress], None] = lambda progress: None,
 ) -> BatchProgress:
-    """Answers what ``results`` does not answer yet; each ``custom_id`` has one line there in the end.
+    """Answers all requests that have no result yet; at the end ``results`` has one line for each of them.
 
-    A request that cannot be answered has a line too, with the status and the error of the server.
+    The line of a request that cannot be answered has the status and the error that the server would send.
 
     Args:
-      requests: JSON Lines with ``custom_id``, ``method``, ``url`` and ``body``.
-      results: is created, or continued.
-      model_name: what the requests must call the model.
-      ahead: answers that the engine has at once, running or waiting.
-      report: told after every result.
+      engine: without unfinished requests.
+      tokenizer: of the engine's model.
+      requests: file of JSON Lines with ``custom_id``, ``method``, ``url`` and ``body``.
+      results: file for the results; created, or continued if it exists.
+      model_name: the name that the requests must have in ``model``.
+      ahead: how many answers are given to the engine at a time, running and waiting ones together.
+      on_result: called once at the beginning, and after every result.
 
     Raises:
-      AtomError: a file that is not in the format, results of other requests, or a run that has them open.
+      AtomError: a file is not in the format, ``results`` has results of other requests, or another run is
+        writing it.
     """
     ids = check_requests(requests, model_name)
     with _open_results(results) as file:
         finished = _read_results(results, file, ids)
         progress = BatchProgress(len(ids), len(finished), 0, 0)
-        report(progress)
-        waiting = (line for line in _read_requests(requests, model_name) if line[0] not in finished)
-        for custom_id, status, body in _answers(engine, tokenizer, waiting, ahead):
-            _append(file, _result(custom_id, status, body))
+        on_result(progress)
+        waiting = (line for line in _read_requests(requests, model_name) if line.custom_id not in finished)
+        for result in _results(engine, tokenizer, waiting, ahead):
+            _append(file, result)
             progress = dataclasses.replace(
                 progress,
                 done=progress.done + 1,
-                failed=progress.failed + (status != 200),
-                tokens=progress.tokens + body.get("usage", {}).get("completion_tokens", 0),
+                failed=progress.failed + (result.status != 200),
+                tokens=progress.tokens + result.tokens,
             )
-            report(progress)
+            on_result(progress)
     return progress
 
 
-def _answers(
-    engine: Engine, tokenizer: Any, lines: Iterator[tuple[str, str, Any]], ahead: int
-) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Custom id, status and body of each answer, in the order in which they end."""
+def _results(
+    engine: Engine, tokenizer: PreTrainedTokenizerFast, lines: Iterator[_BatchLine], ahead: int
+) -> Iterator[_Result]:
+    """The results of ``lines``, in the order in which they are complete."""
     running: dict[str, tuple[_Running, int]] = {}
-    lines = iter(lines)
     more = True
     while more or running:
         while more and len(running) < ahead:
@@ -113,69 +148,72 @@ def _answers(
                 more = False
                 break
             try:
-                running |= _start(engine, tokenizer, *line)
+                running |= _add_to_engine(engine, tokenizer, line)
             except ApiError as error:
-                yield line[0], error.status, error.body
+                yield _Result(line.custom_id, error.status, error.body)
         for output in engine.step() if running else ():
             if (ended := _take(running, output)) is not None:
-                yield ended.custom_id, 200, ended.answer.whole()
+                response = ended.response
+                yield _Result(ended.custom_id, 200, response.whole(), response.completion_tokens)
 
 
-def _start(
-    engine: Engine, tokenizer: Any, custom_id: str, url: str, body: Any
+def _add_to_engine(
+    engine: Engine, tokenizer: PreTrainedTokenizerFast, line: _BatchLine
 ) -> dict[str, tuple[_Running, int]]:
-    """Gives a line to the engine: which answer and choice each of the engine's requests belongs to."""
+    """Gives the request in a line to the engine.
+
+    Returns:
+      For each id of a request to the engine, the request of the file and the index of its choice.
+
+    Raises:
+      ApiError: the request cannot be answered; the engine has none of its choices then.
+    """
     try:
-        request = _REQUESTS[url].model_validate(body)
+        request = _REQUESTS[line.url].model_validate(line.body)
         if request.stream:
             raise ApiError(400, "stream: a batch has no streams; leave it out", param="stream")
-        job = make_job(request, tokenizer, max_model_len=engine.max_model_len)
+        engine_requests = make_engine_requests(request, tokenizer, max_model_len=engine.max_model_len)
     except ValidationError as error:
         raise invalid_request(error.errors()) from error
     except AtomError as error:
         raise ApiError(400, str(error)) from error
-    line = _Running(custom_id, Answer(request, job, tokenizer), len(job.choices))
+    response = ApiResponse(request, engine_requests, tokenizer)
+    running = _Running(line.custom_id, response, len(engine_requests.choices))
     started: dict[str, tuple[_Running, int]] = {}
-    for index, (prompt, params) in enumerate(job.choices):
-        request_id = f"{line.answer.id}-{index}"
+    for index, (prompt, params) in enumerate(engine_requests.choices):
+        request_id = f"{response.id}-{index}"
         try:
             engine.add(request_id, prompt, params)
         except AtomError as error:
             for earlier in started:
                 engine.abort(earlier)
             raise ApiError(400, str(error)) from error
-        started[request_id] = line, index
+        started[request_id] = running, index
     return started
 
 
 def _take(running: dict[str, tuple[_Running, int]], output: Output) -> _Running | None:
-    """Takes in an output; the line that it completes."""
-    line, index = running[output.request_id]
-    line.answer.add(index, output)
+    """Adds an output to its response; returns the request of the file if this completes it."""
+    request, index = running[output.request_id]
+    request.response.add(index, output)
     if output.finish_reason is None:
         return None
     del running[output.request_id]
-    line.unfinished -= 1
-    return None if line.unfinished else line
-
-
-def _result(custom_id: str, status: int, body: dict[str, Any]) -> dict[str, Any]:
-    response = {"status_code": status, "request_id": uuid.uuid4().hex, "body": body}
-    return {
-        "id": f"batch_req_{uuid.uuid4().hex}",
-        "custom_id": custom_id,
-        "response": response,
-        "error": None,
-    }
+    request.unfinished -= 1
+    return None if request.unfinished else request
 
 
 def check_requests(path: Path, model_name: str) -> set[str]:
-    """The custom ids of a file of requests; AtomError naming the line if it is none, or for another model."""
-    return {custom_id for custom_id, _, _ in _read_requests(path, model_name)}
+    """The custom ids in a file of requests.
+
+    Raises:
+      AtomError: a line is not in the batch format, or is for another model; the message names the line.
+    """
+    return {line.custom_id for line in _read_requests(path, model_name)}
 
 
-def _read_requests(path: Path, model_name: str) -> Iterator[tuple[str, str, Any]]:
-    """Custom id, route and body of each line; AtomError naming the line otherwise."""
+def _read_requests(path: Path, model_name: str) -> Iterator[_BatchLine]:
+    """The lines of a file of requests; raises as ``check_requests``."""
     seen: set[str] = set()
     with path.open("rb") as file:
         for number, line in _lines(file):
@@ -184,11 +222,11 @@ def _read_requests(path: Path, model_name: str) -> Iterator[tuple[str, str, Any]
             custom_id, url, body = (record.get(key) for key in ("custom_id", "url", "body"))
             if not isinstance(custom_id, str) or not custom_id:
                 raise AtomError(f'{where} has no "custom_id" string')
-            if not _is_unicode(custom_id):  # half of a pair, which JSON can write and no file contains
+            if not _is_unicode(custom_id):  # half of a surrogate pair: JSON can express it, a file cannot
                 raise AtomError(f"{where}: custom_id {custom_id!r} is not valid Unicode")
             if custom_id in seen:
                 raise AtomError(f"{where}: custom_id {custom_id!r} is there twice")
-            if record.get("method") != "POST" or url not in _REQUESTS:
+            if record.get("method") != "POST" or not isinstance(url, str) or url not in _REQUESTS:
                 raise AtomError(f"{where}: POST to one of {', '.join(_REQUESTS)} expected")
             if not isinstance(body, dict):
                 raise AtomError(f'{where} has no "body" object')
@@ -196,7 +234,7 @@ def _read_requests(path: Path, model_name: str) -> Iterator[tuple[str, str, Any]
             if isinstance(model, str) and model != model_name:
                 raise AtomError(f"{where} is for model {model!r}; give --model-name to call this model so")
             seen.add(custom_id)
-            yield custom_id, url, body
+            yield _BatchLine(custom_id, url, body)
 
 
 def _is_unicode(text: str) -> bool:
@@ -208,11 +246,11 @@ def _is_unicode(text: str) -> bool:
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not empty, and their numbers."""
+    """The lines that are not empty, with their numbers."""
     return ((number, line) for number, line in enumerate(file, 1) if line.strip())
 
 
-def _json_object(line: bytes, where: str) -> dict[str, Any]:
+def _json_object(line: bytes, where: str) -> dict[str, object]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, an endless integer or nesting
@@ -224,7 +262,7 @@ def _json_object(line: bytes, where: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _open_results(path: Path) -> Iterator[int]:
-    """The file of results to read and append, for one process at a time."""
+    """Opens the file of results to read and append; it is locked against other processes."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         try:
@@ -237,7 +275,13 @@ def _open_results(path: Path) -> Iterator[int]:
 
 
 def _read_results(path: Path, file: int, ids: Collection[str]) -> set[str]:
-    """The custom ids that have a result; an unfinished last line is cut off."""
+    """The custom ids that have a result. An incomplete last line is removed from the file.
+
+    Args:
+      path: of the file, for reading and for messages.
+      file: descriptor of the same file.
+      ids: custom ids of the requests.
+    """
     finished: set[str] = set()
     complete = 0
     with path.open("rb") as reader:
@@ -256,9 +300,19 @@ def _read_results(path: Path, file: int, ids: Collection[str]) -> set[str]:
     return finished
 
 
-def _append(file: int, result: dict[str, Any]) -> None:
-    """Adds a line; it is on the disk afterwards."""
-    line = json.dumps(result, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+def _append(file: int, result: _Result) -> None:
+    """Appends a line to the file of results; it is on the disk afterwards."""
+    record = {
+        "id": f"batch_req_{uuid.uuid4().hex}",
+        "custom_id": result.custom_id,
+        "response": {
+            "status_code": result.status,
+            "request_id": uuid.uuid4().hex,
+            "body": result.body,
+        },
+        "error": None,
+    }
+    line = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
     while line:
         line = line[os.write(file, line) :]
     os.fsync(file)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from atom_jax.errors import AtomError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
-def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+
+def chat_text(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, str]]) -> str:
     """The model's chat template applied to ``messages``, special tokens and the start of an answer included.
 
     Args:
-      tokenizer: of transformers.
+      tokenizer: as ``Model.tokenizer``.
       messages: each with "role" and "content".
 
     Raises:
@@ -21,7 +24,9 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
     if not tokenizer.chat_template:
         raise AtomError("the model has no chat template")
     try:
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     except Exception as error:
         # A template is a program of the model's author: it may refuse the messages, and fail in any way.
         raise AtomError(f"the model's chat template fails: {error or type(error).__name__}") from error
+    assert isinstance(text, str)  # transformers returns other types for several chats, or with tokenize=True
+    return text

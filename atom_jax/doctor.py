@@ -57,7 +57,7 @@ def examine(
     except RuntimeError as error:
         facts |= {"gpus": gpus, "problems": [f"JAX finds no device: {error}"], "ok": False}
         return facts
-    facts["device"] = _device(device)
+    facts["device"] = _device_facts(device)
     facts["gpus"] = gpus
     found = _verdicts(check, limits, announce, progress)
     schemes = {scheme: _choices(scheme) for scheme in SCHEMES}
@@ -68,7 +68,7 @@ def examine(
         "verdicts_file": str(verdicts.path(devices.default_device().device_kind)) if found else None,
         "verify": not verdicts.skipped(),
         "ops": [{"step": step, **line._asdict()} for step, line in schemes["w4a4kv4"]],
-        "schemes": {scheme: _summary(lines) for scheme, lines in schemes.items()},
+        "schemes": {scheme: _ops_by_implementation(lines) for scheme, lines in schemes.items()},
         "problems": _problems(device, gpus),
     }
     facts["suggested"] = _suggestion(facts["schemes"])
@@ -83,14 +83,15 @@ def _versions() -> dict[str, str | None]:
         {name for dist in importlib.metadata.distributions() if (name := _name(dist)).startswith("jax-cuda")}
     )
     found = {"atom-jax": __version__, "python": platform.python_version()}
-    return found | {package: _version(package) for package in (*_PACKAGES, *plugins)}
+    return found | {package: package_version(package) for package in (*_PACKAGES, *plugins)}
 
 
 def _name(distribution: importlib.metadata.Distribution) -> str:
     return str(distribution.metadata["Name"]).lower().replace("_", "-")
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -109,7 +110,7 @@ def _nvidia_smi() -> list[dict[str, str]]:
     return [dict(zip(fields, row, strict=False)) for row in rows]
 
 
-def _device(device: Any) -> dict[str, Any]:
+def _device_facts(device: Any) -> dict[str, Any]:
     memory = device.memory_stats() or {}
     return {
         "platform": device.platform,
@@ -171,7 +172,8 @@ def _choices(scheme: str) -> list[tuple[str, Line]]:
     ]
 
 
-def _summary(lines: list[tuple[str, Line]]) -> dict[str, list[str]]:
+def _ops_by_implementation(lines: list[tuple[str, Line]]) -> dict[str, list[str]]:
+    """The ops that run kernels at every shape, and those that run the reference at some."""
     reference = {line.op for _, line in lines if line.implementation == REFERENCE}
     ops = dict.fromkeys(line.op for _, line in lines)
     return {

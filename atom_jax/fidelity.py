@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from atom_jax.llama import merge
 from atom_jax.perplexity import by_rows, exp_of_mean, make_windows, start_windows, targets
+from atom_jax.progress import Progress
 
 # Windows shorter than this run several at a time; more would only cost memory on a CPU.
 _BATCH_TOKENS = 512
@@ -187,7 +188,7 @@ def compare(
     config_b: ModelConfig,
     seq_len: int = 512,
     max_tokens: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Fidelity:
     """Compares model B with model A (usually the float original) on the windows ``perplexity`` uses.
 

@@ -33,8 +33,15 @@ class GenerateOutput(NamedTuple):
     lengths: Int32[Array, " batch"]
 
 
-class Request(NamedTuple):
-    """What a batch of prompts asks for, as arrays, so that no value of it recompiles anything."""
+class BatchSettings(NamedTuple):
+    """How a batch of prompts is to be continued, as arrays: other values need no new compilation.
+
+    Attributes:
+      lengths: tokens of each prompt.
+      keys: a random key for each prompt.
+      temperature, top_k, top_p: as in ``SamplingParams``, for each prompt.
+      stop_ids: tokens that end an answer, -1 for unused places.
+    """
 
     lengths: Int32[Array, " batch"]
     keys: Key[Array, " batch"]
@@ -60,27 +67,29 @@ def bucket(length: int) -> int:
     return max(_MIN_BUCKET, 1 << (length - 1).bit_length())
 
 
-def _choose(logits: Float32[Array, "batch vocab"], request: Request, generated: Int32[Array, ""]) -> Array:
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(request.keys, generated)
-    return sample(logits, keys, request.temperature, request.top_k, request.top_p)
+def _choose(
+    logits: Float32[Array, "batch vocab"], settings: BatchSettings, generated: Int32[Array, ""]
+) -> Array:
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(settings.keys, generated)
+    return sample(logits, keys, settings.temperature, settings.top_k, settings.top_p)
 
 
 def prefill(
     params: nnx.State,
     tokens: Int32[Array, "batch prompt"],
-    request: Request,
+    settings: BatchSettings,
     cache: PagedKVCache,
     config: ModelConfig,
 ) -> DecodeState:
     """Caches the prompts and chooses each sequence's first token."""
     batch, width = tokens.shape
     chunk = min(width, PREFILL_CHUNK)
-    last = request.lengths - 1
+    last = settings.lengths - 1
 
     def run(carry, start):
         logits, cache = carry
         columns = start + jnp.arange(chunk, dtype=jnp.int32)
-        positions = jnp.where(columns < request.lengths[:, None], columns, -1)
+        positions = jnp.where(columns < settings.lengths[:, None], columns, -1)
         piece = lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
         select = jnp.clip(last - start, 0, chunk - 1)[:, None]
         new, cache = forward(params, piece, positions, cache, config=config, select=select)
@@ -89,26 +98,26 @@ def prefill(
 
     carry = (jnp.zeros((batch, config.vocab_size), jnp.float32), cache)
     (logits, cache), _ = lax.scan(run, carry, jnp.arange(0, width, chunk, dtype=jnp.int32))
-    token = _choose(logits, request, jnp.int32(0))
-    return DecodeState(token, jnp.int32(1), jnp.isin(token, request.stop_ids), cache)
+    token = _choose(logits, settings, jnp.int32(0))
+    return DecodeState(token, jnp.int32(1), jnp.isin(token, settings.stop_ids), cache)
 
 
 def decode_step(
-    params: nnx.State, request: Request, state: DecodeState, config: ModelConfig
+    params: nnx.State, settings: BatchSettings, state: DecodeState, config: ModelConfig
 ) -> tuple[DecodeState, Int32[Array, " batch"]]:
     """Caches the last token of each sequence and chooses the next; finished sequences are padding."""
-    positions = jnp.where(state.done, -1, request.lengths + state.generated - 1)
+    positions = jnp.where(state.done, -1, settings.lengths + state.generated - 1)
     logits, cache = forward(params, state.token[:, None], positions[:, None], state.cache, config=config)
-    token = jnp.where(state.done, 0, _choose(logits[:, 0], request, state.generated))
-    done = state.done | jnp.isin(token, request.stop_ids)
+    token = jnp.where(state.done, 0, _choose(logits[:, 0], settings, state.generated))
+    done = state.done | jnp.isin(token, settings.stop_ids)
     return DecodeState(token, state.generated + 1, done, cache), token
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
-def _generate(params, tokens, request, max_new_tokens, *, config, capacity):
+def _generate(params, tokens, settings, max_new_tokens, *, config, capacity):
     batch, width = tokens.shape
     cache = init_cache(config, batch, width + capacity, dtype=activation_dtype(params, config))
-    state = prefill(params, tokens, request, cache, config)
+    state = prefill(params, tokens, settings, cache, config)
     out = jnp.zeros((batch, capacity), jnp.int32).at[:, 0].set(state.token)
 
     def unfinished(carry):
@@ -119,7 +128,7 @@ def _generate(params, tokens, request, max_new_tokens, *, config, capacity):
         state, out, lengths = carry
         lengths = lengths + ~state.done
         column = state.generated
-        state, token = decode_step(params, request, state, config)
+        state, token = decode_step(params, settings, state, config)
         return state, lax.dynamic_update_slice(out, token[:, None], (0, column)), lengths
 
     carry = (state, out, jnp.ones((batch,), jnp.int32))
@@ -128,11 +137,11 @@ def _generate(params, tokens, request, max_new_tokens, *, config, capacity):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
-def _start(params, tokens, request, *, config, capacity):
+def _prefill_new_cache(params, tokens, settings, *, config, capacity):
     cache = init_cache(
         config, tokens.shape[0], tokens.shape[1] + capacity, dtype=activation_dtype(params, config)
     )
-    return prefill(params, tokens, request, cache, config)
+    return prefill(params, tokens, settings, cache, config)
 
 
 _step = jax.jit(decode_step, static_argnames=("config",), donate_argnames=("state",))
@@ -151,10 +160,10 @@ def _prepare(
     key: Key[Array, ""] | None,
     sampling: SamplingParams,
     stop_ids: Sequence[int],
-) -> tuple[Int32[Array, "batch bucket"], Request]:
-    """Validates a request and pads it to its bucket."""
+) -> tuple[Int32[Array, "batch bucket"], BatchSettings]:
+    """Checks the arguments of ``generate`` and pads the prompts to their bucket."""
     ids, counts = np.asarray(tokens), np.asarray(lengths)
-    _check(ids, counts, config, max_new_tokens)
+    _check_prompts(ids, counts, config, max_new_tokens)
     stops = sorted({*config.eos_token_ids, *stop_ids})
     if len(stops) > _MAX_STOP_IDS:
         raise AtomError(f"at most {_MAX_STOP_IDS} stop ids (the model's own included), found {len(stops)}")
@@ -168,7 +177,7 @@ def _prepare(
     def row_wise(value: float, dtype: jnp.dtype) -> Array:
         return jnp.full((batch,), value, dtype)
 
-    request = Request(
+    settings = BatchSettings(
         lengths=jnp.asarray(counts, jnp.int32),
         keys=jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch)),
         temperature=row_wise(sampling.temperature, jnp.float32),
@@ -176,10 +185,10 @@ def _prepare(
         top_p=row_wise(sampling.top_p, jnp.float32),
         stop_ids=jnp.asarray(stops + [-1] * (_MAX_STOP_IDS - len(stops)), jnp.int32),
     )
-    return jnp.asarray(padded), request
+    return jnp.asarray(padded), settings
 
 
-def _check(ids: np.ndarray, counts: np.ndarray, config: ModelConfig, max_new_tokens: int) -> None:
+def _check_prompts(ids: np.ndarray, counts: np.ndarray, config: ModelConfig, max_new_tokens: int) -> None:
     """Raises AtomError unless ``ids`` [batch, prompt] of ``counts`` [batch] tokens can be continued."""
     if ids.ndim != 2 or counts.shape != ids.shape[:1] or not ids.size:
         raise AtomError(
@@ -229,9 +238,9 @@ def generate(
     Raises:
       AtomError: malformed or too long prompts, ids out of range, too many stop ids.
     """
-    prompts, request = _prepare(tokens, lengths, config, max_new_tokens, key, sampling, stop_ids)
+    prompts, settings = _prepare(tokens, lengths, config, max_new_tokens, key, sampling, stop_ids)
     steps, capacity = jnp.int32(max_new_tokens), bucket(max_new_tokens)
-    out, counts = _generate(params, prompts, request, steps, config=config, capacity=capacity)
+    out, counts = _generate(params, prompts, settings, steps, config=config, capacity=capacity)
     return GenerateOutput(out[:, :max_new_tokens], counts)
 
 
@@ -255,22 +264,22 @@ def stream(
     Raises:
       AtomError: as ``generate``, and before the first step is asked for.
     """
-    prompts, request = _prepare(tokens, lengths, config, max_new_tokens, key, sampling, stop_ids)
-    return _stream(params, prompts, request, config, max_new_tokens)
+    prompts, settings = _prepare(tokens, lengths, config, max_new_tokens, key, sampling, stop_ids)
+    return _stream(params, prompts, settings, config, max_new_tokens)
 
 
 def _stream(
     params: nnx.State,
     prompts: Int32[Array, "batch bucket"],
-    request: Request,
+    settings: BatchSettings,
     config: ModelConfig,
     max_new_tokens: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    state = _start(params, prompts, request, config=config, capacity=bucket(max_new_tokens))
+    state = _prefill_new_cache(params, prompts, settings, config=config, capacity=bucket(max_new_tokens))
     alive = np.ones(prompts.shape[0], bool)
     for remaining in range(max_new_tokens - 1, -1, -1):
         yield np.asarray(state.token), alive
         alive = ~np.asarray(state.done)
         if remaining == 0 or not alive.any():
             return
-        state, _ = _step(params, request, state, config=config)
+        state, _ = _step(params, settings, state, config=config)

@@ -1,6 +1,7 @@
-"""Our models as a language model of lm-eval (EleutherAI's lm-evaluation-harness), the extra ``eval``.
+"""Runs tasks of lm-eval (EleutherAI's lm-evaluation-harness, the extra ``eval``) on a checkpoint.
 
-Importing this module imports ``lm_eval``, and raises AtomError where that is not installed.
+Importing this module imports ``lm_eval`` and raises AtomError if that is not installed. Type checkers see no
+lm-eval, because it is an extra: its objects have the type Any here.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import importlib.metadata
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, SupportsFloat, TypedDict
 
 import jax
 import numpy as np
@@ -22,22 +24,26 @@ import numpy as np
 from atom_jax.checkpoint import Model
 from atom_jax.errors import AtomError
 from atom_jax.generation import stream
+from atom_jax.progress import StageProgress
 from atom_jax.sampling import SamplingParams
-from atom_jax.scoring import score
+from atom_jax.scoring import Scored, score
 
-Report = Callable[[str, int, int], None]
+# lm-eval's class of a request: ``args`` holds what the task passes to a method of the language model.
+Instance = Any
+# lm-eval's task or group of tasks.
+Task = Any
 
 # lm-eval's own default for tasks that do not say how much to generate.
 _MAX_NEW_TOKENS = 256
 
 
-def _lm_eval(module: str) -> Any:
-    """A module of lm-eval, an extra that is absent where types are checked."""
+def _lm_eval(module: str) -> ModuleType:
+    """A module of lm-eval."""
     try:
         importlib.import_module("lm_eval")
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
-            raise  # it is there, but broken
+            raise  # lm-eval is installed, but something it needs is not
         raise AtomError("tasks need lm-eval: pip install 'atom-jax[eval]'") from None
     return importlib.import_module(f"lm_eval.{module}")
 
@@ -47,7 +53,13 @@ _TemplateLM: Any = _lm_eval("api.model").TemplateLM
 
 @dataclasses.dataclass(frozen=True)
 class _Generation:
-    """What a task asks of ``generate_until``; requests that ask for the same run together."""
+    """The parameters of a request of ``generate_until``; requests with equal ones run in the same batches.
+
+    Attributes:
+      until: stop strings.
+      max_new_tokens: the text ends after this many tokens at the latest.
+      sampling: how a token is drawn.
+    """
 
     until: tuple[str, ...]
     max_new_tokens: int
@@ -55,21 +67,22 @@ class _Generation:
 
 
 class AtomLM(_TemplateLM):
-    """A loaded checkpoint as lm-eval sees it: it scores continuations and writes until a stop string.
+    """A loaded checkpoint as a language model of lm-eval: it scores continuations and generates texts.
 
-    Contexts and continuations become tokens as in lm-eval's own model for transformers, so that results
-    compare: a continuation's tokens are what it adds to its context's, an empty context is the BOS token (EOS
-    where there is none), too long a context loses its start.
+    Contexts and continuations are tokenized as in lm-eval's own model for transformers, so that the results
+    can be compared: the tokens of a continuation are those that it adds to the tokens of its context, an
+    empty context is replaced by the BOS token (EOS if there is no BOS), and the start of a context that is
+    too long is cut off.
 
     Args:
       model: from ``atom_jax.load``, with a tokenizer.
-      batch_size: sequences that run at a time.
-      seed: of tasks that sample.
+      batch_size: number of sequences that are computed at a time.
+      seed: of the random draws in tasks that sample.
       report: called with (stage, done, total).
     """
 
     def __init__(
-        self, model: Model, *, batch_size: int = 8, seed: int = 0, report: Report | None = None
+        self, model: Model, *, batch_size: int = 8, seed: int = 0, report: StageProgress | None = None
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -98,16 +111,23 @@ class AtomLM(_TemplateLM):
         if add_special_tokens is None:
             prefix = self.tokenizer.decode([self.prefix_token_id])
             add_special_tokens = not string.startswith(prefix)
-        # Longer than the model's context is no mistake here: it is cut.
+        # verbose=False: no warning for a text longer than the model's context, which is cut later.
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether greedy decoding would give it, in order."""
+        """The log-likelihood of each continuation, and whether greedy decoding would generate it.
+
+        Args:
+          requests: (context and continuation as text, tokens of the context, tokens of the continuation).
+          kwargs: of lm-eval; they change nothing.
+        """
         pairs = []
         for text, context, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
@@ -115,11 +135,12 @@ class AtomLM(_TemplateLM):
                     f"a continuation of {len(continuation)} tokens cannot be scored with a context of "
                     f"{self.max_length}: {str(text)[:80]!r}"
                 )
-            keep = self.max_length + 1 - len(continuation)  # the last token is not read
+            # One more than the context: the model never reads the last token of a continuation.
+            keep = self.max_length + 1 - len(continuation)
             pairs.append((context[-keep:], continuation))
-        return [tuple(scored) for scored in self._score(pairs, "scored continuations")]
+        return [(each.log_likelihood, each.is_greedy) for each in self._score(pairs, "scored continuations")]
 
-    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], stage: str) -> list[Any]:
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], stage: str) -> list[Scored]:
         return score(
             self.model.params,
             pairs,
@@ -128,8 +149,11 @@ class AtomLM(_TemplateLM):
             progress=lambda done, total: self._report(stage, done, total),
         )
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
-        """Log-likelihood of each text, whole: in windows as long as the model's context if it is longer."""
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[float]:
+        """The log-likelihood of each text as a whole.
+
+        A text that is longer than the model's context is scored in windows of the context's length.
+        """
         utils = _lm_eval("utils")
         pairs, owners = [], []
         for number, request in enumerate(requests):
@@ -147,7 +171,7 @@ class AtomLM(_TemplateLM):
             totals[number] += scored.log_likelihood
         return totals
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[str]:
         """The text generated for each request, in order, up to its first stop string."""
         groups: dict[_Generation, list[int]] = {}
         for number, request in enumerate(requests):
@@ -168,14 +192,15 @@ class AtomLM(_TemplateLM):
             for start in range(0, len(members), self.batch_size):
                 some = members[start : start + self.batch_size]
                 rows = [prompts[number] for number in some]
-                # Filled up with copies of the last: a smaller batch would compile once more.
+                # The last batch is filled up with copies of its last prompt, because a smaller batch would be
+                # compiled again.
                 fill = min(self.batch_size, len(members)) - len(rows)
                 texts |= zip(some, self._generate(rows + fill * rows[-1:], generation), strict=False)
                 self._report("generated texts", len(texts), len(requests))
         return [texts[number] for number in range(len(requests))]
 
     def _generate(self, prompts: list[list[int]], generation: _Generation) -> list[str]:
-        """One batch, step by step until each row has ended or its text holds a stop string."""
+        """The texts for one batch of prompts, generated until each has ended or has a stop string."""
         tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
@@ -214,9 +239,13 @@ def _until(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(places)], True) if places else (text, False)
 
 
-def _generation(options: dict[str, Any]) -> _Generation:
-    """A task's ``generation_kwargs``; AtomError for one that would change the result and is not known."""
-    options = dict(_lm_eval("models.utils").normalize_gen_kwargs(options, _MAX_NEW_TOKENS))
+def _generation(generation_kwargs: Mapping[str, object]) -> _Generation:
+    """The parameters in a task's ``generation_kwargs``.
+
+    Raises:
+      AtomError: an option is not supported and would change the result.
+    """
+    options = dict(_lm_eval("models.utils").normalize_gen_kwargs(generation_kwargs, _MAX_NEW_TOKENS))
     until = options.pop("until", None) or []
     until = [until] if isinstance(until, str) else until
     max_new_tokens = options.pop("max_gen_toks")
@@ -230,14 +259,15 @@ def _generation(options: dict[str, Any]) -> _Generation:
     return _Generation(tuple(stop for stop in until if stop), max_new_tokens, sampling)
 
 
-def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[Any]:
+def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[Task]:
     """lm-eval's tasks and groups of tasks of these names (or patterns such as ``mmlu_*``), with their data.
 
     Args:
+      names: of tasks or groups, or patterns.
       include_path: a folder with YAML files of further tasks.
 
     Raises:
-      AtomError: no task of that name, or one whose data set cannot be had, e.g. without a network.
+      AtomError: there is no task of a name, or its data set cannot be loaded, e.g. without a network.
     """
     if include_path is not None and not include_path.is_dir():
         raise AtomError(f"{include_path}: no such folder")
@@ -250,11 +280,11 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[A
     matches = {name: manager.match_tasks([name]) for name in names}
     if missing := [name for name, found in matches.items() if not found]:
         raise AtomError(f"lm-eval has no task {', '.join(map(repr, missing))}; --include-path adds a folder")
-    tasks: dict[str, Any] = {}
+    tasks: dict[str, Task] = {}
     for name in dict.fromkeys(match for found in matches.values() for match in found):
         try:
             loaded = manager.load([name])
-        except Exception as error:  # the libraries raise many types where a data set or a task is not usable
+        except Exception as error:  # lm-eval and datasets raise many types for an unusable task or data set
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             raise AtomError(f"task {name}: its data cannot be loaded: {reason}") from error
         group = loaded["groups"].get(name)
@@ -262,18 +292,43 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[A
     return list(tasks.values())
 
 
+class Metric(TypedDict):
+    """The value of a metric and its standard error; None where there is none."""
+
+    value: float | None
+    stderr: float | None
+
+
+class TaskResults(TypedDict):
+    """What ``run_tasks`` returns; JSON can hold it.
+
+    Attributes:
+      results: task or group -> metric -> value.
+      examples: task -> number of examples.
+      num_fewshot: task -> number of solved examples before each.
+      versions: task -> version.
+      lm_eval: version of lm-eval.
+      seconds: time of the evaluation.
+    """
+
+    results: dict[str, dict[str, Metric]]
+    examples: dict[str, int]
+    num_fewshot: dict[str, int]
+    versions: dict[str, object]
+    lm_eval: str
+    seconds: float
+
+
 def run_tasks(
-    lm: AtomLM, tasks: Sequence[Any], *, limit: int | None = None, num_fewshot: int | None = None
-) -> dict[str, Any]:
-    """Evaluates ``load_tasks``' tasks.
+    lm: AtomLM, tasks: Sequence[Task], *, limit: int | None = None, num_fewshot: int | None = None
+) -> TaskResults:
+    """Evaluates tasks.
 
     Args:
-      limit: only that many examples of each.
-      num_fewshot: solved examples before each; None for the task's own number.
-
-    Returns:
-      What JSON can hold: "results" (task or group -> metric -> "value" and "stderr", None where there is
-      none), "examples", "num_fewshot" and "versions" of each task, "lm_eval" (its version), "seconds".
+      lm: the model.
+      tasks: from ``load_tasks``.
+      limit: use only the first ``limit`` examples of each task.
+      num_fewshot: number of solved examples before each; None for the task's own number.
     """
     started = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
@@ -291,21 +346,24 @@ def run_tasks(
     }
 
 
-def _metrics(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """lm-eval's flat "acc,none" and "acc_stderr,none" as "acc": {"value", "stderr"}."""
-    result = {}
+def _metrics(values: Mapping[str, object]) -> dict[str, Metric]:
+    """lm-eval's entries "acc,none" and "acc_stderr,none" as one entry "acc"."""
+    result: dict[str, Metric] = {}
     for key, value in values.items():
         metric, comma, chosen = key.partition(",")
         if not comma or metric.endswith("_stderr"):
             continue
         name = metric if chosen == "none" else key
-        result[name] = {"value": _number(value), "stderr": _number(values.get(f"{metric}_stderr,{chosen}"))}
+        result[name] = {
+            "value": _finite_or_none(value),
+            "stderr": _finite_or_none(values.get(f"{metric}_stderr,{chosen}")),
+        }
     return result
 
 
-def _number(value: Any) -> float | None:
-    """A metric, None where it is not a finite number ("N/A", or the error of a single example)."""
-    try:
-        return float(value) if math.isfinite(value) else None
-    except TypeError:
+def _finite_or_none(value: object) -> float | None:
+    """A value of a metric. None if it is no finite number: "N/A", or the standard error of one example."""
+    if not isinstance(value, SupportsFloat):
         return None
+    number = float(value)
+    return number if math.isfinite(number) else None

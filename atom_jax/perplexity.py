@@ -21,6 +21,7 @@ from atom_jax.errors import AtomError
 from atom_jax.generation import PREFILL_CHUNK
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import Llama, merge
+from atom_jax.progress import Progress
 from pallas_kernels import PagedKVCache
 
 # Rows whose logits exist at one time: [rows, vocab] float32 is the largest array of an evaluation.
@@ -175,7 +176,7 @@ def perplexity(
     config: ModelConfig,
     seq_len: int = 512,
     max_tokens: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> PerplexityResult:
     """``exp`` of the mean negative log-likelihood over windows of ``seq_len`` tokens.
 

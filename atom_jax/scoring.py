@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from atom_jax.config import ModelConfig
 from atom_jax.generation import bucket
 from atom_jax.llama import merge
 from atom_jax.perplexity import by_rows, hidden_in_chunks
+from atom_jax.progress import Progress
 
 
 class Scored(NamedTuple):
@@ -61,7 +62,7 @@ def score(
     *,
     config: ModelConfig,
     batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Scored]:
     """How likely each continuation is after its context. Computed longest first, returned in order.
 

@@ -9,12 +9,15 @@ pipeline, and tokenizer_config.json only says which tokens are special and what 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
 from atom_jax.errors import AtomError, one_line
 from atom_jax.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
@@ -40,14 +43,14 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def token_text(value: Any) -> str | None:
+def token_text(value: object) -> str | None:
     """A token in a JSON file of transformers, which is a string or an object with ``content``."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) and value else None
 
 
-def wrap_tokenizer(folder: Path) -> Any:
+def wrap_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer in ``folder`` as transformers' ``PreTrainedTokenizerFast``.
 
     Raises:
@@ -59,7 +62,7 @@ def wrap_tokenizer(folder: Path) -> Any:
     tokenizer = read_tokenizer(folder)
     settings = _settings(folder / SETTINGS_FILE)
     special = {name: token_text(settings.get(name)) for name in SPECIAL_TOKENS}
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     for name in ("chat_template", "model_max_length", "padding_side"):
         if settings.get(name) is not None:
             options[name] = settings[name]
@@ -83,5 +86,5 @@ def wrap_tokenizer(folder: Path) -> Any:
         raise AtomError(f"{folder}: not readable: {one_line(error)}") from error
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: Path) -> dict[str, object]:
     return read_json(path) if path.is_file() else {}

@@ -1,7 +1,7 @@
 """The command line, ``atom-jax``.
 
-It stands above ``atom_jax`` and ``convert``, which do not know of it. Commands import JAX, transformers and
-``convert`` when they run, not before: ``--help`` and a mistyped option answer at once.
+It uses ``atom_jax`` and ``convert``, which never import it. Commands import JAX, transformers and ``convert``
+when they run, not before, so that ``--help`` and errors in options appear at once.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _options(
 
 def main() -> None:
     """The console script ``atom-jax`` and ``python -m atom_jax``."""
-    # The tokenizer needs no torch; without this transformers says so on every start.
+    # transformers warns at every start if there is no torch. Tokenizers do not need it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     prepare_process()
     app(prog_name="atom-jax")

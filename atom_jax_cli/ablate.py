@@ -1,4 +1,4 @@
-"""``atom-jax ablate``: what each idea of the method buys on a model."""
+"""``atom-jax ablate``: how much each idea of the method improves a model."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ def _table(result: dict[str, Any]) -> Table:
         shown.add_column(name, justify="right" if shown.columns else "left", no_wrap=True)
     part = None
     for row, step in zip(rows, result["steps"], strict=True):
-        # The paper's steps, this project's, the branches.
+        # A line between the steps of the paper, the steps of this project and the branches.
         before, part = part, (step["paper"] is not None, step["branch"])
         if before not in (None, part):
             shown.add_section()
         shown.add_row(*row)
-    # As wide as it needs: a terminal that is narrower breaks its lines, but no number is cut off.
+    # The table gets the width it needs. A narrower terminal wraps its lines, but no number is cut off.
     shown.width = stdout.measure(shown, options=stdout.options.update(max_width=_WIDEST)).maximum
     return shown

@@ -53,7 +53,7 @@ def batch(
     from atom_jax.batch import check_requests, run_batch
 
     name = served_name(checkpoint, model_name)
-    check_requests(requests, name)  # before the minutes of loading and compiling
+    check_requests(requests, name)  # loading and compiling take minutes: find errors before
     model, engine = load_engine(
         checkpoint,
         memory_gb=memory_gb,
@@ -65,7 +65,7 @@ def batch(
         deterministic=deterministic,
     )
     started = time.perf_counter()
-    with _bar() as report:
+    with _bar() as on_result:
         end = run_batch(
             engine,
             model.tokenizer,
@@ -73,7 +73,7 @@ def batch(
             results,
             model_name=name,
             ahead=2 * max_num_seqs,
-            report=report,
+            on_result=on_result,
         )
     seconds = time.perf_counter() - started
     rate = end.tokens / seconds
@@ -85,7 +85,13 @@ def batch(
 
 @contextmanager
 def _bar() -> Iterator[Callable[[BatchProgress], None]]:
-    """Draws results done and tokens per second on stderr while the block runs; in a log, some lines."""
+    """Shows results done and tokens per second on stderr while the block runs.
+
+    On a terminal it is a bar. Elsewhere, e.g. in a log, it is a line every ``LOG_SECONDS``.
+
+    Yields:
+      What ``run_batch`` calls after every result.
+    """
     columns = (
         TextColumn("requests"),
         BarColumn(),
@@ -98,7 +104,7 @@ def _bar() -> Iterator[Callable[[BatchProgress], None]]:
         task = progress.add_task("", rate=0.0)
         started = last_line = progress.get_time()
 
-        def report(now: BatchProgress) -> None:
+        def on_result(now: BatchProgress) -> None:
             nonlocal last_line
             moment = progress.get_time()
             rate = now.tokens / (moment - started)
@@ -107,4 +113,4 @@ def _bar() -> Iterator[Callable[[BatchProgress], None]]:
                 note(f"requests: {now.done} of {now.total}, {rate:.0f} tokens/s")
                 last_line = moment
 
-        yield report
+        yield on_result

@@ -70,14 +70,14 @@ def compare(
     if json_output:
         print_json(_as_json(result))
         return
-    stdout.print(_summary(result))
+    stdout.print(_summary_table(result))
     if result.layer_snr_db is not None:
         stdout.print(_layers(result.layer_snr_db))
     note(f"{result.tokens} tokens scored in {result.seconds:.1f} s")
 
 
 def _as_json(result: Fidelity) -> dict[str, object]:
-    """The result without what JSON lacks: an infinite ratio is null."""
+    """The result as JSON, which has no infinity: an infinite ratio becomes null."""
     data = dataclasses.asdict(result)
     del data["no_snr"]
     if result.layer_snr_db is not None:
@@ -85,7 +85,7 @@ def _as_json(result: Fidelity) -> dict[str, object]:
     return data
 
 
-def _summary(result: Fidelity) -> Table:
+def _summary_table(result: Fidelity) -> Table:
     table = Table("", show_header=False)
     table.add_column(justify="right")
     table.add_row("perplexity of A", f"{result.perplexity_a:.4f}")

@@ -1,4 +1,4 @@
-"""What every command shares: results on stdout, everything for humans on stderr, errors as one line."""
+"""What all commands share: results on stdout, other text for humans on stderr, errors as one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -18,35 +18,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from typer.core import TyperCommand
 
 from atom_jax.errors import AtomError
+from atom_jax.progress import StageProgress
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
-# Where there is no terminal, a stage that takes longer than this says how far it is.
+# Without a terminal, a stage prints how far it is after every so many seconds.
 LOG_SECONDS = 10.0
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-
-# (stage, done, total); stages come one after the other.
-Report = Callable[[str, int, int], None]
 
 stderr = Console(stderr=True)
 stdout = Console()
 
 
 def prepare_process() -> None:
-    """What a process of the command line needs before it runs a command. For entry points."""
+    """Sets up the process: encoding errors, Ctrl-C. Entry points call it before they run a command."""
     for stream in (sys.stdout, sys.stderr):
-        # Whatever the encoding of the terminal or the file lacks is written as its code, not as an error.
+        # A character that the encoding of the terminal or file does not have is written as its code.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # Python's own handler is not there where the signal is ignored, as in the background of a shell.
+    # Where the signal is ignored, as for a shell's background process, Python has no handler: keep it so.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """The first Ctrl-C ends the command in order; another one does not wait for that."""
+    """The first Ctrl-C raises KeyboardInterrupt and the command can clean up; a second ends it at once."""
     signal.signal(signal.SIGINT, _leave)
     raise KeyboardInterrupt
 
@@ -57,9 +55,9 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 class ReportingCommand(TyperCommand):
-    """Turns what a user can cause into one line ``error: ...`` and status 2; a bug keeps its traceback.
+    """A command that reports errors which a user can cause as one line ``error: ...``, with status 2.
 
-    Ctrl-C is one line, too, and status 130.
+    Other exceptions are bugs and keep their traceback. After Ctrl-C there is one line, too, and status 130.
     """
 
     interrupted = "interrupted"
@@ -71,7 +69,7 @@ class ReportingCommand(TyperCommand):
             note(self.interrupted)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except BrokenPipeError:
-            raise  # the reader of our output is gone (`| head`): typer ends quietly
+            raise  # whoever reads our output has closed it (`| head`): typer ends the command quietly
         except AtomError as error:
             message = str(error)
         except OSError as error:
@@ -79,7 +77,7 @@ class ReportingCommand(TyperCommand):
         except MemoryError:
             message = "out of memory"
         except Exception as error:
-            # By name and text: an error must not cost the seconds that importing JAX takes.
+            # The class is compared by name, because importing JAX for it would take seconds.
             if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             message = f"out of memory: {str(error).splitlines()[0]}"
@@ -87,7 +85,7 @@ class ReportingCommand(TyperCommand):
 
 
 class ResumingCommand(ReportingCommand):
-    """A command that keeps on disk what it has done so far."""
+    """A command that stores its progress on disk and continues there when it is run again."""
 
     interrupted = "interrupted; the same command goes on where this one stopped"
 
@@ -111,7 +109,7 @@ def print_json(data: dict[str, Any]) -> None:
     try:
         text.encode(sys.stdout.encoding)
     except UnicodeEncodeError:
-        text = json.dumps(data, indent=2)  # JSON has its own way to write any character in ASCII
+        text = json.dumps(data, indent=2)  # ASCII, with other characters as \uXXXX
     sys.stdout.write(f"{text}\n")
 
 
@@ -121,10 +119,11 @@ def note(message: str) -> None:
 
 
 @contextlib.contextmanager
-def progress_bars() -> Iterator[Report]:
-    """Draws one bar a stage on stderr while the block runs.
+def progress_bars() -> Iterator[StageProgress]:
+    """Shows the progress of stages on stderr while the block runs.
 
-    In a log, a line when a stage is done, and some lines about one that takes longer.
+    On a terminal each stage has a bar. Elsewhere, e.g. in a log, it is a line at the end of each stage, and
+    one every ``LOG_SECONDS`` before that.
     """
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -141,11 +140,11 @@ def progress_bars() -> Iterator[Report]:
         nonlocal last_report, last_line
         if stage not in tasks:
             if live:
-                progress.start()  # not earlier: bars that never come would leave an empty line
+                progress.start()  # not earlier: without any bar it would leave an empty line
             for earlier in tasks.values():
                 progress.stop_task(earlier)
             tasks[stage] = progress.add_task(stage)
-            # The first report of a stage comes when some of it, and its compilation, is done already.
+            # The stage began earlier: its first report comes when a part of it is done already.
             progress.tasks[-1].start_time = last_report
         progress.update(tasks[stage], completed=done, total=total)
         last_report = progress.get_time()

@@ -13,7 +13,7 @@ from atom_jax_cli.console import JsonOption, format_bytes, note, print_json, pro
 from convert.recipe import has_setting, make_recipe
 
 _SCHEME = "w4a4kv4"
-# What a setting that was chosen is called.
+# How the settings that the converter chose are called in its messages.
 _SETTINGS = {"group_size": "groups of", "num_outliers": "number of outliers"}
 _WEIGHTS, _CACHE, DATA_PANEL = "Weights and activations", "KV cache", "Data and evaluation"
 
@@ -40,7 +40,7 @@ RevisionOption = Annotated[
 
 
 def _default(setting: str) -> str:
-    """The default of a setting of the recipe, for ``--help``: that of the default scheme, then others."""
+    """The default of a setting for ``--help``: that of the default scheme, then different ones of others."""
     names = {None: "searched", True: "on", False: "off"}
     by_value: dict[str, list[str]] = {}
     for scheme in (_SCHEME, *(each for each in SCHEMES if each != _SCHEME)):
@@ -190,11 +190,11 @@ def convert(
     json_output: JsonOption = False,
 ) -> None:
     """Convert SRC (safetensors, PyTorch or GGUF) to a checkpoint in the folder OUT."""
-    # First what does not import the converter, so that a wrong option is answered at once.
+    # The converter is imported after this, so that a wrong option is reported at once.
     auto_outliers = num_outliers == "auto"
     changes = _given(
         group_size=group_size,
-        num_outliers=None if num_outliers is None or auto_outliers else _number(num_outliers),
+        num_outliers=None if num_outliers is None or auto_outliers else _outliers_option(num_outliers),
         clip_w=clip_w,
         clip_a=clip_a,
         gptq=gptq,
@@ -249,7 +249,7 @@ def convert(
         note(f"{out}: {scheme} checkpoint, {format_bytes(size)}; details: atom-jax inspect {out}")
 
 
-def _number(outliers: str) -> int:
+def _outliers_option(outliers: str) -> int:
     try:
         return int(outliers)
     except ValueError:
@@ -257,5 +257,5 @@ def _number(outliers: str) -> int:
 
 
 def _given(**options: Any) -> dict[str, Any]:
-    """The options that the user gave; the others keep the defaults of the library."""
+    """The options that the user gave. The others have the defaults of the library."""
     return {name: value for name, value in options.items() if value is not None}

@@ -1,4 +1,4 @@
-"""``atom-jax demo``: a real model from PyPI, converted, measured and made to talk."""
+"""``atom-jax demo``: converts a real model from PyPI, measures it and asks it a question."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from atom_jax_cli.console import JsonOption, format_bytes, note, print_json, progress_bars, stderr, stdout
-from atom_jax_cli.generate import Generation, describe, encode_prompt
+from atom_jax_cli.generate import Generation, describe_timing, encode_prompt
 
 if TYPE_CHECKING:
     from convert.demo.variants import VariantResult
@@ -54,7 +54,7 @@ def demo(
         answer = {**generation.result(prompt, ids, tokens), **timing}
         print_json({"folder": str(folder), "variants": variants, "answer": answer})
     else:
-        note(f"{describe(timing)}\nMore: atom-jax generate {folder / ATOM} --chat --prompt TEXT")
+        note(f"{describe_timing(timing)}\nMore: atom-jax generate {folder / ATOM} --chat --prompt TEXT")
 
 
 def _table(results: list[VariantResult]) -> Table:

@@ -1,4 +1,4 @@
-"""``atom-jax doctor``: does it work here?"""
+"""``atom-jax doctor``: whether Atom-JAX works on this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def doctor(
 
     Ends with status 1 if a kernel fails or cannot be checked, or JAX does not use the GPU that is there.
     """
-    # The memory is for the processes that check; to be said before JAX is imported.
+    # The child processes that check the kernels need the GPU's memory. JAX reads this when it is imported.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from atom_jax.doctor import examine
     from pallas_kernels.verification.verify import Limits
@@ -48,7 +48,7 @@ def _show(facts: dict[str, Any]) -> None:
     for number, gpu in enumerate(facts["gpus"]):
         stdout.print(_pairs(f"GPU {number}, as the driver says", gpu))
     if "device" in facts:
-        stdout.print(_pairs("device, as JAX says", _device(facts)))
+        stdout.print(_pairs("device, as JAX says", _device_rows(facts)))
         stdout.print(_ops(facts["ops"]))
         for reason in dict.fromkeys(op["reason"] for op in facts["ops"]):
             ops = dict.fromkeys(op["op"] for op in facts["ops"] if op["reason"] == reason)
@@ -72,7 +72,7 @@ def _pairs(title: str, facts: dict[str, Any]) -> Table:
     return table
 
 
-def _device(facts: dict[str, Any]) -> dict[str, Any]:
+def _device_rows(facts: dict[str, Any]) -> dict[str, Any]:
     device, cache = facts["device"], facts["compilation_cache"]
     memory = device["memory_bytes"]
     used = f"{cache['folder']} (used by {', '.join(cache['used_by'])})" if cache["folder"] else "turned off"
@@ -118,12 +118,12 @@ def _show_kernels(facts: dict[str, Any]) -> None:
         outcome = kernel["outcome"]
         style = styles.get(outcome)
         shown = f"[{style}]{outcome}[/]" if style else outcome
-        table.add_row(kernel["op"], shown, str(kernel["checks"]), _plain(kernel["reason"]))
+        table.add_row(kernel["op"], shown, str(kernel["checks"]), _escaped(kernel["reason"]))
     stdout.print(table)
     _say(f"  kept in {facts['verdicts_file']}")
 
 
-def _plain(text: str) -> str:
+def _escaped(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)

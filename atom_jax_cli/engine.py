@@ -1,4 +1,4 @@
-"""The engine as the commands that serve make it: its options, its memory, its compilation."""
+"""How ``serve`` and ``batch`` make the engine: their common options, its memory, its compilation."""
 
 from __future__ import annotations
 
@@ -74,10 +74,16 @@ def load_engine(
     prefix_caching: bool,
     deterministic: bool,
 ) -> tuple[Model, Engine]:
-    """A checkpoint and an engine that serves it, with everything compiled.
+    """Loads a checkpoint and makes an engine for it, with all programs compiled.
+
+    Args:
+      checkpoint: folder.
+      memory_gb: memory for weights and cache together, in 10**9 bytes.
+      page_size, max_num_seqs, max_model_len, token_budget, prefix_caching, deterministic: as in
+        ``EngineConfig``.
 
     Raises:
-      AtomError: no checkpoint, or sizes that do not fit it or each other.
+      AtomError: there is no checkpoint, or the sizes do not fit it or each other.
     """
     import jax
 
@@ -90,7 +96,7 @@ def load_engine(
     check_kernels_for(checkpoint)
     with stderr.status("Loading the checkpoint"):
         model = load(checkpoint)
-        model.tokenizer  # noqa: B018  a checkpoint without one fails now, not at the first request
+        model.tokenizer  # noqa: B018  without a tokenizer it fails now, not at the first request
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     memory = None if memory_gb is None else int(memory_gb * 1e9) - weights
     if memory is not None and memory <= 0:
@@ -116,5 +122,5 @@ def load_engine(
 
 
 def served_name(checkpoint: Path, model_name: str | None) -> str:
-    """What requests call the model."""
+    """The name of the model in requests: the given one, or that of the folder."""
     return model_name or checkpoint.resolve().name

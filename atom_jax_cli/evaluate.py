@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -12,6 +12,9 @@ from rich.table import Table
 from atom_jax.errors import AtomError
 from atom_jax_cli.console import JsonOption, note, print_json, progress_bars, stderr, stdout
 from atom_jax_cli.kernels import check_kernels_for
+
+if TYPE_CHECKING:
+    from atom_jax.lm_eval_adapter import Metric
 
 _TEXT, _TASKS = "Perplexity of a text", "Tasks (lm-eval)"
 
@@ -129,13 +132,13 @@ def _tasks(
         lm = AtomLM(model, batch_size=batch_size, report=report)
         result = run_tasks(lm, loaded, limit=limit, num_fewshot=num_fewshot)
     if json_output:
-        print_json(result)
+        print_json({**result})
         return
     stdout.print(_table(result["results"]))
     note(f"{sum(result['examples'].values())} examples in {result['seconds']:.1f} s")
 
 
-def _table(results: dict[str, dict[str, Any]]) -> Table:
+def _table(results: dict[str, dict[str, Metric]]) -> Table:
     """One row for each metric of each task or group."""
     table = Table("task", "metric")
     table.add_column("value", justify="right")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from atom_jax_cli.console import JsonOption, print_json, stdout
+
+if TYPE_CHECKING:
+    from atom_jax.explain import Line
 
 
 def explain(
@@ -46,7 +49,7 @@ def explain(
         stdout.print(f"  {reason}", markup=False, highlight=False)
 
 
-def _table(title: str, lines: list[Any]) -> Table:
+def _table(title: str, lines: list[Line]) -> Table:
     table = Table(title=title, title_justify="left")
     for column in ("op", "runs"):
         table.add_column(column, no_wrap=True)

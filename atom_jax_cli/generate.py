@@ -17,6 +17,8 @@ from atom_jax_cli.console import JsonOption, note, print_json, stderr, stdout
 from atom_jax_cli.kernels import check_kernels_for
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from atom_jax.checkpoint import Model
     from atom_jax.sampling import SamplingParams
 
@@ -86,7 +88,7 @@ def generate(
             stdout.rule(f"{number}", style="dim")
             stdout.print(result["prompt"], markup=False, highlight=False, soft_wrap=True, style="dim")
             stdout.print(result["text"], markup=False, highlight=False, soft_wrap=True)
-    note(describe(timing))
+    note(describe_timing(timing))
 
 
 def _prompts(given: list[str], file: Path | None) -> list[str]:
@@ -123,7 +125,7 @@ def _json_prompt(path: Path, number: int, line: str) -> str:
     return prompt
 
 
-def encode_prompt(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str, *, chat: bool) -> list[int]:
     """Token ids of a prompt, or of a first message to an assistant.
 
     Raises:
@@ -138,9 +140,10 @@ def encode_prompt(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
             raise AtomError(f"{error}; leave --chat out") from error
     try:
         text.encode()
-    except UnicodeEncodeError:  # bytes of the command line that are no text, or half of a pair in JSON
+    except UnicodeEncodeError:  # bytes of the command line that are no text, or half a surrogate pair in JSON
         raise AtomError(f"prompt {text!r} is not valid Unicode") from None
-    # The template writes the special tokens itself. verbose: our own error says when a prompt is too long.
+    # The template itself writes the special tokens. verbose=False: no warning for a prompt that is too long,
+    # because there is an error for it later.
     ids = tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids
     if not ids:
         raise AtomError(f"prompt {text!r} has no tokens")
@@ -149,7 +152,11 @@ def encode_prompt(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A loaded model and how its texts are generated."""
+    """A loaded model and the settings of its generation.
+
+    Attributes:
+      stop_ids: tokens that end a text, besides the model's own.
+    """
 
     model: Model
     max_new_tokens: int
@@ -163,7 +170,11 @@ class Generation:
         return {*self.model.config.eos_token_ids, *self.stop_ids}
 
     def stream(self, ids: list[int], *, echo: bool) -> tuple[list[int], dict[str, Any]]:
-        """Continues one prompt, writing text to stdout as it comes if ``echo``; returns tokens and timing."""
+        """Continues one prompt; if ``echo``, writes the text to stdout as it is generated.
+
+        Returns:
+          The new tokens, and the timing.
+        """
         from atom_jax import stream
         from atom_jax.detokenize import StreamingDetokenizer
 
@@ -179,7 +190,7 @@ class Generation:
                 sys.stdout.flush()
         if echo:
             sys.stdout.write(detokenizer.finish() + "\n")
-        # The first two tokens wait for the compilation of prefill and of a decode step.
+        # The first two tokens are left out: prefill and the decode step are compiled before them.
         steady = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else None
         timing = _timing([ids], [tokens], times[-1])
         return tokens, timing | {"seconds_to_first_token": times[0], "decode_tokens_per_second": steady}
@@ -237,7 +248,7 @@ def _timing(ids: list[list[int]], tokens: list[list[int]], seconds: float) -> di
     }
 
 
-def describe(timing: dict[str, Any]) -> str:
+def describe_timing(timing: dict[str, Any]) -> str:
     """The timing as a line for humans."""
     line = f"{timing['new_tokens']} tokens in {timing['seconds']:.1f} s with compilation"
     if steady := timing.get("decode_tokens_per_second"):

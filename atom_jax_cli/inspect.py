@@ -1,16 +1,19 @@
-"""``atom-jax inspect``: what a checkpoint is made of, how it was made, how accurate it is."""
+"""``atom-jax inspect``: the parts of a checkpoint, how it was made, how accurate it is."""
 
 from __future__ import annotations
 
 import itertools
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from atom_jax_cli.console import JsonOption, format_bytes, print_json, stdout
+
+if TYPE_CHECKING:
+    from atom_jax.config import ModelConfig
 
 
 def inspect(
@@ -45,7 +48,7 @@ def inspect(
     stdout.print(_sizes(checkpoint))
 
 
-def _model_facts(config: Any) -> dict[str, Any]:
+def _model_facts(config: ModelConfig) -> dict[str, Any]:
     shown = ("architecture", "num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
     facts = {name: getattr(config, name) for name in shown}
     return facts | {
@@ -56,7 +59,7 @@ def _model_facts(config: Any) -> dict[str, Any]:
 
 
 def _windows(windows: tuple[int | None, ...]) -> str:
-    """The window of all layers, or that of each run of layers."""
+    """The sliding window of all layers, or of each group of successive layers with the same one."""
     if len(set(windows)) <= 1:
         return str((windows and windows[0]) or "none")
     runs = []
@@ -67,7 +70,7 @@ def _windows(windows: tuple[int | None, ...]) -> str:
 
 
 def _facts(title: str, facts: dict[str, Any]) -> Table:
-    """Names and values, one a row; what is nested is spelled with a dot."""
+    """A table of names and values. A nested entry has the name "outer.inner"."""
     table = Table("", title=title, title_justify="left", show_header=False)
     table.add_column(overflow="fold")
     for name, value in facts.items():
@@ -105,7 +108,7 @@ def _sizes(checkpoint: Path) -> Table:
     sizes: dict[str, int] = {}
     for file in sorted(checkpoint.rglob("*")):
         if file.is_file():
-            # params/shared and params/layers are parts of their own; any other file or folder is one.
+            # params/shared and params/layers are one part each, and so is every other file or folder.
             parts = file.relative_to(checkpoint).parts
             part = "/".join(parts[: 2 if parts[0] == "params" else 1])
             sizes[part] = sizes.get(part, 0) + file.stat().st_size

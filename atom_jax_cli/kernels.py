@@ -1,4 +1,4 @@
-"""The check of the GPU kernels as commands that run a model make it: before they load it."""
+"""The check of the GPU kernels, which commands make before they load a model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ STAGE = "kernel checks"
 
 
 def check_kernels_for(*checkpoints: Path) -> None:
-    """Checks the kernels of this device, with a bar, if that has to be.
+    """Checks the kernels of this device if they were not checked yet, and shows a progress bar.
 
     Raises:
-      AtomError: one of ``checkpoints`` is none, which need not wait for the check.
+      AtomError: one of ``checkpoints`` is not a checkpoint. This is found before the check, which takes long.
     """
     from atom_jax.checkpoint import read_config
     from atom_jax.kernel_check import check_kernels, check_pending

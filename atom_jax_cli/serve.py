@@ -71,7 +71,7 @@ def serve(
     from atom_jax.server.run import bind
     from atom_jax.server.run import serve as run
 
-    # What can be wrong is found before the minutes of loading and compiling.
+    # Errors in options and a used port are found here, because loading and compiling take minutes.
     config = ServerConfig(
         model_name=served_name(checkpoint, model_name),
         max_in_flight=max_num_seqs + max_queue,

@@ -1,16 +1,15 @@
-"""The ablation of SmolLM2, for docs/accuracy.md: runs ``atom-jax ablate`` and saves what it finds.
+"""Makes the ablation of SmolLM2 for docs/accuracy.md: runs ``atom-jax ablate`` and saves the results.
 
     python -m bench.ablation [--dir FOLDER]
 
 Writes bench/results/ablation.json, the table in docs/accuracy.md and, with matplotlib (``pip install
-.[bench]``), docs/ablation.png. FOLDER keeps the finished steps: an interrupted run goes on, and a step whose
-recipe changed is measured again. After any other change of the program remove FOLDER.
+.[bench]``), docs/ablation.png. The finished steps are stored in FOLDER, so that an interrupted run goes on;
+a step whose recipe was changed is measured again. After any other change of the program remove FOLDER.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from typing import Annotated, Any
 import typer
 
 from bench import record
+from bench.markdown import table_row, with_table
+from bench.record import DOCS
 from convert.ablation.plot import PLOT_FILE
 from convert.ablation.results import table
 from convert.demo.smollm2 import cache_folder, smollm2_gguf
@@ -28,13 +29,11 @@ SETTINGS = (
     *("--group-size", "64", "--num-outliers", "64"),
     *("--calib-tokens", "4096", "--eval-tokens", "2048"),  # half of the defaults: a quarter of an hour
 )
-DOCS = record.RESULTS.parents[1] / "docs"
-PAGE = "accuracy.md"
-_TABLE = re.compile(r"(<!-- table of bench\.ablation -->\n).*?(<!-- end of table -->\n)", re.DOTALL)
+PAGE_NAME = "accuracy.md"
 
 
 def markdown(environment: dict[str, Any], report: dict[str, Any]) -> str:
-    """The table, and what it was measured on."""
+    """The table in Markdown, after a line on texts, machine and versions."""
     heading, rows = table(report)
     job, calibration = report["job"], report["calibration"]
     texts = ", ".join(f"{text['tokens']:,} tokens of *{name}*" for name, text in job["texts"].items())
@@ -43,38 +42,28 @@ def markdown(environment: dict[str, Any], report: dict[str, Any]) -> str:
         f"SmolLM2-135M-Instruct; {texts}; calibrated on {windows * length:,} tokens ({calibration['kind']}). "
         f"{environment['cpu']}, jax {environment['versions']['jax']}, commit {environment['commit']}.",
         "",
-        _line(heading),
-        _line(["---", *["---:"] * (len(heading) - 1)]),
-        *map(_line, rows),
+        table_row(*heading),
+        table_row("---", *["---:"] * (len(heading) - 1)),
+        *(table_row(*row) for row in rows),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def with_table(page: str, text: str) -> str:
-    """``page`` with ``text`` in the place of its table."""
-    if _TABLE.search(page) is None:
-        raise ValueError(f"{PAGE} has no place for the table")
-    return _TABLE.sub(lambda found: f"{found[1]}{text}{found[2]}", page)
 
 
 def main(
     folder: Annotated[Path | None, typer.Option("--dir", help="Keeps the finished steps.")] = None,
     docs: Annotated[Path, typer.Option(help="Where to write.")] = DOCS,
 ) -> None:
-    """Runs the ablation, as far as it was not done before, and writes its results."""
+    """Runs the steps of the ablation that were not run before, and writes the results."""
     environment = record.environment()
     folder = cache_folder() / "ablation" if folder is None else folder
     command = [sys.executable, "-m", "atom_jax", "ablate", str(smollm2_gguf()), str(folder), *SETTINGS]
     run = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, text=True, check=True)
     report = json.loads(run.stdout)
     print(f"written to {record.save('ablation', environment, report)}")
-    page = docs / PAGE
+    page = docs / PAGE_NAME
     page.write_text(
-        with_table(page.read_text(encoding="utf-8"), markdown(environment, report)), encoding="utf-8"
+        with_table(page.read_text(encoding="utf-8"), "ablation", markdown(environment, report)),
+        encoding="utf-8",
     )
     if (folder / PLOT_FILE).exists():
         shutil.copyfile(folder / PLOT_FILE, docs / PLOT_FILE)

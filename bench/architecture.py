@@ -1,11 +1,11 @@
-"""The picture in docs/architecture.md: which folder imports which, read from the code.
+"""Draws the picture in docs/architecture.md: which folder imports which, read from the code.
 
     python -m bench.architecture
 
-A box is a folder of Python files; the files at the top of a package are one box, too. An operator's folder
-counts as one of ``pallas_kernels``'s operators. An arrow says that a file in a box imports from another box.
-Arrows between a package's top and its own folders are left out, and so are ``__main__`` files, which nobody
-imports.
+A box is a folder of Python files; the files at the top of a package are one box, too. The folders of all
+operators of ``pallas_kernels`` together are one box. An arrow means that a file in one box imports a file in
+another. Arrows between the top of a package and its own folders are left out, and so are ``__main__`` files,
+because nobody imports them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def imported(tree: ast.Module) -> Iterator[tuple[str, ...]]:
 
 
 def arrows() -> set[tuple[str, str]]:
-    """Every (importing box, imported box), boxes that differ."""
+    """All pairs (importing box, imported box) of different boxes."""
     found = set()
     for package in PACKAGES:
         for file in (ROOT / package).rglob("*.py"):
@@ -84,7 +84,7 @@ def diagram() -> str:
 
 
 def drawn(page: str) -> str:
-    """``page`` with the picture of the code as it is."""
+    """``page`` with the picture of the present code in the place of its old one."""
     before, rest = page.split(_BEGIN)
     return before + _BEGIN + diagram() + _END + rest.split(_END, 1)[1]
 

@@ -2,10 +2,10 @@
 
     python -m bench.cpu_generate CHECKPOINT
 
-CHECKPOINT is a w4a4kv4 conversion of SmolLM2 (``atom-jax demo`` makes one). All measurements alternate
-in one process on the same cores. A figure is (time of FEW + N tokens - time of FEW tokens) / N, so that
-prefill and dispatch cancel; each time is the fastest of all rounds, because other load on the machine only
-ever adds to it. The times of all rounds are saved.
+CHECKPOINT is a w4a4kv4 conversion of SmolLM2 (``atom-jax demo`` makes one). The systems take turns in one
+process on the same cores. A figure is (time of FEW + N tokens - time of FEW tokens) / N, so the time of
+prefill and dispatch is not in it. Each time is that of the fastest round, because other load on the machine
+can only make a time longer. The times of all rounds are saved.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def transformers_model(source: Source) -> LlamaForCausalLM:
 
 
 def run_transformers(model: Any) -> Callable[[np.ndarray, int], None]:
-    """Greedy generation of exactly ``count`` tokens."""
+    """A function that generates exactly ``count`` tokens greedily with transformers."""
 
     def run(tokens: np.ndarray, count: int) -> None:
         ids = torch.from_numpy(tokens).long()
@@ -78,7 +78,7 @@ def run_transformers(model: Any) -> Callable[[np.ndarray, int], None]:
 
 
 def run_atom(params: Any, config: ModelConfig) -> Callable[[np.ndarray, int], None]:
-    """Greedy generation of exactly ``count`` tokens: no token ends a row."""
+    """A function that generates exactly ``count`` tokens greedily with Atom-JAX: no token ends a row."""
     endless = config.replace(eos_token_ids=())
 
     def run(tokens: np.ndarray, count: int) -> None:
@@ -113,7 +113,7 @@ def main(
         seconds: dict[str, dict[int, list[float]]] = {
             name: {FEW: [], FEW + new_tokens: []} for name in systems
         }
-        for run in systems.values():  # compile, and touch all memory
+        for run in systems.values():  # compiles, and allocates all memory
             run(tokens, FEW)
         for _ in range(rounds):
             for name, run in systems.items():

@@ -1,6 +1,8 @@
-"""The figures of the demo: runs ``atom-jax demo --json`` from the beginning, and once more, and saves them.
+"""Measures the demo: runs ``atom-jax demo --json`` twice, the first time in an empty folder.
 
-python -m bench.demo, which writes bench/results/demo.json.
+    python -m bench.demo
+
+Writes bench/results/demo.json.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from typing import Any
 from bench import record
 
 
-def run(folder: str) -> tuple[dict[str, Any], float]:
-    """What the demo found in ``folder``, and the seconds of the whole command."""
+def run_demo(folder: str) -> tuple[dict[str, Any], float]:
+    """What the demo with ``folder`` prints, and the seconds that the command took."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "atom_jax", "demo", "--json", "--dir", folder]
     found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
@@ -26,8 +28,8 @@ def run(folder: str) -> tuple[dict[str, Any], float]:
 def main() -> None:
     environment = record.environment()
     with tempfile.TemporaryDirectory(prefix="atom-jax-demo-") as folder:
-        results, first = run(folder)
-        again, second = run(folder)
+        results, first = run_demo(folder)
+        again, second = run_demo(folder)
     assert again["variants"] == results["variants"], "the second run converted or measured again"
     results |= {"seconds": first, "seconds_of_second_run": second}
     print(json.dumps(results, indent=2))

@@ -2,11 +2,14 @@
 
     python -m bench.engine CHECKPOINT
 
-Three figures, each with its target on 2 CPU cores for SmolLM2 w4a4kv4: host time that the device waits for,
-as a share of a decode step of 32 sequences; throughput of 16 requests at once over one after the other; time
-to first token of a prompt of 1,000 tokens over that of the same prompt sent again. Figures come from the
-fastest of all rounds, because other load on the machine only ever adds to a time; the times of all rounds are
-saved.
+Measures three figures, each with a target for SmolLM2 w4a4kv4 on 2 CPU cores:
+
+* the host time that the device waits for, as a share of a decode step of 32 sequences;
+* the throughput of 16 requests at the same time, divided by that of one request after the other;
+* the time to the first token of a prompt of 1,000 tokens, divided by that of the same prompt sent again.
+
+The figures are those of the fastest round, because other load on the machine can only make a time longer. The
+times of all rounds are saved.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from atom_jax.engine import Engine, EngineConfig, RequestParams
 from bench.record import environment, save
 
 SIZES = EngineConfig(max_num_seqs=32, max_model_len=1024)
-BATCH = 32
+DECODE_BATCH = 32
 STEPS = 16
 CONCURRENT = 16
 ONE_BY_ONE = 4
@@ -34,7 +37,7 @@ LONG_PROMPT = 1000
 
 
 def random_prompts(count: int, length: int) -> list[list[int]]:
-    """No two of them begin alike, nor those of two calls."""
+    """Random token ids: no two prompts begin with the same tokens, so the prefix cache finds nothing."""
     return np.random.default_rng().integers(100, 40_000, (count, length)).tolist()
 
 
@@ -43,17 +46,19 @@ def params(new_tokens: int) -> RequestParams:
 
 
 def decode_steps(engine: Engine) -> dict[str, float]:
-    """Milliseconds of a decode step of BATCH sequences: all of it, and what the host does.
+    """Milliseconds of a decode step of DECODE_BATCH sequences.
 
-    ``unhidden`` is what the engine itself counts: host work while the device had none. ``host_cpu`` is all
-    that the engine's thread computes, which the device does not wait for but shares two cores with.
+    Returns:
+      "step": the whole step. "unhidden": the part during which the device waited for the host, as the engine
+      counts it. "host_cpu": CPU time of the engine's thread; the device does not wait for it, but both share
+      the cores.
     """
-    for number, prompt in enumerate(random_prompts(BATCH, PROMPT_TOKENS)):
+    for number, prompt in enumerate(random_prompts(DECODE_BATCH, PROMPT_TOKENS)):
         engine.add(str(number), prompt, params(NEW_TOKENS))
     started: set[str] = set()
-    while len(started) < BATCH:
+    while len(started) < DECODE_BATCH:
         started |= {output.request_id for output in engine.step()}
-    engine.step()  # the first that decodes all and prefills nothing is on its way
+    engine.step()  # dispatches the first step that decodes all sequences and prefills nothing
     unhidden, wall, cpu = engine.stats().host_seconds, time.perf_counter(), time.thread_time()
     for _ in range(STEPS):
         engine.step()
@@ -62,9 +67,9 @@ def decode_steps(engine: Engine) -> dict[str, float]:
         "unhidden": engine.stats().host_seconds - unhidden,
         "host_cpu": time.thread_time() - cpu,
     }
-    if engine.stats().running != BATCH:
+    if engine.stats().running != DECODE_BATCH:
         raise SystemExit("a sequence ended while steps were timed")
-    for number in range(BATCH):
+    for number in range(DECODE_BATCH):
         engine.abort(str(number))
     while engine.has_work:
         engine.step()
@@ -72,7 +77,7 @@ def decode_steps(engine: Engine) -> dict[str, float]:
 
 
 def seconds_to_answer(engine: Engine, count: int, at_once: bool) -> float:
-    """Of ``count`` prompts."""
+    """Seconds to answer ``count`` prompts, all at once or one after the other."""
     prompts = random_prompts(count, PROMPT_TOKENS)
     began = time.perf_counter()
     for batch in [prompts] if at_once else [[prompt] for prompt in prompts]:
@@ -120,7 +125,11 @@ def main(checkpoint: Path, rounds: Annotated[int, typer.Option(min=1)] = 3) -> N
     prefix = min(first) / min(again)
     results = [
         row(
-            f"unhidden host time / decode step of {BATCH}", "< 5%", 100 * unhidden, unhidden < 0.05, ms=steps
+            f"unhidden host time / decode step of {DECODE_BATCH}",
+            "< 5%",
+            100 * unhidden,
+            unhidden < 0.05,
+            ms=steps,
         ),
         row(
             f"throughput, {CONCURRENT} requests at once / one by one",

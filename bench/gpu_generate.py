@@ -3,10 +3,10 @@
     python -m bench.gpu_generate            # one GPU
     python -m bench.gpu_generate --smoke    # two tiny layers with the reference, on any device
 
-Decoding is one jitted loop of 64 greedy steps on sequences that have 1,024 tokens in the cache already; what
-starting it costs is counted, below one percent. Prefill is the last 512-token chunk of a 2,048-token prompt.
-Neither the values in the cache nor the weights change what is computed. XLA's matmuls are cuBLAS's. The JSON
-is complete after every figure.
+Decoding is one jitted loop of 64 greedy steps on sequences that have 1,024 tokens in the cache already. Its
+time includes the start of the loop, which is less than one percent. Prefill is the last 512-token chunk of a
+2,048-token prompt. The time depends neither on the values in the cache nor on those of the weights. XLA's
+matmuls are those of cuBLAS. The JSON file is rewritten after every measurement.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from atom_jax.llama import forward
 from bench import record
 from bench.gpu import progress
 from bench.gpu.random_model import random_params
-from bench.kernels import describe
+from bench.kernels import describe_error
 from bench.models import llama_3_8b
 from pallas_kernels import dispatch
 from pallas_kernels.verification.execute import device_lost
 
-# Labels of a figure, and the call that measures it.
+# One measurement: its labels, and the function that makes it.
 Figure = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
-SCHEMES = ("w4a4kv4", "bf16")
-_COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+TIMED_SCHEMES = ("w4a4kv4", "bf16")
+_GENERATE_COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is measured.
+class BenchSizes:
+    """The sizes that are measured.
 
     Attributes:
       context: tokens in the cache when decoding begins.
-      steps: of the decoding loop.
-      batches: of decoding, most valuable first.
-      prefills: (sequences, chunk, prompt) of prefill.
-      rounds: repetitions, of which the fastest counts.
+      steps: number of steps of the decoding loop.
+      batches: numbers of sequences to decode, the most valuable measurement first.
+      prefills: (sequences, tokens of the chunk, tokens of the prompt) of each measurement of prefill.
+      rounds: number of repetitions, of which the fastest counts.
     """
 
     context: int = 1024
@@ -60,7 +60,7 @@ class Plan:
     rounds: int = 3
 
 
-SMOKE = Plan(context=32, steps=2, batches=(2,), prefills=((1, 16, 32),), rounds=1)
+SMOKE = BenchSizes(context=32, steps=2, batches=(2,), prefills=((1, 16, 32),), rounds=1)
 
 
 def smoke_config(scheme: str) -> ModelConfig:
@@ -77,7 +77,7 @@ def tree_bytes(tree: Any) -> int:
 
 
 def decode_loop(config: ModelConfig) -> Callable[..., Any]:
-    """``loop(params, token, cache, first, steps)``: greedy steps from position ``first`` on."""
+    """A function ``loop(params, token, cache, first, steps)``: greedy steps from position ``first`` on."""
 
     def loop(params: Any, token: Any, cache: Any, first: Any, steps: Any) -> Any:
         def body(i: Any, carry: Any) -> Any:
@@ -92,7 +92,7 @@ def decode_loop(config: ModelConfig) -> Callable[..., Any]:
 
 
 def fastest(run: Callable[[], Any], rounds: int) -> float:
-    """Seconds of the fastest of ``rounds`` runs, each waited for."""
+    """Seconds of the fastest of ``rounds`` runs, each until its results are complete."""
     times = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -108,14 +108,14 @@ def choices_of(lower: Callable[[], Any]) -> tuple[Any, dict[str, str]]:
     return lowered, {choice.op: f"{choice.implementation} ({choice.reason})" for choice in choices}
 
 
-def measure_decode(params: Any, config: ModelConfig, batch: int, plan: Plan) -> dict[str, Any]:
+def measure_decode(params: Any, config: ModelConfig, batch: int, bench_sizes: BenchSizes) -> dict[str, Any]:
     """Milliseconds of a step and tokens per second."""
-    cache = init_cache(config, batch, plan.context + plan.steps)
+    cache = init_cache(config, batch, bench_sizes.context + bench_sizes.steps)
     token = jnp.zeros((batch, 1), jnp.int32)
-    first, steps = np.int32(plan.context), np.int32(plan.steps)
+    first, steps = np.int32(bench_sizes.context), np.int32(bench_sizes.steps)
     jitted = jax.jit(decode_loop(config), donate_argnums=(2,))
     lowered, choices = choices_of(lambda: jitted.lower(params, token, cache, first, steps))
-    compiled = lowered.compile(compiler_options=_COMPILER_OPTIONS)
+    compiled = lowered.compile(compiler_options=_GENERATE_COMPILER_OPTIONS)
     row = {"implementations": choices, "cache_bytes": tree_bytes(cache)}
 
     def run() -> Any:
@@ -124,12 +124,12 @@ def measure_decode(params: Any, config: ModelConfig, batch: int, plan: Plan) -> 
         return result
 
     jax.block_until_ready(run())
-    step = fastest(run, plan.rounds) / plan.steps
+    step = fastest(run, bench_sizes.rounds) / bench_sizes.steps
     return row | {"ms_per_step": 1e3 * step, "tokens_per_second": batch / step}
 
 
 def measure_prefill(
-    params: Any, config: ModelConfig, batch: int, chunk: int, prompt: int, plan: Plan
+    params: Any, config: ModelConfig, batch: int, chunk: int, prompt: int, bench_sizes: BenchSizes
 ) -> dict[str, Any]:
     """Milliseconds of a chunk and tokens per second."""
     cache = init_cache(config, batch, prompt)
@@ -142,7 +142,7 @@ def measure_prefill(
 
     jitted = jax.jit(step, donate_argnums=(3,))
     lowered, choices = choices_of(lambda: jitted.lower(params, tokens, positions, cache, select))
-    compiled = lowered.compile(compiler_options=_COMPILER_OPTIONS)
+    compiled = lowered.compile(compiler_options=_GENERATE_COMPILER_OPTIONS)
 
     def run(times: int = 4) -> Any:
         nonlocal cache
@@ -152,7 +152,7 @@ def measure_prefill(
         return logits
 
     jax.block_until_ready(run(1))
-    seconds = fastest(run, plan.rounds) / 4
+    seconds = fastest(run, bench_sizes.rounds) / 4
     return {
         "implementations": choices,
         "ms_per_chunk": 1e3 * seconds,
@@ -161,17 +161,17 @@ def measure_prefill(
 
 
 def run(out: Path, budget: float, *, smoke: bool = False) -> bool:
-    """Measures everything that can be begun within ``budget`` seconds; False if anything failed."""
+    """Measures as much as can be begun within ``budget`` seconds; returns False if anything failed."""
     deadline = time.monotonic() + budget
-    plan = SMOKE if smoke else Plan()
+    bench_sizes = SMOKE if smoke else BenchSizes()
     rows: list[dict[str, Any]] = []
-    result = {"plan": dataclasses.asdict(plan), "figures": rows, "skipped": []}
+    result = {"plan": dataclasses.asdict(bench_sizes), "figures": rows, "skipped": []}
     environment = record.environment()
     record.write_json(out, {"environment": environment, "results": result})
-    for number, scheme in enumerate(SCHEMES):
+    for number, scheme in enumerate(TIMED_SCHEMES):
         config = smoke_config(scheme) if smoke else llama_3_8b(preset(scheme))
-        # The first scheme must leave time for the second: figures are only worth something side by side.
-        end = deadline - (len(SCHEMES) - 1 - number) * budget / len(SCHEMES)
+        # The first scheme must leave time for the second, because only the comparison is of interest.
+        end = deadline - (len(TIMED_SCHEMES) - 1 - number) * budget / len(TIMED_SCHEMES)
         started = time.monotonic()
         params = jax.block_until_ready(random_params(config, jax.random.key(0, impl="rbg")))
         setup = {
@@ -180,17 +180,17 @@ def run(out: Path, budget: float, *, smoke: bool = False) -> bool:
             "init_seconds": time.monotonic() - started,
         }
         decodes: list[Figure] = [
-            ({"kind": "decode", "batch": batch}, partial(measure_decode, params, config, batch, plan))
-            for batch in plan.batches
+            ({"kind": "decode", "batch": batch}, partial(measure_decode, params, config, batch, bench_sizes))
+            for batch in bench_sizes.batches
         ]
         prefills: list[Figure] = [
             (
                 {"kind": "prefill", "batch": batch, "chunk": chunk, "prompt": prompt},
-                partial(measure_prefill, params, config, batch, chunk, prompt, plan),
+                partial(measure_prefill, params, config, batch, chunk, prompt, bench_sizes),
             )
-            for batch, chunk, prompt in plan.prefills
+            for batch, chunk, prompt in bench_sizes.prefills
         ]
-        # A batch or two of decoding, one prefill, the rest.
+        # Two batches of decoding and one prefill come first, in case the time is over before the rest.
         for what, measure in (*decodes[:2], *prefills[:1], *decodes[2:], *prefills[1:]):
             row: dict[str, Any] = setup | what
             if time.monotonic() > end:
@@ -199,8 +199,8 @@ def run(out: Path, budget: float, *, smoke: bool = False) -> bool:
             try:
                 row |= measure()
                 print(f"{scheme:8s} {what}: {row['tokens_per_second']:.0f} tokens/s", flush=True)
-            except Exception as error:  # e.g. out of memory: the next figure may fit
-                row["error"] = describe(error)
+            except Exception as error:  # e.g. out of memory: the next measurement may need less
+                row["error"] = describe_error(error)
                 print(f"{scheme:8s} {what}: FAILED {row['error'][:100]}", flush=True)
             rows.append(row)
             record.write_json(out, {"environment": environment, "results": result | {"ratios": ratios(rows)}})
@@ -216,7 +216,7 @@ def run(out: Path, budget: float, *, smoke: bool = False) -> bool:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many times as many tokens per second w4a4kv4 makes as bf16, where both were measured."""
+    """Tokens per second of w4a4kv4 divided by those of bf16, where both were measured."""
     measured = [row for row in rows if "tokens_per_second" in row]
     label = lambda row: f"{row['kind']} batch {row['batch']}"  # noqa: E731
     speeds = {(label(row), row["scheme"]): row["tokens_per_second"] for row in measured}

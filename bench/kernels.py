@@ -4,9 +4,9 @@
     python -m bench.kernels --sweep     # tile configurations instead; winners to pallas_kernels/tuning/
     python -m bench.kernels --smoke     # the reference on tiny shapes, on any device: tests this program
 
-``bench.gpu.timing`` says how time is measured, ``bench.gpu.peers`` what is compared, ``bench.gpu.targets``
-what is required. The JSON is complete after every case; a case or a peer that fails leaves its error there
-and the run goes on.
+``bench.gpu.timing`` says how time is measured, ``bench.gpu.peers`` what the kernels are compared with,
+``bench.gpu.targets`` what is required. The JSON file is rewritten after every case. If a case or a peer
+fails, its error is written there and the run goes on.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import record
-from bench.gpu import ceilings as ceilings_module
 from bench.gpu import progress, targets
-from bench.gpu.ceilings import Ceilings
+from bench.gpu.ceilings import Ceilings, measure_ceilings
 from bench.gpu.peers import peers
 from bench.gpu.sweep import sweep_cases
 from bench.gpu.timing import Clock, jax_program, make_clock, make_sets, num_sets
@@ -39,7 +38,7 @@ from pallas_kernels.verification.execute import device_lost
 
 
 def ordered(all_cases: Iterable[Case]) -> list[Case]:
-    """Cases with targets first, then those of the same model; calls of equal shapes once."""
+    """Cases with targets first, then others of Llama-3-8B, then the rest; calls of equal shapes only once."""
 
     def rank(case: Case) -> int:
         if targets.has_target(case.op, case.model, case.shape):
@@ -68,17 +67,17 @@ def smoke_cases() -> list[Case]:
 
 
 def identity(case: Case) -> dict[str, Any]:
-    """What tells a case from others."""
+    """The fields that identify a case in the result."""
     return {"case": case.name, "op": case.op, "model": case.model, "shape": case.shape}
 
 
-def describe(error: BaseException) -> str:
-    """One error, short enough for a JSON."""
+def describe_error(error: BaseException) -> str:
+    """The type and the message of an error, at most 500 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
 
 def measure_case(case: Case, clock: Clock, ceilings: Ceilings, implementation: str) -> dict[str, Any]:
-    """One row of the result, without peers; "error" instead of times if anything failed."""
+    """One row of the result, without peers. If anything failed, it has "error" instead of times."""
     row: dict[str, Any] = {**identity(case), "implementation": implementation}
     feedback = case.donated[0] if case.donated else None
     try:
@@ -87,10 +86,10 @@ def measure_case(case: Case, clock: Clock, ceilings: Ceilings, implementation: s
         sets = make_sets(case.inputs, num_sets(work.bytes))
         with use_implementation(implementation), dispatch.record_choices() as choices:
             program = jax_program(case.function, sets, feedback=feedback)
-        row["configuration"] = _plain(choices[0].config)
+        row["configuration"] = _configuration_json(choices[0].config)
         timing = clock.measure(program)
-    except Exception as error:  # of any kind: it belongs into the result, not to the end of the run
-        return row | {"error": describe(error)}
+    except Exception as error:  # of any kind: it is written into the result, and the run goes on
+        return row | {"error": describe_error(error)}
     operations = work.int8_ops + work.bf16_ops
     return row | {
         **dataclasses.asdict(timing),
@@ -101,7 +100,7 @@ def measure_case(case: Case, clock: Clock, ceilings: Ceilings, implementation: s
     }
 
 
-def _plain(configuration: Any) -> Any:
+def _configuration_json(configuration: Any) -> Any:
     if dataclasses.is_dataclass(configuration) and not isinstance(configuration, type):
         return dataclasses.asdict(configuration)
     return None if configuration is None else repr(configuration)
@@ -114,7 +113,7 @@ def measure_peers(case: Case, clock: Clock, torch: ModuleType | None) -> dict[st
         try:
             rows[peer.name] = dataclasses.asdict(clock.measure(peer.program()))
         except Exception as error:
-            rows[peer.name] = {"error": describe(error)}
+            rows[peer.name] = {"error": describe_error(error)}
     return rows
 
 
@@ -128,18 +127,18 @@ def best_peer(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def import_torch() -> tuple[ModuleType | None, str]:
-    """torch, if it is there and (next to a GPU) has one too; and a word on it for the result."""
+    """torch, or None if it is not installed or cannot use the GPU; and its version, or why it is not used."""
     try:
         torch = importlib.import_module("torch")
     except Exception as error:  # a broken installation raises OSError and others
-        return None, f"not used: {describe(error)}"
+        return None, f"not used: {describe_error(error)}"
     if jax.default_backend() == "gpu" and not torch.cuda.is_available():
         return None, f"not used: torch {torch.__version__} sees no GPU"
     return torch, str(torch.__version__)
 
 
 def earlier_rows(out: Path) -> list[dict[str, Any]]:
-    """The rows of an interrupted run; the case it did not survive is one, with an error."""
+    """The rows of an interrupted run. The case during which it ended has a row with an error."""
     earlier = progress.interrupted(out)
     if earlier is None:
         return []
@@ -185,7 +184,7 @@ def run(
     environment = record.environment()
     save = lambda: record.write_json(out, {"environment": environment, "results": result})  # noqa: E731
     save()
-    ceilings = ceilings_module.measure(clock, smoke=smoke)
+    ceilings = measure_ceilings(clock, smoke=smoke)
     result["ceilings"] = dataclasses.asdict(ceilings)
     save()
     for case in selected:
@@ -212,7 +211,7 @@ def run(
     return not any("error" in row for row in rows)
 
 
-def _number(value: float | None, form: str) -> str:
+def _formatted(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
@@ -228,12 +227,12 @@ def show(result: dict[str, Any]) -> None:
             continue
         table.add_row(
             row["case"],
-            _number(row["seconds"] * 1e6, ".1f"),
-            _number(row["tb_per_second"], ".2f"),
-            _number(row["of_copy"], ".0%"),
-            _number(row["tops"], ".0f"),
+            _formatted(row["seconds"] * 1e6, ".1f"),
+            _formatted(row["tb_per_second"], ".2f"),
+            _formatted(row["of_copy"], ".0%"),
+            _formatted(row["tops"], ".0f"),
             row.get("best_peer", "-"),
-            _number(row.get("speedup"), ".2f"),
+            _formatted(row.get("speedup"), ".2f"),
         )
     console.print(table)
     table = Table("target", "case", "of copy", "required", "speedup", "required", "met", title="Targets")
@@ -241,8 +240,8 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(
             entry["target"],
             entry["case"],
-            *(_number(entry[key], ".0%") for key in ("of_copy", "of_copy_required")),
-            *(_number(entry[key], ".2f") for key in ("speedup", "speedup_required")),
+            *(_formatted(entry[key], ".0%") for key in ("of_copy", "of_copy_required")),
+            *(_formatted(entry[key], ".2f") for key in ("speedup", "speedup_required")),
             {True: "yes", False: "no", None: "not measured"}[entry["met"]],
         )
     console.print(table)

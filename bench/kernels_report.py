@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from bench.aot.compile import CompiledKernel, compile_for_h200
+from bench.record import DOCS
 from pallas_kernels.dispatch import record_choices
 from pallas_kernels.grouped_matmul.config import STEP_BYTES
 from pallas_kernels.mosaic import NUM_SMS
@@ -25,10 +25,10 @@ from pallas_kernels.verification import cases
 from pallas_kernels.verification.shapes import MODELS
 from tests.pallas_kernels.mosaic.samples import sample
 
-DOCS = Path(__file__).parents[1] / "docs" / "kernels.md"
+PAGE = DOCS / "kernels.md"
 # An SM issues one instruction a clock for each of its four quarters; the clock under load is about this.
 _ISSUE_SLOTS, _CLOCK_HZ = 4, 1.75e9
-# The instruction in a kernel's main loop; kernels that are not here have none and run straight through.
+# The instruction by which a kernel's main loop is found. Kernels that are not listed here have no main loop.
 _MAIN_LOOP = {"grouped_matmul": "IGMMA", "paged_attention": "HMMA", "flash_attention": "HGMMA"}
 _INTRO = """\
 # Which GPU kernels are there, and what does their machine code look like?
@@ -56,8 +56,16 @@ A shape that models share is listed under the first of them.
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One kernel of one case."""
+class KernelRow:
+    """One row of the table: one kernel of one case.
+
+    Attributes:
+      executed: CTAs that the emulator ran, and how far their results are from the reference's.
+      loop: instructions of the main loop; None if there is none.
+      bytes: that the call reads and writes.
+      roofline_us: the time that the call needs by the data sheet.
+      issue_us: the time that its instructions need to be issued.
+    """
 
     case: cases.Case
     kernel: CompiledKernel
@@ -104,7 +112,7 @@ def _trips(case: cases.Case, kernel: CompiledKernel, config: Any) -> int:
     return 1
 
 
-def rows_of(case: cases.Case) -> list[Row]:
+def rows_of(case: cases.Case) -> list[KernelRow]:
     """Compiles the case and reads its kernels."""
     with record_choices() as choices:
         _, kernels = compile_for_h200(case.function, *case.abstract_inputs, donate_argnums=case.donated)
@@ -127,11 +135,11 @@ def rows_of(case: cases.Case) -> list[Row]:
         (run, *_), error, _ = samples[kernel.name]
         checked = f"{run.ctas}, {f'{error:.0e}' if error else 'equal'}"
         roofline_us = 1e6 * seconds(work, H200)
-        rows.append(Row(case, kernel, checked, loop, work.bytes, roofline_us, 1e6 * issue))
+        rows.append(KernelRow(case, kernel, checked, loop, work.bytes, roofline_us, 1e6 * issue))
     return rows
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[KernelRow]) -> str:
     """The rows as a Markdown table."""
     lines = [
         "| Model | Shape | Kernel | Registers | Spills | SMEM, KB | CTAs an SM | CTAs | Instructions "
@@ -163,8 +171,8 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     """Compiles, and writes the page."""
-    seen: dict[tuple[str, str], list[Row]] = {}
-    by_op: dict[str, list[Row]] = {}
+    seen: dict[tuple[str, str], list[KernelRow]] = {}
+    by_op: dict[str, list[KernelRow]] = {}
     for case in report_cases():
         # Models share layers' shapes; the same call is compiled once.
         key = (case.op, str((case.abstract_inputs, case.shape)))
@@ -174,8 +182,8 @@ def main() -> None:
             by_op.setdefault(case.op, []).extend(seen[key])
     parts = [_INTRO.format(jax=jax.__version__, sms=NUM_SMS)]
     parts += [f"## {op}\n\n{table(rows)}\n\n" for op, rows in by_op.items()]
-    DOCS.write_text("".join(parts).rstrip() + "\n")
-    print(f"{sum(map(len, by_op.values()))} kernels: {DOCS}")
+    PAGE.write_text("".join(parts).rstrip() + "\n")
+    print(f"{sum(map(len, by_op.values()))} kernels: {PAGE}")
 
 
 if __name__ == "__main__":

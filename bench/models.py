@@ -1,4 +1,4 @@
-"""Configurations of real models, for compiling and timing without their weights."""
+"""Configurations of real models, for compiling and timing them without their weights."""
 
 from __future__ import annotations
 
@@ -38,4 +38,4 @@ def llama_2_7b(format: Format | None = None) -> ModelConfig:
     )
 
 
-SHAPES = {"llama-2-7b": llama_2_7b, "llama-3-8b": llama_3_8b}
+KNOWN_MODELS = {"llama-2-7b": llama_2_7b, "llama-3-8b": llama_3_8b}

@@ -17,13 +17,13 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.record import RESULTS
+from bench.gpu.targets import Row
+from bench.markdown import table_row
+from bench.record import DOCS
 
 MODEL = "Llama-3-8B"
 PLOT = "gpu_roofline.svg"
-TABLE = "gpu_results.md"
-DOCS = RESULTS.parents[1] / "docs"
-Row = dict[str, Any]
+PAGE_NAME = "gpu_results.md"
 
 
 def operations(row: Row) -> int:
@@ -36,8 +36,8 @@ def measured(result: dict[str, Any]) -> list[Row]:
     return [row for row in result["results"]["cases"] if "seconds" in row]
 
 
-def table(result: dict[str, Any], plotted: bool) -> str:
-    """The page: where and how, targets, all cases, what failed and what was not reached."""
+def page_text(result: dict[str, Any], plotted: bool) -> str:
+    """The page: device and versions, targets, cases with a time, cases that failed or were not reached."""
     where, found = result["environment"], result["results"]
     gpu, rates = where.get("gpu") or {}, found["ceilings"]
     lines = [
@@ -63,7 +63,7 @@ def table(result: dict[str, Any], plotted: bool) -> str:
         shares = [_percent(entry[key]) for key in ("of_copy", "of_copy_required")]
         ratios = [_ratio(entry[key]) for key in ("speedup", "speedup_required")]
         met = {True: "yes", False: "no", None: "not measured"}[entry["met"]]
-        lines.append(_line(entry["target"], entry["case"], *shares, *ratios, met))
+        lines.append(table_row(entry["target"], entry["case"], *shares, *ratios, met))
     lines += [
         "",
         "## Cases",
@@ -75,17 +75,13 @@ def table(result: dict[str, Any], plotted: bool) -> str:
         numbers = f"{row['seconds'] * 1e6:.1f}", f"{row['tb_per_second']:.2f}", _percent(row["of_copy"])
         tops = f"{row['tops']:.0f}" if operations(row) else ""
         peer = row.get("best_peer", "none ran")
-        lines.append(_line(row["case"], *numbers, tops, peer, _ratio(row.get("speedup"))))
+        lines.append(table_row(row["case"], *numbers, tops, peer, _ratio(row.get("speedup"))))
     failed = [row for row in found["cases"] if "error" in row]
     if failed:
         lines += ["", "Failed:", "", *(f"- {row['case']}: {row['error']}" for row in failed)]
     if found["skipped"]:
         lines += ["", f"Not reached in time: {len(found['skipped'])} cases."]
     return "\n".join(lines) + "\n"
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _percent(value: float | None) -> str:
@@ -136,8 +132,8 @@ def main(
         plot(found, docs / PLOT)
     else:
         print("no plot: matplotlib is not installed (pip install .[bench])")
-    (docs / TABLE).write_text(table(found, plotted), encoding="utf-8")
-    print(docs / TABLE)
+    (docs / PAGE_NAME).write_text(page_text(found, plotted), encoding="utf-8")
+    print(docs / PAGE_NAME)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Saving a result with what is needed to judge it: machine, versions, commit."""
+"""Saves results together with the machine, the versions and the commit that they were measured with."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -12,22 +11,17 @@ from typing import Any
 
 import jax
 
+from atom_jax.doctor import package_version
 from pallas_kernels.tuning.winners import gpu_name
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
+DOCS = RESULTS.parents[1] / "docs"
+_RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
 
 
 def gpu_results(device_kind: str) -> Path:
-    """The folder of what was measured on a GPU, e.g. bench/results/h100 for "NVIDIA H100 80GB HBM3"."""
+    """The folder for results from this kind of GPU, e.g. bench/results/h100 for "NVIDIA H100 80GB HBM3"."""
     return RESULTS / gpu_name(device_kind)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_name() -> str:
@@ -50,7 +44,7 @@ def _gpu() -> dict[str, str] | None:
 
 
 def _commit() -> str | None:
-    """Of this tree; a copy of it without its history is told by the variable ATOM_JAX_COMMIT."""
+    """The commit of this tree. In a copy without the history it is the variable ATOM_JAX_COMMIT, if set."""
     describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         run = subprocess.run(describe, capture_output=True, text=True, cwd=RESULTS.parent, check=False)
@@ -68,20 +62,20 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in _PACKAGES},
+        "versions": {package: package_version(package) for package in _RECORDED_PACKAGES},
         "commit": _commit(),
     }
 
 
 def save(name: str, environment: dict[str, Any], results: Any) -> Path:
-    """Writes bench/results/NAME.json; one that was there is replaced whole, whatever interrupts."""
+    """Writes bench/results/NAME.json; see ``write_json``."""
     path = RESULTS / f"{name}.json"
     write_json(path, {"environment": environment, "results": results})
     return path
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` to ``path``, which is complete at every moment."""
+    """Writes ``value`` to ``path``. An interruption leaves the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")

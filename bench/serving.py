@@ -3,11 +3,11 @@
     python -m bench.serving FLOAT W4A4KV4 --memory-gb 0.29 --max-total 192    # converted checkpoints
     python -m bench.serving --shape llama-2-7b --memory-gb 24                 # random weights, on a GPU
 
-Weights and cache share the budget: what the weights leave becomes cache pages. Both are counted in the
-formats that a GPU holds (bfloat16, also where a CPU computes in float32). All schemes answer the same
-requests, which come at the same times. The time to a first token counts from the moment at which the request
-comes, so it includes the queue. The JSON is complete after every figure; ``python -m bench.serving_report``
-makes the table and the plot of it.
+The memory budget is for weights and cache: what the weights leave becomes cache pages. Sizes are those on a
+GPU (bfloat16), also where a CPU computes in float32. All schemes answer the same requests, which arrive at
+the same times. The time to the first token begins when a request arrives, so it includes the time in the
+queue. The JSON file is rewritten after every measurement. ``python -m bench.serving_report`` makes the table
+and the plot.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from atom_jax.engine import Engine, EngineConfig, RequestParams
 from atom_jax.engine.runner import page_bytes
 from bench import record
 from bench.gpu.random_model import random_params
-from bench.models import SHAPES
-from bench.workload import Load, Request, sharegpt, synthetic
+from bench.models import KNOWN_MODELS
+from bench.workload import BenchRequest, Load, sharegpt, synthetic
 
 OUT = record.RESULTS / "serving.json"
 RANDOM_SCHEMES = ("bf16", "w4a4kv4")
@@ -45,7 +45,7 @@ Result = dict[str, Any]
 
 @dataclasses.dataclass
 class _Times:
-    """Of one request, in seconds after the start of a run."""
+    """When a request arrived and got its first and its last token, in seconds after the start of the run."""
 
     arrived: float
     first: float = 0.0
@@ -53,7 +53,7 @@ class _Times:
 
 
 def num_pages(config: ModelConfig, memory_bytes: float, page_size: int) -> int:
-    """Cache pages that the weights leave of ``memory_bytes``."""
+    """Number of cache pages for which ``memory_bytes`` has room beside the weights."""
     weights = weight_bytes(config, jnp.bfloat16)
     pages = int((memory_bytes - weights) // page_bytes(config, page_size, jnp.bfloat16))
     if pages < 1:
@@ -62,13 +62,20 @@ def num_pages(config: ModelConfig, memory_bytes: float, page_size: int) -> int:
 
 
 def weight_bytes(config: ModelConfig, dtype: Any) -> int:
-    """Of all parameters; ``dtype`` is that of those that are not quantized."""
+    """Bytes of all parameters; ``dtype`` is the type of those that are not quantized."""
     leaves = jax.tree.leaves(abstract_params(config, dtype))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def drive(engine: Engine, requests: Sequence[Request], load: Load, arrivals: np.ndarray) -> Result:
-    """Answers all of ``requests``; latencies in seconds, throughput in tokens per second."""
+def drive(engine: Engine, requests: Sequence[BenchRequest], load: Load, arrivals: np.ndarray) -> Result:
+    """Answers all requests and measures it: latencies in seconds, throughput in tokens per second.
+
+    Args:
+      engine: without unfinished requests.
+      requests: in order of arrival.
+      load: when they arrive.
+      arrivals: from ``load.arrivals``.
+    """
     before = engine.stats()
     waiting = collections.deque(range(len(requests)))
     times: dict[str, _Times] = {}
@@ -103,10 +110,12 @@ def drive(engine: Engine, requests: Sequence[Request], load: Load, arrivals: np.
             each.first = each.first or now
             each.last = now
             finished += output.finish_reason is not None
-    return _summary(requests, times, elapsed()) | _differences(engine, before, running)
+    return _latency_and_throughput(requests, times, elapsed()) | _differences(engine, before, running)
 
 
-def _summary(requests: Sequence[Request], times: dict[str, _Times], seconds: float) -> Result:
+def _latency_and_throughput(
+    requests: Sequence[BenchRequest], times: dict[str, _Times], seconds: float
+) -> Result:
     first = [each.first - each.arrived for each in times.values()]
     per_token = [
         (each.last - each.first) / (requests[int(index)].new_tokens - 1)
@@ -141,23 +150,25 @@ def _differences(engine: Engine, before: Any, running: int) -> Result:
 
 
 def random_model(shape: str, scheme: str) -> Model:
-    """A model of a known shape with random weights; its tokens are called by their numbers."""
+    """A known model with random weights. The text of each token is its id."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    config = SHAPES[shape](preset(scheme))
+    config = KNOWN_MODELS[shape](preset(scheme))
     vocabulary = {str(token): token for token in range(config.vocab_size)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="0"))
     params = jax.block_until_ready(random_params(config, jax.random.key(0, impl="rbg")))
     model = Model(Path(shape), config, params)
-    model.__dict__["tokenizer"] = PreTrainedTokenizerFast(tokenizer_object=words)  # there is none to load
+    model.__dict__["tokenizer"] = PreTrainedTokenizerFast(
+        tokenizer_object=words
+    )  # takes the place of a tokenizer on disk
     return model
 
 
-def measure(
-    model: Model, loads: Sequence[Load], requests: Sequence[Request], settings: EngineConfig
+def measure_loads(
+    model: Model, loads: Sequence[Load], requests: Sequence[BenchRequest], settings: EngineConfig
 ) -> Iterator[Result]:
-    """A result for each load. Everything is compiled before the first."""
+    """Measures each load. All programs are compiled before the first."""
     engine = Engine(model, settings)
     engine.warm_up()
     labels = {
@@ -185,20 +196,21 @@ def line(row: Result) -> str:
 def _models(
     checkpoints: list[Path], shape: str | None, schemes: str
 ) -> list[tuple[ModelConfig, Callable[[], Model]]]:
-    """The configurations to measure, and how to load each when its turn comes."""
+    """The configuration of each model to measure, and a function that loads it."""
     if bool(checkpoints) == bool(shape):
         raise SystemExit("give either converted checkpoints or --shape")
     if not shape:
         return [(read_config(path), functools.partial(atom_jax.load, path)) for path in checkpoints]
-    if shape not in SHAPES:
-        raise SystemExit(f"unknown shape {shape!r}; there are {', '.join(SHAPES)}")
+    if shape not in KNOWN_MODELS:
+        raise SystemExit(f"unknown shape {shape!r}; there are {', '.join(KNOWN_MODELS)}")
     wanted = schemes.split(",")
     if unknown := set(wanted) - set(RANDOM_SCHEMES):
         raise SystemExit(
             f"no random weights for {', '.join(sorted(unknown))}; only {', '.join(RANDOM_SCHEMES)}"
         )
     return [
-        (SHAPES[shape](preset(scheme)), functools.partial(random_model, shape, scheme)) for scheme in wanted
+        (KNOWN_MODELS[shape](preset(scheme)), functools.partial(random_model, shape, scheme))
+        for scheme in wanted
     ]
 
 
@@ -231,7 +243,9 @@ def main(
         "token_budget": token_budget,
     }
     models = _models(checkpoints or [], shape, schemes)
-    pages = [num_pages(config, 1e9 * memory_gb, page_size) for config, _ in models]  # what fails, fails now
+    pages = [
+        num_pages(config, 1e9 * memory_gb, page_size) for config, _ in models
+    ]  # a budget that is too small fails here
     for (config, load_model), count in zip(models, pages, strict=True):
         settings = EngineConfig(
             num_pages=count,
@@ -248,7 +262,7 @@ def main(
         else:
             encode = lambda text: model.tokenizer(text).input_ids  # noqa: B023, E731
             work = sharegpt(dataset, requests, max_total=max_total, encode=encode, rng=rng)
-        for row in measure(model, loads, work, settings):
+        for row in measure_loads(model, loads, work, settings):
             rows.append(row)
             print(line(row), flush=True)
             record.write_json(out, {"environment": where, "settings": asked, "results": rows})

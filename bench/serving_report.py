@@ -12,30 +12,21 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from bench.engine import BATCH, CONCURRENT, LONG_PROMPT
-from bench.record import RESULTS
+from bench.engine import CONCURRENT, DECODE_BATCH, LONG_PROMPT
+from bench.markdown import table_row, with_table
+from bench.record import DOCS, RESULTS
 
-DOCS = RESULTS.parents[1] / "docs"
 PLOT = "serving.svg"
-Result = dict[str, Any]
+SavedResult = dict[str, Any]
 
 
-def with_table(page: str, name: str, text: str) -> str:
-    """``page`` with ``text`` in the place of the table of bench.``name``."""
-    place = re.compile(rf"(<!-- table of bench\.{name} -->\n).*?(<!-- end of table -->\n)", re.DOTALL)
-    if place.search(page) is None:
-        raise ValueError(f"there is no place for the table of bench.{name}")
-    return place.sub(lambda found: f"{found[1]}{text}{found[2]}", page)
-
-
-def engine_table(found: Result) -> str:
+def engine_table(found: SavedResult) -> str:
     """Of the engine's three figures: target, and what was measured."""
     host, batching, prefix = found["results"]["figures"]
     step = min(each["step"] for each in host["ms"])
@@ -46,7 +37,8 @@ def engine_table(found: Result) -> str:
         ("", "Target", "Measured"),
         ("---", "---:", "---:"),
         (
-            f"Host time that the device waits for, of a decode step of {BATCH} sequences ({step:.0f} ms)",
+            f"Host time that the device waits for, of a decode step of {DECODE_BATCH} sequences "
+            f"({step:.0f} ms)",
             "< 5%",
             f"{host['value']:.1f}%",
         ),
@@ -72,7 +64,7 @@ def engine_table(found: Result) -> str:
     return _text(f"{_where(found)} Each figure is from the fastest of {rounds} rounds.", rows)
 
 
-def serving_table(found: Result, *, plotted: bool) -> str:
+def serving_table(found: SavedResult, *, plotted: bool) -> str:
     """Throughput and latency of each scheme under each load."""
     asked = found["settings"]
     lengths = asked["dataset"] or f"log-normal prompts, totals up to {asked['max_total']} tokens"
@@ -103,7 +95,7 @@ def serving_table(found: Result, *, plotted: bool) -> str:
     return _text(head, rows) + image
 
 
-def soak_table(found: Result) -> str:
+def soak_table(found: SavedResult) -> str:
     """What was sent, and what was checked."""
     result, model = found["results"], found["results"]["model"]
     kinds = sorted(result["requests"].items(), key=lambda each: -each[1])
@@ -131,7 +123,7 @@ def soak_table(found: Result) -> str:
     return _text(_where(found), rows)
 
 
-def _where(found: Result) -> str:
+def _where(found: SavedResult) -> str:
     where = found["environment"]
     device = (where["gpu"] or {}).get("name") or f"{where['cpu']}, {where['cores']} cores"
     return (
@@ -141,11 +133,10 @@ def _where(found: Result) -> str:
 
 
 def _text(head: str, rows: list[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    return "\n".join([head, "", *lines]) + "\n"
+    return "\n".join([head, "", *(table_row(*cells) for cells in rows)]) + "\n"
 
 
-def plot(found: Result, path: Path) -> None:
+def plot(found: SavedResult, path: Path) -> None:
     """Throughput over the median latencies, a color for each scheme; closed loops are joined by a line."""
     # By name: an optional library, absent where types are checked. No pyplot: it would look for a display.
     figures: Any = importlib.import_module("matplotlib.figure")
@@ -183,7 +174,7 @@ def main(
 ) -> None:
     """Writes the tables and, with matplotlib, the plot."""
     plotted = importlib.util.find_spec("matplotlib") is not None
-    tables: dict[str, tuple[str, Callable[[Result], str]]] = {
+    tables: dict[str, tuple[str, Callable[[SavedResult], str]]] = {
         "engine": ("serving.md", engine_table),
         "serving": ("serving.md", lambda found: serving_table(found, plotted=plotted)),
         "soak": ("server.md", soak_table),

@@ -1,15 +1,20 @@
-"""Whether the server stays well under load and abuse: 2,000 requests from 64 clients at once.
+"""Tests the server under load and with bad clients: 2,000 requests from 64 clients at the same time.
 
     python -m bench.soak CHECKPOINT
 
-Starts ``atom-jax serve CHECKPOINT --deterministic`` with few cache pages, asks every prompt alone, and then
-sends a random mixture: whole and streamed answers, streams that are dropped, clients that leave, bodies that
-are too large, malformed or half sent, prompts that are too long. It checks that every answer is the one that
-was computed alone, that every bad request has its status, that the free pages come back to their number at
-the start, that the memory does not grow, and that the server ends with status 0 on SIGTERM. After that it
-gives the same prompts to ``atom-jax batch``, ends it with SIGKILL several times, starts it again each time,
-and checks that every request has one result, the answer alone. ``python -m bench.serving_report`` makes the
-table of it.
+Starts ``atom-jax serve CHECKPOINT --deterministic`` with few cache pages and first sends each prompt while
+nothing else runs. Then it sends a random mixture: whole and streamed answers, streams that the client drops,
+clients that leave, bodies that are too large, malformed or only half sent, prompts that are too long. It
+checks that
+
+* every answer equals the answer to the same prompt without other requests;
+* every bad request gets the right status;
+* at the end there are as many free pages as at the start, and the memory did not grow;
+* the server ends with status 0 on SIGTERM.
+
+After that it gives the same prompts to ``atom-jax batch``, kills it several times with SIGKILL, starts it
+again each time, and checks that every request has exactly one result, the right one. ``python -m
+bench.serving_report`` makes the table.
 """
 
 from __future__ import annotations
@@ -37,14 +42,23 @@ from atom_jax.config import ModelConfig
 from atom_jax.engine.runner import page_bytes
 from bench import record
 from bench.serving import weight_bytes
-from bench.soak_clients import MAX_BODY_KB, MAX_MODEL_LEN, MODEL, Case, answer_length, soak
+from bench.soak_clients import MAX_BODY_KB, MAX_MODEL_LEN, MODEL_NAME, SoakCase, answer_length, soak
 
-PAGE_SIZE = 4
-# Of the engine, in the server and in the batch command. Answers grow by many small pages, which run out; the
-# deterministic engine always computes whole decode steps and chunks, so both are small.
+SMALL_PAGE_SIZE = 4
+# Options of the engine, for the server and the batch command. The pages are small, so answers need many of
+# them and they run out. Decode steps and chunks are small, because the deterministic engine always computes
+# whole ones.
 OPTIONS = (
-    *("--model-name", MODEL, "--deterministic", "--max-num-seqs", "8", "--max-model-len", str(MAX_MODEL_LEN)),
-    *("--page-size", str(PAGE_SIZE), "--token-budget", "72"),
+    *(
+        "--model-name",
+        MODEL_NAME,
+        "--deterministic",
+        "--max-num-seqs",
+        "8",
+        "--max-model-len",
+        str(MAX_MODEL_LEN),
+    ),
+    *("--page-size", str(SMALL_PAGE_SIZE), "--token-budget", "72"),
 )
 
 
@@ -72,26 +86,29 @@ def server(checkpoint: Path, *options: str) -> Iterator[tuple[str, subprocess.Po
 
 def killed_batch(
     command: Sequence[str | Path],
-    cases: Sequence[Case],
+    cases: Sequence[SoakCase],
     *,
     folder: Path,
     requests: int,
     kills: int,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Runs a batch to its end, although it is killed ``kills`` times on the way; checks its results.
+    """Runs a batch that is killed ``kills`` times before its end, and checks its results.
 
     Args:
-      command: to which the names of the two files are appended.
-      cases: what is asked again and again, and what the answers must be.
-      folder: for the files.
+      command: the batch command without the names of its two files.
+      cases: the prompts, and what their answers must be.
+      folder: for the two files.
+      requests: number of requests in the batch.
+      kills: how often the batch is killed.
+      seed: of the random choice of prompts and lengths.
     """
     rng = random.Random(seed)
     asked = [(rng.choice(cases), answer_length(rng, cases[0].max_tokens)) for _ in range(requests)]
     source, results = folder / "in.jsonl", folder / "out.jsonl"
     with source.open("w") as file:
         for number, (case, tokens) in enumerate(asked):
-            body = {"model": MODEL, "prompt": case.prompt, "max_tokens": tokens, "temperature": 0}
+            body = {"model": MODEL_NAME, "prompt": case.prompt, "max_tokens": tokens, "temperature": 0}
             record = {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(record) + "\n")
 
@@ -131,13 +148,13 @@ def killed_batch(
 
 
 def memory_gb(config: ModelConfig, pages: int) -> float:
-    """What --memory-gb must say for so many cache pages; half a page more, lest rounding takes one."""
+    """The value of --memory-gb for ``pages`` cache pages; half a page more makes rounding errors harmless."""
     dtype = default_dtype()
-    return (weight_bytes(config, dtype) + (pages + 0.5) * page_bytes(config, PAGE_SIZE, dtype)) / 1e9
+    return (weight_bytes(config, dtype) + (pages + 0.5) * page_bytes(config, SMALL_PAGE_SIZE, dtype)) / 1e9
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of a process."""
+    """Memory of a process that is in RAM, in bytes."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -184,7 +201,7 @@ def main(
     print(json.dumps(result, indent=2))
     print(record.save("soak", where, result))
     before, after = result["free_pages"]
-    # The first tenth warms caches up, in the allocator and in Python.
+    # Compared from the middle on: at first the caches of the allocator and of Python grow.
     flat = memory[-1] < 1.02 * memory[len(memory) // 2]
     batch_is_right = not (batch["lost"] or batch["repeated"] or batch["wrong"])
     if result["wrong"] or before != after or result["exit_status"] != 0 or not flat or not batch_is_right:

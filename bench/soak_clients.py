@@ -1,4 +1,4 @@
-"""The clients of ``bench.soak``: good and bad ones at random, and what the server must answer them."""
+"""The clients of ``bench.soak``, which send good and bad requests at random and check the responses."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 
-# Of the server that they expect.
-MODEL = "soak"
+# The settings of the server that the clients expect.
+MODEL_NAME = "soak"
 MAX_MODEL_LEN = 256
 MAX_BODY_KB = 64
 
@@ -23,8 +23,14 @@ _WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "12", "red", "bir
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """A prompt and what the server answers to it alone."""
+class SoakCase:
+    """A prompt, and its answer when the server has no other requests.
+
+    Attributes:
+      text: of the answer.
+      tokens: number of tokens of the answer.
+      max_tokens: the limit with which the answer was made.
+    """
 
     prompt: str
     text: str
@@ -32,7 +38,7 @@ class Case:
     max_tokens: int
 
     def holds(self, text: str, tokens: int, max_tokens: int) -> bool:
-        """Whether this is the beginning of the answer that ``max_tokens`` allow."""
+        """Whether ``text``, of ``tokens`` tokens, is the right answer for this limit ``max_tokens``."""
         if tokens != min(self.tokens, max_tokens):
             return False
         # A cut answer may end in the middle of a character.
@@ -41,17 +47,17 @@ class Case:
 
 @dataclasses.dataclass
 class Client:
-    """Sends requests to one server and notes what was wrong with the answers."""
+    """Sends requests to one server and collects in ``wrong`` what was wrong with the responses."""
 
     http: httpx.AsyncClient
-    cases: list[Case]
+    cases: list[SoakCase]
     rng: random.Random
     wrong: list[str] = dataclasses.field(default_factory=list)
 
-    def _body(self, **changes: Any) -> tuple[Case, dict[str, Any]]:
+    def _body(self, **changes: Any) -> tuple[SoakCase, dict[str, Any]]:
         case = self.rng.choice(self.cases)
         count = answer_length(self.rng, case.max_tokens)
-        body = {"model": MODEL, "prompt": case.prompt, "max_tokens": count, "temperature": 0}
+        body = {"model": MODEL_NAME, "prompt": case.prompt, "max_tokens": count, "temperature": 0}
         return case, body | changes
 
     async def _post(self, **options: Any) -> httpx.Response:
@@ -61,7 +67,7 @@ class Client:
         if response.status_code != status or "message" not in response.json().get("error", {}):
             self.wrong.append(f"{status} expected, found {response.status_code} {response.text[:200]}")
 
-    def _check(self, case: Case, body: dict[str, Any], text: str, tokens: int) -> None:
+    def _check(self, case: SoakCase, body: dict[str, Any], text: str, tokens: int) -> None:
         if not case.holds(text, tokens, body["max_tokens"]):
             self.wrong.append(f"{body}: {text!r} ({tokens} tokens), alone {case.text!r} ({case.tokens})")
 
@@ -83,7 +89,7 @@ class Client:
         self._check(case, body, text, tokens)
 
     async def dropped(self) -> None:
-        """Leaves a stream after some of it."""
+        """Closes a stream after a few events."""
         case, body = self._body(stream=True)
         remaining = self.rng.randint(1, 6)
         text = ""
@@ -106,7 +112,7 @@ class Client:
                     yield event
 
     async def impatient(self) -> None:
-        """Leaves before the answer."""
+        """Closes the connection before the response."""
         _, body = self._body()
         with contextlib.suppress(httpx.TimeoutException):
             await self._post(json=body, timeout=self.rng.uniform(0.001, 0.5))
@@ -139,7 +145,7 @@ class Client:
         self._expect(await self._post(json=body), 400)
 
     async def half_sent(self) -> None:
-        """Promises more than it sends, and leaves."""
+        """Announces a body, sends only its beginning and closes the connection."""
         url = self.http.base_url
         _, writer = await asyncio.open_connection(url.host, url.port)
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -150,7 +156,7 @@ class Client:
 
     @property
     def kinds(self) -> dict[Callable[[], Awaitable[None]], int]:
-        """What a client does, and how often in a hundred."""
+        """The kinds of requests, and how many of a hundred have this kind."""
         return {
             self.whole: 40,
             self.streamed: 20,
@@ -165,21 +171,21 @@ class Client:
 
 
 def answer_length(rng: random.Random, longest: int) -> int:
-    """Tokens to ask for: mostly few, sometimes as many as ``longest``."""
+    """A random limit of tokens: often small, sometimes as large as ``longest``."""
     return round(longest ** rng.random())
 
 
 async def ask_alone(
     http: httpx.AsyncClient, rng: random.Random, count: int, max_words: int, max_tokens: int
-) -> list[Case]:
-    """``count`` prompts of different lengths, each asked while nothing else runs."""
+) -> list[SoakCase]:
+    """Sends ``count`` random prompts of different lengths, each while nothing else runs."""
     cases = []
     for number in range(count):
         prompt = f"{number} " + " ".join(rng.choices(_WORDS, k=rng.randint(1, max_words)))
-        body = {"model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         response = (await http.post("/v1/completions", json=body)).raise_for_status().json()
         tokens = response["usage"]["completion_tokens"]
-        cases.append(Case(prompt, response["choices"][0]["text"], tokens, max_tokens))
+        cases.append(SoakCase(prompt, response["choices"][0]["text"], tokens, max_tokens))
     return cases
 
 
@@ -193,18 +199,21 @@ async def soak(
     max_tokens: int = 24,
     seed: int = 0,
     sample: Callable[[int], None] = lambda done: None,
-) -> tuple[dict[str, Any], list[Case]]:
-    """Runs the mixture against a server, and waits until it is idle again.
+) -> tuple[dict[str, Any], list[SoakCase]]:
+    """Sends the random mixture of requests to a server and waits until it is idle again.
 
     Args:
-      url: of a server whose model is called ``MODEL``, with the limits of this module.
-      prompts: how many different ones.
-      max_words: of a prompt.
-      max_tokens: of an answer.
-      sample: told the number of requests done after each.
+      url: of a server with the settings of this module.
+      requests: number of requests.
+      clients: number of clients that send them at the same time.
+      prompts: number of different prompts.
+      max_words: the most words of a prompt.
+      max_tokens: the most tokens of an answer.
+      seed: of the random choices.
+      sample: called after each request with the number of requests done.
 
     Returns:
-      What was sent, what was wrong, and the free pages before and after; what each prompt is answered with.
+      What was sent, what was wrong and the free pages before and after; and the prompts with their answers.
     """
     rng = random.Random(seed)
     limits = httpx.Limits(max_connections=None)
@@ -244,14 +253,14 @@ async def soak(
 
 
 async def metrics(http: httpx.AsyncClient) -> dict[str, float]:
-    """What /metrics shows, by name."""
+    """The metrics in /metrics, by name."""
     lines = (await http.get("/metrics")).text.splitlines()
     pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     return {name: float(value) for name, value in pairs}
 
 
 async def _idle(http: httpx.AsyncClient) -> dict[str, float]:
-    """The metrics once nothing runs or waits any more."""
+    """Waits until no request runs or waits; returns the metrics."""
     for _ in range(300):
         found = await metrics(http)
         if found["atom_jax_requests_running"] == found["atom_jax_requests_waiting"] == 0:

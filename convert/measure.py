@@ -13,15 +13,16 @@ from jaxtyping import Int32
 from atom_jax.checkpoint import layer_params, layer_path, layer_specs, read_tree, shared_path, shared_specs
 from atom_jax.config import ModelConfig
 from atom_jax.perplexity import PerplexityResult
+from atom_jax.progress import Progress
 from convert.calibrate.statistics import on_device
 from convert.calibrate.texts import SEQ_LEN
 from convert.float_model import read_layer, read_shared
 from convert.sources import Source
-from convert.streaming import Report, streamed_perplexity
+from convert.streaming import streamed_perplexity
 
 
 def source_perplexity(
-    source: Source, tokens: Int32[np.ndarray, " tokens"], report: Report
+    source: Source, tokens: Int32[np.ndarray, " tokens"], progress: Progress
 ) -> PerplexityResult:
     """Of the float model; see ``convert.streaming.streamed_perplexity``."""
     config = source.config
@@ -31,12 +32,12 @@ def source_perplexity(
             yield on_device(read_layer(source, layer))
 
     return streamed_perplexity(
-        layers, read_shared(source), tokens, config=config, seq_len=_seq_len(config), report=report
+        layers, read_shared(source), tokens, config=config, seq_len=_seq_len(config), progress=progress
     )
 
 
 def checkpoint_perplexity(
-    checkpoint: Path, config: ModelConfig, tokens: Int32[np.ndarray, " tokens"], report: Report
+    checkpoint: Path, config: ModelConfig, tokens: Int32[np.ndarray, " tokens"], progress: Progress
 ) -> PerplexityResult:
     """Of the parameters in ``checkpoint``; see ``convert.streaming.streamed_perplexity``."""
     specs = layer_specs(config)
@@ -47,7 +48,9 @@ def checkpoint_perplexity(
 
     stored = read_tree(shared_path(checkpoint), shared_specs(config))
     shared = {name: value.astype(np.float32) for name, value in stored.items()}
-    return streamed_perplexity(layers, shared, tokens, config=config, seq_len=_seq_len(config), report=report)
+    return streamed_perplexity(
+        layers, shared, tokens, config=config, seq_len=_seq_len(config), progress=progress
+    )
 
 
 def _seq_len(config: ModelConfig) -> int:

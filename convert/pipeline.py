@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from atom_jax.checkpoint import (
     write_tree,
 )
 from atom_jax.errors import AtomError
+from atom_jax.progress import StageProgress
 from atom_jax.schemes import SCHEMES
 from atom_jax.text import encode, read_text
 from convert.calibrate.texts import Calibration, load_calibration
@@ -38,8 +38,6 @@ from convert.recipe import Recipe
 from convert.sources import Source, open_source
 from convert.streaming import Windows, embed
 from convert.workspace import Workspace, open_workspace, remove_workspace
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +84,7 @@ class ConvertOptions:
 
 
 def convert(
-    src: str | Path, out: str | Path, options: ConvertOptions, progress: Progress | None = None
+    src: str | Path, out: str | Path, options: ConvertOptions, progress: StageProgress | None = None
 ) -> Card:
     """Converts a float checkpoint into an Atom-JAX one. One layer is in memory at a time.
 
@@ -127,7 +125,11 @@ def convert(
 
 
 def _convert(
-    source: Source, options: ConvertOptions, job: dict[str, Any], workspace: Workspace, progress: Progress
+    source: Source,
+    options: ConvertOptions,
+    job: dict[str, Any],
+    workspace: Workspace,
+    progress: StageProgress,
 ) -> Card:
     """Writes all of the checkpoint into the workspace; each step finds what an earlier run did of it."""
     recipe, outliers, calibration = options.recipe, None, None
@@ -220,7 +222,7 @@ def _eval_tokens(text: Path, options: ConvertOptions, tokenizer: Path) -> Int32[
 
 
 def _calibration(
-    source: Source, options: ConvertOptions, workspace: Workspace, progress: Progress
+    source: Source, options: ConvertOptions, workspace: Workspace, progress: StageProgress
 ) -> Calibration:
     """The calibration windows; made once, then kept."""
     tokens, about = workspace.read_array("calibration.npy"), workspace.read_json("calibration.json")
@@ -232,7 +234,7 @@ def _calibration(
         options.calibration,
         num_tokens=options.calibration_tokens,
         seed=options.seed,
-        report=functools.partial(progress, "sample calibration text"),
+        progress=functools.partial(progress, "sample calibration text"),
     )
     workspace.write_array("calibration.npy", calibration.tokens)
     workspace.write_json("calibration.json", calibration.about)
@@ -240,14 +242,14 @@ def _calibration(
 
 
 def _outliers(
-    source: Source, recipe: Recipe, calibration: Calibration, workspace: Workspace, progress: Progress
+    source: Source, recipe: Recipe, calibration: Calibration, workspace: Workspace, progress: StageProgress
 ) -> dict[str, Any]:
     """The number of outliers chosen, and what the card says about it; measured once, then kept."""
     outliers = workspace.read_json("outliers.json")
     if outliers is None:
         embedding = read_shared(source)["embedding"]
-        report = functools.partial(progress, "choose number of outliers")
-        outliers = measure_outliers(source, recipe, embedding, calibration.tokens, report)
+        measuring = functools.partial(progress, "choose number of outliers")
+        outliers = measure_outliers(source, recipe, embedding, calibration.tokens, measuring)
         workspace.write_json("outliers.json", outliers)
     return outliers
 
@@ -257,7 +259,7 @@ def _write_shared(
     recipe: Recipe,
     calibration: Calibration | None,
     workspace: Workspace,
-    progress: Progress,
+    progress: StageProgress,
 ) -> tuple[Windows, ResidualOrder | None]:
     """Writes what is outside the layers; returns the residual stream before them, and its new order if any.
 
@@ -271,8 +273,8 @@ def _write_shared(
         if recipe.reorder == "folded":
             order = workspace.read_array("residual_order.npy")
             if order is None:
-                report = functools.partial(progress, "measure outliers")
-                order = residual_order(source, shared["embedding"], calibration.tokens, report)
+                measuring = functools.partial(progress, "measure outliers")
+                order = residual_order(source, shared["embedding"], calibration.tokens, measuring)
                 workspace.write_array("residual_order.npy", order)
     if order is not None:
         shared = permute_shared(shared, order)

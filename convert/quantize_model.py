@@ -8,13 +8,14 @@ import numpy as np
 
 from atom_jax.checkpoint import layer_path, layer_specs, stored_form, write_tree
 from atom_jax.errors import AtomError
+from atom_jax.progress import Progress
 from convert.float_model import read_layer
 from convert.passes.order import ResidualOrder
 from convert.passes.reorder import permute_residual
 from convert.quantize_layer import quantize_on_windows
 from convert.recipe import Recipe
 from convert.sources import Source
-from convert.streaming import Report, Windows, run_in_place
+from convert.streaming import Windows, run_in_place
 from convert.workspace import Workspace
 
 _STATE = "layers.json"
@@ -26,7 +27,7 @@ def quantize_model(
     windows: Windows,
     order: ResidualOrder | None,
     workspace: Workspace,
-    report: Report,
+    progress: Progress,
 ) -> list[dict[str, float]]:
     """Writes the layers of the checkpoint, which are the source's where the recipe quantizes no linears.
 
@@ -37,7 +38,7 @@ def quantize_model(
       windows: the residual stream before the first layer, in ``order``; updated in place. No windows where
         the recipe needs no calibration.
       order: of the residual stream; None for that of the source.
-      report: called with (layers done, layers in all).
+      progress: called with (layers done, layers in all).
 
     Returns:
       For each layer the relative errors of its linears, see ``convert.quantize_layer.quantize_layer``.
@@ -72,7 +73,7 @@ def quantize_model(
             workspace.write_array(_residual_file(layer + 1), windows)
         workspace.write_json(_STATE, {"done": layer + 1, "errors": errors})
         workspace.path(_residual_file(layer)).unlink(missing_ok=True)
-        report(layer + 1, num_layers)
+        progress(layer + 1, num_layers)
     return errors
 
 

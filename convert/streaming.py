@@ -18,13 +18,13 @@ from atom_jax.kv_cache import init_cache
 from atom_jax.layers import linear
 from atom_jax.llama import Layer
 from atom_jax.perplexity import PerplexityResult, exp_of_mean, make_windows, sum_nll
+from atom_jax.progress import Progress
 from atom_jax.structure import LINEARS
 from pallas_kernels.nn import rms_norm
 
 Params = Mapping[str, Any]
 # The residual stream of some windows of tokens.
 Windows = Float32[np.ndarray, "windows seq hidden"]
-Report = Callable[[int, int], None]
 # By the name of a projection without "_proj": "qkv", "o", "gate_up", "down".
 PerLinear = dict[str, Array]
 # The projections whose output is added to the residual stream.
@@ -150,7 +150,7 @@ def streamed_perplexity(
     *,
     config: ModelConfig,
     seq_len: int = 512,
-    report: Report | None = None,
+    progress: Progress | None = None,
 ) -> PerplexityResult:
     """``atom_jax.perplexity`` with the layers given one after the other.
 
@@ -173,8 +173,8 @@ def streamed_perplexity(
         x = embed(shared["embedding"], windows[part])
         for index, params in enumerate(layers()):
             run_in_place(params, x, config.of_layer(index))
-            if report is not None:
-                report(done * config.num_layers + index + 1, len(starts) * config.num_layers)
+            if progress is not None:
+                progress(done * config.num_layers + index + 1, len(starts) * config.num_layers)
         nll += _residual_nll(x, windows[part], lengths[part], shared, config)
     return _result(nll, lengths, config)
 

@@ -92,6 +92,13 @@ def test_imports_run_one_way(package: str) -> None:
     assert wrong == {}
 
 
+def test_the_api_and_batches_need_no_server() -> None:
+    for file in (*files("atom_jax/openai"), "atom_jax/batch.py"):
+        modules = set(imports(parse(file)))
+        assert not any(module.startswith("atom_jax.server") for module in modules), file
+        assert not top_level_packages(parse(file)) & {"fastapi", "starlette", "uvicorn"}, file
+
+
 def test_the_command_line_imports_the_converter_when_a_command_runs() -> None:
     """So that --help and a wrong option are answered at once: before, only the recipe's defaults are read."""
     for file in files("atom_jax_cli"):

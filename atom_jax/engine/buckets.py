@@ -1,4 +1,4 @@
-"""The few shapes that are compiled, and the smallest of them that holds a step's rows."""
+"""The shapes of the programs that are compiled: a few buckets. A step runs the smallest one that fits."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from atom_jax.engine.requests import EngineConfig
+from atom_jax.engine.config import EngineConfig
 from atom_jax.errors import AtomError
 
-# Each bucket is so many times the one before. Rows are finer: decode steps are most of the work, and a CPU
-# computes their padding rows like any other. 32 sequences of 4096 tokens need 27 programs.
+# Each bucket is this many times as large as the one before it. The numbers of decode rows are closer to each
+# other, because decode steps are most of the work and a CPU computes padding rows like all others. With these
+# factors 32 sequences of 4096 tokens need 27 programs.
 _ROWS_FACTOR = 2
 _FACTOR = 4
-_MIN_PAGES = 4
+_MIN_PAGES = 4  # pages in the smallest block table
 
 
 class Shape(NamedTuple):
-    """Of one program: ``rows`` sequences, ``width`` tokens each, tables of ``blocks`` pages."""
+    """The shape of one program: ``rows`` sequences, ``width`` tokens of each, ``blocks`` pages of each."""
 
     rows: int
     width: int
@@ -27,14 +28,14 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """All shapes of an engine.
+    """The shapes of all programs of an engine.
 
     Attributes:
-      decode_rows: sequences of a decode step, ascending.
-      decode_blocks: pages of its tables, ascending.
-      prefill_widths: tokens of a prompt's chunk, ascending; the last is ``chunk``.
-      prefill_blocks: pages of a prefill's tables, ascending.
-      packed: prompts whose chunks are short share a program, as many as make up ``chunk`` tokens.
+      decode_rows: numbers of sequences in a decode program, ascending.
+      decode_blocks: numbers of pages in its block tables, ascending.
+      prefill_widths: numbers of tokens in a chunk of a prompt, ascending; the last is ``chunk``.
+      prefill_blocks: numbers of pages in the block tables of a prefill program, ascending.
+      packed: whether short chunks of several prompts share a program, up to ``chunk`` tokens together.
     """
 
     decode_rows: tuple[int, ...]
@@ -45,30 +46,36 @@ class Buckets:
 
     @property
     def chunk(self) -> int:
-        """Prompts are cut at multiples of this."""
+        """The most tokens of a prompt that one program computes. Prompts are cut at multiples of it."""
         return self.prefill_widths[-1]
 
     def width(self, tokens: int) -> int:
-        """Of the smallest prefill program for a chunk of ``tokens``."""
+        """The width of the smallest prefill program for a chunk of ``tokens``."""
         return _smallest(self.prefill_widths, tokens)
 
     def prefill_rows(self, width: int) -> int:
-        """Most prompts that a prefill program takes."""
+        """The most prompts that share a prefill program of this width."""
         return self.chunk // width if self.packed else 1
 
     def decode(self, rows: int, blocks: int) -> Shape:
-        """The program for ``rows`` sequences of at most ``blocks`` pages."""
+        """The shape of the decode program for ``rows`` sequences of at most ``blocks`` pages."""
         return Shape(_smallest(self.decode_rows, rows), 1, _smallest(self.decode_blocks, blocks))
 
     def prefill(self, rows: int, tokens: int, blocks: int) -> Shape:
-        """The program for ``rows`` chunks of at most ``tokens``, of prompts of at most ``blocks`` pages."""
+        """The shape of the prefill program for ``rows`` chunks of at most ``tokens`` tokens each.
+
+        Args:
+          rows: number of chunks, each of another prompt.
+          tokens: tokens of the longest chunk.
+          blocks: pages of the longest prompt up to the end of its chunk.
+        """
         width = self.width(tokens)
         return Shape(
             1 if rows == 1 else self.prefill_rows(width), width, _smallest(self.prefill_blocks, blocks)
         )
 
     def shapes(self) -> Iterator[Shape]:
-        """Every program."""
+        """The shapes of all programs."""
         for rows, blocks in itertools.product(self.decode_rows, self.decode_blocks):
             yield Shape(rows, 1, blocks)
         for width, blocks in itertools.product(self.prefill_widths, self.prefill_blocks):
@@ -79,11 +86,12 @@ class Buckets:
 def make_buckets(config: EngineConfig, max_model_len: int) -> Buckets:
     """The shapes for ``config``.
 
-    With ``deterministic`` there is one decode shape and prompts share no program, so that a request meets the
-    same programs whatever else is served (XLA may sum in another order for another number of rows).
+    If ``config.deterministic``, there is one decode shape and prompts share no program. Then the same
+    programs serve a request whatever other requests there are. Programs with other numbers of rows would not
+    give the same bits, because XLA may add up floats in another order.
 
     Raises:
-      AtomError: the token budget is too small for a page of prefill beside a full decode step.
+      AtomError: the token budget is too small for a full decode step and one page of a prompt.
     """
     room = config.token_budget - config.max_num_seqs
     if room < config.page_size:

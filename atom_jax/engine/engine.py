@@ -1,30 +1,28 @@
-"""The engine: prompts come and go at any time, and every step serves all that fit (docs/serving.md)."""
+"""The engine: requests come and go at any time, and each step serves as many as fit (docs/serving.md)."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from atom_jax.checkpoint import Model
-from atom_jax.engine.answers import Answer
+from atom_jax.engine.answer_text import AnswerText
 from atom_jax.engine.buckets import make_buckets
-from atom_jax.engine.requests import (
-    Completion,
-    EngineConfig,
-    EngineStats,
-    Output,
-    RequestParams,
-    SequenceState,
-    TokenLogprobs,
-)
+from atom_jax.engine.config import EngineConfig
+from atom_jax.engine.logprobs import TokenLogprobs
+from atom_jax.engine.outputs import Completion, Output
+from atom_jax.engine.request_params import RequestParams
 from atom_jax.engine.runner import Chosen, Runner, page_bytes, unpack
 from atom_jax.engine.scheduler import Plan, Scheduler, most_pages
+from atom_jax.engine.sequence import SequenceState
+from atom_jax.engine.stats import EngineStats
 from atom_jax.errors import AtomError
 from atom_jax.generation import activation_dtype
+from atom_jax.progress import Progress
 
 _MAX_MODEL_LEN = 4096
 _MAX_DEFAULT_BYTES = 4 * 2**30
@@ -33,28 +31,33 @@ _logger = logging.getLogger(__name__)
 
 
 class _Dispatched(NamedTuple):
-    """A step that the device works on, or has done."""
+    """A step that was given to the device and whose results were not read yet.
+
+    Attributes:
+      results: what the step's programs return for the host, one array each. They are jax.Arrays, but the
+        type stubs of jax.Array do not have the method ``is_ready``.
+    """
 
     plan: Plan
-    reports: list[Any]  # arrays; the types of jax.Array lack is_ready
+    results: list[Any]
 
 
 class Engine:
     """Serves requests by continuous batching over a paged cache.
 
-    ``step`` plans and dispatches a step, then reads the results of the one before: the host plans while the
-    device computes. The engine belongs to one thread.
+    ``step`` plans a step and dispatches it to the device, then reads the results of the step before it. So
+    the host plans one step while the device computes another. Only one thread may use an engine.
 
     Attributes:
-      max_model_len: most tokens of a prompt and its answer together; no more than the cache holds, unless
-        every layer has a sliding window.
+      max_model_len: the most tokens of a prompt and its answer together. It is at most what the cache holds,
+        unless every layer has a sliding window.
     """
 
     def __init__(self, model: Model, config: EngineConfig = EngineConfig()) -> None:
-        """Allocates the cache; nothing is compiled before ``warm_up`` or the first step.
+        """Allocates the cache. Programs are compiled by ``warm_up``, or when a step first needs them.
 
         Raises:
-          AtomError: sizes that do not fit each other or the model.
+          AtomError: the sizes in ``config`` do not fit each other or the model.
         """
         self._model = model
         positions = model.config.max_position_embeddings
@@ -63,7 +66,7 @@ class Engine:
             raise AtomError(f"max_model_len {self.max_model_len} exceeds the model's {positions} positions")
         self._num_pages = _num_pages(model, config, self.max_model_len)
         if self._num_pages < _most_pages(model, config, self.max_model_len):
-            # No request may be longer than the cache.
+            # A request must not be longer than the cache.
             self.max_model_len = min(self.max_model_len, self._num_pages * config.page_size)
         buckets = make_buckets(config, self.max_model_len)
         self._scheduler = Scheduler(
@@ -82,32 +85,40 @@ class Engine:
             slots=config.max_num_seqs,
             buckets=buckets,
         )
-        self._requests: dict[str, tuple[SequenceState, Answer]] = {}
+        self._requests: dict[str, tuple[SequenceState, AnswerText]] = {}
         self._pending: _Dispatched | None = None
         self._arrivals = 0
         self._prompt_tokens = self._generated_tokens = self._cached_tokens = self._steps = 0
         self._host_seconds = self._step_seconds = 0.0
         self._last_read = 0.0
 
-    def warm_up(self, report: Callable[[int, int], None] | None = None) -> None:
-        """Compiles every program, so that nothing compiles afterwards; ``report`` is told (done, all).
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Compiles every program, so that no request has to wait for a compilation.
 
-        Loads the tokenizer, too: the first request would wait for it.
+        Loads the tokenizer too, for the same reason.
+
+        Args:
+          progress: called with (programs compiled, all programs).
         """
         self._model.tokenizer  # noqa: B018
-        self._runner.warm_up(report)
+        self._runner.warm_up(progress)
 
     def add(self, request_id: str, prompt: Sequence[int], params: RequestParams) -> None:
         """Queues a request.
 
+        Args:
+          request_id: any text that no other unfinished request has; ``Output.request_id`` repeats it.
+          prompt: token ids.
+          params: how to continue the prompt.
+
         Raises:
           AtomError: the id is in use, the prompt is empty or has ids that the model does not know, or prompt
-            and answer together are longer than ``max_model_len``.
+            and answer together may be longer than ``max_model_len``.
         """
         tokens = [int(token) for token in prompt]
         self._check(request_id, tokens, params)
         sequence = SequenceState(request_id, params, self._arrivals, tokens, len(tokens))
-        answer = Answer(params, self._model.config.eos_token_ids, self._model.tokenizer, tokens)
+        answer = AnswerText(params, self._model.config.eos_token_ids, self._model.tokenizer, tokens)
         self._requests[request_id] = sequence, answer
         self._scheduler.add(sequence)
         self._arrivals += 1
@@ -129,7 +140,11 @@ class Engine:
             )
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request at once: its pages are free, and no ``Output`` follows. False if there is none."""
+        """Ends a request at once: its pages become free, and no ``Output`` follows.
+
+        Returns:
+          False if there is no unfinished request with this id.
+        """
         if request_id not in self._requests:
             return False
         sequence, _ = self._requests.pop(request_id)
@@ -142,7 +157,7 @@ class Engine:
         return bool(self._requests) or self._pending is not None
 
     def step(self) -> list[Output]:
-        """Dispatches the next step and returns what the one before has brought; often nothing at first."""
+        """Dispatches the next step and returns the outputs of the step before it, which may be none."""
         began = time.perf_counter()
         before, self._pending = self._pending, None
         plan = self._scheduler.schedule()
@@ -156,25 +171,31 @@ class Engine:
         return outputs
 
     def _count_host_time(self, before: _Dispatched | None, began: float) -> None:
-        """Adds the time since which the device may have been without work, if it is without now."""
+        """Adds to ``host_seconds`` the time during which the device may have had no work.
+
+        Args:
+          before: the step that was dispatched before this one, None if there is none.
+          began: when this call of ``step`` began.
+        """
         if before is None:
             self._host_seconds += time.perf_counter() - began
-        elif all(report.is_ready() for report in before.reports):
+        elif all(array.is_ready() for array in before.results):
+            # The device has finished, nobody knows when. All time since the last read of results is counted.
             self._host_seconds += time.perf_counter() - self._last_read
 
     def _read(self, step: _Dispatched) -> list[Output]:
-        """Waits for a step's results and hands them out."""
+        """Waits for the results of a step and turns them into outputs."""
         outputs = []
-        results = [unpack(report) for report in jax.device_get(step.reports)]
+        results = [unpack(array) for array in jax.device_get(step.results)]
         groups = [pieces for pieces in (step.plan.decode, step.plan.prefill) if pieces]
         for pieces, chosen in zip(groups, results, strict=True):
             for row, piece in enumerate(pieces):
                 if piece.chooses and not piece.sequence.ended:
-                    outputs.append(self._hand_out(piece.sequence, chosen, row))
+                    outputs.append(self._output(piece.sequence, chosen, row))
         return outputs
 
-    def _hand_out(self, sequence: SequenceState, chosen: Chosen, row: int) -> Output:
-        """Adds one token to a request, and ends it if it is the last."""
+    def _output(self, sequence: SequenceState, chosen: Chosen, row: int) -> Output:
+        """Adds the token that was chosen for a row to its request, and ends the request if it is the last."""
         _, answer = self._requests[sequence.request_id]
         token = int(chosen.token[row])
         self._scheduler.receive(sequence, token)
@@ -190,7 +211,7 @@ class Engine:
             request_id=sequence.request_id,
             token_ids=(token,),
             text=text,
-            logprobs=_logprobs(sequence.params.logprobs, chosen, row),
+            logprobs=_token_logprobs(sequence.params.logprobs, chosen, row),
             finish_reason=answer.finish_reason,
             prompt_tokens=sequence.prompt_tokens,
             completion_tokens=answer.tokens,
@@ -198,7 +219,7 @@ class Engine:
         )
 
     def stats(self) -> EngineStats:
-        """Counts and times; cheap."""
+        """The engine's counts and times now. Cheap enough to call after every step."""
         return EngineStats(
             waiting=len(self._scheduler.waiting),
             running=len(self._scheduler.running),
@@ -216,15 +237,15 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: RequestParams | Sequence[RequestParams]
     ) -> list[Completion]:
-        """Answers all prompts, batched as they fit, and returns when the last one is done.
+        """Answers all prompts, as many at a time as fit, and returns when all answers are complete.
 
         Args:
           prompts: token ids.
           params: for all prompts, or one for each.
 
         Raises:
-          AtomError: as ``add``, before anything is computed; the numbers of prompts and params differ; other
-            requests are in progress.
+          AtomError: ``add`` refuses a prompt (then none is computed), the numbers of prompts and params
+            differ, or the engine has other unfinished requests.
         """
         each = [params] * len(prompts) if isinstance(params, RequestParams) else list(params)
         if len(each) != len(prompts):
@@ -246,7 +267,7 @@ class Engine:
         return [_completion(outputs[request_id]) for request_id in ids]
 
 
-def _logprobs(wanted: int | None, chosen: Chosen, row: int) -> tuple[TokenLogprobs, ...]:
+def _token_logprobs(wanted: int | None, chosen: Chosen, row: int) -> tuple[TokenLogprobs, ...]:
     if wanted is None:
         return ()
     top = zip(chosen.top_ids[row, :wanted].tolist(), chosen.top_logprobs[row, :wanted].tolist(), strict=True)
@@ -265,13 +286,16 @@ def _completion(outputs: list[Output]) -> Completion:
 
 
 def _most_pages(model: Model, config: EngineConfig, max_model_len: int) -> int:
-    """Pages that the longest request has at a time: those of a window and a step, if it is longer."""
+    """The most pages that one request has at a time.
+
+    With sliding windows in all layers these are the pages of a window and of the tokens of one step.
+    """
     pages, window = -(-max_model_len // config.page_size), model.config.longest_window
     return pages if window is None else min(pages, most_pages(window, config.token_budget, config.page_size))
 
 
 def _num_pages(model: Model, config: EngineConfig, max_model_len: int) -> int:
-    """Pages of the cache, from whichever size the configuration gives."""
+    """Number of pages of the cache, from ``num_pages``, ``memory_bytes`` or the default."""
     if config.num_pages is not None:
         return config.num_pages
     size = page_bytes(model.config, config.page_size, activation_dtype(model.params, model.config))

@@ -1,10 +1,14 @@
-"""Which page of the cache belongs to whom, and what the pages of ended requests still hold.
+"""Which sequences use which pages of the cache, and what the pages of ended requests still hold.
 
-A page is in one of three states: *used* (by one or more sequences: its reference count), *cached* (unused,
-but what it holds is known by its hash, and a prompt that begins alike may take it) or *free*.
+A page is in one of three states:
 
-A full page never changes: sequences only append, and a page is published once every position of it belongs
-to the prefix that its hash stands for. Sharing needs no copies for that reason.
+* *used*: by one or more sequences; their number is its reference count;
+* *cached*: no sequence uses it, but the hash of its contents is known, and a prompt that begins with the same
+  tokens may use it again;
+* *free*.
+
+A full page never changes, because a sequence only appends tokens, and a page is published to other sequences
+only after all its positions were filled. So sequences can share a page without a copy.
 """
 
 from __future__ import annotations
@@ -15,14 +19,15 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-# In a list of the pages of blocks: of a block that no query sees any more (a sliding window).
+# In a list of a sequence's pages, this stands for a page that no query sees any more (sliding windows).
 NO_PAGE = -1
 
 
 def extend_hashes(hashes: list[bytes], tokens: Sequence[int], page_size: int) -> None:
-    """Appends to ``hashes`` (one for each full page) those of the pages of ``tokens`` that it lacks.
+    """Appends to ``hashes`` the missing hashes of the full pages of ``tokens``.
 
-    The hash of a page covers the whole prefix: it is that of the page's tokens and of the hash before.
+    The hash of a page is computed from the page's tokens and the hash of the page before it. So it stands for
+    all tokens from the beginning of the sequence to the end of the page.
     """
     for end in range((len(hashes) + 1) * page_size, len(tokens) + 1, page_size):
         digest = hashlib.blake2b(hashes[-1] if hashes else b"", digest_size=16)
@@ -39,11 +44,12 @@ class PagePool:
         self._users = [0] * num_pages
         self._page_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
-        self._cached: OrderedDict[int, None] = OrderedDict()  # unused pages with a hash, least recent first
+        # Unused pages with a hash, the least recently used one first.
+        self._cached: OrderedDict[int, None] = OrderedDict()
 
     @property
     def available(self) -> int:
-        """Pages that ``allocate`` can give."""
+        """Number of pages that ``allocate`` can give."""
         return len(self._free) + len(self._cached)
 
     def users(self, page: int) -> int:
@@ -51,10 +57,12 @@ class PagePool:
         return self._users[page]
 
     def allocate(self, count: int) -> list[int]:
-        """``count`` pages with one user each; the least recently used cached ones only if none is free.
+        """Takes ``count`` pages, which then have one user each.
+
+        Free pages are taken first, then cached ones, the least recently used first.
 
         Raises:
-          ValueError: more than ``available``.
+          ValueError: ``count`` is more than ``available``.
         """
         if count > self.available:
             raise ValueError(f"{count} pages wanted, {self.available} available")
@@ -70,16 +78,20 @@ class PagePool:
         return pages
 
     def match(self, hashes: Sequence[bytes], *, in_sight: int | None = None, unit: int = 1) -> list[int]:
-        """The pages of the longest prefix that is cached or in use; they are not taken yet.
+        """Finds the longest prefix of a sequence whose pages are cached or used. Does not take the pages.
 
         Args:
-          in_sight: so many of its last pages are all that what follows sees, at least one: the others need
-            not be there, and are NO_PAGE. None: it sees all.
-          unit: the prefix is of a multiple of so many pages.
+          hashes: of the sequence's pages, in order.
+          in_sight: how many pages before a position its query sees, at least 1 (sliding windows). Only this
+            many pages at the end of the prefix must exist. None: a query sees all pages.
+          unit: the number of pages of the prefix is a multiple of this.
+
+        Returns:
+          The pages of the prefix, NO_PAGE for those that are not needed.
         """
         known = longest = 0
         for number, digest in enumerate(hashes, start=1):
-            known = known + 1 if digest in self._page_of else 0  # without a gap, up to this one
+            known = known + 1 if digest in self._page_of else 0  # known pages in a row, this one the last
             wanted = number if in_sight is None else min(number, in_sight)
             if known >= wanted and number % unit == 0:
                 longest = number
@@ -87,7 +99,7 @@ class PagePool:
         return [NO_PAGE] * first + [self._page_of[digest] for digest in hashes[first:longest]]
 
     def unused(self, pages: Iterable[int]) -> int:
-        """How many of ``pages`` nobody uses: taking them makes so many fewer available."""
+        """How many of ``pages`` no sequence uses. If they are taken, ``available`` shrinks by this number."""
         return sum(self._users[page] == 0 for page in pages)
 
     def take(self, pages: Iterable[int]) -> None:
@@ -98,16 +110,16 @@ class PagePool:
             self._users[page] += 1
 
     def publish(self, page: int, digest: bytes) -> None:
-        """Makes a full page known; one of two pages that hold the same stays private."""
+        """Lets other sequences find a full page. If another page with this hash is known, nothing changes."""
         if digest not in self._page_of:
             self._page_of[digest] = page
             self._hash_of[page] = digest
 
     def release(self, pages: Sequence[int]) -> None:
-        """Takes a user from each page of a sequence, given in its order.
+        """Removes a user from each of a sequence's pages, which are given in order of positions.
 
-        The last page of a sequence is evicted first: a prefix is of use without what follows it, not the
-        other way round.
+        The last page of a sequence will be evicted first: the pages before it are useful without it, but it
+        is of no use without them.
         """
         for page in reversed(pages):
             self._users[page] -= 1

@@ -1,11 +1,11 @@
-"""What runs on the device: one jitted function, the cache, and the last token of each slot."""
+"""What runs on the device: one jitted function, the cache, and the last token of each running sequence."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +17,25 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt32
 from atom_jax.checkpoint import Model
 from atom_jax.config import ModelConfig
 from atom_jax.engine.buckets import Buckets, Shape
-from atom_jax.engine.requests import MAX_LOGPROBS
+from atom_jax.engine.logprobs import MAX_LOGPROBS
 from atom_jax.engine.scheduler import Piece, Plan
 from atom_jax.generation import activation_dtype
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward
+from atom_jax.progress import Progress
 from atom_jax.sampling import sample
 from pallas_kernels import PagedKVCache
 
-# Prefill programs see their tokens; a decode row may ask for the last one chosen in its slot.
+# In place of a token id: the last token that was chosen for the sequence. The host may not know it yet.
 _ON_DEVICE = -1
 
 
 class DeviceState(NamedTuple):
-    """What stays on the device from step to step, and is donated to each.
+    """What stays on the device from one program to the next. It is donated to each program.
 
-    The cache's own block table has no meaning: every program brings that of its rows.
+    The block table in ``cache`` is not used: every program gets the block tables of its own rows.
+
+    A slot is the place of a running sequence in ``last_tokens``.
     """
 
     cache: PagedKVCache
@@ -40,17 +43,20 @@ class DeviceState(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows of one program. Padding rows have ``count`` 0 and no slot (a number past the last).
+    """The rows of one program: each has tokens of one sequence. Padding rows have ``count`` 0.
 
     Attributes:
-      tokens: -1 stands for the last token of the row's slot.
-      tables: the pages of each row's positions.
-      start, count: of the tokens in the sequence.
-      slot: where the chosen token goes; none if it is not the sequence's next.
-      source: where a token of -1 comes from.
-      index: number of the chosen token in the answer.
-      seed: two words; they and ``index`` are what the draw depends on.
-      logprobs: whether they are wanted.
+      tokens: token ids; -1 stands for the token in slot ``source``.
+      tables: the pages of each row's sequence, in order of positions.
+      start: position of the row's first token in its sequence.
+      count: number of tokens of the row.
+      slot: where the chosen token is stored. The number of slots means nowhere: for padding, and for a row
+        whose next token is known already.
+      source: the slot of a token that is -1.
+      index: index of the chosen token in the answer.
+      seed: the request's 64-bit seed as two words. A draw depends on ``seed`` and ``index`` alone.
+      temperature, top_k, top_p: as in ``SamplingParams``.
+      logprobs: whether the row's log-probabilities are wanted.
     """
 
     tokens: Int32[Array | np.ndarray, "rows width"]
@@ -68,22 +74,30 @@ class Rows(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What a program tells the host of each row; ``logprob`` and ``top_*`` are 0 unless a row wants them."""
+    """What a program returns for the host. ``top`` is MAX_LOGPROBS, or the size of a smaller vocabulary.
 
-    token: np.ndarray  # [rows]
-    logprob: np.ndarray  # [rows]
-    top_ids: np.ndarray  # [rows, MAX_LOGPROBS or the vocabulary if that is smaller]
-    top_logprobs: np.ndarray  # likewise, descending
+    Attributes:
+      token: the chosen token of each row.
+      logprob: its log-probability; 0 if no row of the program wants log-probabilities, as the next two.
+      top_ids: the most likely tokens, the most likely first.
+      top_logprobs: their log-probabilities.
+    """
+
+    token: Int32[np.ndarray, " rows"]
+    logprob: Float32[np.ndarray, " rows"]
+    top_ids: Int32[np.ndarray, "rows top"]
+    top_logprobs: Float32[np.ndarray, "rows top"]
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
-def advance(
+def run_program(
     params: nnx.State, state: DeviceState, rows: Rows, *, config: ModelConfig
-) -> tuple[DeviceState, Int32[Array, "rows report"]]:
-    """Caches the tokens of each row and chooses the one after the last of them.
+) -> tuple[DeviceState, Int32[Array, "rows packed"]]:
+    """Writes the keys and values of each row's tokens to the cache and chooses the token after them.
 
     Returns:
-      The new state, and one array to be fetched: ``unpack`` makes ``Chosen`` of it.
+      The new state, and all results for the host in one array, so that there is one transfer. ``unpack``
+      turns it into ``Chosen``.
     """
     columns = jnp.arange(rows.tokens.shape[1], dtype=jnp.int32)
     positions = jnp.where(columns < rows.count[:, None], rows.start[:, None] + columns, -1)
@@ -100,15 +114,18 @@ def advance(
     last_tokens = state.last_tokens.at[rows.slot].set(token, mode="drop")
     cache = dataclasses.replace(cache, block_tables=state.cache.block_tables)
 
-    none = jnp.zeros(jax.eval_shape(_logprobs, logits, token).shape, jnp.int32)
-    logprobs = lax.cond(jnp.any(rows.logprobs), _logprobs, lambda *_: none, logits, token)
+    none = jnp.zeros(jax.eval_shape(_packed_logprobs, logits, token).shape, jnp.int32)
+    logprobs = lax.cond(jnp.any(rows.logprobs), _packed_logprobs, lambda *_: none, logits, token)
     return DeviceState(cache, last_tokens), jnp.concatenate([token[:, None], logprobs], axis=1)
 
 
-def _logprobs(
+def _packed_logprobs(
     logits: Float32[Array, "rows vocab"], token: Int32[Array, " rows"]
 ) -> Int32[Array, "rows logprobs"]:
-    """The bits of each row's logprob, then the ids and the bits of the most likely tokens' logprobs."""
+    """For each row: the bits of the token's logprob, the most likely tokens, the bits of their logprobs.
+
+    Bits of float32 as int32, so that all fit into one array.
+    """
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     top, ids = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
     chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)
@@ -116,26 +133,34 @@ def _logprobs(
     return jnp.concatenate([bits(chosen), ids.astype(jnp.int32), bits(top)], axis=1)
 
 
-def page_bytes(config: ModelConfig, page_size: int, dtype: Any) -> int:
-    """Bytes that a page of all layers takes; ``dtype`` is that of pages that are not quantized."""
+def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
+    """Bytes of one page in all layers together; ``dtype`` is the type of pages that are not quantized."""
     page = jax.eval_shape(lambda: init_cache(config, 1, page_size, page_size=page_size, dtype=dtype))
     fields = (page.k_pages, page.v_pages, page.k_scales, page.v_scales)
     return sum(field.size * field.dtype.itemsize for field in fields if field is not None)
 
 
-def unpack(report: Int32[np.ndarray, "rows report"]) -> Chosen:
-    """The fields of what ``advance`` reports."""
-    top = (report.shape[1] - 2) // 2
-    token, logprob, ids, logprobs = np.split(report, [1, 2, 2 + top], axis=1)
+def unpack(packed: Int32[np.ndarray, "rows packed"]) -> Chosen:
+    """The fields of the array that ``run_program`` returns for the host."""
+    top = (packed.shape[1] - 2) // 2
+    token, logprob, ids, logprobs = np.split(packed, [1, 2, 2 + top], axis=1)
     return Chosen(token[:, 0], logprob.view(np.float32)[:, 0], ids, logprobs.view(np.float32))
 
 
 class Runner:
-    """The device's side of an engine."""
+    """Runs the programs of an engine and keeps their state on the device.
+
+    Args:
+      model: with its parameters.
+      num_pages: pages of the cache.
+      page_size: tokens in a page.
+      slots: the most sequences that run at the same time.
+      buckets: the shapes of the programs.
+    """
 
     def __init__(self, model: Model, *, num_pages: int, page_size: int, slots: int, buckets: Buckets) -> None:
         self._params = model.params
-        # What ends an answer is the host's business: programs do not depend on it.
+        # The host decides when an answer ends, so the compiled programs do not depend on these ids.
         self._config = model.config.replace(eos_token_ids=())
         self._page_size = page_size
         self._slots = slots
@@ -144,29 +169,37 @@ class Runner:
         cache = init_cache(model.config, 1, num_pages * page_size, page_size=page_size, dtype=dtype)
         self._state = DeviceState(cache, jnp.zeros((slots,), jnp.int32))
 
-    def warm_up(self, report: Callable[[int, int], None] | None = None) -> None:
-        """Compiles every shape by running it on padding alone; ``report`` is told (done, all)."""
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Compiles the program of every shape by running it on padding rows.
+
+        Args:
+          progress: called with (programs compiled, all programs).
+        """
         shapes = list(self._buckets.shapes())
         for done, shape in enumerate(shapes):
-            if report is not None:
-                report(done, len(shapes))
+            if progress is not None:
+                progress(done, len(shapes))
             self._run(self._rows(shape, ())).block_until_ready()
-        if report is not None:
-            report(len(shapes), len(shapes))
+        if progress is not None:
+            progress(len(shapes), len(shapes))
 
     def dispatch(self, plan: Plan) -> list[Array]:
-        """Starts a step's programs and the transfer of what they report, one array each."""
-        reports = []
+        """Starts the programs of a step and the transfer of their results to the host.
+
+        Returns:
+          One array for each program, which ``unpack`` reads.
+        """
+        results = []
         for pieces in (plan.decode, plan.prefill):
             if pieces:
-                reports.append(self._run(self._rows(self._shape(pieces, pieces is plan.decode), pieces)))
-        for array in reports:
+                results.append(self._run(self._rows(self._shape(pieces, pieces is plan.decode), pieces)))
+        for array in results:
             array.copy_to_host_async()
-        return reports
+        return results
 
     def _run(self, rows: Rows) -> Array:
-        self._state, report = advance(self._params, self._state, rows, config=self._config)
-        return report
+        self._state, packed = run_program(self._params, self._state, rows, config=self._config)
+        return packed
 
     def _shape(self, pieces: Sequence[Piece], decode: bool) -> Shape:
         blocks = max(-(-(piece.start + piece.count) // self._page_size) for piece in pieces)
@@ -175,7 +208,7 @@ class Runner:
         return self._buckets.prefill(len(pieces), max(piece.count for piece in pieces), blocks)
 
     def _rows(self, shape: Shape, pieces: Sequence[Piece]) -> Rows:
-        """The arrays of a program; new ones each time, because the device may still read the last step's."""
+        """The input arrays of a program. New arrays each time: the device may still read those of before."""
 
         def zeros(dtype: type, *more: int) -> np.ndarray:
             return np.zeros((shape.rows, *more), dtype)
@@ -199,7 +232,7 @@ class Runner:
             known = sequence.tokens[piece.start : piece.start + piece.count]
             rows.tokens[row, : piece.count] = known or _ON_DEVICE
             pages = sequence.pages[: shape.blocks]
-            rows.tables[row, : len(pages)] = np.maximum(pages, 0)  # nobody looks up what is out of sight
+            rows.tables[row, : len(pages)] = np.maximum(pages, 0)  # NO_PAGE is negative; no query reads there
             rows.start[row] = piece.start
             rows.count[row] = piece.count
             rows.source[row] = sequence.slot

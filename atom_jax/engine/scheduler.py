@@ -1,18 +1,20 @@
-"""What one step computes: who decodes, which chunks are prefilled, who loses its pages. No device here.
+"""Plans what a step computes: which sequences decode, which prompts are prefilled, which lose their pages.
 
-First come, first served: every running sequence arrived before every waiting one. Decoding goes before
-prefill; when pages run out, the sequence that arrived last gives up its own and waits at the head of the
-queue, to be computed again.
+This file knows nothing of the device.
 
-A step may be planned before the tokens of the step before it are known: they are on the device, which is
-where the next step wants them. Only what the host alone can know comes late: that an answer has ended. Its
-sequence may then be in a step that was dispatched already; that step writes to a page that is free by now.
-It does no harm, because programs run in the order of dispatch, each on the pages that the one before
-returned: whoever gets the page next overwrites it later.
+Requests are served in order of arrival: every running sequence arrived before every waiting one. Decoding
+comes before prefill. When there are not enough pages, the sequence that arrived last gives up its pages
+(it is preempted): it goes to the head of the queue and is computed again later.
 
-Where every layer has a sliding window, a sequence gives back the pages before the window of its next query,
-and takes those of its prompt chunk by chunk. A program of the same step may write to what was given back:
-those that read it were dispatched before.
+A step may be planned before the tokens of the previous step are known to the host. They are on the device,
+where the next step needs them. But the host learns only then that an answer has ended. The ended sequence may
+be part of a step that is dispatched already, and that step writes to a page that is free by now. This does no
+harm: programs run in the order in which they were dispatched, so the next sequence that gets the page
+overwrites it afterwards.
+
+If every layer has a sliding window, a sequence gives back the pages that lie before the window of its next
+query, and gets the pages for its prompt chunk by chunk. Another program of the same step may write to a page
+that was given back, because all programs that read its old contents were dispatched earlier.
 """
 
 from __future__ import annotations
@@ -23,16 +25,17 @@ from collections.abc import Iterator, Set
 
 from atom_jax.engine.buckets import Buckets
 from atom_jax.engine.pages import NO_PAGE, PagePool, extend_hashes
-from atom_jax.engine.requests import SequenceState
+from atom_jax.engine.sequence import SequenceState
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A row of a program: the tokens of ``sequence`` at ``start`` and the ``count - 1`` positions after it.
+    """What one row of a program computes: ``count`` tokens of ``sequence`` from position ``start`` on.
 
     Attributes:
-      chooses: whether the token after them is new. If not, it is known (or not the sequence's next).
-      index: of that token in the answer.
+      chooses: whether the row chooses the next new token of the sequence. False where the token after the
+        piece is known already, because it belongs to the prompt or to an answer that is computed again.
+      index: index in the answer of the token after the piece.
     """
 
     sequence: SequenceState
@@ -44,32 +47,47 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A step: at most one program that decodes and one that prefills."""
+    """A step: at most one decode program and one prefill program. Empty: no such program.
+
+    Attributes:
+      decode: the rows of the decode program.
+      prefill: the rows of the prefill program.
+    """
 
     decode: tuple[Piece, ...]
     prefill: tuple[Piece, ...]
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """All rows."""
+        """The rows of both programs."""
         return self.decode + self.prefill
 
 
 def most_pages(window: int, tokens: int, page_size: int) -> int:
-    """Pages that a sequence has at a time, at most, where a query sees ``window`` positions.
+    """The most pages that a sequence has at a time if every layer has a sliding window.
 
     Args:
-      tokens: that a step computes of the sequence.
+      window: how many positions a query sees.
+      tokens: how many tokens of the sequence a step computes.
+      page_size: tokens in a page.
     """
     positions = window - 1 + tokens
-    return -(-(positions - 1) // page_size) + 1  # wherever in a page they begin
+    return -(-(positions - 1) // page_size) + 1  # the first position may be anywhere in its page
 
 
 class Scheduler:
     """The queue, the running sequences and their pages.
 
     Args:
-      window: how many of the last positions a query sees in any layer; None where a layer sees all.
+      window: how many positions a query sees in the layer that sees the most; None if a layer sees all.
+      num_pages, page_size, max_num_seqs, prefix_caching, deterministic: as in ``EngineConfig``.
+      buckets: the shapes of the programs.
+
+    Attributes:
+      pool: the pages.
+      waiting: the queue, in order of arrival.
+      running: the sequences that have a slot, in order of arrival.
+      preemptions: how many times a running sequence was sent back to the queue.
     """
 
     def __init__(
@@ -85,7 +103,7 @@ class Scheduler:
     ) -> None:
         self.pool = PagePool(num_pages)
         self.waiting: deque[SequenceState] = deque()
-        self.running: list[SequenceState] = []  # in order of arrival, like the queue
+        self.running: list[SequenceState] = []
         self.preemptions = 0
         self._page_size = page_size
         self._buckets = buckets
@@ -95,15 +113,15 @@ class Scheduler:
         self._slots = list(range(max_num_seqs - 1, -1, -1))
 
     def pages(self, positions: int) -> int:
-        """Pages that hold so many positions."""
+        """Number of pages that hold ``positions`` positions."""
         return -(-positions // self._page_size)
 
     def add(self, sequence: SequenceState) -> None:
-        """Queues a sequence; those that arrive later must have a higher ``arrival``."""
+        """Adds a sequence to the queue. Its ``arrival`` must be higher than that of all earlier ones."""
         self.waiting.append(sequence)
 
     def remove(self, sequence: SequenceState) -> None:
-        """Ends a sequence, wherever it is; what its full pages hold stays known."""
+        """Ends a running or waiting sequence. The prefix cache keeps its full pages."""
         sequence.ended = True
         if sequence.slot < 0:
             self.waiting.remove(sequence)
@@ -112,12 +130,12 @@ class Scheduler:
             self._vacate(sequence)
 
     def receive(self, sequence: SequenceState, token: int) -> None:
-        """Tells what a piece that ``chooses`` has chosen."""
+        """Takes the token that a dispatched piece with ``chooses`` has chosen."""
         sequence.in_flight -= 1
         sequence.tokens.append(token)
 
     def schedule(self) -> Plan:
-        """The next step. The state is then as if it had run already."""
+        """Plans the next step. Afterwards the state of all sequences is as if the step had run already."""
         decode = tuple(self._decode())
         plan = Plan(decode, tuple(self._prefill({piece.sequence for piece in decode})))
         for piece in plan.pieces:
@@ -125,16 +143,25 @@ class Scheduler:
         return plan
 
     def _decode(self) -> Iterator[Piece]:
-        for sequence in list(self.running):  # oldest first: who is preempted has not had its turn
+        # The oldest first. A sequence that ``_grow`` preempts comes later in the list, and has no slot then.
+        for sequence in list(self.running):
             started = sequence.slot >= 0 and sequence.computed >= sequence.prefill_until
             wanted = sequence.generated < sequence.params.max_new_tokens
             if started and wanted and self._grow(sequence, 1, frozenset()):
                 yield self._advance(sequence, 1)
 
     def _grow(self, sequence: SequenceState, count: int, planned: Set[SequenceState]) -> bool:
-        """Sees to pages for the next ``count`` positions; False if the sequence must wait for them.
+        """Gives the sequence the pages for its next ``count`` positions.
 
-        The sequence that arrived last gives up its own: this one, maybe, but none of ``planned``.
+        If there are not enough, the running sequence that arrived last is preempted; it may be this one.
+
+        Args:
+          sequence: a running one.
+          count: number of positions.
+          planned: sequences that are part of this step already, so they must keep their pages.
+
+        Returns:
+          False if the sequence cannot have the pages in this step.
         """
         self._give_back(sequence)
         while (missing := self.pages(sequence.computed + count) - len(sequence.pages)) > 0:
@@ -152,7 +179,7 @@ class Scheduler:
         return True
 
     def _give_back(self, sequence: SequenceState) -> None:
-        """Releases the pages that neither the next query of the sequence nor any later one sees."""
+        """Releases the pages that no later query of the sequence sees (sliding windows)."""
         if self._window is None:
             return
         seen = max(sequence.computed + 1 - self._window, 0) // self._page_size
@@ -162,13 +189,13 @@ class Scheduler:
             sequence.out_of_sight = seen
 
     def _prefill(self, decoding: Set[SequenceState]) -> Iterator[Piece]:
-        """Chunks of the oldest prompts that are not computed yet, as many as share a program."""
+        """The next chunks of the oldest prompts that are not computed yet, as many as share a program."""
         begun = deque(sequence for sequence in self.running if sequence.computed < sequence.prefill_until)
         rows = width = 0
         while rows == 0 or rows < self._buckets.prefill_rows(width):
             if begun:
                 sequence, found = begun.popleft(), None
-                if sequence.slot < 0:  # an older one has taken its pages just now
+                if sequence.slot < 0:  # it was preempted a moment ago, for an older sequence
                     continue
                 start, until = sequence.computed, sequence.prefill_until
             elif self._head_may_start():
@@ -177,7 +204,8 @@ class Scheduler:
                 start, until = len(found) * self._page_size, self._prefill_end(sequence)
             else:
                 return
-            # Cut at the same places whatever the start, so that whole chunks stay whole.
+            # Prompts are cut at multiples of ``chunk``, wherever the first uncached token is. So all
+            # chunks but the first are the same with and without the prefix cache.
             count = min(until, (start // self._buckets.chunk + 1) * self._buckets.chunk) - start
             if rows == 0:
                 width = self._buckets.width(count)
@@ -191,32 +219,39 @@ class Scheduler:
             yield self._advance(sequence, count)
 
     def _head_may_start(self) -> bool:
-        """Whether there is room for the head of the queue."""
-        # The tokens of one that was preempted may be on the device still; they come with the next results.
+        """Whether there are a slot and enough pages for the sequence at the head of the queue."""
+        # After a preemption the host may not know the last tokens yet; they come with the next results.
         if not self.waiting or not self._slots or self.waiting[0].in_flight:
             return False
         head = self.waiting[0]
         found = self._match(head)
         held = _held(found)
         needed = self._needed(self._prefill_end(head), len(found), len(held)) + self.pool.unused(held)
-        # What the chunks of others will take, and a page for each running sequence, is left: to admit and
-        # preempt in turn would compute for nothing.
-        left = len(self.running)
+        # Pages are reserved for the chunks of other prompts that are still to come, and one page for each
+        # running sequence. Otherwise a sequence might be admitted and preempted again and again, and what was
+        # computed of it would be lost each time.
+        reserved = len(self.running)
         for sequence in self.running:
             if sequence.computed < sequence.prefill_until:
                 blocks = len(sequence.pages)
-                left += self._needed(sequence.prefill_until, blocks, blocks - sequence.out_of_sight)
-        return needed + left <= self.pool.available
+                reserved += self._needed(sequence.prefill_until, blocks, blocks - sequence.out_of_sight)
+        return needed + reserved <= self.pool.available
 
     def _needed(self, until: int, blocks: int, held: int) -> int:
-        """Pages that a prompt takes after its first ``blocks``, of which it holds ``held``."""
+        """How many more pages a prompt needs.
+
+        Args:
+          until: number of positions of the prompt.
+          blocks: how many of its pages have their place in ``SequenceState.pages`` already.
+          held: how many of those are real pages and not NO_PAGE.
+        """
         needed = self.pages(until) - blocks
         if self._window is None:
             return needed
         return min(needed, max(most_pages(self._window, self._buckets.chunk, self._page_size) - held, 0))
 
     def _admit(self, sequence: SequenceState, found: list[int]) -> None:
-        """Gives the head of the queue its slot and the pages that were found."""
+        """Moves the head of the queue to the running sequences, with a slot and the pages ``found``."""
         self.waiting.popleft()
         self.running.append(sequence)
         self.pool.take(_held(found))
@@ -230,13 +265,17 @@ class Scheduler:
             sequence.cached_tokens = sequence.computed
 
     def _prefill_end(self, sequence: SequenceState) -> int:
-        """Where chunks end. An answer that is computed again is part of the prompt, unless bits count."""
+        """The position at which the computation in chunks ends.
+
+        An answer that is computed again after a preemption is computed in chunks like the prompt. In
+        deterministic mode it is computed token by token, as it was the first time.
+        """
         return sequence.prompt_tokens if self._deterministic else len(sequence.tokens)
 
     def _match(self, sequence: SequenceState) -> list[int]:
-        """Cached pages of the sequence's beginning, NO_PAGE for those that the next query does not see.
+        """The cached pages of the beginning of the sequence; NO_PAGE for those the next query does not see.
 
-        The last token is computed always, for its logits.
+        Never all tokens: the last one is always computed, because its logits are needed.
         """
         if not self._prefix_caching:
             return []
@@ -247,11 +286,17 @@ class Scheduler:
 
     @property
     def _cache_unit(self) -> int:
-        """Pages that are cached together: with whole chunks, who finds them cuts its prompt where all do."""
+        """Number of pages that are cached and found together: in deterministic mode those of a whole chunk.
+
+        Then the rest of a prompt is cut into the same chunks, whether its beginning was cached or not.
+        """
         return self._buckets.chunk // self._page_size if self._deterministic else 1
 
     def _publish(self, sequence: SequenceState) -> None:
-        """Lets others use the full pages whose tokens are known and computed (or dispatched to be)."""
+        """Lets other sequences use the full pages of this one whose tokens are known.
+
+        They are computed, or will be before any program that is dispatched from now on.
+        """
         if not self._prefix_caching:
             return
         known = sequence.prompt_tokens if self._deterministic else len(sequence.tokens)
@@ -264,6 +309,7 @@ class Scheduler:
             sequence.published = full
 
     def _advance(self, sequence: SequenceState, count: int) -> Piece:
+        """The piece of the next ``count`` tokens, which are counted as computed from now on."""
         start = sequence.computed
         sequence.computed += count
         chooses = sequence.computed == sequence.total
@@ -272,7 +318,7 @@ class Scheduler:
         return Piece(sequence, start, count, chooses, index)
 
     def _vacate(self, sequence: SequenceState) -> None:
-        """Takes a running sequence's pages and slot."""
+        """Takes the pages and the slot from a running sequence."""
         self.running.remove(sequence)
         self.pool.release(_held(sequence.pages))
         self._slots.append(sequence.slot)
@@ -283,5 +329,5 @@ class Scheduler:
 
 
 def _held(pages: list[int]) -> list[int]:
-    """Those that are in sight."""
+    """``pages`` without NO_PAGE."""
     return [page for page in pages if page != NO_PAGE]

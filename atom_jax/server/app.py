@@ -1,4 +1,4 @@
-"""The routes."""
+"""The HTTP routes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,18 +19,23 @@ from starlette.types import Receive, Scope, Send
 
 from atom_jax.engine import Engine
 from atom_jax.errors import AtomError
-from atom_jax.server.answers import Answer
+from atom_jax.openai.engine_requests import make_engine_requests
+from atom_jax.openai.errors import ApiError, invalid_request
+from atom_jax.openai.requests import ApiRequest, ChatCompletionRequest, CompletionRequest
+from atom_jax.openai.responses import ApiResponse
 from atom_jax.server.config import ServerConfig
-from atom_jax.server.engine_thread import Answers, EngineThread, Latency, Stopped
-from atom_jax.server.errors import ApiError, invalid_request
+from atom_jax.server.engine_thread import EngineThread, Latency, OutputStream, Stopped
 from atom_jax.server.guard import error_response, guard
 from atom_jax.server.metrics import Metrics
-from atom_jax.server.prompts import make_job
-from atom_jax.server.protocol import ApiRequest, ChatCompletionRequest, CompletionRequest
 
-PAGE = Path(__file__).parent / "static" / "index.html"
-# The page asks nobody but this server for anything.
-_PAGE_HEADERS = {
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_Error = TypeVar("_Error", bound=Exception)
+
+WEB_PAGE = Path(__file__).parent / "static" / "index.html"
+# The page may load nothing from other servers.
+_WEB_PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
     "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 }
@@ -39,14 +44,21 @@ _PAGE_HEADERS = {
 class Service:
     """What the routes share.
 
+    Args:
+      config: limits and names of the server.
+      engine: from now on only the engine's thread uses it.
+      tokenizer: of the engine's model.
+
     Attributes:
-      engine: the thread that answers.
+      engine: the thread of the engine.
+      metrics: what ``/metrics`` shows.
       max_model_len: the most tokens of a prompt and its answer together.
-      draining: new work is refused.
+      draining: whether new requests are refused because the server shuts down.
+      created: when the service was made, in seconds since 1970.
       on_failure: called when the engine has failed.
     """
 
-    def __init__(self, config: ServerConfig, engine: Engine, tokenizer: Any) -> None:
+    def __init__(self, config: ServerConfig, engine: Engine, tokenizer: PreTrainedTokenizerFast) -> None:
         self.config, self._tokenizer = config, tokenizer
         self.on_failure: Callable[[], None] = lambda: None
         self.engine = EngineThread(engine, on_progress=self._observe, on_failure=lambda: self.on_failure())
@@ -55,12 +67,15 @@ class Service:
         self.draining = False
         self.created = int(time.time())
 
-    async def submit(self, request: ApiRequest) -> tuple[Answer, Answers]:
-        """Starts on a request; the caller closes the second of what it gets.
+    async def submit(self, request: ApiRequest) -> tuple[ApiResponse, OutputStream]:
+        """Gives a request to the engine.
+
+        Returns:
+          The response to fill, and the stream of the engine's outputs, which the caller must close.
 
         Raises:
-          ApiError: it cannot be answered, or not now.
-          AtomError: the engine refuses it.
+          ApiError: the request cannot be answered, or not now.
+          AtomError: the engine refuses the request.
         """
         config = self.config
         if request.model != config.model_name:
@@ -70,18 +85,22 @@ class Service:
         if count > config.max_in_flight:
             message = f"{count} answers are more than this server gives at once, {config.max_in_flight}"
             raise ApiError(400, message, param="n")
-        self._check_queue(count)  # before the work of tokenizing
-        job = await asyncio.to_thread(make_job, request, self._tokenizer, max_model_len=self.max_model_len)
-        self._check_queue(count)  # others were faster, perhaps
-        answers = await self.engine.submit(job.choices, config.request_timeout)
-        return Answer(request, job, self._tokenizer), answers
+        self._check_queue(count)  # a first time, so that a full queue costs no tokenizing
+        engine_requests = await asyncio.to_thread(
+            make_engine_requests, request, self._tokenizer, max_model_len=self.max_model_len
+        )
+        self._check_queue(count)  # again: meanwhile other requests may have filled the queue
+        output_stream = await self.engine.submit(engine_requests.choices, config.request_timeout)
+        return ApiResponse(request, engine_requests, self._tokenizer), output_stream
 
     def _check_queue(self, count: int) -> None:
+        """Raises ApiError if there is no room for ``count`` more answers."""
         if self.engine.in_flight + count > self.config.max_in_flight:
             message = "the queue is full; try again later"
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
 
     def _observe(self, latency: Latency) -> None:
+        """Puts the times of a request into the metrics: after its first token, and when it has ended."""
         metrics = self.metrics
         if latency.first_token is None:
             return
@@ -94,7 +113,7 @@ class Service:
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application; its lifespan is that of the engine's thread."""
+    """The application. The engine's thread starts and stops with it."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -102,7 +121,7 @@ def create_app(service: Service) -> FastAPI:
         yield
         await service.engine.stop()
 
-    # The interactive documentation would load scripts from elsewhere.
+    # No interactive documentation: it would load scripts from other servers.
     app = FastAPI(title="Atom-JAX", lifespan=lifespan, docs_url=None, redoc_url=None)
     paths = set()
 
@@ -118,11 +137,11 @@ def create_app(service: Service) -> FastAPI:
     _add_error_handlers(app)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> dict[str, object]:
         return {"object": "list", "data": [_model(service)]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str) -> dict[str, object]:
         if name != service.config.model_name:
             raise ApiError(404, f"the model {name!r} does not exist", param="model", code="model_not_found")
         return _model(service)
@@ -146,13 +165,14 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(PAGE, headers=_PAGE_HEADERS)
+        return FileResponse(WEB_PAGE, headers=_WEB_PAGE_HEADERS)
 
     paths.update(getattr(route, "path", "") for route in app.routes)
     return app
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _model(service: Service) -> dict[str, object]:
+    """The model as the API describes it."""
     config = service.config
     return {
         "id": config.model_name,
@@ -164,22 +184,23 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 async def _respond(service: Service, body: ApiRequest, request: Request) -> Response:
-    answer, answers = await service.submit(body)
+    """Answers a request of the API; ``request`` is the HTTP request it came with."""
+    response, output_stream = await service.submit(body)
     if body.stream:
-        return _EventStream(answer, answers)
+        return _EventStream(response, output_stream)
     try:
-        await _collect(answer, answers, request)
+        await _collect(response, output_stream, request)
     finally:
-        answers.close()
-    return JSONResponse(answer.whole())
+        output_stream.close()
+    return JSONResponse(response.whole())
 
 
-async def _collect(answer: Answer, answers: Answers, request: Request) -> None:
-    """Waits for all of ``answers``, or until the client has left."""
+async def _collect(response: ApiResponse, output_stream: OutputStream, request: Request) -> None:
+    """Adds all outputs to the response, unless the client closes the connection first."""
 
     async def collect() -> None:
-        async for index, output in answers:
-            answer.add(index, output)
+        async for index, output in output_stream:
+            response.add(index, output)
 
     async def left() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -192,7 +213,7 @@ async def _collect(answer: Answer, answers: Answers, request: Request) -> None:
         for task in tasks:
             task.cancel()
     if not tasks[0].done():
-        raise ApiError(499, "the client has left")  # for the metrics: nobody reads it
+        raise ApiError(499, "the client has left")  # nobody reads it, but the metrics count it
     try:
         tasks[0].result()
     except (TimeoutError, Stopped) as error:
@@ -200,36 +221,36 @@ async def _collect(answer: Answer, answers: Answers, request: Request) -> None:
 
 
 class _EventStream(StreamingResponse):
-    """The answers as server-sent events. Whatever ends the response aborts what is unfinished."""
+    """A response as server-sent events. However it ends, requests that are unfinished then are aborted."""
 
-    def __init__(self, answer: Answer, answers: Answers) -> None:
-        super().__init__(_events(answer, answers), media_type="text/event-stream")
+    def __init__(self, response: ApiResponse, output_stream: OutputStream) -> None:
+        super().__init__(_events(response, output_stream), media_type="text/event-stream")
         self.headers.update({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self._answers = answers
+        self._output_stream = output_stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._answers.close()
+            self._output_stream.close()
 
 
-async def _events(answer: Answer, answers: Answers) -> AsyncIterator[str]:
-    for chunk in answer.opening():
+async def _events(response: ApiResponse, output_stream: OutputStream) -> AsyncIterator[str]:
+    for chunk in response.opening():
         yield _event(chunk)
     try:
-        async for index, output in answers:
-            if (chunk := answer.add(index, output)) is not None:
+        async for index, output in output_stream:
+            if (chunk := response.add(index, output)) is not None:
                 yield _event(chunk)
     except (TimeoutError, Stopped) as error:
         yield _event(_unanswered(error).body)
         return
-    for chunk in answer.closing():
+    for chunk in response.closing():
         yield _event(chunk)
     yield "data: [DONE]\n\n"
 
 
-def _event(data: dict[str, Any]) -> str:
+def _event(data: Mapping[str, object]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
@@ -238,10 +259,11 @@ def _unanswered(error: TimeoutError | Stopped) -> ApiError:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    """Every answer that is no success has OpenAI's form."""
+    """Makes every error a response in OpenAI's form."""
 
-    def handle(kind: type[Exception], convert: Callable[[Any], ApiError]) -> None:
+    def handle(kind: type[_Error], convert: Callable[[_Error], ApiError]) -> None:
         async def handler(_: Request, error: Exception) -> Response:
+            assert isinstance(error, kind)
             return error_response(convert(error))
 
         app.add_exception_handler(kind, handler)

@@ -1,4 +1,4 @@
-"""How the server is set up."""
+"""The configuration of the server."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ class ServerConfig:
     """Limits and names of the server.
 
     Attributes:
-      model_name: what requests call the model.
-      max_in_flight: answers that run or wait at once; requests beyond are refused with 429.
-      api_key: without it in the header ``Authorization: Bearer KEY``, /v1 answers 401. None: open to all.
-      max_body_bytes: of a request.
+      model_name: the name of the model in requests.
+      max_in_flight: the most answers that run or wait at the same time; further requests get status 429.
+      api_key: requests to /v1 must have the header ``Authorization: Bearer KEY`` with this key, or get status
+        401. None: no key is needed.
+      max_body_bytes: the most bytes in the body of a request.
       read_timeout: seconds in which the body of a request must arrive.
-      request_timeout: seconds after which an answer is given up.
-      drain_timeout: seconds that running answers have to end after SIGTERM.
+      request_timeout: seconds after which a request that is not answered is aborted.
+      drain_timeout: seconds in which running answers may end after SIGTERM.
     """
 
     model_name: str

@@ -1,8 +1,8 @@
-"""The engine in a thread of its own, and the way to it from asyncio.
+"""The engine in a thread of its own, and how asyncio code uses it.
 
-Everything that touches the engine runs in that thread, between two steps: asyncio code sends it functions
-through a queue. After every step there is one wake-up of the event loop, which hands all outputs of the step
-to the requests that wait for them.
+Only that thread calls the engine. Asyncio code sends functions to it through a queue, and the thread runs
+them between two steps. After every step the thread wakes the event loop once; the event loop then gives all
+outputs of the step to the code that waits for them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ _Requests = Sequence[tuple[Sequence[int], RequestParams]]
 
 
 class Stopped(Exception):
-    """The engine answers no more: the server ends, or the engine failed."""
+    """The engine gives no more outputs: the server shuts down, or the engine failed."""
 
 
 @dataclasses.dataclass
 class Latency:
-    """When a request was submitted and had its first token and its last; seconds of one clock."""
+    """When a request was submitted and got its first and its last token, in seconds of ``perf_counter``.
+
+    Attributes:
+      tokens: number of tokens so far.
+    """
 
     submitted: float
     first_token: float | None = None
@@ -35,10 +39,14 @@ class Latency:
     tokens: int = 0
 
 
-class Answers:
-    """The outputs of one submitted group of requests as they come: an async iterator.
+class OutputStream:
+    """The outputs of a group of requests that were submitted together: an async iterator.
 
-    It ends when every request has ended. ``close`` gives up those that have not.
+    It ends when every request of the group has ended. ``close`` aborts those that have not ended.
+
+    Attributes:
+      accepted: is done when the engine has accepted all requests, or has the error with which it refused one.
+      expiry: the timer of the group's timeout, if there is one.
     """
 
     def __init__(
@@ -52,29 +60,29 @@ class Answers:
         self.expiry: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
-        """Aborts what has not ended. Call it whatever happened, any number of times."""
+        """Aborts the requests that have not ended. Must be called at the end; more calls do nothing."""
         if self.expiry is not None:
             self.expiry.cancel()
         self._give_up()
 
     def put(self, output: Output) -> None:
-        """Hands over what is new of one of the requests."""
+        """Adds an output of one of the requests."""
         self._arrived.put_nowait(output)
 
     def fail(self, error: Exception) -> None:
-        """Ends all of them with ``error``."""
+        """Ends the group with ``error``."""
         settle(self.accepted, error)
         self._arrived.put_nowait(error)
 
-    def __aiter__(self) -> Answers:
+    def __aiter__(self) -> OutputStream:
         return self
 
     async def __anext__(self) -> tuple[int, Output]:
-        """The index of a request within the group, and what is new of it.
+        """The next output, after the index of its request within the group.
 
         Raises:
-          TimeoutError: the time of the group is over.
-          Stopped: the engine answers no more.
+          TimeoutError: the group was not answered within its time.
+          Stopped: the engine gives no more outputs.
         """
         if not self._open:
             raise StopAsyncIteration
@@ -86,11 +94,16 @@ class Answers:
 
 
 class EngineThread:
-    """Runs ``engine`` from ``start`` to ``stop``; its methods are for the thread of the event loop.
+    """Runs ``engine`` in a thread from ``start`` to ``stop``. Its methods must be called in the event loop.
+
+    Args:
+      engine: only the new thread uses it from now on.
+      on_progress: called after the first token of a request and after its end.
+      on_failure: called when the engine has failed.
 
     Attributes:
-      stats: of the engine after its last step.
-      failure: what ended the engine, if it was no call of ``stop``.
+      stats: statistics of the engine after its last step.
+      failure: the exception that ended the engine; None if there was none.
     """
 
     def __init__(
@@ -100,11 +113,10 @@ class EngineThread:
         on_progress: Callable[[Latency], None] = lambda latency: None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
-        """Args: on_progress: told a request's first token and its end; on_failure: that the engine failed."""
         self._engine = engine
         self._on_progress, self._on_failure = on_progress, on_failure
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._requests: dict[str, tuple[Answers, Latency]] = {}
+        self._requests: dict[str, tuple[OutputStream, Latency]] = {}
         self._numbers = itertools.count()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopped: Stopped | None = None
@@ -113,70 +125,70 @@ class EngineThread:
 
     @property
     def in_flight(self) -> int:
-        """Requests that were submitted and have not ended."""
+        """Number of requests that were submitted and have not ended."""
         return len(self._requests)
 
     def start(self) -> None:
-        """Call it where the event loop runs."""
+        """Starts the thread. Must be called while the event loop runs."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def stop(self) -> None:
-        """Ends the thread; what has not ended raises Stopped."""
+        """Ends the thread. Whoever waits for a request that has not ended gets ``Stopped``."""
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
         self._end(Stopped("the server is shutting down"))
 
-    async def submit(self, requests: _Requests, timeout: float | None = None) -> Answers:
-        """Gives prompts to the engine, all or none.
+    async def submit(self, requests: _Requests, timeout: float | None = None) -> OutputStream:
+        """Gives a group of requests to the engine: all of them, or none if it refuses one.
 
         Args:
-          requests: token ids, and how to continue them.
-          timeout: seconds after which those that have not ended are aborted.
+          requests: the prompt, as token ids, and the parameters of each.
+          timeout: seconds after which the requests that have not ended are aborted; None for never.
 
         Raises:
           AtomError: the engine refuses one of them.
-          Stopped: the engine answers no more.
+          Stopped: the engine gives no more outputs.
         """
         if self._stopped is not None:
             raise self._stopped
         ids = [str(next(self._numbers)) for _ in requests]
-        answers = Answers(ids, self._loop.create_future(), lambda: self._close(ids))
+        output_stream = OutputStream(ids, self._loop.create_future(), lambda: self._close(ids))
         for request_id in ids:
-            self._requests[request_id] = answers, Latency(time.perf_counter())
+            self._requests[request_id] = output_stream, Latency(time.perf_counter())
 
         def add() -> None:
-            self._loop.call_soon_threadsafe(settle, answers.accepted, self._add(ids, requests))
+            self._loop.call_soon_threadsafe(settle, output_stream.accepted, self._add(ids, requests))
 
         self._commands.put(add)
         try:
-            await answers.accepted
-        except BaseException:  # refused, or whoever asked has left
+            await output_stream.accepted
+        except BaseException:  # the engine has refused, or the task of the caller was cancelled
             self._close(ids)
             raise
         if timeout is not None:
-            answers.expiry = self._loop.call_later(timeout, self._expire, answers, ids, timeout)
-        return answers
+            output_stream.expiry = self._loop.call_later(timeout, self._expire, output_stream, ids, timeout)
+        return output_stream
 
-    # In the thread of the event loop.
+    # The following methods run in the event loop.
 
     def _close(self, ids: Sequence[str]) -> None:
         unfinished = [request_id for request_id in ids if self._requests.pop(request_id, None)]
         if unfinished:
             self._commands.put(lambda: self._abort(unfinished))
 
-    def _expire(self, answers: Answers, ids: Sequence[str], timeout: float) -> None:
+    def _expire(self, output_stream: OutputStream, ids: Sequence[str], timeout: float) -> None:
         if any(request_id in self._requests for request_id in ids):
             self._close(ids)
-            answers.fail(TimeoutError(f"not answered within {timeout:g} s"))
+            output_stream.fail(TimeoutError(f"not answered within {timeout:g} s"))
 
     def _deliver(self, outputs: list[Output]) -> None:
         now = time.perf_counter()
         for output in outputs:
             if output.request_id not in self._requests:
-                continue  # closed while this was on its way
-            answers, latency = self._requests[output.request_id]
-            answers.put(output)
+                continue  # the group was closed after the step that made this output
+            output_stream, latency = self._requests[output.request_id]
+            output_stream.put(output)
             latency.tokens = output.completion_tokens
             if first := latency.first_token is None:
                 latency.first_token = now
@@ -188,8 +200,8 @@ class EngineThread:
 
     def _end(self, reason: Stopped) -> None:
         self._stopped = reason
-        for answers, _ in self._requests.values():
-            answers.fail(reason)
+        for output_stream, _ in self._requests.values():
+            output_stream.fail(reason)
         self._requests.clear()
 
     def _fail(self, error: BaseException) -> None:
@@ -197,7 +209,7 @@ class EngineThread:
         self._end(Stopped("the engine failed"))
         self._on_failure()
 
-    # In the engine's thread.
+    # The following methods run in the engine's thread.
 
     def _run(self) -> None:
         try:
@@ -211,7 +223,11 @@ class EngineThread:
             raise
 
     def _take_commands(self) -> bool:
-        """Runs what was sent, and waits for more while there is no work. False: stop."""
+        """Runs the functions in the queue. Waits for one if the engine has no work.
+
+        Returns:
+          False if the thread must end.
+        """
         while True:
             try:
                 command = self._commands.get(block=not self._engine.has_work)
@@ -237,7 +253,7 @@ class EngineThread:
 
 
 def settle(future: asyncio.Future[None], error: Exception | None) -> None:
-    """Ends ``future`` well, or with ``error``; one that has ended stays as it is."""
+    """Sets the result of ``future``, or its exception if there is an ``error``, unless it is done already."""
     if future.done():
         return
     if error is None:

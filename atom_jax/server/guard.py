@@ -1,4 +1,4 @@
-"""What happens to a request before a route sees it: the key, the limits of the body, the count of answers."""
+"""Checks of a request before a route sees it: the key, the limits of the body. It counts responses, too."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from atom_jax.openai.errors import ApiError
 from atom_jax.server.config import ServerConfig
-from atom_jax.server.errors import ApiError
 
-# After a body that was not read to its end the connection cannot be used for another request.
+# When a body was not read to its end, the connection cannot be used for another request.
 _CLOSE = {"Connection": "close"}
 
 
@@ -24,11 +24,13 @@ def guard(
     is_draining: Callable[[], bool],
     count: Callable[[str, int], None],
 ) -> ASGIApp:
-    """``app`` behind the key and the limits of ``config``.
+    """Wraps ``app``, so that only requests within the limits of ``config`` and with its key reach it.
 
     Args:
-      is_draining: whether new work is refused.
-      count: told the path and the status of each answer.
+      app: the application.
+      config: the key and the limits.
+      is_draining: returns whether new requests are refused because the server shuts down.
+      count: called with the path and the status of each response.
     """
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,7 +43,7 @@ def guard(
                 count(scope["path"], message["status"])
             await send(message)
 
-        refusal = _refusal(scope, config, draining=is_draining())
+        refusal = _refuse(scope, config, draining=is_draining())
         if refusal is not None:
             await error_response(refusal)(scope, receive, counted)
         else:
@@ -51,11 +53,12 @@ def guard(
 
 
 def error_response(error: ApiError) -> JSONResponse:
-    """The HTTP answer that ``error`` describes."""
+    """The HTTP response for ``error``."""
     return JSONResponse(error.body, error.status, error.headers)
 
 
-def _refusal(scope: Scope, config: ServerConfig, *, draining: bool) -> ApiError | None:
+def _refuse(scope: Scope, config: ServerConfig, *, draining: bool) -> ApiError | None:
+    """The error to answer with before the body is read; None if the request may go on."""
     if not scope["path"].startswith("/v1/"):
         return None
     given = Headers(scope=scope).get("authorization", "").encode("latin-1")  # the bytes that were sent
@@ -68,7 +71,10 @@ def _refusal(scope: Scope, config: ServerConfig, *, draining: bool) -> ApiError 
 
 
 def _limited(receive: Receive, config: ServerConfig) -> Receive:
-    """``receive``, whose body must be small enough (counted as it comes) and come in time."""
+    """Wraps ``receive``, so that it raises HTTPException if the body is too long or does not arrive in time.
+
+    The bytes are counted as they arrive: a Content-Length may be absent or wrong.
+    """
     size = 0
     complete = False
     loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""What ``/metrics`` shows, in a registry of its own."""
+"""What ``/metrics`` shows: counts and times of the server, and the statistics of the engine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from prometheus_client.registry import Collector
 
 from atom_jax.engine import EngineStats
 
+# Upper limits of the histograms' buckets, in seconds: for requests and first tokens, and for later tokens.
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
 
-# Name without prefix, what it is, and how it is read; counters end in _total when they are written.
+# Each metric: its name without the prefix atom_jax_, its description, and how it is read from the engine's
+# statistics. Prometheus adds _total to the names of counters.
 _Read = Callable[[EngineStats], float]
 _GAUGES: tuple[tuple[str, str, _Read], ...] = (
     ("requests_waiting", "Requests in the queue.", lambda stats: stats.waiting),
@@ -42,13 +44,17 @@ _COUNTERS: tuple[tuple[str, str, _Read], ...] = (
 
 
 class Metrics:
-    """Counts and times of the server, and the engine's statistics when somebody asks.
+    """The metrics of one server.
+
+    Args:
+      stats: returns the engine's statistics; called when ``/metrics`` is read.
 
     Attributes:
-      first_token: seconds from submission to the first token of a request.
+      registry: of these metrics only; prometheus_client's default registry is not used.
+      first_token: seconds from the submission of a request to its first token.
       per_output_token: mean seconds of a request's tokens after the first.
-      whole: seconds from submission to the end.
-      answers: HTTP answers by path and status.
+      whole: seconds from the submission of a request to its end.
+      answers: number of HTTP responses by path and status.
     """
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
@@ -67,7 +73,7 @@ class Metrics:
         return Histogram(f"atom_jax_{name}_seconds", text, buckets=buckets, registry=self.registry)
 
     def exposition(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 

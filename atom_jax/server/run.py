@@ -1,4 +1,4 @@
-"""Running the application under uvicorn, and ending it well."""
+"""Runs the application with uvicorn and shuts it down in order."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import uvicorn
 from atom_jax.errors import AtomError
 from atom_jax.server.app import Service, create_app
 
-# Seconds that connections have to send the rest of answers that are complete.
+# Seconds in which connections must send the rest of responses that are complete.
 _SEND_TIMEOUT = 5
+# Seconds between two looks at whether all requests have ended.
 _POLL = 0.05
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at this address that does not listen yet; port 0 takes a free one.
+    """A socket that is bound to this address and does not listen yet. Port 0 means any free port.
 
     Raises:
-      AtomError: there is no such address, or it is taken.
+      AtomError: the address does not exist or is in use.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -45,17 +46,20 @@ def serve(
 ) -> None:
     """Serves until SIGTERM or SIGINT, or until the engine fails (``service.engine.failure``).
 
-    A signal ends it gently: new work is refused with 503, and what runs may end within the drain timeout. A
-    second signal does not wait.
+    After a signal new requests are refused with 503, and running ones have the drain timeout to end. After a
+    second signal the server does not wait for them.
 
     Args:
+      service: what the routes share.
+      sock: from ``bind``.
+      log_level: of uvicorn.
       on_started: called as soon as clients can connect.
     """
     DrainingServer(service, log_level=log_level, on_started=on_started).run(sockets=[sock])
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server with another end: see ``serve``."""
+    """uvicorn's server with the shutdown that ``serve`` describes."""
 
     def __init__(
         self, service: Service, *, log_level: str = "info", on_started: Callable[[], None] = lambda: None
@@ -70,7 +74,7 @@ class DrainingServer(uvicorn.Server):
         service.on_failure = self._leave
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # Not noted as captured: uvicorn would send it again at the end, and the process would die of it.
+        # uvicorn's own method would store the signal and raise it again at the end, which kills the process.
         self._signals += 1
         if not self.started:
             self.should_exit = True
@@ -92,7 +96,7 @@ class DrainingServer(uvicorn.Server):
         deadline = self._loop.time() + service.config.drain_timeout
         while service.engine.in_flight and self._signals == 1 and self._loop.time() < deadline:
             await asyncio.sleep(_POLL)
-        await service.engine.stop()  # what is left is told so
+        await service.engine.stop()  # requests that still run get an error
         self._leave()
 
     def _leave(self) -> None:

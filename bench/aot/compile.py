@@ -33,7 +33,7 @@ from bench.aot import lowering  # noqa: E402
 from bench.aot.sass import Instructions  # noqa: E402
 from pallas_kernels.dispatch import use_implementation  # noqa: E402
 
-_TARGET = Path(__file__).with_name("h200.textproto")
+_TARGET_CONFIG = Path(__file__).with_name("h200.textproto")
 # One SM of compute capability 9.0 (CUDA C++ Programming Guide, technical specifications).
 _REGISTERS, _REGISTER_UNIT, _THREADS, _MAX_CTAS = 65_536, 256, 2048, 32
 _SMEM_BYTES, _SMEM_RESERVED_BYTES = 233_472, 1024
@@ -102,7 +102,7 @@ def h200() -> Iterator[NamedSharding]:
     if root is not None:
         os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(root)
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=_TARGET.read_text(), topology="1x1x1"
+        platform="cuda", topology_name="", target_config=_TARGET_CONFIG.read_text(), topology="1x1x1"
     )
     mesh = topologies.make_mesh(topology, (1,), ("x",))
     abstract = AbstractMesh(

@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
+_HLO_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
 # Instructions that only name or reinterpret buffers.
 _FREE = {
@@ -46,7 +46,7 @@ def computations(hlo: str) -> dict[str, list[Instruction]]:
     for line in hlo.splitlines():
         if header := _COMPUTATION.match(line):
             current = found.setdefault(header.group(1), [])
-        elif match := _INSTRUCTION.match(line):
+        elif match := _HLO_INSTRUCTION.match(line):
             name, shape, opcode, rest = match.groups()
             target = re.search(r'custom_call_target="([^"]+)"|(?:to_apply|calls|body)=%?([\w.\-]+)', rest)
             current.append(

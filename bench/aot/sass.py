@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 _LABEL = re.compile(r"\s*(\.L_\w+):")
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;?\s*$")
-_TARGET = re.compile(r"`?\((\.L\w+)\)")
+_SASS_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;?\s*$")
+_BRANCH_TARGET = re.compile(r"`?\((\.L\w+)\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Instructions:
         for line in path.read_text(errors="replace").splitlines():
             if label := _LABEL.match(line):
                 labels[label.group(1)] = len(opcodes)
-            elif instruction := _INSTRUCTION.search(line):
+            elif instruction := _SASS_INSTRUCTION.search(line):
                 words = instruction.group(1).split()
                 if words and words[0].startswith("@"):
                     words = words[1:]
                 if not words:
                     continue
                 opcode = words[0].rstrip(";")
-                if opcode.startswith("BRA") and (target := _TARGET.search(line)):
+                if opcode.startswith("BRA") and (target := _BRANCH_TARGET.search(line)):
                     branches.append((len(opcodes), target.group(1)))
                 opcodes.append(opcode)
         spans = [(labels[to], at) for at, to in branches if to in labels and labels[to] <= at]

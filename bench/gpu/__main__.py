@@ -27,24 +27,25 @@ ROOT = Path(__file__).resolve().parents[2]
 # progress.DEVICE_LOST, without importing JAX into the process that watches.
 _DEVICE_LOST = 75
 _NO_GPU = 2
-# Seconds between a polite end and none, and between the last thing begun and the end of a part.
+# Seconds that a process has to end after SIGTERM, before SIGKILL.
 _GRACE = 5
+# Seconds before the end of a part in which it begins nothing new.
 _LAST_THING = 25
-# Processes that share the tests: most of a test is compiling, on one core.
+# Processes that share the tests. Most of the time of a test is compilation, which uses one core.
 _TEST_PROCESSES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One process.
+    """A part of the run, which is one process.
 
     Attributes:
-      command: after ``python -m``.
-      result: its JSON.
-      seconds: after which it is ended.
-      stall_seconds: without a change of the JSON after which it is started again.
-      budget: option that says after how many seconds it begins nothing new.
-      resume: option that makes it go on with its JSON; None if it cannot.
+      command: what follows ``python -m``.
+      result: the JSON file that it writes.
+      seconds: time after which it is ended.
+      stall_seconds: if the JSON file does not change for so long, the process is started again.
+      budget: name of the option for the seconds after which it begins nothing new.
+      resume: name of the option that makes it continue its JSON file; None if it cannot.
     """
 
     command: tuple[str, ...]
@@ -56,7 +57,7 @@ class Part:
 
 
 def parts(results: Path) -> dict[str, list[Part]]:
-    """All of them by name, with their files in ``results``; those of one name run at the same time.
+    """All parts by name, with their files in ``results``. Parts of the same name run at the same time.
 
     The seconds of all names add up to less than nine minutes.
     """
@@ -76,10 +77,11 @@ def _tests(results: Path, number: int) -> Part:
     return Part((*pytest.split(), *options), out, 195, 60, "--cuda-seconds", "--cuda-resume")
 
 
-def environment() -> dict[str, str]:
-    """Of every part: this repository importable, memory for torch beside JAX, kernels without a verdict.
+def process_environment() -> dict[str, str]:
+    """The environment variables of every part.
 
-    The tests are a check of their own, and what is timed must be the kernels.
+    This repository can be imported, JAX leaves memory for torch, and kernels are used without a verdict: the
+    tests check them themselves, and the benchmarks must time the kernels and not the reference.
     """
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {
@@ -90,7 +92,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def gpu_results() -> Path:
+def results_of_this_gpu() -> Path:
     """The folder for the results of the CUDA GPU that JAX uses.
 
     Raises:
@@ -101,7 +103,7 @@ def gpu_results() -> Path:
         "print(jax.__version__, jax.default_backend(), record.gpu_results(kind), kind)"
     )
     run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=False
+        [sys.executable, "-c", script], capture_output=True, text=True, env=process_environment(), check=False
     )
     if run.returncode != 0:
         raise LookupError((run.stderr.strip().splitlines() or ["python failed"])[-1])
@@ -112,7 +114,7 @@ def gpu_results() -> Path:
 
 
 def run_part(part: Part) -> str | None:
-    """Runs ``part`` to its end, over hangs; None if it succeeded, otherwise what happened."""
+    """Runs ``part`` to its end and starts it again after a hang; None if it succeeded, else what happened."""
     deadline = time.monotonic() + part.seconds
     part.result.unlink(missing_ok=True)
     trouble: list[str] = []
@@ -131,8 +133,8 @@ def run_part(part: Part) -> str | None:
 
 
 def watch(command: Sequence[str], part: Part, deadline: float) -> int | str:
-    """Exit status of ``command``, or why it was ended."""
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True)
+    """Runs ``command``; returns its exit status, or in words why it was ended."""
+    process = subprocess.Popen(command, cwd=ROOT, env=process_environment(), start_new_session=True)
     started = time.time()
     try:
         while (status := process.poll()) is None:
@@ -148,7 +150,10 @@ def watch(command: Sequence[str], part: Part, deadline: float) -> int | str:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends ``process`` and what it started; a process that waits for a kernel does not hear SIGTERM."""
+    """Ends ``process`` and the processes that it started.
+
+    SIGKILL follows SIGTERM, because a process that waits for a kernel does not react to SIGTERM.
+    """
     for how in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return
@@ -183,7 +188,7 @@ def main(
 ) -> None:
     """Runs the parts and says how each ended."""
     try:
-        results = gpu_results()
+        results = results_of_this_gpu()
     except LookupError as reason:
         print(f"make gpu needs a CUDA GPU: {reason}", file=sys.stderr)
         raise typer.Exit(_NO_GPU) from None

@@ -1,4 +1,4 @@
-"""What this GPU reaches in this run: the rates that results are percentages of."""
+"""The rates of copying and multiplying that this GPU reaches; results are given as shares of them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Ceilings:
     """Measured rates.
 
     Attributes:
-      bytes_per_second: of copying a large array, read and written bytes both counted; the better of a
-        driver's copy and an elementwise kernel.
+      bytes_per_second: of copying a large array; read and written bytes are both counted. The better one of
+        the driver's copy and an elementwise kernel.
       bf16_ops_per_second: of a square bfloat16 matmul of random numbers by cuBLAS.
     """
 
@@ -27,12 +27,12 @@ class Ceilings:
     bf16_ops_per_second: float
 
 
-def measure(clock: Clock, *, smoke: bool = False) -> Ceilings:
-    """Measures both by the wall clock, long enough that launching costs nothing."""
+def measure_ceilings(clock: Clock, *, smoke: bool = False) -> Ceilings:
+    """Measures both rates by the wall clock, for so long that the time of launching does not matter."""
     size = _COPIED_BYTES >> 12 if smoke else _COPIED_BYTES
     x = jnp.zeros((size // 4,), jnp.int32)
     copies = (jnp.copy, lambda x: x + 1)
-    wall = Clock("ceilings are wall times")  # a driver's copy is no kernel
+    wall = Clock("ceilings are wall times")  # kernels are timed otherwise, but the driver's copy is none
     seconds = min(wall.measure(jax_program(copy, [(x,)]), 0.1).wall_seconds for copy in copies)
     del x
 

@@ -1,6 +1,7 @@
 """The best alternatives to each op, in XLA and in torch, on bfloat16 and INT8: what a user would run instead.
 
-A peer computes what the case computes, on its own random inputs of the same sizes, cold like the case's:
+A peer computes the same as the case, on its own random inputs of the same sizes, which are not in the GPU's
+cache either:
 
 * ``grouped_matmul``: cuBLAS in bfloat16, called by XLA and by torch, and ``torch._int_mm`` on INT8 (which
   takes more than 16 rows and multiples of 8). These multiply by weights that are 4 and 2 times larger.
@@ -43,7 +44,7 @@ class Attention(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of queries, keys, values and outputs in bfloat16."""
+        """Bytes of queries, keys, values and outputs in bfloat16."""
         return 2 * 2 * self.batch * self.head_dim * (self.seq * self.heads + self.keys * self.kv_heads)
 
 
@@ -52,7 +53,7 @@ ATTENTION_BF16 = ("cuDNN bf16", "torch SDPA bf16")
 
 
 def peers(case: Case, torch: ModuleType | None) -> Iterator[Peer]:
-    """Those of ``case``; only XLA's if ``torch`` is None."""
+    """The peers of ``case``; only those in XLA if ``torch`` is None."""
     if case.op == "grouped_matmul":
         x, w = case.abstract_inputs
         m, (n, k) = x.body.shape[0], w.shape

@@ -1,4 +1,4 @@
-"""How a program on the GPU and the one that watches it agree on where it stands.
+"""How a program on the GPU tells the process that watches it what it is doing.
 
 A kernel that never ran before may hang, or damage the CUDA context so that nothing works afterwards. A part
 of ``make gpu`` therefore names in its JSON what it is about to do. The watcher kills a part whose JSON no

@@ -17,11 +17,11 @@ IMPLEMENTATION = "mosaic_sm90"
 
 
 def configs(case: Case) -> list[Any]:
-    """What the kernel of ``case`` may run with, the default first; none where there is no kernel."""
+    """The configurations of the kernel of ``case``, the default first; none if there is no kernel."""
     return dispatch.configs(case.op, IMPLEMENTATION, case.call)
 
 
-def measure(case: Case, config: Any, clock: Clock, sets: list[Any]) -> dict[str, Any]:
+def measure_config(case: Case, config: Any, clock: Clock, sets: list[Any]) -> dict[str, Any]:
     """Seconds of a call of ``case`` with ``config``, or the error."""
     tried: dict[str, Any] = {"config": dataclasses.asdict(config)}
     feedback = case.donated[0] if case.donated else None
@@ -29,15 +29,15 @@ def measure(case: Case, config: Any, clock: Clock, sets: list[Any]) -> dict[str,
         with use_implementation(IMPLEMENTATION, config=config):
             program = jax_program(case.function, sets, feedback=feedback)
         timing = clock.measure(program)
-    except Exception as error:  # e.g. more shared memory than there is: another configuration will do
+    except Exception as error:  # e.g. too much shared memory: other configurations are tried
         return tried | {"error": f"{type(error).__name__}: {error}"[:300]}
     return tried | {"seconds": timing.seconds}
 
 
 def sweep_cases(selected: Sequence[Case], clock: Clock, budget: float, out: Path) -> None:
-    """Measures all configurations of each case for at most ``budget`` seconds, writes ``out`` after each.
+    """Measures all configurations of the cases, within ``budget`` seconds; writes ``out`` after each case.
 
-    A case of which there is but one configuration takes no part.
+    Cases with only one configuration are left out.
     """
     deadline = time.monotonic() + budget
     entries: list[dict[str, Any]] = []
@@ -54,7 +54,7 @@ def sweep_cases(selected: Sequence[Case], clock: Clock, budget: float, out: Path
         for config in found:
             if time.monotonic() > deadline:
                 break
-            tried.append(measure(case, config, clock, sets))
+            tried.append(measure_config(case, config, clock, sets))
         timed = [entry for entry in tried if "seconds" in entry]
         if timed:
             shape = dispatch.describe(case.op, case.call)

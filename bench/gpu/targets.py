@@ -1,4 +1,4 @@
-"""What the kernels have to reach on one H200, as ratios of one run, and whether they did."""
+"""The speeds that the kernels must reach on an H200, as ratios of times in one run, and a check of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ class Target:
     """A requirement on some cases.
 
     Attributes:
-      applies: to which rows.
-      of_copy: least share of the measured copy bandwidth, 0 for none.
-      peers, speedup: how many times as fast as the best of these peers, 0 for none.
+      applies: whether a row is one of these cases.
+      of_copy: the least share of the measured copy bandwidth; 0 if there is no such requirement.
+      peers, speedup: how many times as fast as the fastest of ``peers`` the kernel must be; 0 if there is no
+        such requirement.
     """
 
     name: str
@@ -56,10 +57,10 @@ def has_target(op: str, model: str, shape: str) -> bool:
 
 def check(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """One entry for each target and each of its rows; "met" is None where nothing could be measured."""
-    return [_check(target, row) for target in TARGETS for row in rows if target.applies(row)]
+    return [_check_target(target, row) for target in TARGETS for row in rows if target.applies(row)]
 
 
-def _check(target: Target, row: Row) -> dict[str, Any]:
+def _check_target(target: Target, row: Row) -> dict[str, Any]:
     seconds = row.get("seconds")
     timed = {name: peer["seconds"] for name, peer in row.get("peers", {}).items() if "seconds" in peer}
     fastest = min((timed[name] for name in target.peers if name in timed), default=None)

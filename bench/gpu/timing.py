@@ -169,7 +169,7 @@ def _per_launch(seconds: Sequence[float], launches: int) -> float:
 
 # Calls of one program must run one after the other: no CUDA graph, in which independent ones may overlap.
 # And "cuBLAS through XLA" shall be that: otherwise XLA compiles and tries dozens of Triton kernels a shape.
-_COMPILER_OPTIONS = {"xla_gpu_graph_min_graph_size": 1_000_000, "xla_gpu_enable_triton_gemm": False}
+_TIMING_COMPILER_OPTIONS = {"xla_gpu_graph_min_graph_size": 1_000_000, "xla_gpu_enable_triton_gemm": False}
 
 
 def jax_program(
@@ -206,7 +206,7 @@ def _compile(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]], feedback
             results.append(result)
         return [*results, carried]
 
-    return jax.jit(program).lower(sets).compile(compiler_options=_COMPILER_OPTIONS)
+    return jax.jit(program).lower(sets).compile(compiler_options=_TIMING_COMPILER_OPTIONS)
 
 
 def make_sets(make: Callable[[jax.Array], tuple[Any, ...]], count: int) -> list[tuple[Any, ...]]:

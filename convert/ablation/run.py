@@ -20,6 +20,7 @@ from atom_jax.checkpoint import layer_specs, linear_spec, shared_specs, stored_f
 from atom_jax.config import ModelConfig, preset
 from atom_jax.errors import AtomError
 from atom_jax.perplexity import make_windows
+from atom_jax.progress import StageProgress
 from atom_jax.structure import linear_shapes
 from convert.ablation.results import Results, Row, report_of
 from convert.ablation.simulation import run_simulated, simulate_layer
@@ -33,7 +34,7 @@ from convert.groups import CHOOSABLE, choose_groups
 from convert.passes.order import ResidualOrder, permute_shared, residual_order
 from convert.passes.reorder import permute_residual
 from convert.passes.rotate import Rotated
-from convert.pipeline import Progress, calibration_job
+from convert.pipeline import calibration_job
 from convert.quantize_layer import check_recipe, needs_calibration, quantize_on_windows
 from convert.recipe import Recipe
 from convert.sources import Source, open_source
@@ -64,7 +65,7 @@ def ablate(
     src: str | Path,
     out: str | Path,
     options: AblationOptions,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
     steps: Sequence[AblationStep] | None = None,
 ) -> dict[str, Any]:
     """Measures every step and writes ``out/ablation.json`` after each, so that an interrupted run goes on.
@@ -153,7 +154,7 @@ class _Ablation:
     texts: dict[str, Int32[np.ndarray, " tokens"]]
     tokenizer: Path
     results: Results
-    progress: Progress
+    progress: StageProgress
     orders: dict[bool, ResidualOrder] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
@@ -168,7 +169,7 @@ class _Ablation:
             self.options.calibration,
             num_tokens=self.options.calibration_tokens,
             seed=self.options.seed,
-            report=lambda done, total: self.progress("sample calibration text", done, total),
+            progress=lambda done, total: self.progress("sample calibration text", done, total),
         )
         self.results.write_calibration(calibration)
         return calibration

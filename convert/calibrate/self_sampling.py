@@ -15,9 +15,9 @@ from atom_jax.config import ModelConfig
 from atom_jax.kv_cache import init_cache
 from atom_jax.layers import linear
 from atom_jax.llama import Layer
+from atom_jax.progress import Progress
 from convert.float_model import read_layer, read_shared
 from convert.sources import Source
-from convert.streaming import Report
 from pallas_kernels import PagedKVCache
 from pallas_kernels.nn import rms_norm
 
@@ -55,7 +55,7 @@ def _next_token(
 
 
 def sample_tokens(
-    source: Source, num_tokens: int, seed: int, report: Report | None = None
+    source: Source, num_tokens: int, seed: int, progress: Progress | None = None
 ) -> Int32[np.ndarray, "sequences length"]:
     """At least ``num_tokens`` tokens drawn at temperature 1, in sequences of ``SEQUENCE_LENGTH``.
 
@@ -93,7 +93,7 @@ def sample_tokens(
                 )
             token = _next_token(shared, x, jax.random.fold_in(key, position + 1), eps=config.rms_norm_eps)
             sequence.append(token)
-            if report is not None:
-                report(piece * (SEQUENCE_LENGTH - 1) + position + 1, rounds * (SEQUENCE_LENGTH - 1))
+            if progress is not None:
+                progress(piece * (SEQUENCE_LENGTH - 1) + position + 1, rounds * (SEQUENCE_LENGTH - 1))
         pieces.append(np.stack([np.asarray(column) for column in sequence], axis=1))
     return np.concatenate(pieces)

@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Int32
 
 from atom_jax.errors import AtomError, did_you_mean
+from atom_jax.progress import Progress
 from atom_jax.text import encode, read_text
 from convert.calibrate.help_topics import help_topics
 from convert.calibrate.self_sampling import sample_tokens
 from convert.sources import Source
-from convert.streaming import Report
 
 SEQ_LEN = 512
 # Instead of a file: text sampled from the model, and nothing else.
@@ -108,7 +108,7 @@ def load_calibration(
     *,
     num_tokens: int,
     seed: int,
-    report: Report | None = None,
+    progress: Progress | None = None,
 ) -> Calibration:
     """The calibration windows for ``calibration``: a file, a data set id, ``SAMPLED``, or None.
 
@@ -124,7 +124,7 @@ def load_calibration(
         raise AtomError(f"{num_tokens} calibration tokens are less than one window of {seq_len}")
     if calibration in (None, SAMPLED):
         num_sampled = num_windows if calibration else len(range(0, num_windows, _SAMPLED_EVERY))
-        tokens = sample_tokens(source, num_sampled * seq_len, seed, report).reshape(-1)
+        tokens = sample_tokens(source, num_sampled * seq_len, seed, progress).reshape(-1)
         windows = spread_windows(tokens, num_sampled * seq_len, seq_len, "the sampled text")
         if num_sampled == num_windows:
             return Calibration(windows, "sampled", f"seed {seed}")

@@ -16,11 +16,12 @@ from jaxtyping import Int32
 from atom_jax.checkpoint import CARD_FILE, CONFIG_FILE, TOKENIZER_FOLDER, load
 from atom_jax.errors import AtomError, WriteError
 from atom_jax.perplexity import perplexity
+from atom_jax.progress import StageProgress
 from atom_jax.text import encode
 from convert.calibrate.help_topics import help_topics
 from convert.card import versions
 from convert.demo.smollm2 import SHA256, smollm2_gguf
-from convert.pipeline import ConvertOptions, Progress, convert
+from convert.pipeline import ConvertOptions, convert
 from convert.recipe import Recipe, make_recipe
 from convert.workspace import partial_path
 
@@ -81,7 +82,7 @@ class VariantResult:
     seconds: float | None
 
 
-def prepare(folder: Path, progress: Progress) -> list[VariantResult]:
+def prepare(folder: Path, progress: StageProgress) -> list[VariantResult]:
     """Converts and measures the variants in ``folder``, as far as that was not done before.
 
     Args:
@@ -130,7 +131,7 @@ class _Results:
         os.replace(temporary, self._path)
 
 
-def _measure(variant: Variant, out: Path, progress: Progress) -> VariantResult:
+def _measure(variant: Variant, out: Path, progress: StageProgress) -> VariantResult:
     def report(stage: str, done: int, total: int) -> None:
         progress(f"{variant.name}: {stage}", done, total)
 
@@ -154,7 +155,7 @@ def _measure(variant: Variant, out: Path, progress: Progress) -> VariantResult:
     return VariantResult(variant.name, variant.label, measured.perplexity, measured.tokens, size, seconds)
 
 
-def _convert(gguf: Path, out: Path, options: ConvertOptions, progress: Progress) -> None:
+def _convert(gguf: Path, out: Path, options: ConvertOptions, progress: StageProgress) -> None:
     """Converts, in the place of what an earlier version of the program made of it."""
     try:
         convert(gguf, out, options, progress)

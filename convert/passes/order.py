@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from atom_jax.config import ModelConfig
+from atom_jax.progress import Progress
 from atom_jax.structure import LINEARS
 from convert.calibrate.statistics import LayerStatistics, on_device
 from convert.float_model import FloatParams, read_layer
@@ -20,7 +21,7 @@ from convert.passes.reorder import (
 )
 from convert.recipe import Recipe
 from convert.sources import Source
-from convert.streaming import Report, batches, embed, projections, run_windows_with_energies
+from convert.streaming import batches, embed, projections, run_windows_with_energies
 
 # The order of the channels of the residual stream: for each new place, the old one.
 ResidualOrder = Int32[np.ndarray, " hidden"]
@@ -33,7 +34,7 @@ def residual_order(
     source: Source,
     embedding: Float32[np.ndarray, "vocab hidden"],
     tokens: Int32[np.ndarray, "windows seq"],
-    report: Report,
+    progress: Progress,
 ) -> ResidualOrder:
     """The one order of the residual stream that all layers share (folded), by their mean relative size.
 
@@ -43,7 +44,7 @@ def residual_order(
     Args:
       embedding: of ``source``.
       tokens: the calibration windows; the first few are used.
-      report: called with (layers done, layers in all).
+      progress: called with (layers done, layers in all).
     """
     config = source.config
     total = np.zeros(config.hidden_size)
@@ -59,7 +60,7 @@ def residual_order(
             if linear.reads_residual:
                 share = np.asarray(energies[linear.name], np.float64)
                 total += np.sqrt(share / max(share.sum(), 1e-30))
-        report(layer + 1, config.num_layers)
+        progress(layer + 1, config.num_layers)
     return energy_order(total)
 
 

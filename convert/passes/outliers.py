@@ -18,6 +18,7 @@ from jaxtyping import Array, Float32, Int32
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
+from atom_jax.progress import Progress
 from atom_jax.structure import linear_shapes
 from convert.calibrate.statistics import on_device
 from convert.float_model import read_layer
@@ -25,7 +26,7 @@ from convert.groups import check_model
 from convert.passes.reorder import energy_order
 from convert.recipe import Recipe
 from convert.sources import Source
-from convert.streaming import Report, embed, projection_inputs, run_in_place
+from convert.streaming import embed, projection_inputs, run_in_place
 from pallas_kernels import quantize
 from pallas_kernels.qarrays import ActivationFormat
 
@@ -86,10 +87,10 @@ def measure_outliers(
     recipe: Recipe,
     embedding: Float32[np.ndarray, "vocab hidden"],
     tokens: Int32[np.ndarray, "windows seq"],
-    report: Report,
+    progress: Progress,
 ) -> dict[str, Any]:
     """The number of outliers to take, and why: what the card says about it. As ``outlier_errors``."""
-    errors = outlier_errors(source, recipe, embedding, tokens, report)
+    errors = outlier_errors(source, recipe, embedding, tokens, progress)
     return {
         "chosen": choose_outliers(errors),
         "budget": BUDGET,
@@ -102,7 +103,7 @@ def outlier_errors(
     recipe: Recipe,
     embedding: Float32[np.ndarray, "vocab hidden"],
     tokens: Int32[np.ndarray, "windows seq"],
-    report: Report,
+    progress: Progress,
 ) -> dict[int, float]:
     """By number of outliers, ``||(x - Q(x)) W^T|| / ||x W^T||``, the mean over linears of the float model.
 
@@ -111,7 +112,7 @@ def outlier_errors(
     Args:
       embedding: of ``source``.
       tokens: the calibration windows; the first few are used.
-      report: called with (layers done, layers in all).
+      progress: called with (layers done, layers in all).
 
     Raises:
       AtomError: no number of outliers suits the model, or its activations are not finite.
@@ -128,7 +129,7 @@ def outlier_errors(
             if not np.isfinite(errors[-1]).all():
                 raise AtomError(f"layer {layer}: {name}_proj: its output or its inputs are not finite")
         run_in_place(params, x, config.of_layer(layer))
-        report(layer + 1, config.num_layers)
+        progress(layer + 1, config.num_layers)
     return dict(zip(numbers, np.mean(errors, axis=0).tolist(), strict=True))
 
 

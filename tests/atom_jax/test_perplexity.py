@@ -132,7 +132,7 @@ def test_streamed_perplexity_of_a_text_of_any_length(
             IDS,
             config=config,
             seq_len=SEQ,
-            report=lambda done, total: reports.append((done, total)),
+            progress=lambda done, total: reports.append((done, total)),
         )
 
     whole = measure()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench import ablation
+from bench.markdown import with_table
 
 ENVIRONMENT = {"cpu": "a CPU", "versions": {"jax": "0.10.2"}, "commit": "abc"}
 STEP = {"branch": False, "simulated": False, "change": None, "paper": None, "bits_per_weight": 4.25}
@@ -22,9 +23,9 @@ REPORT = {
 
 
 def test_page_gets_the_table_in_the_place_of_the_old_one() -> None:
-    page = (ablation.DOCS / ablation.PAGE).read_text(encoding="utf-8")
-    once = ablation.with_table(page, ablation.markdown(ENVIRONMENT, REPORT))
-    assert ablation.with_table(once, ablation.markdown(ENVIRONMENT, REPORT)) == once
+    page = (ablation.DOCS / ablation.PAGE_NAME).read_text(encoding="utf-8")
+    once = with_table(page, "ablation", ablation.markdown(ENVIRONMENT, REPORT))
+    assert with_table(once, "ablation", ablation.markdown(ENVIRONMENT, REPORT)) == once
     assert "4,096 tokens of *prose*; calibrated on 2,048 tokens (sampled). a CPU, jax 0.10.2" in once
     assert "| float | 10.00 | 1.00 |  | 4.25 |  |\n" in once
     assert "| + worse (simulated) | 2000 | 200 | x200 | 4.25 | 2315.5 (408x) |\n" in once
@@ -33,4 +34,4 @@ def test_page_gets_the_table_in_the_place_of_the_old_one() -> None:
 
 def test_page_without_a_place() -> None:
     with pytest.raises(ValueError, match="no place"):
-        ablation.with_table("# Accuracy\n", "table")
+        with_table("# Accuracy\n", "ablation", "table")

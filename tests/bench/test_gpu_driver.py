@@ -66,7 +66,7 @@ def test_the_end_of_the_time(tmp_path: Path):
 
 
 def test_parts_run_kernels_that_have_no_verdict():
-    assert driver.environment()["ATOM_JAX_VERIFY"] == "0"
+    assert driver.process_environment()["ATOM_JAX_VERIFY"] == "0"
 
 
 def test_without_a_gpu_one_line_and_a_status():
@@ -75,7 +75,7 @@ def test_without_a_gpu_one_line_and_a_status():
         capture_output=True,
         text=True,
         cwd=driver.ROOT,
-        env=driver.environment() | {"JAX_PLATFORMS": "cpu"},
+        env=driver.process_environment() | {"JAX_PLATFORMS": "cpu"},
         check=False,
     )
     assert run.returncode == 2 and run.stdout == ""

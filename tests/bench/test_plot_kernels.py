@@ -50,7 +50,7 @@ def test_page(tmp_path: Path):
     path = tmp_path / "kernels.json"
     path.write_text(json.dumps(result()))
     plot_kernels.main(path, tmp_path)
-    page = (tmp_path / plot_kernels.TABLE).read_text()
+    page = (tmp_path / plot_kernels.PAGE_NAME).read_text()
     assert "NVIDIA H200, driver 1.2, jax 0.11.2, torch 2.11, commit abc." in page
     assert "copy 4.30 TB/s (both directions), bfloat16 matmul 780 TFLOP/s" in page
     name = "grouped_matmul Llama-3-8B qkv_proj 6144x4096 M=16"

@@ -9,7 +9,7 @@ import pytest
 
 from atom_jax.config import preset
 from bench import serving
-from bench.workload import Load, Request, sharegpt, synthetic
+from bench.workload import BenchRequest, Load, sharegpt, synthetic
 from tests.atom_jax.models import TINY_GROUPS, tiny_config
 from tests.atom_jax.server.fake import FakeEngine
 
@@ -49,7 +49,7 @@ class TestWorkload:
         path.write_text(json.dumps([*others, good]))
         encode = lambda text: list(text.encode())  # noqa: E731
         work = sharegpt(path, 3, max_total=64, encode=encode, rng=rng())
-        assert work == [Request((97, 98), 3)] * 3
+        assert work == [BenchRequest((97, 98), 3)] * 3
         with pytest.raises(SystemExit, match="at most 4 tokens"):
             sharegpt(path, 3, max_total=4, encode=encode, rng=rng())
 
@@ -57,7 +57,7 @@ class TestWorkload:
 class TestDrive:
     def run(self, load, count=20, **options):
         engine = FakeEngine(step_seconds=0.002, **options)
-        work = [Request((1, 2, 3), 5)] * count
+        work = [BenchRequest((1, 2, 3), 5)] * count
         row = serving.drive(engine, work, load, load.arrivals(count, rng()))
         assert engine.generated == 5 * count and not engine.requests
         return engine, row
@@ -96,13 +96,13 @@ def test_pages_are_what_the_weights_leave():
 def test_a_row_for_each_load(monkeypatch):
     """A shape with random weights has a tokenizer, as the engine needs it."""
     config = tiny_config(qkv_bias=False)
-    monkeypatch.setitem(serving.SHAPES, "tiny", lambda quantization: config)
+    monkeypatch.setitem(serving.KNOWN_MODELS, "tiny", lambda quantization: config)
     model = serving.random_model("tiny", "bf16")
     assert model.tokenizer.decode([5, 7]) == "5 7"
     monkeypatch.setattr(serving, "Engine", lambda model, settings: FakeEngine())
     work = synthetic(4, max_total=32, vocab_size=config.vocab_size, rng=rng())
     loads = [Load(clients=2), Load(rate=1000)]
-    rows = list(serving.measure(model, loads, work, serving.EngineConfig(num_pages=8)))
+    rows = list(serving.measure_loads(model, loads, work, serving.EngineConfig(num_pages=8)))
     assert [(row["scheme"], row["load"]) for row in rows] == [
         ("bf16", "2 clients"),
         ("bf16", "1000 requests/s"),
@@ -125,5 +125,5 @@ def test_wrong_options(checkpoints, shape, schemes):
 
 
 def test_shapes_are_those_of_the_models():
-    config = serving.SHAPES["llama-2-7b"](preset("bf16"))
+    config = serving.KNOWN_MODELS["llama-2-7b"](preset("bf16"))
     assert serving.weight_bytes(config, jnp.bfloat16) == pytest.approx(2 * 6.74e9, rel=0.001)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from bench import serving_report as report
+from bench.markdown import with_table
 
 ENVIRONMENT = {"gpu": None, "cpu": "a CPU", "cores": 2, "load_before": 0.04, "commit": "abc"}
 ENVIRONMENT |= {"versions": {"jax": "0.10.2"}}
@@ -94,7 +95,7 @@ def test_what_was_not_measured_keeps_its_place(docs, tmp_path, capsys):
 
 def test_page_without_a_place():
     with pytest.raises(ValueError, match=r"no place for the table of bench\.soak"):
-        report.with_table("# Server\n", "soak", "table")
+        with_table("# Server\n", "soak", "table")
 
 
 def test_plot(tmp_path):

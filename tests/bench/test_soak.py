@@ -6,7 +6,7 @@ import textwrap
 import pytest
 
 from bench.soak import killed_batch
-from bench.soak_clients import Case
+from bench.soak_clients import SoakCase
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from bench.soak_clients import Case
     ],
 )
 def test_an_answer_is_the_beginning_of_the_one_alone(text, tokens, max_tokens, holds):
-    assert Case("the", "a cat", tokens=4, max_tokens=9).holds(text, tokens, max_tokens) == holds
+    assert SoakCase("the", "a cat", tokens=4, max_tokens=9).holds(text, tokens, max_tokens) == holds
 
 
 # A batch command that answers "abc..." and has one fault.
@@ -51,7 +51,7 @@ PROGRAM = """
 @pytest.mark.parametrize("fault", ["none", "repeats", "loses", "lies"])
 def test_a_batch_that_was_killed(tmp_path, fault):
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM), fault]
-    cases = [Case("the", "abcdef", tokens=6, max_tokens=6)]
+    cases = [SoakCase("the", "abcdef", tokens=6, max_tokens=6)]
     found = killed_batch(command, cases, folder=tmp_path, requests=20, kills=2)
     assert found["requests"] == 20 and len(found["results_at_kills"]) == 2
     assert [at >= least for at, least in zip(found["results_at_kills"], (6, 13), strict=True)] == [True] * 2

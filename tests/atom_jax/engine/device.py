@@ -9,8 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from atom_jax.engine.buckets import make_buckets
-from atom_jax.engine.requests import EngineConfig, RequestParams, SequenceState
+from atom_jax.engine.config import EngineConfig
+from atom_jax.engine.request_params import RequestParams
 from atom_jax.engine.scheduler import Plan, Scheduler, most_pages
+from atom_jax.engine.sequence import SequenceState
 
 EOS = 0
 VOCABULARY = 40

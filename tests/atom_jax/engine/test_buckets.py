@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from atom_jax.engine.buckets import Buckets, make_buckets
-from atom_jax.engine.requests import EngineConfig
+from atom_jax.engine.config import EngineConfig
 from tests.convert.tiny import fails
 
 CONFIGS = {

@@ -9,9 +9,10 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from atom_jax.engine.config import EngineConfig
 from atom_jax.engine.pages import NO_PAGE
-from atom_jax.engine.requests import EngineConfig, SequenceState
 from atom_jax.engine.scheduler import most_pages
+from atom_jax.engine.sequence import SequenceState
 from tests.atom_jax.engine.device import EOS, VOCABULARY, Server, answer
 
 MAX_LENGTH = 40

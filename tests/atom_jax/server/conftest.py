@@ -1,4 +1,4 @@
-"""A tokenizer, and a server with an engine that needs no model."""
+"""A server with an engine that needs no model."""
 
 import contextlib
 from types import SimpleNamespace
@@ -7,18 +7,8 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from atom_jax.checkpoint import TOKENIZER_FOLDER, load_tokenizer
 from atom_jax.server.app import Service
 from tests.atom_jax.server.fake import FakeEngine, config, running
-from tests.convert.tiny import save_tokenizer
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / TOKENIZER_FOLDER).mkdir()
-    save_tokenizer(folder / TOKENIZER_FOLDER)
-    return load_tokenizer(folder)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 
 from atom_jax.engine import Engine, EngineStats, Output, RequestParams, TokenLogprobs
 from atom_jax.errors import AtomError
+from atom_jax.progress import Progress
 from atom_jax.server.app import Service
 from atom_jax.server.config import ServerConfig
 from atom_jax.server.run import DrainingServer, bind
@@ -19,7 +20,7 @@ MAX_MODEL_LEN = 64
 
 
 @dataclasses.dataclass
-class _Request:
+class _FakeRequest:
     prompt: list[int]
     params: RequestParams
     produced: int = 0
@@ -34,7 +35,7 @@ class FakeEngine(Engine):
 
     def __init__(self, num_pages: int = 4, step_seconds: float = 0.0) -> None:
         self.max_model_len = MAX_MODEL_LEN
-        self.requests: dict[str, _Request] = {}
+        self.requests: dict[str, _FakeRequest] = {}
         self.num_pages = num_pages
         self.step_seconds = step_seconds
         self.pause_after: int | None = None
@@ -42,7 +43,7 @@ class FakeEngine(Engine):
         self.steps = self.aborted = self.generated = self.prompt_tokens = 0
         self.threads: set[int] = set()
 
-    def warm_up(self, report: Any = None) -> None:
+    def warm_up(self, progress: Progress | None = None) -> None:
         """There is nothing to compile."""
 
     def add(self, request_id: str, prompt: Sequence[int], params: RequestParams) -> None:
@@ -51,7 +52,7 @@ class FakeEngine(Engine):
             raise AtomError("token ids must be 0 to 999, found 1000")
         assert request_id not in self.requests
         self.prompt_tokens += len(prompt)
-        self.requests[request_id] = _Request(list(prompt), params)
+        self.requests[request_id] = _FakeRequest(list(prompt), params)
 
     def abort(self, request_id: str) -> bool:
         self.threads.add(threading.get_ident())
@@ -71,7 +72,7 @@ class FakeEngine(Engine):
         self.steps += 1
         return [self._advance(request_id, request) for request_id, request in running]
 
-    def _advance(self, request_id: str, request: _Request) -> Output:
+    def _advance(self, request_id: str, request: _FakeRequest) -> Output:
         params = request.params
         token = letter(request.prompt, params.seed, request.produced)
         request.produced += 1

@@ -28,9 +28,9 @@ def run(scenario, engine=None, **options):
     return asyncio.run(main())
 
 
-async def collect(answers):
+async def collect(stream):
     texts = {}
-    async for index, output in answers:
+    async for index, output in stream:
         texts[index] = texts.get(index, "") + output.text
     return texts
 
@@ -63,8 +63,8 @@ def test_one_wake_up_a_step(monkeypatch):
             return wake(callback, *args)
 
         monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
-        answers = await thread.submit([([n], RequestParams(max_new_tokens=8)) for n in range(4)])
-        await collect(answers)
+        stream = await thread.submit([([n], RequestParams(max_new_tokens=8)) for n in range(4)])
+        await collect(stream)
         assert engine.generated == 32
         assert wake_ups.count("_deliver") == engine.steps <= 9
 
@@ -82,10 +82,10 @@ def test_a_refused_request_takes_back_its_group():
 
 def test_close_frees_the_pages():
     async def scenario(thread, engine):
-        answers = await thread.submit([([1], FOREVER), ([2], FOREVER)])
-        await anext(answers)
-        answers.close()
-        answers.close()
+        stream = await thread.submit([([1], FOREVER), ([2], FOREVER)])
+        await anext(stream)
+        stream.close()
+        stream.close()
         assert thread.in_flight == 0
         await settled(lambda: thread.stats.free_pages == engine.num_pages)
         assert engine.aborted == 2
@@ -107,9 +107,9 @@ def test_whoever_leaves_before_the_answer_leaves_nothing():
 
 def test_time_is_over():
     async def scenario(thread, engine):
-        answers = await thread.submit([([1], FOREVER)], timeout=0.05)
+        stream = await thread.submit([([1], FOREVER)], timeout=0.05)
         with pytest.raises(TimeoutError, match=r"within 0\.05 s"):
-            await collect(answers)
+            await collect(stream)
         await settled(lambda: not engine.requests)
 
     run(scenario)
@@ -117,20 +117,20 @@ def test_time_is_over():
 
 def test_a_closed_group_leaves_no_timer():
     async def scenario(thread, _):
-        answers = await thread.submit([([1], RequestParams(max_new_tokens=2))], timeout=300)
-        await collect(answers)
-        answers.close()
-        assert answers.expiry.cancelled()
+        stream = await thread.submit([([1], RequestParams(max_new_tokens=2))], timeout=300)
+        await collect(stream)
+        stream.close()
+        assert stream.expiry.cancelled()
 
     run(scenario)
 
 
 def test_stop_ends_what_runs():
     async def scenario(thread, _):
-        answers = await thread.submit([([1], FOREVER)])
+        stream = await thread.submit([([1], FOREVER)])
         await thread.stop()
         with pytest.raises(Stopped, match="shutting down"):
-            await collect(answers)
+            await collect(stream)
         with pytest.raises(Stopped):
             await thread.submit([([1], FOREVER)])
 
@@ -142,10 +142,10 @@ def test_a_failed_engine_answers_everybody():
     told = []
 
     async def scenario(thread, engine):
-        answers = await thread.submit([([1], FOREVER)])
+        stream = await thread.submit([([1], FOREVER)])
         engine.broken = RuntimeError("no more device")
         with pytest.raises(Stopped, match="engine failed"):
-            await collect(answers)
+            await collect(stream)
         with pytest.raises(Stopped):
             await thread.submit([([1], FOREVER)])
         assert thread.failure is engine.broken and told == [True]

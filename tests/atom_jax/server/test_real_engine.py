@@ -14,7 +14,7 @@ import atom_jax
 from atom_jax.engine import Engine, EngineConfig
 from atom_jax.server.app import Service
 from atom_jax.server.config import ServerConfig
-from bench.soak_clients import MAX_BODY_KB, MODEL, soak
+from bench.soak_clients import MAX_BODY_KB, MODEL_NAME, soak
 from tests.atom_jax.command import ROOT, fails
 from tests.atom_jax.server.fake import running, until
 
@@ -33,7 +33,7 @@ def server(model):
         num_pages=9, page_size=16, max_num_seqs=2, max_model_len=128, token_budget=32, deterministic=True
     )
     engine = Engine(model, settings)
-    limits = ServerConfig(MODEL, max_body_bytes=MAX_BODY_KB * 1024)
+    limits = ServerConfig(MODEL_NAME, max_body_bytes=MAX_BODY_KB * 1024)
     with running(Service(limits, engine, model.tokenizer)) as (url, _):
         yield url
 
@@ -45,7 +45,7 @@ def client(server):
 
 
 def complete(client, **changes):
-    options = {"model": MODEL, "prompt": PROMPT, "max_tokens": 12, "temperature": 0} | changes
+    options = {"model": MODEL_NAME, "prompt": PROMPT, "max_tokens": 12, "temperature": 0} | changes
     return client.completions.create(**options)
 
 

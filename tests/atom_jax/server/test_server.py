@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from atom_jax.server.errors import invalid_request
+from atom_jax.openai.errors import invalid_request
 from tests.atom_jax.server.fake import MAX_MODEL_LEN, expected, letter, text_of, until
 
 PROMPT = [5, 6]

@@ -1,12 +1,13 @@
-"""The requests of OpenAI's API that this server honours, as it reads them.
+"""The requests of OpenAI's API as they are read, with the limits of their fields.
 
-A field that would change the answer and is not supported is refused by name, unless it has the value that
-changes nothing. Other fields that the API does not know, or that change nothing, are ignored.
+A field that would change the answer and is not supported is an error that names the field, unless the field
+has a value that changes nothing. Fields that OpenAI's API does not have, and fields that change nothing about
+the answer, are ignored.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -18,11 +19,12 @@ MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 _SEED_RANGE = 2**64
-# Odd, and far from small numbers: seeds s and s + 1 of two requests share no choice.
+# What the seeds of a request's choices differ by. It is odd, so 2**64 choices would have different seeds, and
+# large, so two requests with the seeds s and s + 1 have no choice with the same seed.
 _SEED_STEP = 0x9E3779B97F4A7C15
 
-# Fields that would change the answer, and the values of each that do not.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+# Fields that are not supported and would change the answer; for each the values that change nothing.
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "audio": (None,),
     "frequency_penalty": (None, 0),
     "function_call": (None, "none"),
@@ -47,10 +49,14 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
 }
-_UNSUPPORTED_COMPLETION = {"best_of": (None, 1), "echo": (None, False), "suffix": (None, "")}
+_UNSUPPORTED_COMPLETION: dict[str, tuple[object, ...]] = {
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "suffix": (None, ""),
+}
 
 Temperature = Annotated[float, Field(ge=0, le=2)]
-# One error in a list says enough; a large body could be wrong a million times.
+# fail_fast: only the first error of a list is reported. A large body could have a million of them.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 Stop = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
 
@@ -65,10 +71,10 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class _Request(_Strict):
-    """What both kinds of request have; the meaning and the limits are OpenAI's.
+class _BaseRequest(_Strict):
+    """The fields of both kinds of request; their meaning and their limits are OpenAI's.
 
-    ``top_k``, ``stop_token_ids`` and ``ignore_eos`` are additions that other servers have too.
+    ``top_k``, ``stop_token_ids`` and ``ignore_eos`` are not OpenAI's; other servers have them too.
     """
 
     model: str
@@ -85,18 +91,20 @@ class _Request(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_fields(cls, data: Any) -> Any:
+    def _check_fields(cls, data: object) -> object:
         return _refuse_unsupported(data, _UNSUPPORTED)
 
     def params(self, max_new_tokens: int, seed: int) -> list[RequestParams]:
-        """Of each of the ``n`` choices. The first draws with ``seed``, the others with seeds made of it.
+        """The engine's parameters for each of the ``n`` choices.
+
+        The first choice has the seed ``seed``, the others have seeds computed from it.
 
         Raises:
-          AtomError: a value that the engine refuses.
+          AtomError: the engine does not accept a value.
         """
         sampling = SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=max(self.top_k or 0, 0),  # -1 is vLLM's "all"
+            top_k=max(self.top_k or 0, 0),  # in vLLM -1 means all tokens, here 0 does
             top_p=1.0 if self.top_p is None else self.top_p,
         )
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -116,22 +124,22 @@ class _Request(_Strict):
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many alternatives each token's logprobs have; None without logprobs."""
+        """How many of the most likely tokens are listed with each token; None: no log-probabilities."""
         raise NotImplementedError
 
     @property
     def num_choices(self) -> int:
-        """How many answers it asks for."""
+        """How many answers the request asks for."""
         return self.n or 1
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with the number of tokens."""
+        """Whether a stream ends with a chunk that has the number of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class CompletionRequest(_Request):
-    """``POST /v1/completions``: continues text, or token ids; several prompts are several answers."""
+class CompletionRequest(_BaseRequest):
+    """``POST /v1/completions``: continues one or more prompts, each given as text or as token ids."""
 
     prompt: (
         str
@@ -144,7 +152,7 @@ class CompletionRequest(_Request):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_completion_fields(cls, data: Any) -> Any:
+    def _check_completion_fields(cls, data: object) -> object:
         return _refuse_unsupported(data, _UNSUPPORTED_COMPLETION)
 
     @property
@@ -157,7 +165,7 @@ class CompletionRequest(_Request):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """One or more prompts, as text or as token ids."""
+        """The prompts, as text or as token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
@@ -166,7 +174,7 @@ class CompletionRequest(_Request):
 
 
 class TextPart(_Strict):
-    """A piece of a message; text is the only kind that the models read."""
+    """A part of a message; the models read text only."""
 
     type: Literal["text"]
     text: str
@@ -179,25 +187,25 @@ class Message(_Strict):
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     def for_template(self) -> dict[str, str]:
-        """As chat templates take it."""
+        """The message as chat templates expect it."""
         content = self.content
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatCompletionRequest(_Request):
+class ChatCompletionRequest(_BaseRequest):
     """``POST /v1/chat/completions``: the next message of a conversation."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None  # its older name
+    max_tokens: Annotated[int, Field(ge=1)] | None = None  # the older name of max_completion_tokens
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatCompletionRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise _refusal("top_logprobs", "needs logprobs: true")
+            raise _field_error("top_logprobs", "needs logprobs: true")
         return self
 
     @property
@@ -208,14 +216,18 @@ class ChatCompletionRequest(_Request):
 ApiRequest = CompletionRequest | ChatCompletionRequest
 
 
-def _refuse_unsupported(data: Any, unsupported: dict[str, tuple[Any, ...]]) -> Any:
-    """``data``; an error if a field is there that would change the answer and is not supported."""
+def _refuse_unsupported(data: object, unsupported: dict[str, tuple[object, ...]]) -> object:
+    """Returns ``data``.
+
+    Raises:
+      PydanticCustomError: one of the ``unsupported`` fields has a value that changes the answer.
+    """
     if isinstance(data, dict):
         for name in data.keys() & unsupported.keys():
             if data[name] not in unsupported[name]:
-                raise _refusal(name, "is not supported; leave it out")
+                raise _field_error(name, "is not supported; leave it out")
     return data
 
 
-def _refusal(field: str, reason: str) -> PydanticCustomError:
+def _field_error(field: str, reason: str) -> PydanticCustomError:
     return PydanticCustomError("refused", "{reason}", {"field": field, "reason": reason})

@@ -1,14 +1,15 @@
 """Requests as they are read: what is honoured, refused, ignored, and what becomes of it in the engine."""
 
 import copy
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from atom_jax.openai.engine_requests import make_engine_requests
+from atom_jax.openai.errors import ApiError, invalid_request
+from atom_jax.openai.requests import ChatCompletionRequest, CompletionRequest
 from atom_jax.sampling import SamplingParams
-from atom_jax.server.errors import ApiError, invalid_request
-from atom_jax.server.prompts import make_job
-from atom_jax.server.protocol import ChatCompletionRequest, CompletionRequest
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "the tin"}]}
 TEXT = {"model": "tiny", "prompt": "the tin"}
@@ -25,7 +26,8 @@ def chat(**changes):
 def refused(read, **changes):
     with pytest.raises(ValidationError) as caught:
         read(**changes)
-    return invalid_request(caught.value.errors()).body["error"]
+    error: Any = invalid_request(caught.value.errors()).body["error"]
+    return error
 
 
 @pytest.mark.parametrize(
@@ -92,39 +94,39 @@ def test_parameters_reach_the_engine(tokenizer):
         stop_token_ids=[4],
         logprobs=2,
     )
-    job = make_job(request, tokenizer, max_model_len=64)
-    assert job.prompts == (tokenizer("the tin").input_ids,)
-    first, second, third = job.params
+    requests = make_engine_requests(request, tokenizer, max_model_len=64)
+    assert requests.prompts == (tokenizer("the tin").input_ids,)
+    first, second, third = requests.params
     assert (first.max_new_tokens, first.stop, first.stop_ids, first.logprobs) == (7, ("x",), (4,), 2)
     assert first.sampling == SamplingParams(0.5, 5, 0.9)
     assert first.seed == 11 and len({11, second.seed, third.seed}) == 3
 
 
 def test_defaults_are_openais(tokenizer):
-    (params,) = make_job(completion(), tokenizer, max_model_len=64).params
+    (params,) = make_engine_requests(completion(), tokenizer, max_model_len=64).params
     assert (params.max_new_tokens, params.sampling, params.logprobs) == (16, SamplingParams(1.0), None)
-    job = make_job(chat(), tokenizer, max_model_len=64)
-    assert job.params[0].max_new_tokens == 64 - len(job.prompts[0])
-    assert params.continues and not job.params[0].continues
+    requests = make_engine_requests(chat(), tokenizer, max_model_len=64)
+    assert requests.params[0].max_new_tokens == 64 - len(requests.prompts[0])
+    assert params.continues and not requests.params[0].continues
 
 
 def test_seeds_that_are_not_given_differ(tokenizer):
-    seeds = {make_job(completion(), tokenizer, max_model_len=64).params[0].seed for _ in range(4)}
+    seeds = {make_engine_requests(completion(), tokenizer, max_model_len=64).params[0].seed for _ in range(4)}
     assert len(seeds) == 4
 
 
 def test_every_kind_of_prompt(tokenizer):
     ids = tokenizer("the tin").input_ids
     for prompt, count in (("the tin", 1), (ids, 1), (["the tin"] * 2, 2), ([ids, ids], 2)):
-        job = make_job(completion(prompt=prompt, n=2, seed=1), tokenizer, max_model_len=64)
-        assert job.prompts == (ids,) * count
-        assert [params.seed for _, params in job.choices] == [p.seed for p in job.params] * count
+        requests = make_engine_requests(completion(prompt=prompt, n=2, seed=1), tokenizer, max_model_len=64)
+        assert requests.prompts == (ids,) * count
+        assert [params.seed for _, params in requests.choices] == [p.seed for p in requests.params] * count
 
 
 def test_chat_goes_through_the_template(tokenizer):
     parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "tin"}]
     messages = [{"role": "developer", "content": "12"}, {"role": "user", "content": parts}]
-    (prompt,) = make_job(chat(messages=messages), tokenizer, max_model_len=64).prompts
+    (prompt,) = make_engine_requests(chat(messages=messages), tokenizer, max_model_len=64).prompts
     assert tokenizer.decode(prompt) == "<|turn|>12<|turn|>the tin"
 
 
@@ -143,7 +145,7 @@ def test_a_template_that_fails_is_the_requests_error(tokenizer, template, part):
     other = copy.copy(tokenizer)
     other.chat_template = template
     with pytest.raises(ApiError) as caught:
-        make_job(chat(), other, max_model_len=64)
+        make_engine_requests(chat(), other, max_model_len=64)
     assert caught.value.status == 400
     assert part in caught.value.message and "/v1/completions" in caught.value.message
 
@@ -161,6 +163,6 @@ def test_a_template_that_fails_is_the_requests_error(tokenizer, template, part):
 )
 def test_impossible_prompts(tokenizer, request_, parts):
     with pytest.raises(ApiError) as caught:
-        make_job(request_, tokenizer, max_model_len=64)
+        make_engine_requests(request_, tokenizer, max_model_len=64)
     assert caught.value.status == 400
     assert all(part in caught.value.message for part in parts)

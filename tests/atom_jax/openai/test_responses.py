@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from atom_jax.engine import Output, RequestParams, TokenLogprobs
-from atom_jax.server.answers import Answer
-from atom_jax.server.prompts import Job
-from atom_jax.server.protocol import ChatCompletionRequest, CompletionRequest
+from atom_jax.openai.engine_requests import EngineRequests
+from atom_jax.openai.requests import ChatCompletionRequest, CompletionRequest
+from atom_jax.openai.responses import ApiResponse
 from tests.atom_jax.test_detokenize import sentencepiece
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 1}
@@ -21,12 +21,13 @@ def whole():
 
     def answer(request, tokens):
         ids = tokenizer.convert_tokens_to_ids(tokens)
-        job = Job(([1],), (RequestParams(logprobs=1),))
-        answer = Answer(request, job, tokenizer)
+        engine_requests = EngineRequests(([1],), (RequestParams(logprobs=1),))
+        response = ApiResponse(request, engine_requests, tokenizer)
         for count, token in enumerate(ids, 1):
             logprobs = (TokenLogprobs(token, -1.0, ((ids[0], -0.5),)),)
-            answer.add(0, Output("", (token,), "", logprobs, None, 1, count, 0))
-        (choice,) = answer.whole()["choices"]
+            response.add(0, Output("", (token,), "", logprobs, None, 1, count, 0))
+        choices: Any = response.whole()["choices"]
+        (choice,) = choices
         return choice["logprobs"]
 
     return answer

@@ -9,8 +9,8 @@ import hypothesis.strategies as st
 import pytest
 from transformers import AutoTokenizer
 
-from atom_jax.engine.answers import Answer, StopStrings
-from atom_jax.engine.requests import RequestParams
+from atom_jax.engine.answer_text import AnswerText, StopStrings
+from atom_jax.engine.request_params import RequestParams
 from tests.atom_jax.test_detokenize import sentencepiece
 from tests.convert.tiny import SPECIAL, save_tokenizer, tiny_vocabulary
 
@@ -26,7 +26,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def run(tokenizer: Any, tokens: list[int], **settings: Any) -> tuple[str, str | None, int]:
     """Text, reason and number of tokens of an answer that is offered ``tokens``."""
-    answer = Answer(RequestParams(**{"max_new_tokens": len(tokens), **settings}), (EOS,), tokenizer)
+    answer = AnswerText(RequestParams(**{"max_new_tokens": len(tokens), **settings}), (EOS,), tokenizer)
     text = ""
     for token in tokens:
         text += answer.add(token)
@@ -68,7 +68,7 @@ def test_nothing_is_held_back_that_cannot_become_a_stop_string() -> None:
 def test_characters_are_whole(tokenizer: Any) -> None:
     tokens = tokenizer("é!").input_ids
     assert len(tokens) == 3
-    answer = Answer(RequestParams(), (EOS,), tokenizer)
+    answer = AnswerText(RequestParams(), (EOS,), tokenizer)
     assert [answer.add(token) for token in tokens] == ["", "é", "!"]
 
 
@@ -76,15 +76,15 @@ def test_the_space_between_prompt_and_answer_is_the_answers() -> None:
     tokenizer: Any = sentencepiece()
     prompt, answer = (tokenizer.convert_tokens_to_ids(tokens) for tokens in (["<s>", "▁a"], ["▁b", "▁a"]))
     for continues, text in ((True, " b a"), (False, "b a")):
-        of_prompt = Answer(RequestParams(continues=continues), (), tokenizer, prompt)
+        of_prompt = AnswerText(RequestParams(continues=continues), (), tokenizer, prompt)
         assert "".join(map(of_prompt.add, answer)) == text
-    at_the_beginning = Answer(RequestParams(), (), tokenizer, prompt[:1])
+    at_the_beginning = AnswerText(RequestParams(), (), tokenizer, prompt[:1])
     assert at_the_beginning.add(answer[0]) == "b"
 
 
 def test_a_prompt_that_ends_within_a_character_leaves_no_trace(tokenizer: Any) -> None:
     prompt = tokenizer("aé").input_ids[:2]
-    answer = Answer(RequestParams(), (EOS,), tokenizer, prompt)
+    answer = AnswerText(RequestParams(), (EOS,), tokenizer, prompt)
     assert "".join(map(answer.add, tokenizer("xyz").input_ids)) == "xyz"
 
 

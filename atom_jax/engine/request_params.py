@@ -1,0 +1,50 @@
+"""The parameters of one request to the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from atom_jax.engine.logprobs import MAX_LOGPROBS
+from atom_jax.errors import AtomError
+from atom_jax.sampling import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestParams:
+    """How one prompt is to be continued.
+
+    Attributes:
+      max_new_tokens: the answer ends after this many tokens at the latest.
+      sampling: how a token is drawn.
+      seed: of the random draws, 0 to 2**64 - 1. How a token is drawn depends on this and on the token's index
+        in the answer alone.
+      stop: stop strings; the answer is the text before the first one that appears.
+      stop_ids: tokens that end the answer, besides the model's own end-of-sequence ids.
+      ignore_eos: if true, the model's own end-of-sequence ids do not end the answer (for benchmarks).
+      logprobs: None: no log-probabilities. A number N, at most 20: those of the chosen token and of the N
+        most likely tokens.
+      continues: if true, the answer goes on with the prompt's text, so it keeps the space that SentencePiece
+        puts before its first word. If false, the answer is a text of its own, as in a chat.
+
+    Raises:
+      AtomError: a value is out of range.
+    """
+
+    max_new_tokens: int = 16
+    sampling: SamplingParams = SamplingParams()
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    continues: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise AtomError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
+        if not 0 <= self.seed < 2**64:
+            raise AtomError(f"seed must be 0 to 2**64 - 1, found {self.seed}")
+        if not all(self.stop):
+            raise AtomError("a stop string must not be empty")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise AtomError(f"logprobs must be 0 to {MAX_LOGPROBS}, found {self.logprobs}")
