@@ -28,7 +28,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,9 @@ from atom_jax.llama import make_params
 from atom_jax.schemes import SCHEMES
 from atom_jax.structure import index_shapes, linear_shapes, vector_shapes
 from atom_jax.tokenizer import wrap_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 FORMAT_VERSION = 2
 CONFIG_FILE = "config.json"
@@ -77,7 +80,7 @@ class Model:
     params: nnx.State
 
     @functools.cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerFast:
         """The transformers tokenizer, with the chat template if the model has one."""
         return load_tokenizer(self.path)
 
@@ -278,7 +281,7 @@ def _from_version_1(file: Path, data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "format": kept}
 
 
-def load_tokenizer(checkpoint: Path) -> Any:
+def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
     """The transformers tokenizer of a checkpoint; AtomError if it has none, or a damaged one."""
     folder = checkpoint / TOKENIZER_FOLDER
     if not folder.is_dir():
@@ -333,7 +336,7 @@ def load(path: str | Path, *, dtype: jnp.dtype | None = None) -> Model:
     return Model(path, config, make_params(config, {**tree, "layers": layers}))
 
 
-def abstract_params(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Any:
+def abstract_params(config: ModelConfig, dtype: jnp.dtype = jnp.bfloat16) -> nnx.State:
     """The params that ``load`` would return for ``config``, as shapes: no file is read, no memory used."""
 
     def build(shared: StoredParams, layers: StoredParams) -> nnx.State:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from atom_jax.config import ModelConfig
-from atom_jax.schemes import SCHEMES
+from atom_jax.schemes import SCHEMES, PackedWeight
 from pallas_kernels import (
     ActivationFormat,
     QuantizedActivation,
@@ -19,8 +17,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.nn import rms_norm, silu_mul
 
-# A float array, or the type of a scheme's weights.
-Weight = Any
+Weight = Float[Array, "n k"] | PackedWeight
 Activation = Float[Array, "m k"] | QuantizedActivation
 
 # By the type of the weight: a model may hold float ones beside those of its scheme. Schemes that share a type

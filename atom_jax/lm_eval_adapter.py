@@ -97,20 +97,25 @@ class AtomLM(_TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        if self.tokenizer.eos_token_id is None:
+        eos = self.tokenizer.eos_token_id
+        if not isinstance(eos, int):
             raise AtomError(f"the tokenizer of {self.model.path} has no end-of-sequence token")
-        return self.tokenizer.eos_token_id
+        return eos
 
     @property
     def prefix_token_id(self) -> int:
         bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        return bos if isinstance(bos, int) else self.eot_token_id
+
+    def _decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        assert isinstance(text, str)  # lists of texts come of lists of lists
+        return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids, with the special tokens the tokenizer adds unless ``string`` begins with BOS already."""
         if add_special_tokens is None:
-            prefix = self.tokenizer.decode([self.prefix_token_id])
-            add_special_tokens = not string.startswith(prefix)
+            add_special_tokens = not string.startswith(self._decode([self.prefix_token_id]))
         # verbose=False: no warning for a text longer than the model's context, which is cut later.
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
 
@@ -226,7 +231,7 @@ class AtomLM(_TemplateLM):
                     done[place] = True
                     continue
                 rows[place].append(token)
-                text = self.tokenizer.decode(rows[place], skip_special_tokens=True)
+                text = self._decode(rows[place], skip_special_tokens=True)
                 texts[place], done[place] = _until(text, generation.until)
             if all(done):
                 break

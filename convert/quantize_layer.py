@@ -14,6 +14,7 @@ from jaxtyping import Array, Float32
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
+from atom_jax.schemes import PackedWeight
 from atom_jax.structure import LINEARS, index_shapes, vector_shapes
 from convert.calibrate.statistics import LayerStatistics, layer_statistics
 from convert.float_model import FloatParams
@@ -68,7 +69,7 @@ def prepare_layer(
 
 
 @jax.jit
-def _relative_error(weight: Array, quantized: Any, hessian: Array | None) -> Float32[Array, ""]:
+def _relative_error(weight: Array, quantized: PackedWeight, hessian: Array | None) -> Float32[Array, ""]:
     def energy(matrix: Array) -> Array:
         return jnp.vdot(matrix, matrix if hessian is None else matrix @ hessian)
 

@@ -213,3 +213,23 @@ def test_no_modules_import_each_other() -> None:
                 found.discard(folder)
     assert sum(map(len, graph.values())) > 500
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_every_pass_is_part_of_a_recipe() -> None:
+    """A pass that no recipe runs is dead; one with other arguments cannot be run."""
+    from convert.quantize_layer import passes
+    from convert.recipe import make_recipe
+    from tests.atom_jax.models import tiny_config
+
+    written = {
+        f"{Path(file).stem}.{node.name}"
+        for file in files("convert/passes")
+        for node in parse(file).body
+        if isinstance(node, ast.FunctionDef) and ast.unparse(node.args).startswith("layer: FloatParams, stat")
+    }
+    run = {
+        f"{each.func.__module__.rpartition('.')[2]}.{each.func.__name__}"
+        for recipe in (make_recipe(), make_recipe(reorder="per_layer"))
+        for each in passes(tiny_config(), recipe)
+    }
+    assert len(run) == 5 and written == run

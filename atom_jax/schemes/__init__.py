@@ -6,9 +6,9 @@ import importlib
 import pkgutil
 from types import MappingProxyType
 
-from atom_jax.schemes.base import Scheme, WeightFormat
+from atom_jax.schemes.base import PackedWeight, Scheme, WeightFormat
 
-__all__ = ["SCHEMES", "Scheme", "WeightFormat"]
+__all__ = ["SCHEMES", "PackedWeight", "Scheme", "WeightFormat"]
 
 
 def _found() -> dict[str, Scheme]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float32
 
 from atom_jax.errors import AtomError
 from pallas_kernels.qarrays import PACK_TILE, ActivationFormat, num_tiles
@@ -18,6 +20,15 @@ if TYPE_CHECKING:
 
 # Name -> shape and dtype of an array on disk.
 WeightSpecs = dict[str, jax.ShapeDtypeStruct]
+
+
+class PackedWeight(Protocol):
+    """A quantized weight [N, K] of any scheme, or a stack of them: a pytree of integers and scales."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def dequantize(self) -> Float32[Array, "*lead n k"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +56,9 @@ class WeightFormat:
         specs = self.specs(*shape, group_size, format.num_outliers)
         return {name: spec for name, spec in specs.items() if 0 not in spec.shape}
 
-    def revive(self, stored: Mapping[str, np.ndarray], shape: tuple[int, int], format: Format) -> Any:
+    def revive(
+        self, stored: Mapping[str, np.ndarray], shape: tuple[int, int], format: Format
+    ) -> PackedWeight:
         """The weight, or stack of weights, on the default device.
 
         Args:
@@ -101,7 +114,7 @@ class Scheme:
 NO_OUTLIERS: dict[str, Any] = {"num_outliers": 0, "clip_a": 1.0, "gather_inputs": False}
 
 
-def spec(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+def spec(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
     """One stored array."""
     return jax.ShapeDtypeStruct(shape, dtype)
 

@@ -7,9 +7,9 @@ configuration of the float model and to the recipe.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
 from convert.calibrate.statistics import LayerStatistics
 from convert.float_model import FloatParams
 
-Pass = Callable[[FloatParams, LayerStatistics], tuple[FloatParams, LayerStatistics]]
+Pass = functools.partial[tuple[FloatParams, LayerStatistics]]

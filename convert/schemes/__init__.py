@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxtyping import Array, Float32
 
+from atom_jax.schemes import PackedWeight
 from convert.schemes.base import Method
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ def _found() -> dict[str, Method]:
 METHODS = MappingProxyType(_found())
 
 
-def quantize(weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, recipe: Recipe) -> Any:
+def quantize(
+    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, recipe: Recipe
+) -> PackedWeight:
     """The weight as the scheme of the recipe stores it; see ``Method.quantize``."""
     method = METHODS[recipe.format.scheme].quantize
     assert method is not None, f"the linears of {recipe.format.scheme} stay floats"

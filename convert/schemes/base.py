@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Array, Float32
 
+from atom_jax.schemes import PackedWeight
+
 if TYPE_CHECKING:
     from convert.recipe import Recipe
 
@@ -23,7 +25,7 @@ class Method:
       unused: settings of ``Recipe`` that the scheme has no use for, and the one value they have in it.
     """
 
-    quantize: Callable[[Float32[Array, "n k"], Float32[Array, "k k"] | None, Recipe], Any] | None
+    quantize: Callable[[Float32[Array, "n k"], Float32[Array, "k k"] | None, Recipe], PackedWeight] | None
     unused: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -26,7 +26,7 @@ class TestGenerate:
         result = run("generate", checkpoint, "--prompt", PROMPT, "--max-new-tokens", 16)
         ended = tokens[-1] in model.config.eos_token_ids
         text = model.tokenizer.decode(tokens[: len(tokens) - ended], skip_special_tokens=True)
-        assert result.stdout == text + "\n"
+        assert result.stdout == f"{text}\n"
         assert "tokens/s" in result.stderr
 
     def test_prompt_after_the_checkpoint(self, checkpoint):

@@ -86,7 +86,7 @@ def test_answers_are_those_of_generate(engine: Engine, model: Model) -> None:
     assert [list(c.token_ids) for c in completions] == np.asarray(expected.tokens).tolist()
     for completion in completions:
         assert completion.finish_reason == "length"
-        decoded = model.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        decoded = model.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
         assert completion.text == decoded
     stats = engine.stats()
     assert (stats.prompt_tokens, stats.generated_tokens, stats.running, stats.waiting) == (52, 36, 0, 0)
