@@ -136,7 +136,7 @@ def read(device: str) -> Verdicts | None:
     identity = _identity(device)
     if not isinstance(found, dict) or {name: found.get(name) for name in identity} != identity:
         raise ValueError(f"{file} is not of this device, jax and sources")
-    return Verdicts(device, tuple(_verdict(file, entry) for entry in _entries(file, found)))
+    return Verdicts(device, tuple(_parse_verdict(file, entry) for entry in _entries(file, found)))
 
 
 def _entries(file: Path, found: dict[str, Any]) -> list[Any]:
@@ -146,7 +146,7 @@ def _entries(file: Path, found: dict[str, Any]) -> list[Any]:
     return entries
 
 
-def _verdict(file: Path, entry: Any) -> Verdict:
+def _parse_verdict(file: Path, entry: Any) -> Verdict:
     try:
         verdict = Verdict(**entry)
     except TypeError as error:

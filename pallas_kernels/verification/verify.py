@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from pallas_kernels.verification.checks import all_checks
 from pallas_kernels.verification.verdicts import FAILED, GOOD, UNCHECKED, UNSUPPORTED, Verdict
@@ -118,10 +118,10 @@ def verdicts_of(results: dict[str, Result], implementation: str) -> tuple[Verdic
     by_op: dict[str, dict[str, Result]] = {}
     for name, result in results.items():
         by_op.setdefault(all_checks()[name].op, {})[name] = result
-    return tuple(_verdict(op, implementation, of_op) for op, of_op in by_op.items())
+    return tuple(_verdict_on_op(op, implementation, of_op) for op, of_op in by_op.items())
 
 
-def _verdict(op: str, implementation: str, results: dict[str, Result]) -> Verdict:
+def _verdict_on_op(op: str, implementation: str, results: dict[str, Result]) -> Verdict:
     checked = sum(result.outcome in (GOOD, FAILED) for result in results.values())
     # The first of these that any check had.
     for outcome in (FAILED, UNCHECKED, GOOD, UNSUPPORTED):
@@ -244,7 +244,7 @@ class _Child:
           TimeoutError: none by ``until``, a ``time.monotonic()``.
           _Ended: there will be none.
         """
-        out: Any = self._process.stdout
+        out = cast(IO[bytes], self._process.stdout)
         while True:
             line, newline, rest = self._buffer.partition(b"\n")
             if newline:
