@@ -40,7 +40,7 @@ ChannelScales: TypeAlias = Float32[Array, " channels"]
 TokenScales: TypeAlias = Float32[Array, " tokens"]
 
 
-class Carry(NamedTuple):
+class MatmulCarry(NamedTuple):
     """What a consumer's loop over steps carries.
 
     Attributes:
@@ -229,12 +229,12 @@ def _consume(
         plgpu.barrier_arrive(smem["released"].at[lax.rem(index, config.num_stages)])
 
     def add(
-        carry: Carry,
+        carry: MatmulCarry,
         operands: Sequence[Int8[Array, "channels k"]],
         tokens_smem: Sequence[Ref],
         per_channel: ChannelScales,
         per_token: Callable[[int], TokenScales],
-    ) -> Carry:
+    ) -> MatmulCarry:
         """Multiplies the operands, whose input channels have common scales, with the tokens of each part.
 
         The last product is left pending.
@@ -250,9 +250,9 @@ def _consume(
             pending = (product, per_channel, per_token(part))
         # Conversion: a loop must not carry the registers that the tensor core writes to, or the assembler
         # would wait before each use.
-        return Carry(tuple(totals), (pending[0].astype(jnp.float32), *pending[1:]))
+        return MatmulCarry(tuple(totals), (pending[0].astype(jnp.float32), *pending[1:]))
 
-    def body_step(index: Array, carry: Carry) -> Carry:
+    def body_step(index: Array, carry: MatmulCarry) -> MatmulCarry:
         slot = lax.rem(index, config.num_stages)
         plgpu.barrier_wait(smem["filled"].at[slot])
         packed = mosaic.load(smem["weights_smem"].at[slot, channels], layout=leaves.OPERAND)
@@ -277,7 +277,7 @@ def _consume(
         values = mosaic.load(smem["weights_smem"].at[slot, channels], layout=leaves.OPERAND)
         return values, smem["tokens_smem"].at[slot, 0]
 
-    def tail_step(index: Array, carry: Carry) -> Carry:
+    def tail_step(index: Array, carry: MatmulCarry) -> MatmulCarry:
         slot = lax.rem(index, config.num_stages)
         values, tokens_smem = tail_operands(index)
         per_token = functools.partial(token_scales, slot, 0)
@@ -299,7 +299,7 @@ def _consume(
         plgpu.layout_cast(jnp.zeros((WGMMA_CHANNELS,), jnp.float32), _PER_CHANNEL),
         plgpu.layout_cast(jnp.zeros((tokens,), jnp.float32), _PER_TOKEN),
     )
-    carry = Carry((total,) * num_parts, nothing)
+    carry = MatmulCarry((total,) * num_parts, nothing)
     body_count = jnp.clip(problem.body_steps - first, 0, last - first)
     carry = lax.fori_loop(0, body_count, body_step, carry)
     if problem.num_outliers:

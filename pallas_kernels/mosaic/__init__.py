@@ -4,8 +4,17 @@ Supported: jax 0.10.2 (Python 3.11) and newer. No other file asks which version 
 Kernels must never ask the default device for its properties: they are also compiled for a GPU that is not
 there (see ``use_implementation``).
 
-In all kernels a CTA is a thread block of CUDA, and a warpgroup is 128 of its threads. Names of references end
-in ``_gmem`` (global memory) or ``_smem`` (shared memory).
+Words that all kernels use:
+
+* A CTA is a thread block of CUDA; a warpgroup is 128 of its threads.
+* A row is one token of an activation. Names in ``_gmem`` are references to global memory, names in ``_smem``
+  are references to shared memory.
+* A tile is a part of a result that is computed at once. ``block_m`` is its number of tokens or queries,
+  ``block_n`` its number of output channels or the keys of a step. Weights are stored in packing tiles, which
+  ``qarrays`` describes.
+* A step is what a loop over input channels, keys or slabs works on at a time. ``num_stages`` steps are in
+  flight, each in a slot of a ring in shared memory.
+* A split is a part of the input channels, or of a sequence's pages, that a CTA of its own sums over.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def store_below(
             for i in range(ir.VectorType(place.type).shape[0]):
                 position = mosaic.element(place, i)
                 with mgpu.when(arith.cmpi(arith.CmpIPredicate.slt, position, bound)):
-                    memref.store(mosaic.element(content, i), memory, [_index(position)])
+                    memref.store(mosaic.element(content, i), memory, [_to_index(position)])
 
     inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, layout))
     inline(write)(ref, plgpu.layout_cast(positions, layout), values)
@@ -105,7 +105,7 @@ def gather_elements(ref: Ref, indices: Int32[Array, "*s"], layout: Layout) -> Nu
         registers = np.empty_like(rows.registers)
         for (at, row), column in zip(np.ndenumerate(rows.registers), columns.registers.flat, strict=True):
             places = [
-                (_index(mosaic.element(row, i)), _index(mosaic.element(column, i)))
+                (_to_index(mosaic.element(row, i)), _to_index(mosaic.element(column, i)))
                 for i in range(ir.VectorType(row.type).shape[0])
             ]
             values = [memref.load(memory, place) for place in places]
@@ -142,5 +142,5 @@ def sigmoid(x: Float32[Array, "*s"], layout: Layout) -> Float32[Array, "*s"]:
     return mosaic.elementwise(ptx, x, layout)
 
 
-def _index(value: ir.Value) -> ir.Value:
+def _to_index(value: ir.Value) -> ir.Value:
     return arith.index_cast(ir.IndexType.get(), value)

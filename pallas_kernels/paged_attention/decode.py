@@ -146,7 +146,7 @@ def body(
     shape, masked = (PAGE_TOKENS, problem.queries), MASKED_EXPONENT / problem.exponent
     token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=PER_TOKEN_AND_QUERY)
 
-    def attend(step: Array, carry: Carry) -> Carry:
+    def attend(step: Array, carry: DecodeCarry) -> DecodeCarry:
         greatest, total, sums, next_page = carry
         greatest = fragments.same_in_warp(greatest)
         slot = lax.rem(step, num_stages)
@@ -172,10 +172,10 @@ def body(
         decay = jnp.exp2((greatest - new_greatest) * problem.exponent)
         weights = jnp.exp2(scores * problem.exponent - new_greatest * problem.exponent)
         sums = products.accumulate(sums, decay, weights, visible, v_smem.at[slot], *scales[1:])
-        return Carry(new_greatest, total * decay + weights, sums, next_page)
+        return DecodeCarry(new_greatest, total * decay + weights, sums, next_page)
 
     zeros = _full(shape, 0.0)
-    carry = Carry(_full(shape, masked), zeros, products.zero_sums(zeros), next_page)
+    carry = DecodeCarry(_full(shape, masked), zeros, products.zero_sums(zeros), next_page)
     greatest, total, sums, _ = lax.fori_loop(0, count, attend, carry)
 
     # Join the warps. The rows of these arrays are tokens of all warps: a sum over rows is one over all
@@ -229,7 +229,7 @@ class IntSums(NamedTuple):
     power: Float32[Array, " 64"]
 
 
-class Carry(NamedTuple):
+class DecodeCarry(NamedTuple):
     """What the loop over pages carries; all but ``next_page`` are each warp's own.
 
     Attributes:

@@ -30,13 +30,13 @@ _ACCUMULATOR = plgpu.Layout.WGMMA
 _PER_QUERY = plgpu.Layout.WGMMA.reduce(1)
 
 
-class Sums(NamedTuple):
-    """Of the queries of a warpgroup, over the steps so far.
+class FlashCarry(NamedTuple):
+    """What the loop over steps carries, for the queries of a warpgroup.
 
     Attributes:
-      accumulator: weighted sums of values; weights are relative to ``largest``.
-      largest: the greatest score.
-      total: the sum of the weights.
+      accumulator: sums of weights times values; the weights are relative to ``largest``.
+      largest: the greatest scores so far.
+      total: sums of the weights.
     """
 
     accumulator: Float32[Array, "queries head_dim"]
@@ -161,11 +161,11 @@ def flash_attention(
             hidden = position - window_gmem[0][0] if window_gmem else None  # the last key before the window
             plgpu.barrier_wait(q_ready.at[warpgroup])
 
-            def attend(step: Array, carry: Sums, *, masked: bool) -> Sums:
+            def attend(step: Array, carry: FlashCarry, *, masked: bool) -> FlashCarry:
                 accumulator, largest, total = carry
                 slot = lax.rem(step, num_stages)
                 plgpu.barrier_wait(k_ready.at[slot])
-                scores = _product(q_smem.at[warpgroup], k_smem.at[slot])
+                scores = _scores(q_smem.at[warpgroup], k_smem.at[slot])
                 if masked:
                     key = step * block_n + plgpu.broadcasted_iota(
                         jnp.int32, (WARPGROUP_QUERIES, block_n), 1, layout=_ACCUMULATOR
@@ -180,14 +180,14 @@ def flash_attention(
                 total = total * shrink + jnp.sum(weights, axis=1)
                 accumulator = accumulator * _over_columns(shrink, head_dim)
                 plgpu.barrier_wait(v_ready.at[slot])
-                accumulator = _add_product(accumulator, weights.astype(jnp.bfloat16), v_smem.at[slot])
+                accumulator = _add_values(accumulator, weights.astype(jnp.bfloat16), v_smem.at[slot])
                 plgpu.barrier_arrive(consumed.at[slot])
-                return Sums(accumulator, new_largest, total)
+                return FlashCarry(accumulator, new_largest, total)
 
             zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_QUERIES, head_dim), jnp.float32), _ACCUMULATOR)
             lowest = plgpu.layout_cast(jnp.full((WARPGROUP_QUERIES,), masked_score, jnp.float32), _PER_QUERY)
             nothing = plgpu.layout_cast(jnp.zeros((WARPGROUP_QUERIES,), jnp.float32), _PER_QUERY)
-            carry = Sums(zeros, lowest, nothing)
+            carry = FlashCarry(zeros, lowest, nothing)
             masked, all_seen = (functools.partial(attend, masked=masked) for masked in (True, False))
             if window_gmem:
                 carry = lax.fori_loop(begin, start, masked, carry)
@@ -228,7 +228,7 @@ def _over_columns(values: Float32[Array, " queries"], columns: int) -> Float32[A
     return lax.broadcast_in_dim(values, (WARPGROUP_QUERIES, columns), [0])
 
 
-def _product(q_smem: Ref, k_smem: Ref) -> Float32[Array, "queries keys"]:
+def _scores(q_smem: Ref, k_smem: Ref) -> Float32[Array, "queries keys"]:
     """Queries times keys transposed."""
 
     def multiply(accumulator_ref: Ref) -> Array:
@@ -238,7 +238,7 @@ def _product(q_smem: Ref, k_smem: Ref) -> Float32[Array, "queries keys"]:
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((q_smem.shape[0], k_smem.shape[0]), jnp.float32))
 
 
-def _add_product(
+def _add_values(
     accumulator: Float32[Array, "queries head_dim"], weights: BFloat16[Array, "queries keys"], v_smem: Ref
 ) -> Float32[Array, "queries head_dim"]:
     """Adds weights times values to the accumulator."""

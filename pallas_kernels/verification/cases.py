@@ -116,10 +116,10 @@ def random_cache(
     key: Key[Array, ""], layer: LayerShape, batch: int, length: int, kv_bits: int, num_layers: int = 2
 ) -> PagedKVCache:
     """A full cache whose pages are in random order."""
-    blocks = -(-length // PAGE_SIZE)
+    num_blocks = -(-length // PAGE_SIZE)
     keys = jax.random.split(key, 5)
-    lead = (num_layers, batch * blocks, layer.num_kv_heads)
-    tables = jax.random.permutation(keys[4], batch * blocks).astype(jnp.int32).reshape(batch, blocks)
+    lead = (num_layers, batch * num_blocks, layer.num_kv_heads)
+    tables = jax.random.permutation(keys[4], batch * num_blocks).astype(jnp.int32).reshape(batch, num_blocks)
     if kv_bits == 16:
         pages = [jax.random.normal(k, (*lead, PAGE_SIZE, layer.head_dim), jnp.bfloat16) for k in keys[:2]]
         return PagedKVCache(pages[0], pages[1], None, None, tables, "post")

@@ -35,11 +35,12 @@ def parse(file: Path) -> ast.Module:
 
 
 def implementations(op: str) -> list[str]:
-    """The modules in the op's folder that have a function ``run``, whether dispatch knows them or not."""
+    """The modules in the op's folder that dispatch knows by their names, or that have a function ``run``."""
     return [
         file.stem
         for file in sorted((PACKAGE / op).glob("*.py"))
-        if any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in parse(file).body)
+        if file.stem in IMPLEMENTATIONS
+        or any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in parse(file).body)
     ]
 
 
