@@ -1,44 +1,46 @@
-"""Where ops run: the default device, and for which devices the implementations of ops are.
+"""Where ops run: the default device, and for which devices each implementation of an op is.
 
-A kernel for another kind of device is a module of one name in the folders of the ops that have it, and an
-entry here with the predicate of its devices. The modules are imported only where they are used.
+To add kernels for another kind of device, write a module of the same name in the folder of each op that has
+such a kernel, and an entry in ``IMPLEMENTATIONS`` with the predicate of the devices. A module is imported
+when it is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
-# A ``jax.Device``, which type checkers take for a variable.
-Device = Any
+# A ``jax.Device``. An alias of Any: jax declares that class in a way that type checkers take for a variable.
+Device: TypeAlias = Any
 REFERENCE = "reference"
 
 
 def default_device() -> Device:
-    """The device on which JAX computes by itself."""
+    """The device on which JAX computes where a program does not name one."""
     default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     return default if isinstance(default, jax.Device) else jax.devices(default)[0]
 
 
 def compute_capability(device: Device) -> str | None:
-    """That of a CUDA device ("9.0" is Hopper); None of others."""
+    """The compute capability of a CUDA device ("9.0" is Hopper); None for other devices."""
     capability = getattr(device, "compute_capability", None)
     return None if capability is None else str(capability)
 
 
 def not_hopper(device: Device) -> str | None:
-    """What a device lacks for the kernels of Hopper GPUs (H100, H200); None if it is one."""
+    """What a device lacks for the kernels for Hopper GPUs (H100, H200); None if it is such a GPU."""
     return None if compute_capability(device) == "9.0" else "needs compute capability 9.0"
 
 
 def nothing(device: Device) -> None:
-    """What a device lacks for plain jax.numpy."""
+    """What a device lacks for plain jax.numpy: None."""
     return
 
 
-# Every implementation an op may have, preferred first, and what a device lacks for it (None: nothing).
+# Every implementation that an op may have, the preferred one first, and the predicate that says what a device
+# lacks for it; None if it lacks nothing.
 IMPLEMENTATIONS: dict[str, Callable[[Device], str | None]] = {
     "mosaic_sm90": not_hopper,
     REFERENCE: nothing,

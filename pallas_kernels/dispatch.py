@@ -1,15 +1,16 @@
-"""Which implementation of an op runs: chosen once, in the open, and part of jit's cache key.
+"""Which implementation of an op runs. Only this file chooses, and the choice is part of jit's cache key.
 
-An op is a folder. Its ``call.py`` has ``Call``, the op's arguments, with ``cost(call)`` and
-``describe(call)``. An implementation is a module in the folder, named in ``devices.IMPLEMENTATIONS``, with
+An op is a folder. Its ``call.py`` has ``Call``, a NamedTuple of the op's arguments, and the functions
+``cost(call)`` and ``describe(call)``. An implementation is a module in the folder that has one of the names
+in ``devices.IMPLEMENTATIONS``, which also say for which devices it is. The module has
 
-* ``run(call, config)``: the op;
-* ``unsupported(call) -> str | None``: why this call cannot be served; None if it can;
-* ``configs(call) -> Sequence[Config]``: frozen dataclasses of tile sizes and the like, first the default,
-  then what else a sweep tries. ``run`` gets the winner of a sweep of this call on this device, if there was
-  one (``tuning``), else the default.
+* ``run(call, config)``: computes the op; * ``unsupported(call) -> str | None``: why the implementation cannot
+run this call; None if it can; * ``configs(call) -> Sequence[Configuration]``: what it can run the call with,
+the default first; a sweep tries
+  the others. ``run`` gets the winner of a sweep of this call on this device if there is one (``tuning``),
+  else the default.
 
-The reference has ``run`` alone, serves every call, and gets None for ``config``.
+The reference has only ``run``. It can run every call, and gets None for ``config``.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import importlib
 import importlib.util
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import jax
+from jaxtyping import PyTree
 
 from pallas_kernels import devices
 from pallas_kernels.devices import IMPLEMENTATIONS, REFERENCE
@@ -31,69 +33,78 @@ from pallas_kernels.tuning.winners import winners
 from pallas_kernels.verification import verdicts
 
 AUTO = "auto"
+# The ``Call`` of an op that is only known by its name: a NamedTuple of arrays, types and settings.
+AnyCall: TypeAlias = PyTree
+
+
+class Configuration(Protocol):
+    """What a kernel runs a call with: a frozen dataclass of tile sizes and the like."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
 class Unsupported(NotImplementedError):
-    """An implementation that was asked for is not there or does not serve the call."""
+    """An implementation that was asked for does not exist, or cannot run the call."""
 
 
-class Request(NamedTuple):
-    """What ``use_implementation`` asks for."""
+class ImplementationContext(NamedTuple):
+    """The arguments of the innermost ``use_implementation``."""
 
     name: str
     interpret: bool
-    config: Any
+    config: Configuration | None
 
 
 class Choice(NamedTuple):
-    """What was chosen for one traced call of an op, and why not something better.
+    """Which implementation was chosen for one traced call of an op, and why.
 
     Attributes:
-      call: the ``Call`` of the op's call.py.
-      reason: why this implementation and none before it in ``IMPLEMENTATIONS``.
+      reason: why no implementation that comes earlier in ``IMPLEMENTATIONS`` was chosen.
       config: one of the implementation's ``configs``, or the one asked for; None for the reference.
     """
 
     op: str
-    call: Any
+    call: AnyCall
     implementation: str
     reason: str
-    config: Any
+    config: Configuration | None
 
 
-# A jax user context, not a module global: functions traced under another choice are not reused.
-_requested = jax.make_user_context(Request(AUTO, False, None))
+# A user context of jax is part of jit's cache key: what was traced in another context is not reused.
+_context = jax.make_user_context(ImplementationContext(AUTO, False, None))
 _recorders: list[list[Choice]] = []
 
 
 @contextlib.contextmanager
-def use_implementation(name: str, *, interpret: bool = False, config: Any = None) -> Iterator[None]:
-    """Within the context every op runs ``name`` ("reference", "mosaic_sm90") or raises.
+def use_implementation(
+    name: str, *, interpret: bool = False, config: Configuration | None = None
+) -> Iterator[None]:
+    """Within the context every op runs the implementation ``name`` ("reference", "mosaic_sm90") or raises.
 
-    "auto", the default, takes the first implementation that supports the device and the call, the reference
-    last; ``record_choices`` shows what it took. It takes a GPU kernel only if that was compared with the
-    reference on this kind of device (``pallas_kernels.verification``), or unseen where ATOM_JAX_VERIFY=0.
-    An explicit name is honoured whatever the device and the verdict, so that kernels can be compiled for a
-    GPU that is not there.
+    "auto", the default, takes the first implementation that supports the device and the call; the reference
+    is the last one. ``record_choices`` shows what it took. It takes a GPU kernel only if the kernel was
+    compared with the reference on this kind of device (``pallas_kernels.verification``), or without that
+    comparison if ATOM_JAX_VERIFY=0. Another name is followed whatever the device and the result of that
+    comparison are, so that kernels can be compiled for a GPU that is not there.
 
     Args:
       name: an implementation, or "auto".
       interpret: run Pallas kernels in GPU interpret mode, on the CPU: slow, for tests.
-      config: what the implementation shall run with in place of its own choice: for one op, as an op raises
-        if it has no configurations of that type.
+      config: what the implementation runs with in place of its own choice. An op whose configurations have
+        another type raises, so that this makes sense only for a single op.
     """
-    with _requested(Request(name, interpret, config)):
+    with _context(ImplementationContext(name, interpret, config)):
         yield
 
 
 def interpreting() -> bool:
     """Whether kernels traced here are to be interpreted on the CPU."""
-    return _requested.value.interpret
+    return _context.value.interpret
 
 
 def automatic() -> bool:
-    """Whether nothing was asked for: what each op runs is chosen here."""
-    return _requested.value.name == AUTO
+    """Whether the context asks for "auto": the implementation of each op is chosen here."""
+    return _context.value.name == AUTO
 
 
 @contextlib.contextmanager
@@ -107,40 +118,40 @@ def record_choices() -> Iterator[list[Choice]]:
         _recorders.remove(choices)
 
 
-def run(op: str, call: Any) -> Any:
-    """Runs ``op`` on its arguments with the implementation chosen here.
+def run(op: str, call: AnyCall) -> PyTree:
+    """Runs ``op`` on its arguments with the implementation that is chosen here.
 
     Raises:
       Unsupported: the context asks for an implementation that this op does not have or that does
         not support this call.
     """
     name, module, reason = _choose(op, call)
-    config = _config(op, name, module, call)
+    config = _config(op, name, call)
     for choices in _recorders:
         choices.append(Choice(op, call, name, reason, config))
     return module.run(call, config)
 
 
-def cost(op: str, call: Any) -> Cost:
+def cost(op: str, call: AnyCall) -> Cost:
     """The least that a call of ``op`` must move and multiply."""
     return importlib.import_module(f"pallas_kernels.{op}.call").cost(call)
 
 
-def describe(op: str, call: Any) -> str:
+def describe(op: str, call: AnyCall) -> str:
     """The shape of a call of ``op``, e.g. "M=64 N=6144 K=4096"."""
     return importlib.import_module(f"pallas_kernels.{op}.call").describe(call)
 
 
-def configs(op: str, name: str, call: Any) -> list[Any]:
-    """What implementation ``name`` offers to run ``call`` with, the default first."""
+def configs(op: str, name: str, call: AnyCall) -> list[Configuration]:
+    """What the implementation ``name`` can run ``call`` with, the default first; none for the reference."""
     module = _implementation(op, name)
     offer = getattr(module, "configs", None)
     return list(offer(call)) if offer else []
 
 
-def _config(op: str, name: str, module: ModuleType, call: Any) -> Any:
+def _config(op: str, name: str, call: AnyCall) -> Configuration | None:
     offered = configs(op, name, call)
-    requested = _requested.value.config
+    requested = _context.value.config
     if requested is None:
         return _measured(op, name, call, offered) if offered else None
     if not offered or type(requested) is not type(offered[0]):
@@ -148,11 +159,11 @@ def _config(op: str, name: str, module: ModuleType, call: Any) -> Any:
     return requested
 
 
-def _measured(op: str, name: str, call: Any, offered: list[Any]) -> Any:
-    """The winner of a sweep on the device, if this call was in one; else the default."""
+def _measured(op: str, name: str, call: AnyCall, offered: list[Configuration]) -> Configuration:
+    """The winner of a sweep on the device if this call was part of one; else the default."""
     device = devices.default_device()
     if IMPLEMENTATIONS[name](device) is not None:
-        return offered[0]  # compiled for a device that is not there
+        return offered[0]  # the kernel is compiled for a device that is not there
     measured = winners(device.device_kind, op)
     if not measured:
         return offered[0]
@@ -160,8 +171,9 @@ def _measured(op: str, name: str, call: Any, offered: list[Any]) -> Any:
     return next((config for config in offered if dataclasses.asdict(config) == winner), offered[0])
 
 
-def _choose(op: str, call: Any) -> tuple[str, ModuleType, str]:
-    requested = _requested.value.name
+def _choose(op: str, call: AnyCall) -> tuple[str, ModuleType, str]:
+    """The name of the implementation, its module, and the reason."""
+    requested = _context.value.name
     if requested != AUTO:
         module = _implementation(op, requested)
         if module is None:
@@ -195,12 +207,13 @@ def _choose(op: str, call: Any) -> tuple[str, ModuleType, str]:
 
 
 def _implementation(op: str, name: str) -> ModuleType | None:
+    """The module; None if the op has no such implementation."""
     if name not in IMPLEMENTATIONS:
         return None
     module = f"pallas_kernels.{op}.{name}"
     return importlib.import_module(module) if importlib.util.find_spec(module) else None
 
 
-def _unsupported(module: ModuleType, call: Any) -> str | None:
+def _unsupported(module: ModuleType, call: AnyCall) -> str | None:
     check = getattr(module, "unsupported", None)
     return check(call) if check else None

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float32, Int8
 
 from pallas_kernels.qarrays import PACK_TILE, GroupedWeight, per_channel
 
-_LOW_FIELDS, _HIGH_FIELDS = 4, 8  # values in a byte
+_LOW_FIELDS, _HIGH_FIELDS = 4, 8  # values of which a byte holds the low bits, or the high bit
 
 
 def pack_int3(

@@ -1,8 +1,8 @@
 """What the reference matmuls share: INT4 weights laid out for XLA on a CPU, and the epilogue.
 
-Each nibble half of a packing tile is multiplied on its own. Unpacking then fuses into one pass over the
-weight, with no copy that interleaves the halves; the activation, which is small, is cut into the same halves
-instead.
+The channels in the low nibbles and those in the high nibbles of a packing tile are multiplied separately. XLA
+then unpacks a weight in one pass, without a copy that brings the two halves together. Instead the activation,
+which is small, is cut into the same halves.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ def split_halves(x: Float32[Array, "m body"]) -> Float32[Array, "2 m halfbody"]:
 
 
 def weight_halves(packed: Int8[Array, "n halfbody"], run: int) -> Iterator[Int8[Array, "n tiles runs run"]]:
-    """The low, then the high nibbles of a weight, a half tile cut into runs of channels."""
+    """The low nibbles of a weight, then its high nibbles; each half tile is cut into runs of channels."""
     for nibbles in unpack_nibbles(packed, PACK_TILE):
         yield nibbles.reshape(*nibbles.shape[:2], HALF // run, run)
 
 
 def run_length(group_size: int) -> int:
-    """Channels in the longest run that crosses neither a group nor a half tile."""
+    """Number of channels of the longest run that lies within a group and within a half tile."""
     return math.gcd(group_size, HALF)
 
 
 def per_run(values: Shaped[Array, "groups n"], group_size: int) -> Shaped[Array, "2 n tiles runs 1"]:
-    """A value of each group as the value of each run in ``weight_halves``; zero beyond the body."""
+    """Repeats the value of each group for each run in ``weight_halves``; zero after the end of the body."""
     groups, n = values.shape
     run, tiles = run_length(group_size), num_tiles(groups * group_size)
     runs = jnp.repeat(values.T, group_size // run, axis=1)

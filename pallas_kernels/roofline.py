@@ -1,4 +1,4 @@
-"""What an op must move and multiply, and the least time a device can take for that.
+"""What an op must move and multiply, and the least time that a device needs for it.
 
 Each op's ``call.py`` counts the ``Cost`` of a call from shapes alone; nothing here is measured.
 """
@@ -24,8 +24,8 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Device:
-    """Peak rates of a GPU."""
+class PeakRates:
+    """The highest rates of a GPU by its data sheet."""
 
     name: str
     bytes_per_second: float
@@ -35,11 +35,11 @@ class Device:
 
 # Data sheet of the H200 SXM: dense rates, no sparsity. Real kernels reach about 90% of the bandwidth and 80%
 # of the tensor core's rate.
-H200 = Device("NVIDIA H200", 4.8e12, 1979e12, 989e12)
+H200 = PeakRates("NVIDIA H200", 4.8e12, 1979e12, 989e12)
 
 
-def seconds(cost: Cost, device: Device) -> float:
-    """Roofline time: memory and tensor core work at their peaks, perfectly overlapped.
+def seconds(cost: Cost, device: PeakRates) -> float:
+    """The roofline time: memory and tensor cores work at their peak rates, and at the same time.
 
     INT8 and bfloat16 products share the tensor cores, so their times add up.
     """

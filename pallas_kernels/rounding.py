@@ -19,26 +19,27 @@ from pallas_kernels.qarrays import (
     pack_int4,
 )
 
-# Smallest range a scale is computed from; a constant zero vector then has no division by zero.
+# Smallest range that a scale is computed from: a vector of zeros then needs no division by zero.
 MIN_RANGE = 1e-5
-# Smallest maximum a scale is computed from: a zero group gets a scale and no division by zero.
+# Smallest maximum that a scale is computed from: a group of zeros then needs no division by zero.
 MIN_AMAX = 1e-5
+# Largest INT4 value of the body, and largest INT8 value of the tail.
 BODY_MAX = 7
 TAIL_MAX = 127
-# What a searched clipping ratio is chosen from.
+# The clipping ratios that a search tries.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 
 def symmetric_scale(amax: Float32[Array, "*s"], clip: float | Array, max_value: int) -> Float32[Array, "*s"]:
-    """``clip * amax / max_value``, floored at MIN_AMAX; a product so that every backend rounds alike."""
+    """``clip * amax / max_value``, at least MIN_AMAX; a product, so that every backend rounds alike."""
     return jnp.maximum(amax * jnp.float32(clip), MIN_AMAX) * jnp.float32(1.0 / max_value)
 
 
 def round_clip(x: Float32[Array, "*s"], scale: Float32[Array, "*s"], bound: int) -> Int8[Array, "*s"]:
     """``clip(round(x * (1 / scale)), -bound - 1, bound)``, half to even.
 
-    The reciprocal is the contract: XLA makes one of a division by a broadcast, so a written division would
-    round as the compiler likes.
+    All implementations multiply with the reciprocal. XLA may make it of a division by itself: the rounding of
+    a written division would depend on the compiler.
     """
     return jnp.clip(jnp.round(x * (1.0 / scale)), -bound - 1, bound).astype(jnp.int8)
 
@@ -50,7 +51,7 @@ def quantize_rows(x: Float[Array, "m k"], fmt: ActivationFormat) -> QuantizedAct
     body = channels - fmt.num_outliers
     x = x.astype(jnp.float32)
     groups = x[:, :body].reshape(rows, num_groups, fmt.group_size)
-    # The initial value changes no maximum: it is there for a row without groups.
+    # The initial value changes no maximum; a row without groups needs it.
     scales = symmetric_scale(jnp.max(jnp.abs(groups), axis=-1, initial=0.0), fmt.clip, 7)
     tail = x[:, body:]
     tail_scales = symmetric_scale(jnp.max(jnp.abs(tail), axis=-1, initial=0.0), 1.0, 127)
@@ -115,8 +116,8 @@ def fit_scale(
     """The scale of ``size`` channels of each row: integers to ``max_value`` span ``clip`` of their range.
 
     Args:
-      costs: what the squared error of each channel counts, where ``clip`` is None: then it is the one of
-        ``CLIPS`` that leaves the least.
+      costs: weights of the channels' squared errors. If ``clip`` is None it is the one of ``CLIPS`` with the
+        least sum of these errors.
     """
     largest = jnp.max(jnp.abs(x), axis=0)
     if clip is not None:
@@ -141,12 +142,12 @@ def pack_weight(
     scales: Float32[Array, "groups_and_tail n"],
     group_size: int,
 ) -> QuantizedWeight:
-    """Packs int4 ``body`` values, the last tile filled up with zeros."""
+    """Packs the int4 values ``body``; the last tile is filled up with zeros."""
     return QuantizedWeight(pack_values(body), outliers, scales, group_size)
 
 
 def pack_values(values: Int8[Array, "n k"]) -> Int8[Array, "n halfk"]:
-    """Packs int4 values, the last tile filled up with zeros."""
+    """Packs int4 values; the last tile is filled up with zeros."""
     padding = num_tiles(values.shape[1]) * PACK_TILE - values.shape[1]
     return pack_int4(jnp.pad(values, ((0, 0), (0, padding))), PACK_TILE)
 

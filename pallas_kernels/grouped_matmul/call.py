@@ -1,4 +1,4 @@
-"""The arguments of one ``grouped_matmul``, its work and its shape in words."""
+"""The arguments of one ``grouped_matmul``, the work they need, and a description of their shape."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Call(NamedTuple):
 
 
 def cost(call: Call) -> Cost:
-    """Bytes and operations, without those of bias and residual."""
+    """The bytes to be moved and the operations, without those of bias and residual."""
     m, (n, k), outliers = call.x.outliers.shape[0], call.w.shape, call.w.num_outliers
     scale_rows = ActivationFormat(call.w.group_size, outliers).num_groups(k) + 1
     weight = n * (num_tiles(k - outliers) * PACK_TILE // 2 + outliers + 4 * scale_rows)

@@ -1,114 +1,73 @@
-"""The body of the Hopper ``grouped_matmul``: a producer and consumer warpgroups around a ring of SMEM slots.
+"""The body of the Hopper ``grouped_matmul``: one producer and several consumer warpgroups.
 
-A step of the pipeline is one packing tile of the body (128 input channels) or ``STEP_BYTES`` channels of the
-INT8 tail, which may be all there is (w8a8); both are ``STEP_BYTES`` bytes of each output channel. The CTAs of
-a cluster share the steps of one output tile and then exchange partial sums, so that each finishes some tokens
-of it.
+The producer starts TMA copies into a ring of slots in shared memory; the consumers multiply what is in a slot
+and release it. A slot holds one step of the pipeline: one packing tile of the body (128 input channels), or
+``STEP_BYTES`` input channels of the INT8 tail. Both are ``STEP_BYTES`` bytes of each output channel's
+weights. A weight may have no body (w8a8) or no tail.
+
+Where a name says "channels" without more, it means output channels. The ``split_k`` CTAs of a cluster share
+the steps of one output tile and then exchange partial sums, so that each CTA finishes some tokens of the
+tile.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Bool, Float32, Int8, Int32
 
 from pallas_kernels import mosaic
 from pallas_kernels.grouped_matmul import mosaic_leaves as leaves
-from pallas_kernels.grouped_matmul.config import STEP_BYTES, WGMMA_CHANNELS, Config
-from pallas_kernels.qarrays import PACK_TILE, num_tiles
+from pallas_kernels.grouped_matmul.config import STEP_BYTES, WGMMA_CHANNELS, MatmulConfig
+from pallas_kernels.grouped_matmul.problem import HALF_TILE, MatmulProblem
+from pallas_kernels.mosaic.types import BarrierRef, Index, Ref
+from pallas_kernels.qarrays import PACK_TILE
 
-HALF_TILE = PACK_TILE // 2
+# Layouts of arrays [channels, tokens], [channels] and [tokens].
 _ACCUMULATOR = plgpu.Layout.WGMMA
 _PER_CHANNEL = _ACCUMULATOR.reduce(1)
 _PER_TOKEN = _ACCUMULATOR.reduce(0)
 
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """What a kernel is specialized for beside the shapes of its arguments."""
-
-    config: Config
-    group_size: int
-    num_groups: int
-    num_outliers: int
-
-    @property
-    def body_steps(self) -> int:
-        return num_tiles(self.num_groups * self.group_size)
-
-    @property
-    def steps(self) -> int:
-        return self.body_steps + pl.cdiv(self.num_outliers, STEP_BYTES)
-
-    @property
-    def part_m(self) -> int:
-        """Tokens of one product: a second one beside 128 of them does not fit into the registers."""
-        block_m = self.config.block_m
-        return block_m // 2 if self.num_groups and block_m > 64 else block_m
-
-    @property
-    def groups_per_step(self) -> int:
-        """Rows of scales a step needs."""
-        return PACK_TILE // self.group_size if self.num_groups else 1
+Sum: TypeAlias = Float32[Array, "channels tokens"]
+ChannelScales: TypeAlias = Float32[Array, " channels"]
+TokenScales: TypeAlias = Float32[Array, " tokens"]
 
 
-def scratch(problem: Problem, dtypes: Mapping[str, Any]) -> dict[str, Any]:
-    """Shared memory and barriers of ``body``; ``dtypes`` are those of the arguments and of "out"."""
-    config = problem.config
-    num_stages, block_m, block_n = config.num_stages, config.block_m, config.block_n
-    reduced_m = config.reduced_m
-    out_tile = (config.warpgroups, reduced_m, WGMMA_CHANNELS)
-    # A slot begins at a multiple of what TMA wants, also with few tokens.
-    token_scale_rows = max(problem.groups_per_step, mosaic.TMA_ALIGNMENT // (4 * block_m))
-    smem = {
-        "weights_smem": plgpu.SMEM(
-            (num_stages, block_n, STEP_BYTES), jnp.int8, transforms=mosaic.tiled(8, STEP_BYTES)
-        ),
-        "tokens_smem": plgpu.SMEM(
-            (num_stages, 2, block_m, HALF_TILE), jnp.int8, transforms=mosaic.tiled(8, HALF_TILE)
-        ),
-        "weight_scales_smem": plgpu.SMEM((num_stages, problem.groups_per_step, block_n), jnp.float32),
-        "token_scales_smem": plgpu.SMEM((num_stages, token_scale_rows, block_m), jnp.float32),
-        "out_smem": plgpu.SMEM(out_tile, dtypes["out"], transforms=_tile_transforms(dtypes["out"])),
-        # A body step takes one copy for the weights, two for the halves of the tokens and two for the scales.
-        "filled": plgpu.Barrier(num_arrivals=5, num_barriers=num_stages),
-        "released": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=num_stages),
-    }
-    if config.sharers > 1:
-        smem["released_by_all"] = plgpu.ClusterBarrier(collective_axes=("share",), num_barriers=num_stages)
-    if "bias" in dtypes:
-        smem["bias_smem"] = plgpu.SMEM((block_n,), dtypes["bias"])
-        smem["bias_filled"] = plgpu.Barrier()
-    if "residual" in dtypes:
-        if dtypes["residual"] != dtypes["out"]:  # else it arrives where the output is made
-            smem["residual_smem"] = plgpu.SMEM(
-                out_tile, dtypes["residual"], transforms=_tile_transforms(dtypes["residual"])
-            )
-        smem["residual_filled"] = plgpu.Barrier(num_arrivals=config.warpgroups)
-    return smem | leaves.exchange_scratch(config)
+class MatmulCarry(NamedTuple):
+    """What a consumer's loop over steps carries.
+
+    Attributes:
+      totals: the sum of each part, without the pending product.
+      pending: a product that is still to be added to the last part's sum, and its scales.
+    """
+
+    totals: tuple[Sum, ...]
+    pending: tuple[Sum, ChannelScales, TokenScales]
 
 
-def _tile_transforms(dtype: Any) -> tuple[Any, Any]:
-    return mosaic.tiled(8 * jnp.dtype(dtype).itemsize, 128)
+def body(problem: MatmulProblem, gmem: Mapping[str, Ref], smem: Mapping[str, Ref]) -> None:
+    """The kernel. A CTA computes output tile ("n", "m") for its part "split" of the steps.
 
+    The last warpgroup is the producer.
 
-def body(problem: Problem, gmem: Mapping[str, Any], smem: Mapping[str, Any]) -> None:
-    """One CTA: output tile ("n", "m"), its share "split" of the steps; the last warpgroup is the producer."""
+    Args:
+      gmem: inputs and outputs by name; see ``mosaic_sm90.run``.
+      smem: scratch memory and barriers by name; see ``scratch``.
+    """
     config = problem.config
     warpgroup = lax.axis_index("warpgroup")
     split = lax.axis_index("split")
     first = split * problem.steps // config.split_k
     last = (split + 1) * problem.steps // config.split_k
 
-    # The sums of two parts need more registers than the producer does.
+    # Consumers with two parts need more registers for their sums than the producer needs at all.
     roles = mosaic.registers_of_roles(config.warpgroups) if problem.part_m < config.block_m else None
 
     @pl.when(warpgroup == config.warpgroups)
@@ -127,20 +86,25 @@ def body(problem: Problem, gmem: Mapping[str, Any], smem: Mapping[str, Any]) -> 
         else:
             token = split * config.reduced_m
 
-            def finish(received: list[Any]) -> None:
+            def finish(received: list[Float32[Array, "channels tokens"]]) -> None:
                 total = functools.reduce(operator.add, received)
                 _finish(problem, gmem, smem, warpgroup, token, [total])
 
             leaves.exchange(config, gmem, smem, warpgroup, parts, finish)
 
 
-def _first_channel(config: Config) -> Any:
+def _first_channel(config: MatmulConfig) -> Int32[Array, ""]:
     return (lax.axis_index("n") * config.sharers + lax.axis_index("share")) * config.block_n
 
 
 def _produce(
-    problem: Problem, gmem: Mapping[str, Any], smem: Mapping[str, Any], first: Any, last: Any
+    problem: MatmulProblem,
+    gmem: Mapping[str, Ref],
+    smem: Mapping[str, Ref],
+    first: Int32[Array, ""],
+    last: Int32[Array, ""],
 ) -> None:
+    """The producer's work: copies bias and residual, and then the steps from ``first`` to ``last``."""
     config = problem.config
     tokens = pl.ds(lax.axis_index("m") * config.block_m, config.block_m)
     channel = _first_channel(config)
@@ -159,12 +123,12 @@ def _produce(
                 smem["residual_filled"],
             )
 
-    def copy_weights(source: Any, column: Any, slot: Any, filled: Any) -> None:
+    def copy_weights(source: Ref, column: Index, slot: Index, filled: BarrierRef) -> None:
         window = source.at[channels, pl.ds(column, STEP_BYTES)]
         plgpu.copy_gmem_to_smem(window, smem["weights_smem"].at[slot], filled)
 
-    def copy_tokens(source: Any, column: Any, slot: Any, half: int, filled: Any) -> None:
-        # The CTAs that share these tokens each load some and multicast them to all.
+    def copy_tokens(source: Ref, column: Index, slot: Index, half: int, filled: BarrierRef) -> None:
+        # Each of the CTAs that share these tokens loads some of them and multicasts them to all.
         plgpu.copy_gmem_to_smem(
             source.at[tokens, pl.ds(column, HALF_TILE)],
             smem["tokens_smem"].at[slot, half],
@@ -172,27 +136,27 @@ def _produce(
             collective_axes="share" if config.sharers > 1 else None,
         )
 
-    def copy_scales(row: Any, rows: int, slot: Any, filled: Any) -> None:
+    def copy_scales(group: Index, num_groups: int, slot: Index, filled: BarrierRef) -> None:
         for name, columns in (("weight_scales", channels), ("token_scales", tokens)):
-            window = gmem[name].at[pl.ds(row, rows), columns]
-            plgpu.copy_gmem_to_smem(window, smem[f"{name}_smem"].at[slot, pl.ds(0, rows)], filled)
+            window = gmem[name].at[pl.ds(group, num_groups), columns]
+            plgpu.copy_gmem_to_smem(window, smem[f"{name}_smem"].at[slot, pl.ds(0, num_groups)], filled)
 
-    def copy_body(step: Any, slot: Any, filled: Any) -> None:
+    def copy_body(step: Index, slot: Index, filled: BarrierRef) -> None:
         copy_weights(gmem["weights"], step * STEP_BYTES, slot, filled)
         for half in range(2):
             copy_tokens(gmem["tokens"], step * PACK_TILE + half * HALF_TILE, slot, half, filled)
         copy_scales(step * problem.groups_per_step, problem.groups_per_step, slot, filled)
 
-    def copy_tail(step: Any, slot: Any, filled: Any) -> None:
+    def copy_tail(step: Index, slot: Index, filled: BarrierRef) -> None:
         outlier = (step - problem.body_steps) * STEP_BYTES
         copy_weights(gmem["tail_weights"], outlier, slot, filled)
         copy_tokens(gmem["tail_tokens"], outlier, slot, 0, filled)
         copy_scales(problem.num_groups, 1, slot, filled)
-        plgpu.barrier_arrive(filled)  # a body step has one copy more
+        plgpu.barrier_arrive(filled)  # in place of the one copy more of a body step
 
     count = last - first
 
-    def fill(index: Any, carry: None) -> None:
+    def fill(index: Array, carry: None) -> None:
         slot = lax.rem(index, config.num_stages)
 
         @pl.when(index >= config.num_stages)
@@ -203,8 +167,8 @@ def _produce(
 
             @pl.when((index >= config.num_stages) & (index < count))
             def _() -> None:
-                # The others write into this slot too. Told by the producer, since an arrival at a barrier of
-                # the cluster does not wait for the other warps of a consumer.
+                # The other CTAs of the cluster write into this slot, too. The producer arrives here, not a
+                # consumer: an arrival at a barrier of the cluster does not wait for a consumer's other warps.
                 plgpu.barrier_arrive(smem["released_by_all"].at[slot])
                 plgpu.barrier_wait(smem["released_by_all"].at[slot])
 
@@ -223,15 +187,20 @@ def _produce(
             def _() -> None:
                 copy_tail(step, slot, filled)
 
-    # The last rounds fill nothing: they only see the consumers off.
+    # The last rounds fill nothing: they only wait until the consumers have released all slots.
     lax.fori_loop(0, count + config.num_stages, fill, None)
 
 
 def _consume(
-    problem: Problem, smem: Mapping[str, Any], warpgroup: Any, first: Any, last: Any
+    problem: MatmulProblem,
+    smem: Mapping[str, Ref],
+    warpgroup: Int32[Array, ""],
+    first: Int32[Array, ""],
+    last: Int32[Array, ""],
 ) -> list[Float32[Array, "channels tokens"]]:
-    """The warpgroup's sums over the steps of its CTA, ``problem.part_m`` tokens in each.
+    """A consumer's work: its sums over the steps from ``first`` to ``last``.
 
+    There is one sum for each ``problem.part_m`` tokens.
     A product is rescaled while the tensor core works on the next one.
     """
     config = problem.config
@@ -240,22 +209,36 @@ def _consume(
     shape = (WGMMA_CHANNELS, tokens)
     channels = pl.ds(warpgroup * WGMMA_CHANNELS, WGMMA_CHANNELS)
 
-    def channel_scales(slot: Any, row: int) -> Any:
-        return mosaic.load(smem["weight_scales_smem"].at[slot, row, channels], layout=_PER_CHANNEL)
+    def channel_scales(slot: Index, group: int) -> ChannelScales:
+        return mosaic.load(smem["weight_scales_smem"].at[slot, group, channels], layout=_PER_CHANNEL)
 
-    def token_scales(slot: Any, row: int, part: int) -> Any:
-        scales_smem = smem["token_scales_smem"].at[slot, row, pl.ds(part * tokens, tokens)]
+    def token_scales(slot: Index, group: int, part: int) -> TokenScales:
+        scales_smem = smem["token_scales_smem"].at[slot, group, pl.ds(part * tokens, tokens)]
         return mosaic.load(scales_smem, layout=_PER_TOKEN)
 
-    def rescale(total: Any, product: Any, per_channel: Any, per_token: Any) -> Any:
+    def rescale(
+        total: Sum,
+        product: Sum | Int32[Array, "channels tokens"],
+        per_channel: ChannelScales,
+        per_token: TokenScales,
+    ) -> Sum:
         scaled = product.astype(jnp.float32) * lax.broadcast_in_dim(per_channel, shape, [0])
         return total + scaled * lax.broadcast_in_dim(per_token, shape, [1])
 
-    def release(index: Any) -> None:
+    def release(index: Index) -> None:
         plgpu.barrier_arrive(smem["released"].at[lax.rem(index, config.num_stages)])
 
-    def add(carry: Any, operands: Any, tokens_smem: Any, per_channel: Any, per_token: Any) -> Any:
-        """Multiplies each part by the channels of one row of scales; the last product is left pending."""
+    def add(
+        carry: MatmulCarry,
+        operands: Sequence[Int8[Array, "channels k"]],
+        tokens_smem: Sequence[Ref],
+        per_channel: ChannelScales,
+        per_token: Callable[[int], TokenScales],
+    ) -> MatmulCarry:
+        """Multiplies the operands, whose input channels have common scales, with the tokens of each part.
+
+        The last product is left pending.
+        """
         totals, pending = list(carry[0]), carry[1]
         for part in range(num_parts):
             before = (part - 1) % num_parts
@@ -265,35 +248,36 @@ def _consume(
                 functools.partial(rescale, totals[before], *pending),
             )
             pending = (product, per_channel, per_token(part))
-        # A loop must not carry the tensor core's own registers: the assembler would wait before each use.
-        return tuple(totals), (pending[0].astype(jnp.float32), *pending[1:])
+        # Conversion: a loop must not carry the registers that the tensor core writes to, or the assembler
+        # would wait before each use.
+        return MatmulCarry(tuple(totals), (pending[0].astype(jnp.float32), *pending[1:]))
 
-    def body_step(index: Any, carry: Any) -> Any:
+    def body_step(index: Array, carry: MatmulCarry) -> MatmulCarry:
         slot = lax.rem(index, config.num_stages)
         plgpu.barrier_wait(smem["filled"].at[slot])
         packed = mosaic.load(smem["weights_smem"].at[slot, channels], layout=leaves.OPERAND)
         halves = [smem["tokens_smem"].at[slot, half] for half in range(2)]
-        operands = leaves.unpack_nibbles(packed, max(2, groups))
-        for row in range(groups):
-            # Beyond the last group the products are zero, but the scales belong to the tail or to nobody.
+        operands = leaves.unpack_operands(packed, max(2, groups))
+        for group in range(groups):
+            # After the last group the products are zero, but the scales are those of the tail or undefined.
             masked = problem.num_groups % groups != 0
-            exists = (first + index) * groups + row < problem.num_groups if masked else True
-            per_channel = _zero_unless(exists, channel_scales(slot, row) * (1 / 16))
-            per_token = lambda part, row=row, exists=exists: _zero_unless(  # noqa: E731
-                exists, token_scales(slot, row, part)
+            exists = (first + index) * groups + group < problem.num_groups if masked else True
+            per_channel = _zero_unless(exists, channel_scales(slot, group) * (1 / 16))
+            per_token = lambda part, group=group, exists=exists: _zero_unless(  # noqa: E731
+                exists, token_scales(slot, group, part)
             )
-            chosen = (operands, halves) if groups == 1 else ([operands[row]], [halves[row * 2 // groups]])
+            chosen = (operands, halves) if groups == 1 else ([operands[group]], [halves[group * 2 // groups]])
             carry = add(carry, *chosen, per_channel, per_token)
         release(index)
         return carry
 
-    def tail_operands(index: Any) -> tuple[Any, Any]:
+    def tail_operands(index: Array) -> tuple[Int8[Array, "channels k"], Ref]:
         slot = lax.rem(index, config.num_stages)
         plgpu.barrier_wait(smem["filled"].at[slot])
         values = mosaic.load(smem["weights_smem"].at[slot, channels], layout=leaves.OPERAND)
         return values, smem["tokens_smem"].at[slot, 0]
 
-    def tail_step(index: Any, carry: Any) -> Any:
+    def tail_step(index: Array, carry: MatmulCarry) -> MatmulCarry:
         slot = lax.rem(index, config.num_stages)
         values, tokens_smem = tail_operands(index)
         per_token = functools.partial(token_scales, slot, 0)
@@ -303,10 +287,10 @@ def _consume(
 
     total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _ACCUMULATOR)
     if not problem.num_groups:
-        # All INT8: one accumulator and one rescaling, with the scales of the last step, whose slot is not
-        # filled again. A CTA without steps has none.
+        # All INT8: one accumulator and one rescaling. All steps have the same scales; those of the last step
+        # are used, since its slot is not filled again. A CTA without steps has no scales, and a sum of zero.
         count = last - first
-        product = leaves.accumulate(count, config.block_m, tail_operands, release)
+        product = leaves.multiply_steps(count, config.block_m, tail_operands, release)
         slot = lax.rem(jnp.maximum(count - 1, 0), config.num_stages)
         per_channel = _zero_unless(count > 0, channel_scales(slot, 0))
         return [rescale(total, product, per_channel, _zero_unless(count > 0, token_scales(slot, 0, 0)))]
@@ -315,7 +299,7 @@ def _consume(
         plgpu.layout_cast(jnp.zeros((WGMMA_CHANNELS,), jnp.float32), _PER_CHANNEL),
         plgpu.layout_cast(jnp.zeros((tokens,), jnp.float32), _PER_TOKEN),
     )
-    carry = ((total,) * num_parts, nothing)
+    carry = MatmulCarry((total,) * num_parts, nothing)
     body_count = jnp.clip(problem.body_steps - first, 0, last - first)
     carry = lax.fori_loop(0, body_count, body_step, carry)
     if problem.num_outliers:
@@ -324,21 +308,26 @@ def _consume(
     return [*totals, rescale(total, *pending)]
 
 
-def _zero_unless(condition: Any, scales: Any) -> Any:
+def _zero_unless(condition: bool | Bool[Array, ""], scales: Float32[Array, " n"]) -> Float32[Array, " n"]:
     if condition is True:
         return scales
     return jnp.where(lax.broadcast_in_dim(condition, scales.shape, ()), scales, jnp.zeros_like(scales))
 
 
 def _finish(
-    problem: Problem,
-    gmem: Mapping[str, Any],
-    smem: Mapping[str, Any],
-    warpgroup: Any,
-    token: Any,
+    problem: MatmulProblem,
+    gmem: Mapping[str, Ref],
+    smem: Mapping[str, Ref],
+    warpgroup: Int32[Array, ""],
+    token: Index,
     parts: Sequence[Float32[Array, "channels tokens"]],
 ) -> None:
-    """Adds bias and residual and stores; ``parts`` are for the tokens from ``token`` of the tile on."""
+    """Adds bias and residual, and stores the result.
+
+    Args:
+      token: index in the output tile of the first token to be finished.
+      parts: sums of these tokens, consecutive tokens in each.
+    """
     config = problem.config
     out_smem = smem["out_smem"].at[warpgroup]
     residual_smem = smem.get("residual_smem", smem["out_smem"]).at[warpgroup]

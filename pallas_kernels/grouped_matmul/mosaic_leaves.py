@@ -1,12 +1,12 @@
 """The few operations of the Hopper ``grouped_matmul`` that GPU interpret mode lacks.
 
-Each is one small function with a branch for interpret mode; the kernel around them has none.
+Each is one small function with a branch for interpret mode. The rest of the kernel has no such branches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,35 +20,41 @@ from jaxlib.mlir.dialects import arith
 from jaxtyping import Array, Float32, Int8, Int32
 
 from pallas_kernels import dispatch, mosaic
-from pallas_kernels.grouped_matmul.config import WGMMA_CHANNELS, Config
+from pallas_kernels.grouped_matmul.config import WGMMA_CHANNELS, MatmulConfig
+from pallas_kernels.mosaic.types import Index, Ref, Scratch
 
-# Layout of 8-bit wgmma operands in registers: a thread holds four consecutive input channels a register.
+# Layout of 8-bit left operands of wgmma, [output channels, input channels]: each register of a thread holds
+# four consecutive input channels.
 OPERAND = plgpu.Layout.WGMMA_8BIT
-_ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 T = TypeVar("T")
 _HIGH_NIBBLES = -0x0F0F0F10  # 0xF0F0F0F0 as a signed integer
 
 
-def unpack_nibbles(packed: Int8[Array, "n half"], runs: int) -> tuple[Int8[Array, "n half"], ...]:
-    """Sixteen times the INT4 values of one packing tile as operands, one for each of its ``runs`` groups.
+def unpack_operands(packed: Int8[Array, "n half"], count: int) -> tuple[Int8[Array, "n half"], ...]:
+    """Left operands of wgmma made of one packing tile: 16 times its INT4 values.
 
-    An operand is as deep as half a tile. With two runs the first is the low nibbles, the second the high
-    ones. With four, each operand is one of these with zeros for the channels of the other group in it, since
-    the right operand of wgmma cannot start in the middle of a swizzled row. Three operations on four bytes
-    give eight operand bytes; the factor 16 is left to the scales.
+    Each operand has the input channels of half a tile. With two operands, the first has the low nibbles and
+    the second the high nibbles. With four, which are groups of 32, there are two operands of the low nibbles
+    and two of the high nibbles: each has the values of one group, and zeros for the other group's channels,
+    since the right operand of wgmma cannot begin in the middle of a swizzled row.
+
+    Three instructions on four bytes make eight bytes of operands. The scales must make up for the factor 16.
+
+    Args:
+      count: number of operands, 2 or 4.
     """
     n, half = packed.shape
     if dispatch.interpreting():
         wide = packed.astype(jnp.int32)
         halves = [((wide << 28) >> 24).astype(jnp.int8), (wide & -16).astype(jnp.int8)]
-        if runs == 2:
+        if count == 2:
             return tuple(halves)
         first = jnp.arange(half) < half // 2
         return tuple(jnp.where(first == keep, values, 0) for values in halves for keep in (True, False))
 
     result = plgpu.ShapeDtypeStruct((n, half), jnp.int8, layout=OPERAND)
 
-    def unpack(_: Any, operand: Any) -> Any:
+    def unpack(_: mgpu.LaunchContext, operand: mgpu.FragmentedArray) -> tuple[mgpu.FragmentedArray, ...]:
         i32 = ir.IntegerType.get_signless(32)
         constant = lambda value: arith.constant(i32, ir.IntegerAttr.get(i32, value))  # noqa: E731
         registers = operand.registers
@@ -59,28 +65,32 @@ def unpack_nibbles(packed: Int8[Array, "n half"], runs: int) -> tuple[Int8[Array
             low[index] = mgpu.utils.bitcast(arith.andi(shifted, constant(_HIGH_NIBBLES)), register.type)
             high[index] = mgpu.utils.bitcast(arith.andi(word, constant(_HIGH_NIBBLES)), register.type)
         operands = [low, high]
-        if runs == 4:
-            zero: Any = mgpu.utils.bitcast(constant(0), registers.flat[0].type)
+        if count == 4:
+            zeros = np.full_like(registers, mgpu.utils.bitcast(constant(0), registers.flat[0].type))
             columns = registers.shape[1]
             first = np.arange(columns).reshape(1, -1, *[1] * (registers.ndim - 2)) < columns // 2
             operands = [
-                np.where(first == keep, values, zero) for values in operands for keep in (True, False)
+                np.where(first == keep, values, zeros) for values in operands for keep in (True, False)
             ]
         return tuple(
             mgpu.FragmentedArray(_registers=values, _layout=operand.layout, _is_signed=True)
             for values in operands
         )
 
-    inline: Any = plgpu.inline_mgpu(arg_types=(OPERAND,), return_type=(result,) * runs)
+    inline = plgpu.inline_mgpu(arg_types=(OPERAND,), return_type=(result,) * count)
     return inline(unpack)(packed)
 
 
 def multiply(
-    operands: Sequence[Int8[Array, "n k"]], tokens_smem: Sequence[Any], meanwhile: Callable[[], T]
+    operands: Sequence[Int8[Array, "n k"]], tokens_smem: Sequence[Ref], meanwhile: Callable[[], T]
 ) -> tuple[Int32[Array, "n tokens"], T]:
-    """The sum of ``operand @ tokens.T`` over the pairs, operands in registers, and what ``meanwhile`` gives.
+    """The sum of ``operand @ tokens.T`` over the pairs, and what ``meanwhile`` returns.
 
-    The tensor core works while the warpgroup does what ``meanwhile`` traces.
+    The tensor core multiplies while the warpgroup executes what ``meanwhile`` traces.
+
+    Args:
+      operands: in registers, in the layout ``OPERAND``.
+      tokens_smem: [tokens, k] of each operand.
     """
     tokens = tokens_smem[0].shape[0]
     if dispatch.interpreting():
@@ -90,30 +100,34 @@ def multiply(
         ]
         return sum(products[1:], products[0]), meanwhile()
 
-    def accumulate(accumulator: Any) -> Any:
+    def product(accumulator_ref: Ref) -> tuple[Int32[Array, "n tokens"], T]:
         for operand, ref in zip(operands, tokens_smem, strict=True):
-            plgpu.wgmma(accumulator, operand, ref.T)
+            plgpu.wgmma(accumulator_ref, operand, ref.T)
         result = meanwhile()
-        return accumulator[...], result
+        return accumulator_ref[...], result
 
     shape = (operands[0].shape[0], tokens)
-    return pl.run_scoped(accumulate, _ACC(shape, jnp.int32))
+    return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, jnp.int32))
 
 
-def accumulate(
-    count: Any, tokens: int, load: Callable[[Any], tuple[Any, Any]], release: Callable[[Any], None]
+def multiply_steps(
+    count: Int32[Array, ""],
+    tokens: int,
+    load: Callable[[Array], tuple[Int8[Array, "channels k"], Ref]],
+    release: Callable[[Array], None],
 ) -> Int32[Array, "channels tokens"]:
     """The sum of ``operand @ tokens.T`` over ``count`` steps, all in one accumulator.
 
     Args:
-      tokens: rows of the right operands.
-      load: waits for a step; gives its operand in registers and its tokens in shared memory.
-      release: told of each step that has been read.
+      count: number of steps.
+      tokens: number of tokens of a step.
+      load: waits for a step; returns its operand in registers and its tokens in shared memory.
+      release: called for each step that has been read.
     """
     shape = (WGMMA_CHANNELS, tokens)
     if dispatch.interpreting():
 
-        def add(step: Any, total: Any) -> Any:
+        def add(step: Array, total: Int32[Array, "channels tokens"]) -> Int32[Array, "channels tokens"]:
             operand, tokens_smem = load(step)
             product, _ = multiply([operand], [tokens_smem], lambda: None)
             release(step)
@@ -121,27 +135,27 @@ def accumulate(
 
         return lax.fori_loop(0, count, add, jnp.zeros(shape, jnp.int32))
 
-    def run(accumulator: Any) -> Any:
-        def add(step: Any, carry: None) -> None:
+    def run(accumulator_ref: Ref) -> Int32[Array, "channels tokens"]:
+        def add(step: Array, carry: None) -> None:
             operand, tokens_smem = load(step)
-            plgpu.wgmma(accumulator, operand, tokens_smem.T)
+            plgpu.wgmma(accumulator_ref, operand, tokens_smem.T)
             plgpu.wgmma_wait(0)
             release(step)
 
         lax.fori_loop(0, count, add, None)
-        return accumulator[...]
+        return accumulator_ref[...]
 
-    return pl.run_scoped(run, _ACC(shape, jnp.int32))
+    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.int32))
 
 
-def exchange_scratch(config: Config) -> dict[str, Any]:
+def exchange_scratch(config: MatmulConfig) -> dict[str, Scratch]:
     """Scratch memory with which the CTAs of a cluster exchange partial sums."""
     if config.split_k == 1:
         return {}
     if dispatch.interpreting():
         barrier = plgpu.ClusterBarrier(collective_axes=("split",), num_barriers=config.warpgroups)
         return {"received": barrier}
-    # inbox_smem[i, w] holds what CTA i computed for the tokens that this CTA finishes.
+    # inbox_smem[i, w] is what warpgroup w of CTA i computed for the tokens that this CTA finishes.
     reduced = config.reduced_m
     shape = (config.split_k, config.warpgroups, WGMMA_CHANNELS, reduced)
     return {
@@ -150,8 +164,14 @@ def exchange_scratch(config: Config) -> dict[str, Any]:
     }
 
 
-def exchange_outputs(config: Config, grid: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Further outputs of the kernel: interpret mode lacks distributed shared memory and goes through GMEM."""
+def exchange_outputs(config: MatmulConfig, grid: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Further outputs of the kernel: interpret mode exchanges partial sums through global memory.
+
+    It lacks distributed shared memory.
+
+    Args:
+      grid: the grid's axes "n" and "m".
+    """
     if config.split_k == 1 or not dispatch.interpreting():
         return {}
     shape = (*grid, config.sharers, config.split_k, config.warpgroups, WGMMA_CHANNELS, config.block_m)
@@ -159,17 +179,20 @@ def exchange_outputs(config: Config, grid: tuple[int, int]) -> dict[str, jax.Sha
 
 
 def exchange(
-    config: Config,
-    gmem: Mapping[str, Any],
-    smem: Mapping[str, Any],
-    warpgroup: Any,
+    config: MatmulConfig,
+    gmem: Mapping[str, Ref],
+    smem: Mapping[str, Ref],
+    warpgroup: Index,
     parts: Sequence[Float32[Array, "channels tokens"]],
-    finish: Callable[[list[Any]], None],
+    finish: Callable[[list[Float32[Array, "channels tokens"]]], None],
 ) -> None:
-    """Gives each CTA of the cluster that has tokens to finish the partial sums of all CTAs, in their order.
+    """Sends partial sums to the CTAs of the cluster that finish these tokens.
 
-    ``parts`` are the sums of this CTA, consecutive tokens in each; one CTA's tokens lie within one of them.
-    ``finish`` is traced once, for the CTAs that finish something.
+    Args:
+      warpgroup: exchanges with the same warpgroup of the other CTAs.
+      parts: sums of this CTA, consecutive tokens in each; the tokens that a CTA finishes lie within one part.
+      finish: gets the partial sums of all CTAs, in their order; traced once, for the CTAs that have tokens to
+        finish.
     """
     split = lax.axis_index("split")
     reduced = config.reduced_m
@@ -179,7 +202,7 @@ def exchange(
         inbox = gmem["inbox"].at[tuple(map(lax.axis_index, ("n", "m", "share")))]
         inbox[split, warpgroup] = jnp.concatenate(parts, axis=1)
         plgpu.barrier_arrive(received)
-        mine = lambda source: inbox[source, warpgroup, :, pl.ds(split * reduced, reduced)]  # noqa: E731
+        received_from = lambda source: inbox[source, warpgroup, :, pl.ds(split * reduced, reduced)]  # noqa: E731
     else:
         for receiver in range(receivers):
             part, token = divmod(receiver * reduced, parts[0].shape[1])
@@ -190,11 +213,11 @@ def exchange(
                 cluster_idx=jnp.int32(receiver),
                 cluster_dim="split",
             )
-        mine = lambda source: mosaic.load(  # noqa: E731
+        received_from = lambda source: mosaic.load(  # noqa: E731
             smem["inbox_smem"].at[source, warpgroup], layout=plgpu.Layout.WGMMA
         )
 
     @pl.when(split < receivers)
     def _() -> None:
         plgpu.barrier_wait(received)
-        finish([mine(source) for source in range(config.split_k)])
+        finish([received_from(source) for source in range(config.split_k)])

@@ -1,14 +1,12 @@
 """Grouped INT4 x INT4 (+ INT8 x INT8 tail) matmul for Hopper.
 
-Hopper has no INT4 tensor cores: weights stay INT4 in memory and become INT8 in registers, where they are the
-left operand of wgmma; activations [m, k] are INT8 in shared memory and, transposed, its right operand. The
-kernel therefore computes the transposed tile [output channels, tokens]. A weight that is INT8 throughout
+Hopper has no INT4 tensor cores: weights are INT4 in memory and become INT8 in registers, where they are the
+left operand of wgmma. Activations [m, k] are INT8 in shared memory; transposed, they are its right operand.
+The kernel therefore computes transposed output tiles [output channels, tokens]. A weight that is all INT8
 (w8a8) is a tail without a body.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +14,15 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels import mosaic
-from pallas_kernels.grouped_matmul import config as tiles
 from pallas_kernels.grouped_matmul import mosaic_leaves as leaves
 from pallas_kernels.grouped_matmul.call import Call
-from pallas_kernels.grouped_matmul.config import STEP_BYTES, WGMMA_CHANNELS, Config
-from pallas_kernels.grouped_matmul.mosaic_kernel import Problem, body, scratch
+from pallas_kernels.grouped_matmul.config import STEP_BYTES, WGMMA_CHANNELS, MatmulConfig, candidates
+from pallas_kernels.grouped_matmul.mosaic_kernel import body
+from pallas_kernels.grouped_matmul.problem import MatmulProblem, scratch
+from pallas_kernels.mosaic.types import Ref
 from pallas_kernels.qarrays import PACK_TILE
 
-# Of a plain INT8 weight, so that a sum of products stays in int32.
+# Input channels of a weight that is all INT8: the sum of so many products fits into int32.
 MAX_INT8_CHANNELS = 1 << 17
 
 
@@ -48,20 +47,20 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-def configs(call: Call) -> tuple[Config, ...]:
+def configs(call: Call) -> tuple[MatmulConfig, ...]:
     """See ``dispatch``."""
     w = call.w
     n, k = w.shape
-    # A weight that is INT8 throughout is cut as one in INT4 groups of as many bytes.
+    # A weight that is all INT8 is cut as an INT4 weight of as many bytes is.
     shape = (n, k, w.group_size) if w.num_groups else (n, 2 * k, PACK_TILE)
-    return tiles.configs(call.x.body.shape[0], *shape)
+    return candidates(call.x.body.shape[0], *shape)
 
 
-def run(call: Call, config: Config) -> Float[Array, "m n"]:
+def run(call: Call, config: MatmulConfig) -> Float[Array, "m n"]:
     """See ``api.grouped_matmul``."""
     x, w, bias, residual, out_dtype = call
     m, n = x.body.shape[0], w.shape[0]
-    # TMA copies whole tiles of 8 tokens unless there are fewer, and rows that are multiples of 16 bytes.
+    # TMA copies multiples of 8 tokens unless there are fewer than 8, and rows that are multiples of 16 bytes.
     padded_m = m if m <= 8 else pl.cdiv(m, 8) * 8
     inputs = {
         "token_scales": jnp.pad(x.scales, ((0, 0), (0, pl.cdiv(padded_m, 4) * 4 - m))),
@@ -80,9 +79,9 @@ def run(call: Call, config: Config) -> Float[Array, "m n"]:
     grid = (pl.cdiv(n, config.block_n * config.sharers), pl.cdiv(m, config.block_m))
     outputs = {"out": jax.ShapeDtypeStruct((padded_m, n), out_dtype), **leaves.exchange_outputs(config, grid)}
     dtypes = {name: array.dtype for name, array in (inputs | outputs).items()}
-    problem = Problem(config, w.group_size, w.num_groups, w.num_outliers)
+    problem = MatmulProblem(config, w.group_size, w.num_groups, w.num_outliers)
 
-    def kernel(*refs: Any, **smem: Any) -> None:
+    def kernel(*refs: Ref, **smem: Ref) -> None:
         body(problem, dict(zip((*inputs, *outputs), refs, strict=True)), smem)
 
     out, *_ = mosaic.kernel(
@@ -96,7 +95,7 @@ def run(call: Call, config: Config) -> Float[Array, "m n"]:
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=scratch(problem, dtypes),
-        # Slots are guarded by barriers, all other shared memory is written once.
+        # The kernel has barriers for the slots of its ring; all other shared memory is written only once.
         compiler_options={"unsafe_no_auto_barriers": True},
     )(*inputs.values())
     return out[:m]
@@ -105,5 +104,5 @@ def run(call: Call, config: Config) -> Float[Array, "m n"]:
 def _pad(
     array: Shaped[Array, "rows columns"], rows: int, multiple: int
 ) -> Shaped[Array, "padded_rows padded"]:
-    """Zeros up to ``rows`` rows and a multiple of ``multiple`` columns; real formats need none."""
+    """Adds zeros up to ``rows`` rows and a multiple of ``multiple`` columns; few formats need columns."""
     return jnp.pad(array, ((0, rows - array.shape[0]), (0, -array.shape[1] % multiple)))

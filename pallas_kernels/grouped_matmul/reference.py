@@ -1,13 +1,14 @@
 """Grouped INT4 x INT4 (+ INT8 x INT8 tail) matmul in plain jax.numpy, laid out for XLA on a CPU.
 
 Body: scales are applied to both operands before a float32 product. The integer products of one group are
-exact in float32, so this differs from "sum in int32, then scale" only by the rounding of float32
-sums; it needs no [groups, M, N] intermediate and lets one product cover all groups. Weights stay on the
-left (W @ x^T); see ``pallas_kernels.reference_matmul`` for how the body is unpacked.
+exact in float32, so the result differs from "sum in int32, then scale" only by the rounding of float32 sums.
+It needs no array [groups, M, N], and a single product for all groups. The weight is the left operand (W @
+x^T); ``pallas_kernels.reference_matmul`` says how the body is unpacked.
 
-Tail: the integers are multiplied in float32 and scaled afterwards. Up to 1024 channels every partial sum is
-below 2^24, so that this is the int32 sum; a longer tail (w8a8, where it is the whole row) is rounded as a
-float32 sum is, which costs less than an INT8 product of XLA does on a CPU.
+Tail: the integers are multiplied in float32, and scales are applied to the sum. Up to 1024 channels every
+  partial
+sum is below 2^24, so that the sum is exact. The sum over a longer tail (w8a8, where it is the whole row) is
+rounded; this costs less than XLA's INT8 product does on a CPU.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pallas_kernels.grouped_matmul.call import Call
 from pallas_kernels.qarrays import QuantizedActivation, QuantizedWeight
 from pallas_kernels.reference_matmul import finish, per_run, run_length, split_halves, weight_halves
 
-# From here on the product costs so much that the copy which brings the channels of both nibbles together, and
-# makes it one product, costs less than three products and their sum.
+# From so many rows (tokens) on, the weight is dequantized: a copy that brings the channels of both nibbles
+# together, and then one product, cost less than three products and their sum.
 _MANY_ROWS = 64
 
 

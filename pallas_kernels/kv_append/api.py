@@ -30,19 +30,20 @@ def kv_append(
 
     Args:
       qkv: rows [q heads, k heads, v heads] of head_dim each.
-      cache: all layers; donate it to the enclosing jit to have it updated in place.
+      cache: the cache of all layers; donate it to the enclosing jit to have it updated in place.
       layer: index of the layer.
       slots: page * page_size + offset of each token; negative writes nothing.
       cos, sin: RoPE table at each token's position.
       num_heads: query heads.
       q_norm, k_norm: weights of the per-head RMSNorm (Qwen3), both or neither.
-      k_mean: subtracted from every key of a head, so that INT4 has less to span. The rotated key is rounded
-        to the type of ``qkv``; it less the mean is a float32 that the quantizer takes unrounded. Attention
-        needs no correction: all logits of a query lose the same number, which softmax does not see.
-      eps: of that norm.
+      k_mean: subtracted from every key of a head, so that INT4 has a smaller range to cover. The rotated key
+        is rounded to the type of ``qkv``; the difference of it and the mean is a float32, which is quantized
+        without another rounding. Attention needs no correction: all logits of a query become smaller by the
+        same number, which does not change the softmax.
+      eps: epsilon of the norms.
 
     Raises:
-      ValueError: the row is not num_heads + 2 * num_kv_heads heads, only one norm is given, or ``k_mean`` has
+      ValueError: a row is not num_heads + 2 * num_kv_heads heads, only one norm is given, or ``k_mean`` has
         another shape or the cache stores other than INT4 keys after RoPE.
     """
     expected = (num_heads + 2 * cache.num_kv_heads) * cache.head_dim

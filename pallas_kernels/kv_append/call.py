@@ -1,4 +1,4 @@
-"""The arguments of one ``kv_append``, its work and its shape in words."""
+"""The arguments of one ``kv_append``, the work they need, and a description of their shape."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Call(NamedTuple):
 
     Attributes:
       qkv: rows [q heads, k heads, v heads] of head_dim each.
-      cache: all layers.
+      cache: the cache of all layers.
       layer: index of the layer.
       slots: page * page_size + offset of each token; negative writes nothing.
       cos, sin: RoPE table at each token's position.
       num_heads: query heads.
       q_norm, k_norm: weights of the per-head RMSNorm, both or neither.
-      k_mean: subtracted from every key of a head.
-      eps: of the norm.
+      k_mean: subtracted from every key of a head; None for nothing.
+      eps: epsilon of the norms.
     """
 
     qkv: Float[Array, "m heads_times_dim"]
@@ -39,7 +39,7 @@ class Call(NamedTuple):
 
 
 def cost(call: Call) -> Cost:
-    """Bytes."""
+    """The bytes that must be moved."""
     (m, width), itemsize, cache = call.qkv.shape, call.qkv.dtype.itemsize, call.cache
     query = call.num_heads * cache.head_dim * itemsize
     if cache.quantized:

@@ -1,15 +1,27 @@
-"""What all Pallas Mosaic GPU kernels share: one way to launch, version differences, interpret mode.
+"""What all Pallas Mosaic GPU kernels share: the launch, differences between jax versions, interpret mode.
 
-Supported: jax 0.10.2 (Python 3.11) and newer. Nothing outside this file asks for a jax version.
+Supported: jax 0.10.2 (Python 3.11) and newer. No other file asks which version of jax is installed.
 Kernels must never ask the default device for its properties: they are also compiled for a GPU that is not
 there (see ``use_implementation``).
+
+Words that all kernels use:
+
+* A CTA is a thread block of CUDA; a warpgroup is 128 of its threads.
+* A row is one token of an activation. Names in ``_gmem`` are references to global memory, names in ``_smem``
+  are references to shared memory.
+* A tile is a part of a result that is computed at once. ``block_m`` is its number of tokens or queries,
+  ``block_n`` its number of output channels or the keys of a step. Weights are stored in packing tiles, which
+  ``qarrays`` describes.
+* A step is what a loop over input channels, keys or slabs works on at a time. ``num_stages`` steps are in
+  flight, each in a slot of a ring in shared memory.
+* A split is a part of the input channels, or of a sequence's pages, that a CTA of its own sums over.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -20,44 +32,52 @@ from jaxlib.mlir.dialects import llvm, vector
 from jaxtyping import Array, Float32
 
 from pallas_kernels import dispatch
+from pallas_kernels.mosaic.types import Launch, Layout, Ref, Scratch, Transforms
 
 # Streaming multiprocessors and shared memory of one CTA on H100 and H200 (SXM).
 NUM_SMS = 132
 MAX_SMEM_BYTES = 232_448
-# Bytes of which the shared memory side of a TMA copy must be a multiple; more where it is swizzled. No
-# compiler checks it, and a GPU stops with a misaligned address.
+# Warps of a warpgroup, and lanes (threads) of a warp.
+NUM_WARPS, NUM_LANES = 4, 32
+# TMA copies at most this many elements of one dimension.
+MAX_BOX = 256
+# The address in shared memory of a TMA copy must be a multiple of so many bytes, of more if it is swizzled.
+# No compiler checks this; a GPU stops with the error "misaligned address".
 TMA_ALIGNMENT = 128
+# A float32 of at least 2**23 has no bits for a fraction. Added to a number between -2**22 and 2**22, this
+# number leaves it in the low bits, rounded to an integer (half to even) in two's complement.
+ROUNDER = np.float32(1.5 * 2**23)
 _VERSION = jax.__version_info__
-# Whether a kernel can write to a Ref from outside (``jax.new_ref``): jax 0.10 fails to trace that.
+# Whether a kernel can write to a Ref from outside of it (``jax.new_ref``): jax 0.10 cannot trace that.
 UPDATES_IN_PLACE = _VERSION >= (0, 11)
-# Absent from the oldest supported jax.
-_INTERPRET_PARAMS: Any = getattr(plgpu, "InterpretGPUParams", None)
-_STORE: Any = getattr(plgpu, "store", None)
-# A jax user context, not a module global: functions traced under another launcher are not reused.
+# jax 0.10 has no ``InterpretGPUParams``, and ``store`` came with jax 0.12.
+_INTERPRET_PARAMS: Callable[[], object] | None = getattr(plgpu, "InterpretGPUParams", None)
+_STORE: Callable[..., None] | None = getattr(plgpu, "store", None)
+# A user context of jax is part of jit's cache key: what was traced under another launcher is not reused.
 _launcher = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
-def launched_by(launcher: Callable[[Callable[..., Any], str], Callable[..., Any]]) -> Iterator[None]:
-    """Within the context kernels run where ``launcher`` says, not on a GPU: tests emulate them.
+def launched_by(launcher: Callable[[Launch, str], Launch]) -> Iterator[None]:
+    """Within the context ``launcher`` decides how kernels run: tests emulate them on the CPU.
 
     Args:
-      launcher: given what launches a kernel on a GPU, and its name, returns what is called instead.
+      launcher: takes what launches a kernel on a GPU, and the kernel's name; returns what is called instead.
     """
     with _launcher(launcher):
         yield
 
 
-def kernel(body: Callable[..., None], *, name: str, **options: Any) -> Callable[..., Any]:
-    """``plgpu.kernel`` with this project's compiler settings; runs where the context says.
+def kernel(body: Callable[..., None], *, name: str, **options: Any) -> Launch:
+    """``plgpu.kernel`` with this project's compiler settings; ``launched_by`` can change how it runs.
 
-    Arrays in shared memory are swizzled where their type says so (``tiled``), and nowhere else: left to
-    itself, the compiler swizzles arrays whose rows a warpgroup reads, and then reads parts of them wrongly
+    An array in shared memory is swizzled only if its scratch type says so (``tiled``). The compiler would by
+    itself also swizzle arrays whose rows a warpgroup reads, and then reads parts of them wrongly
     (docs/mosaic_faults.md).
 
     Args:
-      body: the kernel.
-      name: shown by profilers and in the compiler's dumps.
+      body: the kernel; gets references to the inputs, to the outputs, and (by name) to the scratch memory.
+      name: the kernel's name in profilers and in the compiler's dumps.
       options: ``out_type``, ``scratch_types``, ``grid``, ``grid_names``, ``cluster``, ``num_threads``, ... of
         ``plgpu.kernel``; ``compiler_options`` holds further fields of ``plgpu.CompilerParams``.
     """
@@ -70,7 +90,7 @@ def kernel(body: Callable[..., None], *, name: str, **options: Any) -> Callable[
         options["interpret"] = _INTERPRET_PARAMS()
     scratch_types = options.get("scratch_types", {})
 
-    def unswizzled(*refs: Any, **scratch: Any) -> None:
+    def unswizzled(*refs: Ref, **scratch: Ref) -> None:
         jax.tree.map(_keep_unswizzled, scratch_types, scratch)
         body(*refs, **scratch)
 
@@ -79,25 +99,27 @@ def kernel(body: Callable[..., None], *, name: str, **options: Any) -> Callable[
     return launch if launcher is None else launcher(launch, name)
 
 
-def _keep_unswizzled(kind: Any, ref: Any) -> None:
-    """Lets the compiler know that ``ref`` lies in memory as it is, if its type declares no transforms."""
-    if (
-        getattr(kind, "memory_space", None) is plgpu.SMEM
-        and not kind.transforms
-        and not dispatch.interpreting()
-    ):
-        inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-        inline(lambda _, memory: None)(ref)
+def _keep_unswizzled(kind: Scratch, ref: Ref) -> None:
+    """Tells the compiler not to swizzle ``ref``, if its scratch type ``kind`` has no transforms.
+
+    Inline code that takes the reference fixes how the array lies in memory; this code does nothing else.
+    """
+    in_smem = getattr(kind, "memory_space", None) is plgpu.SMEM
+    if in_smem and not getattr(kind, "transforms", ()) and not dispatch.interpreting():
+        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(lambda _, memory: None)(ref)
 
 
-def load(ref: Any, *, layout: Any = None, optimized: bool = True) -> jax.Array:
-    """``plgpu.load`` of a whole ref; jax 0.10 wants an index for that."""
+def load(ref: Ref, *, layout: Layout | None = None, optimized: bool = True) -> jax.Array:
+    """``plgpu.load`` of all of ``ref``, for which jax 0.10 needs an index."""
     index = ((),) if _VERSION < (0, 11) else ()
     return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
-def store(ref: Any, value: jax.Array) -> None:
-    """``ref[...] = value`` where lanes need not write neighbouring addresses; 0.12 wants to be told."""
+def store(ref: Ref, value: jax.Array) -> None:
+    """``ref[...] = value``, also where the lanes of a warp write addresses that are not neighbours.
+
+    Since jax 0.12 such a store must be asked for.
+    """
     if _STORE is None:
         ref[...] = value
     else:
@@ -105,10 +127,14 @@ def store(ref: Any, value: jax.Array) -> None:
 
 
 def registers_of_roles(multiplying: int) -> tuple[int, int]:
-    """Registers a thread of the one copying warpgroup of a block, and of the ``multiplying`` others.
+    """Registers for a thread of the copying warpgroup, and for a thread of the ``multiplying`` other ones.
 
-    For ``plgpu.set_max_registers``. A block starts with the same number for every thread. What its warpgroups
-    ask for must not be more in all, or the last one waits for it forever. jax 0.12 ignores the request.
+    They are arguments of ``plgpu.set_max_registers``. All threads of a CTA start with the same number of
+    registers. The warpgroups must not ask for more than all of these: the last one would wait for ever. jax
+    0.12 ignores the request.
+
+    Args:
+      multiplying: number of warpgroups of the CTA that multiply; one more copies.
     """
     copying = 40
     everyone = 65_536 // (128 * (multiplying + 1)) // 8 * 8
@@ -117,24 +143,24 @@ def registers_of_roles(multiplying: int) -> tuple[int, int]:
 
 
 def synchronize() -> None:
-    """Waits for the four warps of this warpgroup. Interpreted, they are one thread."""
+    """Waits for the four warps of this warpgroup; interpret mode runs them as one thread."""
     if not dispatch.interpreting():
         plgpu.inline_mgpu()(lambda _: mgpu.utils.warpgroup_barrier())()
 
 
-def tiled(bits: int, swizzle: int) -> tuple[Any, Any]:
-    """SMEM transforms of a matrix of ``bits``-wide elements whose rows are swizzled in ``swizzle`` bytes."""
+def tiled(bits: int, swizzle: int) -> Transforms:
+    """How a matrix of elements of ``bits`` bits lies in shared memory with a swizzle of ``swizzle`` bytes."""
     return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
 
 
-def reciprocal(x: Float32[Array, "*s"], layout: Any) -> Float32[Array, "*s"]:
+def reciprocal(x: Float32[Array, "*s"], layout: Layout) -> Float32[Array, "*s"]:
     """1 / x, correctly rounded, where x and 1 / x are normal numbers.
 
-    A written division becomes ``rcp.approx``, one unit in the last place off, and integers computed from it
-    would differ from the reference's. One Newton step, what ``rcp.rn`` does for such x, corrects it.
+    The compiler makes ``rcp.approx`` of a division: one unit in the last place off, so that integers computed
+    from it would differ from the reference's. One Newton step corrects it, as ``rcp.rn`` does for such x.
 
     Args:
-      layout: of x and of the result.
+      layout: the layout of x and of the result.
     """
     if dispatch.interpreting():
         return 1.0 / x
@@ -145,27 +171,33 @@ def reciprocal(x: Float32[Array, "*s"], layout: Any) -> Float32[Array, "*s"]:
     return elementwise(ptx, x, layout)
 
 
-def elementwise(ptx: str, x: Float32[Array, "*s"], layout: Any) -> Float32[Array, "*s"]:
-    """Applies one statement of inline PTX, from float ``$1`` to float ``$0``, to every element.
+def elementwise(ptx: str, x: Float32[Array, "*s"], layout: Layout) -> Float32[Array, "*s"]:
+    """Applies PTX that computes the float ``$0`` from the float ``$1`` to every element.
 
-    The compiler neither contracts nor reorders what is inside. Interpret mode has no PTX: callers branch.
+    The compiler neither contracts nor reorders these instructions. Interpret mode cannot run PTX: a caller
+    must not call this function there.
 
     Args:
-      layout: of x and of the result.
+      layout: the layout of x and of the result.
     """
 
-    def apply(_: Any, array: Any) -> Any:
+    def apply(_: mgpu.LaunchContext, array: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
         registers = np.empty_like(array.registers)
         for at, register in np.ndenumerate(array.registers):
-            results: Any = register
+            results = register
             for i in range(ir.VectorType(register.type).shape[0]):
+                value = element(register, i)
+                value = cast(ir.Value, llvm.inline_asm(value.type, [value], ptx, "=f,f"))
                 place = ir.DenseI64ArrayAttr.get([i])
-                value: Any = vector.extract(register, dynamic_position=[], static_position=place)
-                value = llvm.inline_asm(value.type, [value], ptx, "=f,f")
                 results = vector.insert(value, results, dynamic_position=[], static_position=place)
             registers[at] = results
         return mgpu.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
 
     result = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout)
-    inline: Any = plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
-    return inline(apply)(x)
+    return plgpu.inline_mgpu(arg_types=(layout,), return_type=result)(apply)(x)
+
+
+def element(register: ir.Value, index: int) -> ir.Value:
+    """One of the values in a register that holds a vector; for code inside ``plgpu.inline_mgpu``."""
+    place = ir.DenseI64ArrayAttr.get([index])
+    return vector.extract(register, dynamic_position=[], static_position=place)

@@ -1,11 +1,9 @@
-"""What Pallas has no operation for, element by element: no leaf exchanges anything between threads.
+"""Operations of the quantizers that Pallas lacks: each thread works on its own elements.
 
-Each has a plain form for interpret mode, which has no inline Mosaic code.
+Each function has a second form for interpret mode, which cannot run inline Mosaic code.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,50 +17,53 @@ from jaxlib.mlir.dialects import arith, memref, vector
 from jaxtyping import Array, Float, Float32, Int32, Num
 
 from pallas_kernels import dispatch, mosaic
+from pallas_kernels.mosaic.types import Layout, Ref
 
 
-def load(ref: Any, shape: tuple[int, ...], layout: Any) -> jax.Array:
-    """``ref.reshape(shape)[...]`` of shared memory in ``layout``, without a barrier.
+def load_unsynced(ref: Ref, shape: tuple[int, ...], layout: Layout) -> jax.Array:
+    """``ref.reshape(shape)[...]`` of an array in shared memory, in ``layout``, without a barrier.
 
-    ``plgpu.load`` puts barriers around each access, is free to swizzle the buffer, and cannot infer layouts
-    where one buffer is read in two shapes.
+    ``plgpu.load`` puts barriers around each access, may swizzle the array, and cannot infer layouts where one
+    array is read in two shapes.
     """
     if dispatch.interpreting():
         return ref[...].reshape(shape)
     signed = True if jnp.issubdtype(ref.dtype, jnp.integer) else None
 
-    def read(_: Any, memory: Any) -> Any:
+    def read(_: mgpu.LaunchContext, memory: ir.Value) -> mgpu.FragmentedArray:
         memory = mgpu.utils.memref_reshape(memory, shape)
         return mgpu.FragmentedArray.load_untiled(
             memory, layout=layout.to_mgpu(), is_signed=signed, optimized=False
         )
 
     result = plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout)
-    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
-    return inline(read)(ref)
+    return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)(read)(ref)
 
 
-def store(ref: Any, values: jax.Array, layout: Any) -> None:
-    """``ref.reshape(values.shape)[...] = values`` of shared memory from ``layout``, without a barrier."""
+def store_unsynced(ref: Ref, values: jax.Array, layout: Layout) -> None:
+    """``ref.reshape(values.shape)[...] = values`` for an array in shared memory, without a barrier.
+
+    Args:
+      layout: the layout of the values.
+    """
     if dispatch.interpreting():
         ref[...] = values.reshape(ref.shape)
         return
 
-    def write(_: Any, memory: Any, contents: Any) -> None:
+    def write(_: mgpu.LaunchContext, memory: ir.Value, contents: mgpu.FragmentedArray) -> None:
         contents.store_untiled(mgpu.utils.memref_reshape(memory, values.shape), optimized=False)
 
-    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))
-    inline(write)(ref, values)
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))(write)(ref, values)
 
 
 def store_below(
-    ref: Any, positions: Int32[Array, " n"], values: Num[Array, " n"], limit: int, layout: Any
+    ref: Ref, positions: Int32[Array, " n"], values: Num[Array, " n"], limit: int, layout: Layout
 ) -> None:
     """``ref[positions[i]] = values[i]`` for the positions below ``limit``.
 
     Args:
-      ref: of one dimension.
-      layout: of positions and values.
+      ref: has one dimension.
+      layout: the layout of positions and of values.
     """
     if dispatch.interpreting():
         for i in range(values.shape[0]):
@@ -73,47 +74,51 @@ def store_below(
             pl.when(positions[i] < limit)(write_one)
         return
 
-    def write(_: Any, memory: Any, places: Any, contents: Any) -> None:
+    def write(
+        _: mgpu.LaunchContext, memory: ir.Value, places: mgpu.FragmentedArray, contents: mgpu.FragmentedArray
+    ) -> None:
         i32 = ir.IntegerType.get_signless(32)
         bound = arith.constant(i32, ir.IntegerAttr.get(i32, limit))
         for place, content in zip(places.registers.flat, contents.registers.flat, strict=True):
             for i in range(ir.VectorType(place.type).shape[0]):
-                position = _element(place, i)
+                position = mosaic.element(place, i)
                 with mgpu.when(arith.cmpi(arith.CmpIPredicate.slt, position, bound)):
-                    memref.store(_element(content, i), memory, [_index(position)])
+                    memref.store(mosaic.element(content, i), memory, [_to_index(position)])
 
-    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, layout))
+    inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, layout))
     inline(write)(ref, plgpu.layout_cast(positions, layout), values)
 
 
-def gather(ref: Any, indices: Int32[Array, "*s"], layout: Any) -> Num[Array, "*s"]:
+def gather_elements(ref: Ref, indices: Int32[Array, "*s"], layout: Layout) -> Num[Array, "*s"]:
     """``ref.reshape(-1)[indices]`` of a matrix in shared memory whose width is a power of two.
 
     Args:
-      layout: of the indices and of the result.
+      layout: the layout of the indices and of the result.
     """
     if dispatch.interpreting():
         return ref[...].reshape(-1)[indices]
     width = ref.shape[1]
 
-    def read(_: Any, memory: Any, rows: Any, columns: Any) -> Any:
+    def read(
+        _: mgpu.LaunchContext, memory: ir.Value, rows: mgpu.FragmentedArray, columns: mgpu.FragmentedArray
+    ) -> mgpu.FragmentedArray:
         registers = np.empty_like(rows.registers)
-        for at, row in np.ndenumerate(rows.registers):
+        for (at, row), column in zip(np.ndenumerate(rows.registers), columns.registers.flat, strict=True):
             places = [
-                (_index(_element(row, i)), _index(_element(columns.registers[at], i)))
+                (_to_index(mosaic.element(row, i)), _to_index(mosaic.element(column, i)))
                 for i in range(ir.VectorType(row.type).shape[0])
             ]
-            values: list[Any] = [memref.load(memory, place) for place in places]
+            values = [memref.load(memory, place) for place in places]
             registers[at] = vector.from_elements(ir.VectorType.get((len(values),), values[0].type), values)
         return mgpu.FragmentedArray(_registers=registers, _layout=rows.layout, _is_signed=None)
 
     result = plgpu.ShapeDtypeStruct(indices.shape, ref.dtype, layout=layout)
-    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, layout), return_type=result)
+    inline = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, layout), return_type=result)
     return inline(read)(ref, indices >> (width.bit_length() - 1), indices & (width - 1))
 
 
 def add_rounded(x: Float[Array, "*s"], y: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """``x + y`` rounded to their type; in interpret mode XLA would keep a bfloat16 sum in float32."""
+    """``x + y`` rounded to their type, also in interpret mode, where XLA would keep the sum in float32."""
     total = x + y
     if dispatch.interpreting():
         info = jnp.finfo(total.dtype)
@@ -121,15 +126,15 @@ def add_rounded(x: Float[Array, "*s"], y: Float[Array, "*s"]) -> Float[Array, "*
     return total
 
 
-def sigmoid(x: Float32[Array, "*s"], layout: Any) -> Float32[Array, "*s"]:
-    """The logistic function to about 1e-6, in four instructions.
+def sigmoid(x: Float32[Array, "*s"], layout: Layout) -> Float32[Array, "*s"]:
+    """The logistic function with an error of about 1e-6, in four instructions.
 
     Args:
-      layout: of x and of the result.
+      layout: the layout of x and of the result.
     """
     if dispatch.interpreting():
         return lax.logistic(x)
-    # 1 / (1 + 2^(-log2(e) x)). The power may be infinite, its reciprocal is then 0.
+    # 1 / (1 + 2^(-log2(e) x)). Where the power is infinite its reciprocal is 0, as it must be.
     ptx = (
         "{.reg .f32 e; mul.rn.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; add.rn.f32 e, e, 0f3F800000;"
         " rcp.approx.ftz.f32 $0, e;}"
@@ -137,9 +142,5 @@ def sigmoid(x: Float32[Array, "*s"], layout: Any) -> Float32[Array, "*s"]:
     return mosaic.elementwise(ptx, x, layout)
 
 
-def _element(register: Any, i: int) -> Any:
-    return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
-
-
-def _index(value: Any) -> Any:
+def _to_index(value: ir.Value) -> ir.Value:
     return arith.index_cast(ir.IndexType.get(), value)

@@ -1,4 +1,4 @@
-"""``norm_quantize``: the norm before a quantized linear, one pass over the row."""
+"""``norm_quantize``: the norm before a quantized linear, and the quantization of its output."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def norm_quantize(
     """Quantizes ``rms_norm(x + residual) * weight``, its channels read in the order of ``indices``.
 
     Args:
-      x: output of the previous block, or the residual stream itself.
-      weight: of the norm, in the order of x's channels.
+      x: output of the previous attention or MLP, or the residual stream itself.
+      weight: weight of the norm, in the order of x's channels.
       eps: added to the mean square.
       fmt: groups, outliers and clip ratio.
       residual: added to x first, in x's type.

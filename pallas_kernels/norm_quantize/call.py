@@ -1,4 +1,4 @@
-"""The arguments of one ``norm_quantize``, its work and its shape in words."""
+"""The arguments of one ``norm_quantize``, the work they need, and a description of their shape."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pallas_kernels.roofline import Cost
 
 
 class Call(NamedTuple):
-    """A row added to its residual, normed, reordered and quantized; see ``api.norm_quantize``.
+    """Rows that are added to a residual, normed, reordered and quantized; see ``api.norm_quantize``.
 
     Attributes:
-      x: output of the previous block.
-      weight: of the norm.
-      residual: added to x first.
-      indices: order in which the normed channels are read.
+      x: output of the previous attention or MLP.
+      weight: weight of the norm.
+      residual: added to x first; None for nothing.
+      indices: order in which the normed channels are read; None for as they are.
       eps: added to the mean square.
-      fmt: of the result.
+      fmt: format of the result.
     """
 
     x: Float[Array, "m k"]
@@ -31,7 +31,7 @@ class Call(NamedTuple):
 
 
 def cost(call: Call) -> Cost:
-    """Bytes; with a residual that is read, and the new one is written."""
+    """The bytes that must be moved; with a residual, it is read and the new one is written."""
     m, k = call.x.shape
     streamed = m * k * call.x.dtype.itemsize * (1 if call.residual is None else 3)
     shared = k * (call.weight.dtype.itemsize + (0 if call.indices is None else 4))

@@ -1,4 +1,4 @@
-"""``norm_quantize`` on Hopper: one CTA a row, which is read once."""
+"""``norm_quantize`` on Hopper: a CTA works on one row, which it reads once."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pallas_kernels.norm_quantize.call import Call
 from pallas_kernels.qarrays import QuantizedActivation
 
 
-def run(call: Call, config: quantize_rows.Config) -> tuple[QuantizedActivation, Float[Array, "m k"]]:
+def run(call: Call, config: quantize_rows.RowConfig) -> tuple[QuantizedActivation, Float[Array, "m k"]]:
     """See ``api.norm_quantize``."""
     x, weight, residual, indices, eps, fmt = call
-    return quantize_rows.run(x, fmt, config, weight=weight, eps=eps, residual=residual, indices=indices)
+    return quantize_rows.launch(x, fmt, config, weight=weight, eps=eps, residual=residual, indices=indices)
 
 
 def unsupported(call: Call) -> str | None:
     """See ``dispatch``."""
     x, weight, residual, indices, _, fmt = call
-    reason = quantize_groups.unsupported(fmt, x.dtype, weight.dtype)
+    reason = quantize_groups.unsupported_format(fmt, x.dtype, weight.dtype)
     if reason is not None:
         return reason
     if residual is not None and residual.dtype != x.dtype:
@@ -30,6 +30,6 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-def configs(call: Call) -> list[quantize_rows.Config]:
+def configs(call: Call) -> list[quantize_rows.RowConfig]:
     """See ``dispatch``."""
-    return quantize_rows.configs(call.x.shape[-1])
+    return quantize_rows.candidates(call.x.shape[-1])

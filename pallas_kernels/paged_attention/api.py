@@ -20,19 +20,20 @@ def paged_attention(
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Attention of each query to the cached keys at its own and all earlier positions, or the last of them.
 
-    The tokens' own keys and values are in the cache already (``kv_append`` ran before), so one piece,
-    chunks and single tokens give the same result. Softmax in float32, scale 1/sqrt(head_dim). Single tokens
-    are the op "paged_attention", chunks "prefill_attention": one streams keys, the other multiplies.
+    The tokens' own keys and values are in the cache already (``kv_append`` ran before): a prompt gives the
+    same result as a whole, in chunks, and token by token. Softmax in float32, scale 1/sqrt(head_dim). Single
+    tokens run the op "paged_attention", which is limited by reading keys; chunks run the op
+    "prefill_attention", which is limited by products.
 
     Args:
       q: rotated queries; seq is 1 when decoding, the chunk's length when prefilling.
-      cache: all layers.
+      cache: the cache of all layers.
       layer: index of the layer.
-      positions: of the queries, consecutive in each sequence; negative ones are padding, only at the end of a
-        row, and their output is meaningless but finite.
-      window: a query at position p sees the keys at p - window + 1 to p; 1 to 2**30. Pages without such a
-        key are not read by kernels, and count for nothing in the reference, which needs them finite.
-      key_rope: cos and sin at positions 0..max_length-1, needed exactly when keys are stored unrotated.
+      positions: positions of the queries, consecutive in each sequence. Negative ones are padding, only at
+        the end of a sequence; their output has no meaning but is finite.
+      key_rope: cos and sin at positions 0..max_length-1; needed if, and only if, keys are stored unrotated.
+      window: a query at position p sees the keys at p - window + 1 to p; 1 to 2**30. Kernels do not read
+        pages without such a key. The reference reads them, so that they must be finite, and ignores them.
 
     Raises:
       ValueError: shapes that do not agree, or ``key_rope`` where the cache does not want it.

@@ -1,4 +1,4 @@
-"""The arguments of one ``paged_attention``, its work and its shape in words."""
+"""The arguments of one ``paged_attention``, the work they need, and a description of their shape."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Call(NamedTuple):
 
     Attributes:
       q: rotated queries.
-      cache: all layers.
+      cache: the cache of all layers.
       layer: index of the layer.
-      positions: of the queries; negative ones are padding.
-      key_rope: cos and sin at positions 0..max_length-1 where keys are stored unrotated.
-      window: how many of the last keys a query sees; None for all. A traced array to the model, for which it
-        is data; an int where it is known, so that ``cost`` and ``describe`` count it.
+      positions: positions of the queries; negative ones are padding.
+      key_rope: cos and sin at positions 0..max_length-1 if keys are stored unrotated.
+      window: how many of the last keys a query sees; None for all. The model passes an array, whose value is
+        not known when the call is traced; if it is an int, ``cost`` and ``describe`` take it into account.
     """
 
     q: Float[Array, "batch seq heads head_dim"]
@@ -33,7 +33,7 @@ class Call(NamedTuple):
 
 
 def check(call: Call) -> Call:
-    """``call`` itself.
+    """Returns ``call`` itself if its shapes agree.
 
     Raises:
       ValueError: shapes that do not agree, or ``key_rope`` where the cache does not want it.
@@ -61,7 +61,7 @@ def check(call: Call) -> Call:
 
 
 def cost(call: Call) -> Cost:
-    """Bytes and operations of one query a sequence; a window that is data counts as none."""
+    """Bytes and operations with one query a sequence; a window that is an array counts as none."""
     (batch, _, num_heads, head_dim), cache = call.q.shape, call.cache
     keys = cache.max_length
     seen = min(keys, call.window) if isinstance(call.window, int) else keys
@@ -74,7 +74,7 @@ def cost(call: Call) -> Cost:
 
 
 def describe(call: Call) -> str:
-    """E.g. "batch=16 queries=1 keys=2048 heads=32/8x128 4-bit"; a window that is data is not named."""
+    """E.g. "batch=16 queries=1 keys=2048 heads=32/8x128 4-bit"; a window that is an array is left out."""
     (batch, seq, num_heads, head_dim), cache = call.q.shape, call.cache
     heads = f"heads={num_heads}/{cache.num_kv_heads}x{head_dim}"
     bits = 4 if cache.quantized else 8 * cache.k_pages.dtype.itemsize

@@ -1,21 +1,21 @@
-"""Joins the outputs of the splits of a sequence, weighted by their sums of exponentials."""
+"""Joins the outputs of a sequence's splits; each counts by its share of the sum of exponentials."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float32
 
 from pallas_kernels import mosaic
+from pallas_kernels.mosaic.types import Layout, Ref
 
-_CHANNELS = 32  # of a CTA; 8 for each warp
-# [queries, channels]: warps side by side, lanes as in an accumulator.
-_LAYOUT: Any = plgpu.Layout.TILED(
+_CHANNELS = 32  # channels of a head that a CTA works on: 8 for each warp
+# Layout of [queries, channels]: each warp has channels of its own, its lanes are as those of an accumulator.
+_LAYOUT: Layout = plgpu.Layout.TILED(
     plgpu.Tiling(((8, _CHANNELS), (8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
 )
 
@@ -24,24 +24,24 @@ def combine(
     out: Float32[Array, "batch kv_heads splits queries head_dim"],
     lse: Float32[Array, "batch kv_heads splits queries"],
     num_heads: int,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> Array:
-    """Outputs [batch, num_heads, head_dim] of whole sequences from those of their splits.
+    """Outputs [batch, num_heads, head_dim] of whole sequences from the outputs of their splits.
 
     Args:
-      out: of each split; queries are those of a kv head, padded behind.
-      lse: base-2 logarithms of their sums of exponentials.
-      dtype: of the result.
+      out: the output of each split for the queries of a kv head, which are padded at the end.
+      lse: the base-2 logarithm of each split's sum of exponentials.
+      num_heads: query heads.
+      dtype: type of the result.
     """
     batch, num_kv_heads, splits, queries, head_dim = out.shape
+    heads_per_kv = num_heads // num_kv_heads
 
-    rows = num_heads // num_kv_heads
-
-    def body(out_gmem: Any, lse_gmem: Any, joined_gmem: Any, joined_smem: Any) -> None:
+    def body(out_gmem: Ref, lse_gmem: Ref, joined_gmem: Ref, joined_smem: Ref) -> None:
         batch, head = index = lax.axis_index("batch"), lax.axis_index("head")
         channels = pl.ds(lax.axis_index("channels") * _CHANNELS, _CHANNELS)
 
-        def load(ref: Any, layout: Any) -> Array:
+        def load(ref: Ref, layout: Layout) -> Array:
             return mosaic.load(ref, layout=layout, optimized=False)
 
         logarithms = [load(lse_gmem.at[*index, split], _LAYOUT.reduce(1)) for split in range(splits)]
@@ -57,8 +57,10 @@ def combine(
         joined = joined * lax.broadcast_in_dim(1.0 / sum(weights), (queries, _CHANNELS), [0])
         mosaic.store(joined_smem, joined.astype(dtype))
         plgpu.commit_smem()
-        heads = pl.ds(head * rows, rows)
-        plgpu.copy_smem_to_gmem(joined_smem.at[pl.ds(0, rows)], joined_gmem.at[batch, heads, channels])
+        heads = pl.ds(head * heads_per_kv, heads_per_kv)
+        plgpu.copy_smem_to_gmem(
+            joined_smem.at[pl.ds(0, heads_per_kv)], joined_gmem.at[batch, heads, channels]
+        )
         plgpu.wait_smem_to_gmem(0)
 
     return mosaic.kernel(

@@ -1,14 +1,16 @@
 """The instructions behind ``fragments``: what a warp loads, multiplies and moves.
 
-A register is an i32 of two 16-bit or four 8-bit values. An accumulator of [16 rows, queries] is, for each
-eight queries, two pairs of float32: of a lane's two neighbouring queries in rows r and r + 8. Lane l is in
-row l / 4 and has the queries 2 (l % 4) and 2 (l % 4) + 1.
+A register is an i32 that holds two 16-bit or four 8-bit values. An operand is the registers of a lane for one
+``mma`` instruction, which multiplies a left operand [16, 16] and a right operand [16, 8].
+
+An accumulator [16 rows, queries] is cut into tiles of eight queries. Of each tile, lane l has two pairs of
+float32: the queries 2 (l % 4) and 2 (l % 4) + 1 in row l / 4, and the same queries in row l / 4 + 8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
@@ -16,62 +18,72 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxlib.mlir.dialects import vector as vector_dialect
+from jaxtyping import PyTree
+
+from pallas_kernels.mosaic import element
+from pallas_kernels.mosaic.types import Layout
 
 Registers = Sequence[ir.Value]
-# [query tile, 2] pairs of an accumulator, an array of objects.
-Pairs = Any
-# The low and the high nibbles of two bytes, each in a 16-bit half of a register.
+# The pairs of an accumulator [query tiles, 2]: an array of ``ir.Value``, each a vector of two float32.
+Pairs = np.ndarray
+# Masks of the low and of the high nibbles of two bytes, each of which is in a 16-bit half of a register.
 _LOW, _HIGH = 0x000F000F, 0x00F000F0
+# A register of two float16 that are 1.
 _TWO_HALF_ONES = 0x3C003C00
-# Sign bit cleared, a float32 of these bits alone is a power of two.
+# The exponent's bits of a float32. If it is positive, these bits alone are a float32 that is a power of two.
 EXPONENT_BITS = 0x7F800000
 
 
 class Nibbles(NamedTuple):
-    """Operands made of one nibble of a register's four bytes: bytes 0 and 2, bytes 1 and 3."""
+    """Registers of one nibble of each of four bytes: of bytes 0 and 2 (even), and of bytes 1 and 3 (odd)."""
 
     even: ir.Value
     odd: ir.Value
 
 
 def nibbles(register: ir.Value) -> tuple[Nibbles, Nibbles]:
-    """The low and the high nibbles of a register, as float16 patterns."""
-    shifted = arith.shrui(register, _constant(8))
+    """The low and the high nibbles of a register's bytes, as the bits of float16 numbers."""
+    shifted = arith.shrui(register, _i32_constant(8))
     low, high = (
-        Nibbles(arith.andi(register, _constant(mask)), arith.andi(shifted, _constant(mask)))
+        Nibbles(arith.andi(register, _i32_constant(mask)), arith.andi(shifted, _i32_constant(mask)))
         for mask in (_LOW, _HIGH)
     )
     return low, high
 
 
-def load_chunks(page: Any, *, transposed: bool = False) -> list[Registers]:
-    """Of each 16 bytes of the rows of a page, a warp's matrices of its tokens 0..7 and 8..15.
+def load_chunks(page: ir.Value, *, transposed: bool = False) -> list[Registers]:
+    """Loads a warp's 16 tokens of a page.
 
-    A matrix is 8 x 8 of 16 bits. Lane l holds columns 2 (l % 4) and 2 (l % 4) + 1 of row l / 4; transposed,
-    rows 2 (l % 4) and 2 (l % 4) + 1 of column l / 4.
+    A row of the page, which is a token, is cut into chunks of 16 bytes.
 
     Args:
-      page: tiled and swizzled [64 / 8, columns, 8, swizzle / element size].
+      page: reference to shared memory, tiled and swizzled [64 / 8, columns, 8, swizzle / element size].
+      transposed: transposes each matrix.
+
+    Returns:
+      For each chunk two registers: of the matrix of tokens 0..7, and of that of tokens 8..15. A matrix is 8 x
+      8 elements of 16 bits. Lane l holds columns 2 (l % 4) and 2 (l % 4) + 1 of row l / 4; if it is
+      transposed, rows 2 (l % 4) and 2 (l % 4) + 1 of column l / 4.
     """
     kind = ir.MemRefType(page.type)
     columns, swizzle = kind.shape[1], kind.shape[3] * mgpu.utils.bitwidth(kind.element_type) // 8
     lane, warp = _lane_and_warp()
-    # ldmatrix takes the addresses of the rows of its four matrices from lanes 0..7, 8..15, 16..23 and 24..31:
-    # tokens 0..7 and 8..15 of one chunk, then of the next.
-    token = arith.andi(lane, _constant(15))
-    row = arith.andi(token, _constant(7))
-    eight = arith.addi(arith.muli(warp, _constant(2)), arith.shrui(token, _constant(3)))
+    # ldmatrix takes the addresses of the rows of its four matrices from lanes 0..7, 8..15, 16..23 and 24..31.
+    # The matrices are tokens 0..7 and tokens 8..15 of one chunk, then the same tokens of the next chunk.
+    token = arith.andi(lane, _i32_constant(15))
+    row = arith.andi(token, _i32_constant(7))
+    eight = arith.addi(arith.muli(warp, _i32_constant(2)), arith.shrui(token, _i32_constant(3)))
     start = arith.addi(
-        arith.muli(eight, _constant(columns * 8 * swizzle)), arith.muli(row, _constant(swizzle))
+        arith.muli(eight, _i32_constant(columns * 8 * swizzle)), arith.muli(row, _i32_constant(swizzle))
     )
     start = arith.addi(_address(page), start)
-    # The swizzle exchanges the chunks of a row by the number of the 128 bytes it lies in.
-    chunk = arith.xori(arith.shrui(lane, _constant(4)), arith.divui(row, _constant(128 // swizzle)))
+    # The swizzle: the chunks of a row are exchanged by the index of the row's 128 bytes.
+    chunk = arith.xori(arith.shrui(lane, _i32_constant(4)), arith.divui(row, _i32_constant(128 // swizzle)))
     chunks = []
     for offset in range(0, columns * swizzle, 32):
         column, within = divmod(offset, swizzle)
-        swizzled = arith.xori(arith.muli(chunk, _constant(16)), _constant(within))
-        address = arith.addi(arith.addi(start, swizzled), _constant(column * 8 * swizzle))
+        swizzled = arith.xori(arith.muli(chunk, _i32_constant(16)), _i32_constant(within))
+        address = arith.addi(arith.addi(start, swizzled), _i32_constant(column * 8 * swizzle))
         loaded = _assembly(
             f"ldmatrix.sync.aligned.m8n8.x4{'.trans' if transposed else ''}.shared.b16 "
             "{$0, $1, $2, $3}, [$4];",
@@ -83,11 +95,15 @@ def load_chunks(page: Any, *, transposed: bool = False) -> list[Registers]:
     return chunks
 
 
-def load_column(values: Any) -> Registers:
-    """The left operand all of whose 16 rows are a warp's 16 of the values, float16 [64]."""
+def load_column(values: ir.Value) -> Registers:
+    """A left operand of 16 equal rows: the values of a warp's 16 tokens.
+
+    Args:
+      values: reference to shared memory, float16 [64], one value a token.
+    """
     lane, warp = _lane_and_warp()
     first = arith.addi(
-        arith.muli(warp, _constant(16)), arith.muli(arith.andi(lane, _constant(3)), _constant(2))
+        arith.muli(warp, _i32_constant(16)), arith.muli(arith.andi(lane, _i32_constant(3)), _i32_constant(2))
     )
     start = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(values), [first], ir.F16Type.get())
     low, high = (
@@ -96,107 +112,117 @@ def load_column(values: Any) -> Registers:
     return [low, low, high, high]
 
 
-def scores(queries: Any, steps: Sequence[Registers]) -> Pairs:
-    """The sum over steps of 16 channels of left operands times queries.
+def scores(queries: mgpu.FragmentedArray, keys: Sequence[Registers]) -> Pairs:
+    """Keys times queries: the sum of the products of a left operand and 16 channels of the queries.
 
     Args:
-      queries: array in the layout ``QUERIES_INT4`` or ``QUERIES_FLOAT``.
-      steps: left operands; of INT4 keys, made of their ``Nibbles.even`` and then ``Nibbles.odd``.
+      queries: in the layout ``QUERIES_INT4`` or ``QUERIES_FLOAT``.
+      keys: left operands, one for each 16 channels; of INT4 keys, first ``Nibbles.even`` and then
+        ``Nibbles.odd``.
     """
     out = []
     for right in _right_operands(queries):
         accumulator = [mgpu.utils.c(0.0, ir.F32Type.get())] * 4
-        for a, b in zip(steps, right, strict=True):
+        for a, b in zip(keys, right, strict=True):
             accumulator = _multiply_add(a, b, accumulator, queries.mlir_dtype)
         out.append(_pairs(accumulator))
     return np.array(out, dtype=object)
 
 
-def column_sums(queries: Any) -> Pairs:
-    """The sum over the channels of each float16 query, in all rows."""
-    ones = [_constant(_TWO_HALF_ONES)] * 4
+def column_sums(queries: mgpu.FragmentedArray) -> Pairs:
+    """The sum over the channels of each float16 query, the same in all rows of the accumulator."""
+    ones = [_i32_constant(_TWO_HALF_ONES)] * 4
     return _repeat_first(scores(queries, [ones] * (queries.shape[1] // 16)))
 
 
 class RightOperands(NamedTuple):
-    """[query tile, 2] registers of values of ``dtype``."""
+    """Right operands for an accumulator's query tiles.
 
-    registers: Any
+    Attributes:
+      registers: [query tiles, 2], an array of ``ir.Value``.
+      dtype: type of the 16-bit values in a register.
+    """
+
+    registers: np.ndarray
     dtype: ir.Type
 
 
-def transposed(weights: Any) -> RightOperands:
-    """Right operands made of 16-bit values laid out as an accumulator, whose rows are to be summed over."""
+def transposed(weights: mgpu.FragmentedArray) -> RightOperands:
+    """Right operands made of weights [tokens, queries] of 16 bits that are laid out as an accumulator.
+
+    A product with them sums over the tokens of the warp.
+    """
     text = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
     move = lambda register: _assembly(text, "=r,r", [_i32()], _as_i32(register))[0]  # noqa: E731
     registers = np.vectorize(move, otypes=[object])(weights.registers.reshape(-1, 2))
     return RightOperands(registers, weights.mlir_dtype)
 
 
-def accumulate(tile: Any, a: Registers, right: RightOperands) -> Pairs:
-    """``tile`` plus a left operand times right ones."""
+def add_product(accumulator: mgpu.FragmentedArray, a: Registers, right: RightOperands) -> Pairs:
+    """``accumulator`` plus a left operand times right operands."""
     out = []
-    for pairs, b in zip(tile.registers.reshape(-1, 2), right.registers, strict=True):
-        c = [_element(pair, i) for pair in pairs for i in range(2)]
+    for pairs, b in zip(accumulator.registers.reshape(-1, 2), right.registers, strict=True):
+        c = [element(pair, i) for pair in pairs for i in range(2)]
         out.append(_pairs(_multiply_add(a, b, c, right.dtype)))
     return np.array(out, dtype=object)
 
 
-def column_max(array: Any) -> Pairs:
-    """The greatest of a warp's 16 rows, in all of them."""
+def column_max(array: mgpu.FragmentedArray) -> Pairs:
+    """The maximum over a warp's 16 rows, the same in all of them."""
     pairs = array.registers.reshape(-1, 2)
     out = np.empty_like(pairs)
     for i, (first, second) in enumerate(pairs):
         values = []
         for column in range(2):
-            value = arith.maxnumf(_element(first, column), _element(second, column))
-            for distance in (4, 8, 16):  # lanes of the same queries
+            value = arith.maxnumf(element(first, column), element(second, column))
+            for distance in (4, 8, 16):  # to lanes that have the same queries
                 value = arith.maxnumf(value, mgpu.utils.shfl_bfly(value, distance))
             values.append(value)
         out[i, :] = _vector(values)
     return out
 
 
-def power_of_greatest(scale: Any, others: Any) -> Any:
-    """See ``fragments.warp_scale``. Floats that are not negative are ordered as their bits are."""
+def power_of_greatest(scale: mgpu.FragmentedArray, others: mgpu.FragmentedArray) -> np.ndarray:
+    """See ``fragments.warp_scale``. Floats that are not negative have the same order as their bits."""
     first, second = (_as_i32(register) for register in others.registers.flat)
     greatest = arith.maxui(arith.maxui(first, second), _as_i32(scale.registers.flat[0]))
     text = "redux.sync.max.u32 $0, $1, 0xffffffff;"
     (greatest,) = _assembly(text, "=r,r", [_i32()], greatest)
-    power = arith.andi(greatest, _constant(EXPONENT_BITS))
+    power = arith.andi(greatest, _i32_constant(EXPONENT_BITS))
     register = mgpu.utils.bitcast(power, scale.registers.flat[0].type)
     return np.full(scale.registers.shape, register, dtype=object)
 
 
-def first_row(array: Any) -> Pairs:
-    """A lane's first row in both of its rows."""
+def first_row(array: mgpu.FragmentedArray) -> Pairs:
+    """The first of a lane's two rows, in both of them."""
     return _repeat_first(array.registers.reshape(-1, 2))
 
 
-def store_transposed(out: Any, tiles: Sequence[Any], interleaved: bool) -> None:
-    """Writes each warp's tiles [16 channels, queries] to float32 ``out`` [warps, queries, channels].
+def store_transposed(out: ir.Value, sums: Sequence[mgpu.FragmentedArray], interleaved: bool) -> None:
+    """Writes each warp's sums, accumulators [16 channels, queries], transposed to ``out``.
 
     Args:
-      interleaved: rows 0..7 of a tile are its even channels, rows 8..15 the odd ones.
+      out: reference to shared memory, float32 [warps, queries, channels].
+      interleaved: rows 0..7 of an accumulator are its even channels, rows 8..15 its odd channels.
     """
     _, queries, channels = ir.MemRefType(out.type).shape
     lane, warp = _lane_and_warp()
-    row, column = arith.shrui(lane, _constant(2)), arith.andi(lane, _constant(3))
-    query = arith.addi(arith.muli(warp, _constant(queries)), arith.muli(column, _constant(2)))
-    channel = arith.muli(row, _constant(2 if interleaved else 1))
+    row, column = arith.shrui(lane, _i32_constant(2)), arith.andi(lane, _i32_constant(3))
+    query = arith.addi(arith.muli(warp, _i32_constant(queries)), arith.muli(column, _i32_constant(2)))
+    channel = arith.muli(row, _i32_constant(2 if interleaved else 1))
     f32 = ir.F32Type.get()
     start = mgpu.utils.getelementptr(
-        mgpu.utils.memref_ptr(out), [arith.addi(arith.muli(query, _constant(channels)), channel)], f32
+        mgpu.utils.memref_ptr(out), [arith.addi(arith.muli(query, _i32_constant(channels)), channel)], f32
     )
 
     def store(value: ir.Value, offset: int) -> None:
         llvm.store(value, mgpu.utils.getelementptr(start, [offset], f32))
 
-    for i, tile in enumerate(tiles):
-        for n, (first, second) in enumerate(tile.registers.reshape(-1, 2)):
+    for i, accumulator in enumerate(sums):
+        for n, (first, second) in enumerate(accumulator.registers.reshape(-1, 2)):
             for j in range(2):
                 offset = (8 * n + j) * channels + 16 * i
-                upper, lower = _element(first, j), _element(second, j)
+                upper, lower = element(first, j), element(second, j)
                 if interleaved:
                     store(_vector([upper, lower]), offset)
                 else:
@@ -204,15 +230,28 @@ def store_transposed(out: Any, tiles: Sequence[Any], interleaved: bool) -> None:
                     store(lower, offset + 8)
 
 
-def inline(emit: Callable[..., Any], arg_types: Any, return_type: Any) -> Callable[..., Any]:
-    """``plgpu.inline_mgpu`` of a function that returns ``Pairs`` for each array, None for ()."""
+ReturnType = plgpu.ShapeDtypeStruct | tuple[plgpu.ShapeDtypeStruct, ...]
 
-    def wrap(pairs: Pairs, kind: Any) -> Any:
+
+def inline(
+    emit: Callable[..., PyTree], arg_types: PyTree[Layout | plgpu.RefType], return_type: ReturnType
+) -> Callable[..., PyTree]:
+    """``plgpu.inline_mgpu`` of a function that returns the registers of arrays.
+
+    Args:
+      emit: takes the launch context, and what ``arg_types`` say; returns an array of ``ir.Value`` (``Pairs``)
+        for each of ``return_type``, or None if that is ().
+      arg_types, return_type: as those of ``plgpu.inline_mgpu``.
+    """
+
+    def wrap(pairs: Pairs, kind: plgpu.ShapeDtypeStruct) -> mgpu.FragmentedArray:
         layout = kind.layout.to_mgpu()
         registers = pairs.reshape(layout.registers_shape(kind.shape))
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    def emit_arrays(*arguments: Any) -> Any:
+    def emit_arrays(
+        *arguments: mgpu.LaunchContext | mgpu.FragmentedArray | ir.Value,
+    ) -> mgpu.FragmentedArray | tuple[mgpu.FragmentedArray, ...]:
         results = emit(*arguments)
         if isinstance(return_type, tuple):
             results = () if results is None else results
@@ -222,19 +261,19 @@ def inline(emit: Callable[..., Any], arg_types: Any, return_type: Any) -> Callab
     return plgpu.inline_mgpu(arg_types=arg_types, return_type=return_type)(emit_arrays)
 
 
-def _right_operands(queries: Any) -> Any:
-    """[query tile, step of 16 channels, 2] registers."""
+def _right_operands(queries: mgpu.FragmentedArray) -> np.ndarray:
+    """Right operands made of queries: registers [query tiles, channels / 16, 2]."""
     registers = queries.registers.squeeze((-3, -2, -1))
     if ir.VectorType(registers.flat[0].type).shape[0] == 2:
         return np.vectorize(_as_i32, otypes=[object])(registers).reshape(registers.shape[0], -1, 2)
     out = np.empty((*registers.shape, 2), dtype=object)
-    two, sixteen = ir.VectorType.get((2,), _i32()), _constant(16)
+    two, sixteen = ir.VectorType.get((2,), _i32()), _i32_constant(16)
     for index, register in np.ndenumerate(registers):
-        first, second = (_element(vector_dialect.bitcast(two, register), i) for i in range(2))
-        # Channels (0, 1), (2, 3) become (0, 2), (1, 3), the order of ``Nibbles``.
+        first, second = (element(vector_dialect.bitcast(two, register), i) for i in range(2))
+        # The channel pairs (0, 1), (2, 3) become (0, 2), (1, 3), which is the order of ``Nibbles``.
         out[index] = (
-            arith.ori(arith.andi(first, _constant(0xFFFF)), arith.shli(second, sixteen)),
-            arith.ori(arith.shrui(first, sixteen), arith.andi(second, _constant(-0x10000))),
+            arith.ori(arith.andi(first, _i32_constant(0xFFFF)), arith.shli(second, sixteen)),
+            arith.ori(arith.shrui(first, sixteen), arith.andi(second, _i32_constant(-0x10000))),
         )
     return out
 
@@ -252,13 +291,14 @@ def _multiply_add(a: Registers, b: Registers, c: Registers, dtype: ir.Type) -> l
     )
 
 
-def _assembly(text: str, constraints: str, results: list[ir.Type], *operands: ir.Value) -> list[Any]:
-    # Said to have side effects because all lanes of a warp must come to it together.
+def _assembly(text: str, constraints: str, results: list[ir.Type], *operands: ir.Value) -> list[ir.Value]:
+    """The results of a PTX instruction; ``constraints`` (of LLVM) are first those of the results."""
+    # has_side_effects keeps it in its place: all lanes of a warp must execute it together.
+    kind = results[0] if len(results) == 1 else llvm.StructType.get_literal(results)
+    result = llvm.inline_asm(kind, list(operands), text, constraints, has_side_effects=True)
+    struct = cast(ir.Value, result)
     if len(results) == 1:
-        return [llvm.inline_asm(results[0], list(operands), text, constraints, has_side_effects=True)]
-    struct: Any = llvm.inline_asm(
-        llvm.StructType.get_literal(results), list(operands), text, constraints, has_side_effects=True
-    )
+        return [struct]
     return [llvm.extractvalue(kind, struct, [i]) for i, kind in enumerate(results)]
 
 
@@ -274,18 +314,12 @@ def _i32() -> ir.Type:
     return ir.IntegerType.get_signless(32)
 
 
-def _constant(value: int) -> ir.Value:
+def _i32_constant(value: int) -> ir.Value:
     return mgpu.utils.c(value, _i32())
 
 
 def _as_i32(register: ir.Value) -> ir.Value:
     return mgpu.utils.bitcast(register, _i32())
-
-
-def _element(register: ir.Value, index: int) -> ir.Value:
-    return vector_dialect.extract(
-        register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([index])
-    )
 
 
 def _vector(elements: Sequence[ir.Value]) -> ir.Value:
@@ -294,10 +328,11 @@ def _vector(elements: Sequence[ir.Value]) -> ir.Value:
 
 
 def _lane_and_warp() -> tuple[ir.Value, ir.Value]:
-    """Of this thread; its CTA is one warpgroup."""
+    """Indices of this thread's lane in its warp, and of its warp; the CTA is one warpgroup."""
     thread = mgpu.utils.thread_idx()
-    return arith.andi(thread, _constant(31)), arith.shrui(thread, _constant(5))
+    return arith.andi(thread, _i32_constant(31)), arith.shrui(thread, _i32_constant(5))
 
 
-def _address(ref: Any) -> ir.Value:
+def _address(ref: ir.Value) -> ir.Value:
+    """The address in shared memory, an i32."""
     return llvm.ptrtoint(_i32(), mgpu.utils.memref_ptr(ref))

@@ -1,7 +1,7 @@
 """Causal attention over the paged cache in plain jax.numpy, for decode and for prefill chunks.
 
-The two halves of a head (the low and the high nibbles of a page's bytes) are multiplied on their own
-and scales are applied to the products, so that unpacking is one conversion to float and nothing else.
+The two halves of a head (the low and the high nibbles of a page's bytes) are multiplied separately, and
+scales are applied to the products: unpacking is then only a conversion to float.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from jaxtyping import Array, Float, Float16, Float32, Int32
 from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.qarrays import PagedKVCache
 
-_MASKED = -1e30
+_MASKED_SCORE = -1e30
 
-Halves = tuple[Float[Array, "batch kv_heads keys half"], Float[Array, "batch kv_heads keys half"]]
-# Of each half of a head; the same for both where a head is one group.
+# Keys or values, the low half and the high half of each head.
+CachedHalves = tuple[Float[Array, "batch kv_heads keys half"], Float[Array, "batch kv_heads keys half"]]
+# A value of each half of a head; the same for both halves where a head is one group.
 PerKey = Float32[Array, "2 batch kv_heads 1 1 keys"]
 
 
-def _gather_halves(pages: Array, layer: Int32[Array, ""], cache: PagedKVCache) -> Halves:
+def _gather_halves(pages: Array, layer: Int32[Array, ""], cache: PagedKVCache) -> CachedHalves:
     """Both halves of every cached head of every sequence; quantized ones as they are stored, 0 to 15."""
-    rows = pages[layer, cache.block_tables].swapaxes(1, 2)
-    rows = rows.reshape(*rows.shape[:2], cache.max_length, rows.shape[-1])
+    heads = pages[layer, cache.block_tables].swapaxes(1, 2)
+    heads = heads.reshape(*heads.shape[:2], cache.max_length, heads.shape[-1])
     if cache.quantized:
-        return (rows & 0x0F).astype(jnp.float32), (rows >> 4).astype(jnp.float32)
-    first, second = jnp.split(rows, 2, axis=-1)
+        return (heads & 0x0F).astype(jnp.float32), (heads >> 4).astype(jnp.float32)
+    first, second = jnp.split(heads, 2, axis=-1)
     return first, second
 
 
@@ -35,13 +36,13 @@ def _gather_scales(
     layer: Int32[Array, ""],
     cache: PagedKVCache,
 ) -> tuple[PerKey, PerKey]:
-    rows = scales[layer, cache.block_tables].transpose(3, 0, 2, 1, 4).astype(jnp.float32)
-    rows = rows.reshape(2, cache.kv_groups, *rows.shape[1:3], 1, 1, cache.max_length)
-    scale, zero = jnp.broadcast_to(rows, (2, 2, *rows.shape[2:]))
+    gathered = scales[layer, cache.block_tables].transpose(3, 0, 2, 1, 4).astype(jnp.float32)
+    gathered = gathered.reshape(2, cache.kv_groups, *gathered.shape[1:3], 1, 1, cache.max_length)
+    scale, zero = jnp.broadcast_to(gathered, (2, 2, *gathered.shape[2:]))
     return scale, zero
 
 
-def _rotated_keys(halves: Halves, scale: PerKey, zero: PerKey, cos: Array, sin: Array) -> Halves:
+def _rotated_keys(halves: CachedHalves, scale: PerKey, zero: PerKey, cos: Array, sin: Array) -> CachedHalves:
     """Dequantized keys after RoPE, which mixes the halves."""
 
     def dequantized(half: int) -> Float32[Array, "batch kv_heads keys half"]:
@@ -80,7 +81,7 @@ def run(call: Call, config: None = None) -> Float[Array, "batch seq heads head_d
     visible = keys <= positions[..., None]
     if window is not None:
         visible &= keys > positions[..., None] - window
-    scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, _MASKED)
+    scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, _MASKED_SCORE)
     weights = jax.nn.softmax(scores, axis=-1)
 
     outputs = []

@@ -18,7 +18,7 @@ def prefill_attention(
     key_rope: tuple[Float32[Array, "keys half"], Float32[Array, "keys half"]] | None = None,
     window: Int32[Array, ""] | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """``paged_attention`` by the implementation that multiplies many queries, however many there are.
+    """``paged_attention`` by the implementation for many queries, however many queries there are.
 
     Raises:
       ValueError: as ``paged_attention``.

@@ -1,4 +1,4 @@
-"""The work of one ``prefill_attention``, whose arguments are those of ``paged_attention``."""
+"""The work of one ``prefill_attention``; its arguments are those of ``paged_attention``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ __all__ = ["Call", "check", "cost", "describe"]
 
 
 def cost(call: Call) -> Cost:
-    """Bytes and operations where the queries are those of the last tokens that are cached, in bfloat16.
+    """Bytes and operations if the queries are those of the last cached tokens, in bfloat16.
 
-    The products count only the pairs that a causal mask and the window leave, and the pages only the keys in
-    one; a window that is data counts as none. The gathered keys and values of the Hopper kernel, written and
-    read once more, are a choice of the implementation and not counted.
+    Counted are only the pairs of query and key that the causal mask and the window leave, and only the keys
+    of such pairs. A window that is an array counts as none. The Hopper kernel also writes and reads the
+    gathered keys and values; this is not counted, since the op does not need it.
     """
     (batch, seq, num_heads, head_dim), cache = call.q.shape, call.cache
     keys = cache.max_length
     window = call.window if isinstance(call.window, int) else keys
     first = keys - seq
-    growing = min(max(window - first, 0), seq)  # queries whose window begins at the first key
+    growing = min(max(window - first, 0), seq)  # number of queries whose window begins at the first key
     pairs = growing * first + growing * (growing + 1) // 2 + (seq - growing) * window
     if cache.quantized:
         stored_head = head_dim // 2 + 4 * cache.kv_groups

@@ -1,8 +1,9 @@
 """Attention of a chunk's queries on Hopper: pages gathered into bfloat16 once, then flash attention.
 
-Gathering writes each key and value once, in the layout tensor cores take: little work beside the products of
-a chunk of hundreds of queries. cuDNN's attention aligns its causal mask with the first key; a chunk that
-starts later would need a mask of [batch, seq, keys] in memory and would skip no block of keys.
+Gathering writes each key and value once, in the order in which tensor cores read them. Beside the products of
+a chunk of hundreds of queries this is little work. cuDNN's attention is no alternative: it aligns its causal
+mask with the first key. For a chunk that starts later it would need a mask of [batch, seq, keys] in memory,
+and would not skip the keys that no query sees.
 """
 
 from __future__ import annotations
@@ -10,23 +11,26 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.prefill_attention import flash
 from pallas_kernels.prefill_attention.call import Call
+from pallas_kernels.prefill_attention.flash import WARPGROUP_QUERIES, FlashConfig, flash_attention
 from pallas_kernels.prefill_attention.gather import gather
 
 _PAGE_SIZES = (8, 16, 32, 64, 128)
 
 
-def heuristics(seq: int, head_dim: int) -> flash.Config:
-    """Two consumers, unless one holds all queries; 64 keys a step keep a consumer under 168 registers."""
-    return flash.Config(warpgroups=1 if seq <= flash.WARPGROUP_QUERIES else 2, block_n=64, num_stages=4)
+def heuristics(seq: int, head_dim: int) -> FlashConfig:
+    """Two multiplying warpgroups, unless one is enough for all queries.
+
+    With 64 keys a step each of their threads needs fewer than 168 registers.
+    """
+    return FlashConfig(warpgroups=1 if seq <= WARPGROUP_QUERIES else 2, block_n=64, num_stages=4)
 
 
-def configs(call: Call) -> list[flash.Config]:
+def configs(call: Call) -> list[FlashConfig]:
     """See ``dispatch``."""
     default = heuristics(call.q.shape[1], call.q.shape[3])
     others = [
-        flash.Config(warpgroups, block_n, num_stages)
+        FlashConfig(warpgroups, block_n, num_stages)
         for warpgroups in sorted({1, default.warpgroups})
         for block_n, num_stages in ((64, 2), (64, 4), (64, 6), (128, 2), (128, 3))
     ]
@@ -47,7 +51,7 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-def run(call: Call, config: flash.Config) -> Float[Array, "batch seq heads head_dim"]:
+def run(call: Call, config: FlashConfig) -> Float[Array, "batch seq heads head_dim"]:
     """See ``paged_attention.api.paged_attention``."""
     q, cache, layer, positions, key_rope, window = call
     window = None if window is None else jnp.asarray(window)
@@ -55,10 +59,17 @@ def run(call: Call, config: flash.Config) -> Float[Array, "batch seq heads head_
     if padding := -seq % config.block_m:
         q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
         positions = jnp.pad(positions, ((0, 0), (0, padding)), constant_values=-1)
-    # Whole steps of keys are multiplied: they must be finite even where no query looks.
-    step = max(config.block_n, cache.page_size)
-    num_keys = -(-cache.max_length // step) * step
+    # Whole steps of keys are multiplied: all their keys must be finite, also those that no query sees.
+    step_keys = max(config.block_n, cache.page_size)
+    num_keys = -(-cache.max_length // step_keys) * step_keys
     k, v = gather(
-        cache, layer, positions, key_rope, window, stride=config.block_m, step=step, num_keys=num_keys
+        cache,
+        layer,
+        positions,
+        key_rope,
+        window,
+        block_m=config.block_m,
+        step_keys=step_keys,
+        num_keys=num_keys,
     )
-    return flash.attention(q, k, v, positions, window, config)[:, :seq]
+    return flash_attention(q, k, v, positions, window, config)[:, :seq]

@@ -1,4 +1,4 @@
-"""Attention of a chunk's queries in plain jax.numpy: that of decoding serves any number of queries."""
+"""Attention of a chunk's queries in plain jax.numpy: decoding's reference takes any number of queries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arguments of one ``quantize``, its work and its shape in words."""
+"""The arguments of one ``quantize``, the work they need, and a description of their shape."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pallas_kernels.roofline import Cost
 
 
 class Call(NamedTuple):
-    """A row, reordered and quantized; see ``api.quantize``.
+    """Rows that are reordered and quantized; see ``api.quantize``.
 
     Attributes:
-      x: any float type.
-      fmt: of the result.
-      indices: order in which the channels are read.
+      x: activation of any float type.
+      fmt: format of the result.
+      indices: order in which the channels are read; None for as they are.
     """
 
     x: Float[Array, "m k"]
@@ -25,7 +25,7 @@ class Call(NamedTuple):
 
 
 def cost(call: Call) -> Cost:
-    """Bytes."""
+    """The bytes that must be moved."""
     m, k = call.x.shape
     read = m * k * call.x.dtype.itemsize + (0 if call.indices is None else 4 * k)
     return Cost(bytes=read + call.fmt.stored_bytes(m, k))

@@ -1,29 +1,29 @@
-"""``quantize`` on Hopper: blocks of groups, or whole rows where they are reordered."""
+"""``quantize`` on Hopper: a CTA works on a block of a row's groups, or on a whole row if it is reordered."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from jaxtyping import Array, Float32
 
 from pallas_kernels.mosaic import MAX_SMEM_BYTES, quantize_blocks, quantize_groups, quantize_rows
+from pallas_kernels.mosaic.types import Layout
 from pallas_kernels.qarrays import QuantizedActivation
 from pallas_kernels.quantize.call import Call
 
 
-def run(call: Call, config: quantize_blocks.Config | quantize_rows.Config) -> QuantizedActivation:
+def run(call: Call, config: quantize_blocks.BlockConfig | quantize_rows.RowConfig) -> QuantizedActivation:
     """See ``api.quantize``."""
-    if isinstance(config, quantize_rows.Config):
-        quantized, _ = quantize_rows.run(call.x, call.fmt, config, indices=call.indices)
+    if isinstance(config, quantize_rows.RowConfig):
+        quantized, _ = quantize_rows.launch(call.x, call.fmt, config, indices=call.indices)
         return quantized
-    return quantize_blocks.run(call.x[:, None], _only, "quantize", call.fmt, config)
+    return quantize_blocks.launch(call.x[:, None], _single_part, "quantize", call.fmt, config)
 
 
 def unsupported(call: Call) -> str | None:
     """See ``dispatch``."""
     x, fmt, indices = call
-    reason = quantize_groups.unsupported(fmt, x.dtype)
+    reason = quantize_groups.unsupported_format(fmt, x.dtype)
     if reason is None and indices is not None:
         needed = quantize_rows.smem_bytes(x.shape[-1], x.dtype, indices.dtype)
         if needed > MAX_SMEM_BYTES:
@@ -34,13 +34,13 @@ def unsupported(call: Call) -> str | None:
     return reason
 
 
-def configs(call: Call) -> Sequence[quantize_blocks.Config | quantize_rows.Config]:
+def configs(call: Call) -> Sequence[quantize_blocks.BlockConfig | quantize_rows.RowConfig]:
     """See ``dispatch``."""
     if call.indices is None:
-        return quantize_blocks.configs(*call.x.shape)
-    return quantize_rows.configs(call.x.shape[-1])
+        return quantize_blocks.candidates(*call.x.shape)
+    return quantize_rows.candidates(call.x.shape[-1])
 
 
-def _only(parts: list[Float32[Array, "*s"]], layout: Any) -> Float32[Array, "*s"]:
+def _single_part(parts: list[Float32[Array, "*s"]], layout: Layout) -> Float32[Array, "*s"]:
     [x] = parts
     return x

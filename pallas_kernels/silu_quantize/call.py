@@ -1,4 +1,4 @@
-"""The arguments of one ``silu_quantize``, its work and its shape in words."""
+"""The arguments of one ``silu_quantize``, the work they need, and a description of their shape."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Call(NamedTuple):
 
     Attributes:
       gate_up: [gate, up] along the last axis, any float type.
-      fmt: of the result, whose rows are half as wide.
+      fmt: format of the result, whose rows are half as wide.
     """
 
     gate_up: Float[Array, "m two_k"]
@@ -23,7 +23,7 @@ class Call(NamedTuple):
 
 
 def cost(call: Call) -> Cost:
-    """Bytes."""
+    """The bytes that must be moved."""
     m, width = call.gate_up.shape
     read = m * width * call.gate_up.dtype.itemsize
     return Cost(bytes=read + call.fmt.stored_bytes(m, width // 2))

@@ -1,4 +1,4 @@
-"""Winners of sweeps on a GPU: what a kernel runs with where exactly its call was measured."""
+"""Winners of sweeps on a GPU: the fastest configuration of each call that was measured."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -24,20 +23,21 @@ def path(device_kind: str) -> Path:
     return FOLDER / f"{gpu_name(device_kind)}.json"
 
 
-def winners(device_kind: str, op: str) -> Mapping[str, dict[str, Any]]:
-    """Fields of the fastest configuration of each call of ``op`` that was measured, by ``describe(call)``.
+def winners(device_kind: str, op: str) -> Mapping[str, dict[str, object]]:
+    """The fields of the fastest configuration of each measured call of ``op``, by ``describe(call)``.
 
-    None where another jax (0.11, 0.12) was measured: its compiler may have had more registers to give.
+    Empty if the sweep ran with another minor version of jax (0.11, 0.12): its compiler may allot registers
+    differently.
     """
     return _read(path(device_kind)).get(op, {})
 
 
 @functools.cache
-def _read(file: Path) -> dict[str, dict[str, dict[str, Any]]]:
+def _read(file: Path) -> dict[str, dict[str, dict[str, object]]]:
     if not file.exists():
         return {}
     result = json.loads(file.read_text(encoding="utf-8"))
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    found: dict[str, dict[str, dict[str, object]]] = {}
     if _release(result["environment"]["versions"]["jax"]) != _release(jax.__version__):
         return found
     for entry in result["entries"]:

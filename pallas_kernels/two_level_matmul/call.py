@@ -1,4 +1,4 @@
-"""The arguments of one ``two_level_matmul``, its work and its shape in words."""
+"""The arguments of one ``two_level_matmul``, the work they need, and a description of their shape."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Call(NamedTuple):
 
 
 def cost(call: Call) -> Cost:
-    """Bytes and operations, without those of bias and residual."""
+    """The bytes to be moved and the operations, without those of bias and residual."""
     m, (n, k) = call.x.outliers.shape[0], call.w.shape
     weight = n * (num_tiles(k) * PACK_TILE // 2 + 2 * (k // call.w.group_size) + 4)
     activation = m * (k + 4)

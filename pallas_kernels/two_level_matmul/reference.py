@@ -1,7 +1,7 @@
 """INT8 x (INT4 -> INT8) matmul in plain jax.numpy; see ``pallas_kernels.reference_matmul`` for the layout.
 
-The integers are multiplied in float32, which is the int32 sum while that is below 2^24 (1024 channels of the
-largest values) and rounded as a float32 sum is beyond. XLA's INT8 product is far slower on a CPU.
+The integers are multiplied in float32. The sum is exact while it is below 2^24 (1024 channels of the largest
+values), and a rounded float32 sum otherwise. XLA's INT8 product is far slower on a CPU.
 """
 
 from __future__ import annotations

@@ -1,17 +1,16 @@
-"""One call of every op at the shapes of real models: what is compiled, checked on a GPU, and timed."""
+"""Calls of every op at the shapes of real models, with which kernels are compiled, checked and timed."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from pallas_kernels.devices import REFERENCE
-from pallas_kernels.dispatch import cost, record_choices, use_implementation
+from pallas_kernels.dispatch import AnyCall, cost, record_choices, use_implementation
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.kv_append.api import kv_append
 from pallas_kernels.norm_quantize.api import norm_quantize
@@ -40,16 +39,16 @@ class Case:
 
     Attributes:
       op: of ``pallas_kernels``.
-      model, shape: for people, e.g. "Llama-3-8B" and "qkv_proj M=16".
-      inputs: fresh random arguments from a key; ``jax.eval_shape`` of it gives their shapes without memory.
+      model, shape: what a reader sees, e.g. "Llama-3-8B" and "qkv_proj M=16".
+      inputs: makes random arguments from a key; ``jax.eval_shape`` of it gives their shapes without memory.
       donated: positions of arguments that the function updates in place.
     """
 
     op: str
     model: str
     shape: str
-    function: Callable[..., Any]
-    inputs: Callable[[Key[Array, ""]], tuple[Any, ...]]
+    function: Callable[..., PyTree]
+    inputs: Callable[[Key[Array, ""]], tuple[PyTree, ...]]
     donated: tuple[int, ...] = ()
 
     @property
@@ -57,14 +56,14 @@ class Case:
         return f"{self.op} {self.model} {self.shape}"
 
     @property
-    def abstract_inputs(self) -> tuple[Any, ...]:
+    def abstract_inputs(self) -> tuple[PyTree, ...]:
         return jax.eval_shape(self.inputs, jax.eval_shape(lambda: jax.random.key(0)))
 
     @property
-    def call(self) -> Any:
-        """The arguments of the op, as its ``Call`` of shapes."""
+    def call(self) -> AnyCall:
+        """The op's ``Call``, with shapes in place of arrays."""
 
-        def traced(*inputs: Any) -> Any:  # a new function each time: a cached trace records nothing
+        def traced(*inputs: PyTree) -> PyTree:  # a new function each time: a cached trace records nothing
             return self.function(*inputs)
 
         with use_implementation(REFERENCE), record_choices() as choices:
@@ -78,36 +77,37 @@ class Case:
         return cost(self.op, self.call)
 
 
-def _shape(leaf: Any) -> Any:
+def _shape(leaf: PyTree) -> PyTree:
+    """The shape and dtype of an array; anything else stays as it is."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf
 
 
 def random_weight(key: Key[Array, ""], n: int, k: int, group_size: int, num_outliers: int) -> QuantizedWeight:
-    """All integers a weight may hold, padding zero as the format wants it."""
+    """A weight of random integers, with all values that the format allows; padding is zero."""
     body, scale_rows = k - num_outliers, ActivationFormat(group_size, num_outliers).num_groups(k) + 1
     keys = jax.random.split(key, 3)
     values = jax.random.randint(keys[0], (n, body), -8, 8, jnp.int8)
     packed = pack_int4(jnp.pad(values, ((0, 0), (0, -body % PACK_TILE))), PACK_TILE)
     outliers = jax.random.randint(keys[1], (n, num_outliers), -127, 128, jnp.int8)
     scales = jax.random.uniform(keys[2], (scale_rows, n), minval=0.5, maxval=1.5) / (5 * k**0.5)
-    return QuantizedWeight(packed, outliers, _finer_tail(scales), group_size)
+    return QuantizedWeight(packed, outliers, _smaller_tail_scales(scales), group_size)
 
 
-def _finer_tail(scales: Float[Array, "groups_and_tail n"]) -> Float[Array, "groups_and_tail n"]:
-    """INT8 values mean as much as INT4 ones: else almost all of a product would come from the tail."""
+def _smaller_tail_scales(scales: Float[Array, "groups_and_tail n"]) -> Float[Array, "groups_and_tail n"]:
+    """Makes the tail's scales smaller: else almost all of a product would come from its INT8 values."""
     return scales.at[-1].multiply(7 / 127)
 
 
 def random_activation(
     key: Key[Array, ""], rows: int, k: int, group_size: int, num_outliers: int
 ) -> QuantizedActivation:
-    """All integers an activation may hold, scales spread as real ones are."""
+    """An activation of random integers, with all values that the format allows, and of realistic scales."""
     scale_rows = ActivationFormat(group_size, num_outliers).num_groups(k) + 1
     keys = jax.random.split(key, 3)
     return QuantizedActivation(
         jax.random.randint(keys[0], (rows, k - num_outliers), -8, 8, jnp.int8),
         jax.random.randint(keys[1], (rows, num_outliers), -127, 128, jnp.int8),
-        _finer_tail(jax.random.uniform(keys[2], (scale_rows, rows), minval=0.05, maxval=0.5)),
+        _smaller_tail_scales(jax.random.uniform(keys[2], (scale_rows, rows), minval=0.05, maxval=0.5)),
         group_size,
     )
 
@@ -116,10 +116,10 @@ def random_cache(
     key: Key[Array, ""], layer: LayerShape, batch: int, length: int, kv_bits: int, num_layers: int = 2
 ) -> PagedKVCache:
     """A full cache whose pages are in random order."""
-    blocks = -(-length // PAGE_SIZE)
+    num_blocks = -(-length // PAGE_SIZE)
     keys = jax.random.split(key, 5)
-    lead = (num_layers, batch * blocks, layer.num_kv_heads)
-    tables = jax.random.permutation(keys[4], batch * blocks).astype(jnp.int32).reshape(batch, blocks)
+    lead = (num_layers, batch * num_blocks, layer.num_kv_heads)
+    tables = jax.random.permutation(keys[4], batch * num_blocks).astype(jnp.int32).reshape(batch, num_blocks)
     if kv_bits == 16:
         pages = [jax.random.normal(k, (*lead, PAGE_SIZE, layer.head_dim), jnp.bfloat16) for k in keys[:2]]
         return PagedKVCache(pages[0], pages[1], None, None, tables, "post")
@@ -136,12 +136,12 @@ def random_cache(
 
 
 def matmul(model: str, linear: str, rows: int, bits: int = 4) -> Case:
-    """The linear in 4 bits with outliers (w4a4kv4), or all in 8 bits (w8a8)."""
+    """A linear in 4 bits with outliers (w4a4kv4), or all in 8 bits (w8a8)."""
     layer = SHAPES[model]
     n, k = layer.linears[linear]
     fmt = (layer.group_size, layer.num_outliers) if bits == 4 else (0, k)
 
-    def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
+    def inputs(key: Key[Array, ""]) -> tuple[PyTree, ...]:
         first, second = jax.random.split(key)
         return random_activation(first, rows, k, *fmt), random_weight(second, n, k, *fmt)
 
@@ -155,12 +155,12 @@ def norm(model: str, rows: int) -> Case:
     channels = layer.hidden_size
     fmt = ActivationFormat(layer.group_size, layer.num_outliers, CLIP_A)
 
-    def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
+    def inputs(key: Key[Array, ""]) -> tuple[PyTree, ...]:
         first, second = jax.random.split(key)
         weight = jax.random.uniform(second, (channels,), minval=0.5, maxval=1.5)
         return jax.random.normal(first, (rows, channels), jnp.bfloat16), weight
 
-    # The residual stream it returns is its input; the model drops it too.
+    # The second result is the residual stream, here the input; the model does not use it either.
     call = lambda x, weight: norm_quantize(x, weight, eps=EPS, fmt=fmt)[0]  # noqa: E731
     return Case("norm_quantize", model, f"K={channels} M={rows}", call, inputs)
 
@@ -184,11 +184,11 @@ def silu(model: str, rows: int) -> Case:
 
 
 def append(model: str, rows: int, kv_bits: int = 4) -> Case:
-    """New tokens into a cache of INT4 pages, their keys centred, or of bfloat16 pages."""
+    """New tokens for a cache of INT4 pages, whose keys are centered, or of bfloat16 pages."""
     layer = SHAPES[model]
     length = 2 * PAGE_SIZE
 
-    def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
+    def inputs(key: Key[Array, ""]) -> tuple[PyTree, ...]:
         keys = jax.random.split(key, 5)
         width = (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
         angle = jax.random.uniform(keys[1], (rows, layer.head_dim // 2), maxval=2 * jnp.pi)
@@ -226,10 +226,10 @@ def append(model: str, rows: int, kv_bits: int = 4) -> Case:
 
 
 def attention(model: str, batch: int, seq: int, length: int, kv_bits: int = 4) -> Case:
-    """Decode (seq 1) or a prefill chunk, its last query at the last of ``length`` cached positions."""
+    """Decode (seq 1) or a prefill chunk; the last query is at the last of ``length`` cached positions."""
     layer = SHAPES[model]
 
-    def inputs(key: Key[Array, ""]) -> tuple[Any, ...]:
+    def inputs(key: Key[Array, ""]) -> tuple[PyTree, ...]:
         first, second = jax.random.split(key)
         positions = jnp.broadcast_to(jnp.arange(length - seq, length, dtype=jnp.int32), (batch, seq))
         q = jax.random.normal(first, (batch, seq, layer.num_heads, layer.head_dim), jnp.bfloat16)

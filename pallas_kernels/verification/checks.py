@@ -1,4 +1,4 @@
-"""The calls by which a kernel is judged on a user's GPU: few, small ones first, every form of every op."""
+"""The calls by which a kernel is judged on a user's GPU: few, small ones first, in all forms of every op."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Check:
     """One call.
 
     Attributes:
-      size: "small" is a few thread blocks of a few thousand instructions, rows that fill no tile; "real" is a
+      size: "small" is a few CTAs of a few thousand instructions, with fewer rows than a tile has; "real" is a
         layer of Llama-3-8B.
     """
 
@@ -42,7 +42,7 @@ class Check:
 
     @property
     def key(self) -> Key[Array, ""]:
-        """Of the inputs: the same in every run, so that a verdict can be repeated."""
+        """Makes the inputs: the same in every run, so that a verdict can be repeated."""
         return jax.random.key(zlib.crc32(self.name.encode()))
 
 
@@ -57,19 +57,19 @@ def _small() -> Iterator[Case]:
     yield cases.matmul(TINY, "o_proj", 5, bits=8)
     for kv_bits in (4, 16):
         yield cases.append(TINY, 5, kv_bits)
-    # Five pages, the last one not full, are split over two blocks; two pages are not.
+    # Five pages, of which the last one is not full, are split over two CTAs; two pages are not split.
     yield cases.attention(TINY, 1, 1, 300, kv_bits=4)
     yield cases.attention(TINY, 1, 1, 100, kv_bits=16)
     for kv_bits in (4, 16):
         yield cases.attention(TINY, 1, 5, 100, kv_bits)
     yield variants.one_scale(TINY, 1, 5, 100, "pre")
-    # From the middle of a page, with pages before it that are not read.
+    # The window begins in the middle of a page; pages before that page are not read.
     yield variants.windowed(TINY, 1, 1, 300, 100)
     yield variants.windowed(TINY, 1, 5, 200, 100)
 
 
 def _real() -> Iterator[Case]:
-    """Decode and prefill, where the two differ."""
+    """Decode and prefill, for the ops in which they differ."""
     for bits in (4, 8):
         yield cases.matmul(_MODEL, "down_proj", 16, bits)
         yield cases.matmul(_MODEL, "qkv_proj", 512, bits)

@@ -1,4 +1,4 @@
-"""What a kernel's result may differ by from the reference's, and how it is compared.
+"""How far a kernel's result may be from the reference's, and how they are compared.
 
 The reference runs on the same GPU with float32 products (XLA's default there is TF32). Nothing here needs a
 GPU; tests/bench checks the comparisons themselves on a CPU.
@@ -6,12 +6,10 @@ GPU; tests/bench checks the comparisons themselves on a CPU.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from pallas_kernels.qarrays import PagedKVCache, QuantizedActivation
 from pallas_kernels.verification.cases import Case
@@ -20,18 +18,20 @@ from pallas_kernels.verification.cases import Case
 # most 2**-9 = 2e-3 and 1.1e-3 in the mean. Sums in another order differ by 1e-6, which moves one output in
 # some thousands to the next bfloat16: 1e-4 in norm.
 MATMUL = 1e-3
-# The queries rotated in float32, in another order of operations: as above.
+# The queries are rotated in float32, with operations in another order: as above.
 QUERIES = 1e-3
 # The kernel multiplies INT4 values with weights rounded to float16 (5e-4) and both sides round the output.
 DECODE_INT4 = 5e-3
-# bfloat16 pages are multiplied with weights rounded to bfloat16 by both, each against its own maximum.
+# Both sides multiply bfloat16 pages with weights that are rounded to bfloat16, relative to maxima of their
+# own.
 DECODE_BF16 = 8e-3
 # Prefill rounds the dequantized keys and values, and the weights, to bfloat16: 2e-3 each, and the output.
 PREFILL = 1.2e-2
-# Scales behind a square root or an exponential: some units in the last place of float32.
+# Relative error of scales of the results of a square root or an exponential: some units in the last place.
 SCALES = 3e-6
-# Then x / scale lies within 3e-6 of a half, and rounds to the other side, for at most 2 * 127 * 3e-6 of the
-# INT8 values (a few hundredths of all) and 2 * 8 * 3e-6 of the INT4 values.
+# Share of integers that may be off by one. With such scales, x / scale is so near to a half that it is
+# rounded to the other side for at most 2 * 127 * 3e-6 of the INT8 values (a few hundredths of all values) and
+# 2 * 8 * 3e-6 of the INT4 values.
 OFF_BY_ONE = 2e-4
 
 
@@ -41,16 +41,16 @@ def require(condition: bool | Array, message: str) -> None:
         raise AssertionError(message)
 
 
-def check_result(case: Case, inputs: tuple[Any, ...], actual: Any, expected: Any) -> None:
-    """Asserts that ``actual`` is ``expected`` within what the op may differ by."""
+def check_result(case: Case, inputs: tuple[PyTree, ...], actual: PyTree, expected: PyTree) -> None:
+    """Asserts that ``actual`` is as near to ``expected`` as it must be for the op of ``case``."""
     same_structure(actual, expected)
     match case.op:
         case "grouped_matmul":
             close(actual, expected, MATMUL)
-        case "quantize":  # the float input is the same: so is every integer
+        case "quantize":  # both sides quantize the same floats: all integers must be equal
             same_bits(actual, expected)
         case "norm_quantize" | "silu_quantize":
-            if isinstance(actual, tuple):  # the residual stream too: a sum, rounded once
+            if isinstance(actual, tuple):  # with the residual stream: a sum that is rounded once
                 (actual, stream), (expected, expected_stream) = actual, expected
                 same_bits(stream, expected_stream)
             nearly_same_activation(actual, expected)
@@ -69,14 +69,14 @@ def bits(x: Array) -> np.ndarray:
     return np.asarray(x).reshape(-1).view(np.uint8)
 
 
-def same_structure(actual: Any, expected: Any) -> None:
-    """Same pytree, shapes and types."""
+def same_structure(actual: PyTree, expected: PyTree) -> None:
+    """Both have the same pytree structure, shapes and types."""
     describe = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)  # noqa: E731
     found, wanted = describe(actual), describe(expected)
     require(found == wanted, f"the result is {found}, not {wanted}")
 
 
-def same_bits(actual: Any, expected: Any) -> None:
+def same_bits(actual: PyTree, expected: PyTree) -> None:
     """Every array of two pytrees is the same, bit for bit."""
     for first, second in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(bits(first), bits(second))
@@ -91,8 +91,9 @@ def relative_norm(actual: Array, expected: Array) -> float:
 def close(actual: Array, expected: Array, tolerance: float) -> None:
     """Relative norm below ``tolerance``, and no single element far off: a norm over millions hides one.
 
-    What an element may be off by follows its row (the last axis), where that is larger than others: a query
-    that looks at few keys has outputs, and errors, many times as large as one that averages thousands.
+    The allowed error of an element grows with the norm of its row (the last axis), if that is larger than the
+    average: a query that sees few keys has outputs, and errors, many times as large as one that averages
+    thousands.
     """
     infinite = int((~jnp.isfinite(actual)).sum())
     require(infinite == 0, f"{infinite} elements are not finite")
@@ -100,7 +101,7 @@ def close(actual: Array, expected: Array, tolerance: float) -> None:
     require(error < tolerance, f"relative norm of the error {error:.2e}, allowed {tolerance:.0e}")
     a, e = actual.astype(jnp.float32), expected.astype(jnp.float32)
     rms = jnp.sqrt(jnp.maximum(jnp.mean(jnp.square(e)), jnp.mean(jnp.square(e), axis=-1, keepdims=True)))
-    # Normal errors of this norm stay within 8 of their deviations; two units in the last place of bfloat16.
+    # Normally distributed errors stay within 8 standard deviations; 2**-7 is two units in the last place.
     allowed = 8 * tolerance * rms + 2**-7 * jnp.abs(e)
     wrong = jnp.abs(a - e) > allowed
     count = int(wrong.sum())
@@ -109,7 +110,7 @@ def close(actual: Array, expected: Array, tolerance: float) -> None:
 
 
 def few_off_by_one(actual: Array, expected: Array) -> None:
-    """Integers equal but for a share of OFF_BY_ONE, those by one."""
+    """Integers are equal, except for a share of OFF_BY_ONE that are off by one."""
     difference = jnp.abs(actual.astype(jnp.int32) - expected.astype(jnp.int32))
     largest, count = int(difference.max(initial=0)), int((difference > 0).sum())
     require(largest <= 1, f"{int((difference > 1).sum())} integers off by up to {largest}")
@@ -118,14 +119,14 @@ def few_off_by_one(actual: Array, expected: Array) -> None:
 
 
 def nearly_same_activation(actual: QuantizedActivation, expected: QuantizedActivation) -> None:
-    """Integers equal but for a few, and scales but for some units in the last place."""
+    """All integers except a few are equal, and all scales except for some units in the last place."""
     np.testing.assert_allclose(actual.scales, expected.scales, rtol=SCALES)
     few_off_by_one(actual.body, expected.body)
     few_off_by_one(actual.outliers, expected.outliers)
 
 
-def check_append(inputs: tuple[Any, ...], actual: Any, expected: Any) -> None:
-    """The queries; every page nobody wrote as it was; the written ones."""
+def check_append(inputs: tuple[PyTree, ...], actual: PyTree, expected: PyTree) -> None:
+    """Compares the queries, the parts of pages that must not change, and the parts that were written."""
     _, before, layer, slots, *_ = inputs
     (q, cache), (expected_q, expected_cache) = actual, expected
     close(q, expected_q, QUERIES)
@@ -147,7 +148,8 @@ def check_append(inputs: tuple[Any, ...], actual: Any, expected: Any) -> None:
 def check_written(name: str, written: Array, wanted: Array, cache: PagedKVCache) -> None:
     """What was stored for the new tokens [tokens, heads, rows].
 
-    Values are quantized from equal input: bit for bit. Keys went through RoPE, and a norm in some models.
+    Values are quantized from the same floats and must be equal bit for bit. Keys are results of RoPE and, in
+    some models, of a norm.
     """
     if name.startswith("v"):
         same_bits(written, wanted)
@@ -164,11 +166,11 @@ def check_written(name: str, written: Array, wanted: Array, cache: PagedKVCache)
 
 
 def few_keys_differ(actual: Array, expected: Array, off_by: float | Array) -> None:
-    """Equal but for 1 in 100, those by at most ``off_by``.
+    """All are equal, except for 1 in 100 that differ by at most ``off_by``.
 
-    The operations of RoPE may be contracted differently: float32 values differ in their last bit and about
-    one in 2**15 is rounded to another bfloat16, 2**-8 away. Where that is the maximum or minimum of a group
-    (1 group in 10,000) its scale moves as much, and with it 3 in 100 of its integers.
+    The compiler may contract the operations of RoPE differently: float32 values differ in their last bit, and
+    about one in 2**15 is rounded to another bfloat16, which is 2**-8 away. If that is the maximum or minimum
+    of a group (1 group in 10,000), the group's scale changes as much, and with it 3 in 100 of its integers.
     """
     difference = jnp.abs(actual.astype(jnp.float32) - expected.astype(jnp.float32))
     require((difference <= off_by).all(), f"keys off by up to {float(difference.max())}")

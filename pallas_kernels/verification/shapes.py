@@ -39,10 +39,10 @@ MODELS = {
     "Llama-3-70B/8": LayerShape(8192, 28672 // 8, 64 // 8, 8 // 8, 128),
     "Qwen3-8B": LayerShape(4096, 12288, 32, 8, 128, qk_norm=True),
 }
-# No model: as narrow as the kernels take, for checks that must be quick, with three query heads a kv head,
-# q/k norm and an odd number of tiles.
+# Not a model: shapes as narrow as the kernels can run, for checks that must be quick. It has three query
+# heads a kv head, q/k norm and an odd number of tiles.
 TINY = "tiny"
 SHAPES = MODELS | {TINY: LayerShape(192, 320, 9, 3, 64, group_size=64, num_outliers=64, qk_norm=True)}
-# Rows of a linear's input: tokens of one step.
+# Rows of a linear's input: tokens of one step of the engine.
 DECODE_ROWS = (1, 16, 64, 128)
 PREFILL_ROWS = (256, 4096)

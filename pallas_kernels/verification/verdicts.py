@@ -1,4 +1,4 @@
-"""What is known of the kernels on a device: good or not, kept in the user's cache between processes.
+"""Verdicts: whether a kernel is good on a device. They are kept in the user's cache between processes.
 
 A verdict holds for one kind of device, one version of jax and one state of this package's sources. Within a
 process it changes at most when ``adopt`` is called; that is part of jit's cache key, so that a function
@@ -22,9 +22,9 @@ from pallas_kernels.user_cache import user_cache
 
 GOOD = "good"
 FAILED = "failed"
-# The kernel serves none of the checked calls, e.g. with this version of jax: it is never chosen.
+# The kernel can run none of the checked calls, e.g. with this version of jax: it is never chosen.
 UNSUPPORTED = "unsupported"
-# The check could not decide, e.g. for lack of time or memory. Not kept: the next process tries again.
+# The check could not decide, e.g. for lack of time or memory. This is not kept: the next process tries again.
 UNCHECKED = "unchecked"
 OUTCOMES = (GOOD, FAILED, UNSUPPORTED, UNCHECKED)
 
@@ -33,7 +33,7 @@ _SOURCES = Path(__file__).parents[1]
 
 
 class Verdict(NamedTuple):
-    """On one implementation of one op.
+    """The verdict on one implementation of one op.
 
     Attributes:
       outcome: one of ``OUTCOMES``.
@@ -50,7 +50,7 @@ class Verdict(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: it is part of jit's key
 class Verdicts:
-    """On all that was checked on a device, e.g. "NVIDIA H200"."""
+    """The verdicts on all that was checked on a device, e.g. "NVIDIA H200"."""
 
     device: str
     verdicts: tuple[Verdict, ...]
@@ -61,12 +61,12 @@ class Verdicts:
         return next(same, None)
 
     def merged(self, newer: Verdicts) -> Verdicts:
-        """These, replaced by ``newer`` ones where there are such."""
+        """These verdicts; where ``newer`` has one on the same implementation, that one instead."""
         found = {(v.op, v.implementation): v for v in (*self.verdicts, *newer.verdicts)}
         return Verdicts(self.device, tuple(found.values()))
 
 
-# A jax user context for its place in jit's key. Only its global value is set: threads share it.
+# A user context of jax, since it is part of jit's cache key. Only its global value is set: threads share it.
 _adopted = jax.make_user_context(None)
 
 
@@ -136,7 +136,7 @@ def read(device: str) -> Verdicts | None:
     identity = _identity(device)
     if not isinstance(found, dict) or {name: found.get(name) for name in identity} != identity:
         raise ValueError(f"{file} is not of this device, jax and sources")
-    return Verdicts(device, tuple(_verdict(file, entry) for entry in _entries(file, found)))
+    return Verdicts(device, tuple(_parse_verdict(file, entry) for entry in _entries(file, found)))
 
 
 def _entries(file: Path, found: dict[str, Any]) -> list[Any]:
@@ -146,7 +146,7 @@ def _entries(file: Path, found: dict[str, Any]) -> list[Any]:
     return entries
 
 
-def _verdict(file: Path, entry: Any) -> Verdict:
+def _parse_verdict(file: Path, entry: Any) -> Verdict:
     try:
         verdict = Verdict(**entry)
     except TypeError as error:

@@ -1,8 +1,8 @@
-"""Runs checks in processes of their own and says what came of each: a hang or a crash ends one of them.
+"""Runs checks in child processes and returns the result of each; a hang or a crash ends only one child.
 
-What a kernel that never ran on a device can do to the process that runs it - never return, abort, break
-the CUDA context - is contained in a child. The parent knows from the child's messages which check was
-running, blames that, and starts another child for those that are left.
+A kernel that never ran on a device may never return, abort, or break the CUDA context: this must not happen
+to the process that asks. The parent knows from a child's messages which check was running when the child
+ended or hung. It records that check as failed, and starts another child for the checks that are left.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from pallas_kernels.verification.checks import all_checks
 from pallas_kernels.verification.verdicts import FAILED, GOOD, UNCHECKED, UNSUPPORTED, Verdict
 
 # -P: a file in the user's folder must not stand for a module.
 COMMAND = (sys.executable, "-P", "-m", "pallas_kernels.verification.child")
-# Most of a check is compiling on the CPU, in one thread.
+# Most of the time of a check is compilation on the CPU, in one thread.
 _CORES_PER_CHILD = 4
 _MAX_CHILDREN = 4
 # Lines of a list of stack frames, Python's or C++'s.
@@ -39,7 +39,7 @@ Progress = Callable[[int, int], None]
 
 
 class Result(NamedTuple):
-    """Of one check: ``outcome`` is one of ``verdicts.OUTCOMES``."""
+    """The result of one check; ``outcome`` is one of ``verdicts.OUTCOMES``."""
 
     outcome: str
     detail: str
@@ -47,12 +47,12 @@ class Result(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Seconds.
+    """How many seconds things may take.
 
     Attributes:
       start: from the start of a child until its device computes.
-      check: one check, compiling included.
-      total: all of it; what is not checked by then stays unchecked.
+      check: one check, with its compilation.
+      total: all checks; those that are not done by then stay unchecked.
     """
 
     start: float = 40.0
@@ -76,10 +76,11 @@ def verify(
     """Runs the named checks with ``implementation`` against the reference.
 
     Args:
-      names: of ``checks.all_checks()``.
+      names: names in ``checks.all_checks()``.
       command: starts a child; the implementation and names are appended to it. None for ``COMMAND``. Another
-        one may set something up before it calls ``child.main``.
-      children: at a time; None for one for each four cores, up to four. Each takes whole ops.
+        command may set something up before it calls ``child.main``.
+      children: number of children at a time; None for one for each four cores, up to four. All checks of an
+        op are done by one child after the other.
       progress: called as checks are done, from any thread, one call at a time.
 
     Returns:
@@ -95,19 +96,19 @@ def verify(
                 progress(len(results), len(names))
 
     limits = limits or Limits()
-    lanes = _lanes(names, children or max(1, min(_MAX_CHILDREN, _cores() // _CORES_PER_CHILD)))
+    queues = _queues(names, children or max(1, min(_MAX_CHILDREN, _cores() // _CORES_PER_CHILD)))
     stop = threading.Event()
-    with ThreadPoolExecutor(max_workers=len(lanes) or 1) as pool:
+    with ThreadPoolExecutor(max_workers=len(queues) or 1) as pool:
         deadline = started + limits.total
         running = [
             pool.submit(
-                _run_lane, lane, (*(command or COMMAND), implementation), limits, deadline, record, stop
+                _run_queue, queue, (*(command or COMMAND), implementation), limits, deadline, record, stop
             )
-            for lane in lanes
+            for queue in queues
         ]
         try:
-            for lane in running:
-                lane.result()
+            for queue in running:
+                queue.result()
         finally:
             stop.set()  # an interrupted parent must not wait for children
     return {name: results[name] for name in names}
@@ -118,12 +119,12 @@ def verdicts_of(results: dict[str, Result], implementation: str) -> tuple[Verdic
     by_op: dict[str, dict[str, Result]] = {}
     for name, result in results.items():
         by_op.setdefault(all_checks()[name].op, {})[name] = result
-    return tuple(_verdict(op, implementation, of_op) for op, of_op in by_op.items())
+    return tuple(_verdict_on_op(op, implementation, of_op) for op, of_op in by_op.items())
 
 
-def _verdict(op: str, implementation: str, results: dict[str, Result]) -> Verdict:
+def _verdict_on_op(op: str, implementation: str, results: dict[str, Result]) -> Verdict:
     checked = sum(result.outcome in (GOOD, FAILED) for result in results.values())
-    # The first of these that any check had.
+    # The first of these outcomes that any check had.
     for outcome in (FAILED, UNCHECKED, GOOD, UNSUPPORTED):
         names = [name for name, result in results.items() if result.outcome == outcome]
         if names:
@@ -136,18 +137,18 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _lanes(names: Sequence[str], count: int) -> list[list[str]]:
-    """``names`` dealt to at most ``count`` lanes, those of an op together and in order."""
+def _queues(names: Sequence[str], count: int) -> list[list[str]]:
+    """Distributes ``names`` to at most ``count`` queues; an op's checks are in one queue, in their order."""
     by_op: dict[str, list[str]] = {}
     for name in names:
         by_op.setdefault(all_checks()[name].op, []).append(name)
-    lanes: list[list[str]] = [[] for _ in range(min(count, len(by_op)))]
+    queues: list[list[str]] = [[] for _ in range(min(count, len(by_op)))]
     for of_op in sorted(by_op.values(), key=len, reverse=True):
-        min(lanes, key=len).extend(of_op)
-    return lanes
+        min(queues, key=len).extend(of_op)
+    return queues
 
 
-def _run_lane(
+def _run_queue(
     names: Sequence[str],
     command: Sequence[str],
     limits: Limits,
@@ -155,7 +156,7 @@ def _run_lane(
     record: Callable[[str, Result], None],
     stop: threading.Event,
 ) -> None:
-    """Runs checks one after the other, in as many children as that takes."""
+    """Runs checks one after the other, in as many children as are needed."""
     remaining = list(names)
 
     def settle(name: str, result: Result) -> None:
@@ -213,7 +214,7 @@ def _run_child(
 
 
 class _Child:
-    """One process, its messages, and its end; as a context it is gone afterwards."""
+    """One child process and its messages; used as a context, it is ended on exit."""
 
     def __init__(self, command: Sequence[str], stop: threading.Event) -> None:
         self._stop = stop
@@ -244,7 +245,7 @@ class _Child:
           TimeoutError: none by ``until``, a ``time.monotonic()``.
           _Ended: there will be none.
         """
-        out: Any = self._process.stdout
+        out = cast(IO[bytes], self._process.stdout)
         while True:
             line, newline, rest = self._buffer.partition(b"\n")
             if newline:
@@ -294,7 +295,7 @@ class _Child:
 
 
 def _environment() -> dict[str, str]:
-    """Of a child: this process's modules, and GPU memory only as it is needed."""
+    """A child's environment: it finds this process's modules, and allocates GPU memory as it needs it."""
     modules = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
     environment = {**os.environ, "PYTHONPATH": modules, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     platforms = os.environ.get("JAX_PLATFORMS", "")

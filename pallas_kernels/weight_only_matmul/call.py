@@ -1,4 +1,4 @@
-"""The arguments of one ``weight_only_matmul``, its work and its shape in words."""
+"""The arguments of one ``weight_only_matmul``, the work they need, and a description of their shape."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Call(NamedTuple):
 
 
 def cost(call: Call) -> Cost:
-    """Bytes and operations, without those of bias and residual."""
+    """The bytes to be moved and the operations, without those of bias and residual."""
     m, (n, k) = call.x.shape[0], call.w.shape
     weight = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(call.w))
     traffic = weight + m * (k * call.x.dtype.itemsize + n * jnp.dtype(call.out_dtype).itemsize)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import PagedKVCache, kv_append, paged_attention
+from pallas_kernels import PagedKVCache, kv_append, paged_attention, prefill_attention
 from tests.pallas_kernels import bridge, oracle
 
 DIM, PAGE, PAGES, BLOCKS = 32, 8, 16, 3
 LENGTHS = [1, 8, 13, 24]  # one token, exactly a page, half a page, the whole table
 
 _attend = jax.jit(paged_attention)
+_prefill = jax.jit(prefill_attention)
 
 
 def key_rope(kv_rope: str):
@@ -38,9 +40,14 @@ def make_positions(seq: int) -> np.ndarray:
 
 
 def attend(
-    q: np.ndarray, cache: oracle.Cache, layer: int, positions: np.ndarray, window: int | None = None
+    q: np.ndarray,
+    cache: oracle.Cache,
+    layer: int,
+    positions: np.ndarray,
+    window: int | None = None,
+    op: Callable[..., np.ndarray] = _attend,
 ) -> np.ndarray:
-    return _attend(
+    return op(
         jnp.asarray(q),
         bridge.cache(cache),
         layer=jnp.int32(layer),
@@ -57,8 +64,9 @@ def check(
     positions: np.ndarray,
     tolerance: float,
     window: int | None = None,
+    op: Callable[..., np.ndarray] = _attend,
 ) -> None:
-    actual = attend(q, cache, layer, positions, window)
+    actual = attend(q, cache, layer, positions, window, op)
     assert actual.dtype == q.dtype
     assert np.isfinite(np.asarray(actual, np.float32)).all()  # those of padding queries too
     real = positions >= 0
@@ -87,6 +95,14 @@ def test_int4_pages(dtype: str, kv_rope: str, heads: int, kv_heads: int, seq: in
     cache = make_cache(rng, kv_rope, dtype, kv_heads)
     q = rng.normal(size=(len(LENGTHS), seq, heads, DIM)).astype(np.float32)
     check(q, cache, 1, make_positions(seq), 1e-5)
+
+
+@pytest.mark.parametrize("seq", [1, 5])
+def test_prefill_attention_of_any_number_of_queries(seq: int):
+    rng = np.random.default_rng(seq)
+    cache = make_cache(rng, "post", "int4x2")
+    q = rng.normal(size=(len(LENGTHS), seq, 6, DIM)).astype(np.float32)
+    check(q, cache, 1, make_positions(seq), 1e-5, op=_prefill)
 
 
 @pytest.mark.parametrize("window", [1, 7, PAGE, PAGE + 1, 2**30])

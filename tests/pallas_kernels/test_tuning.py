@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from pallas_kernels import dispatch, use_implementation
-from pallas_kernels.mosaic.quantize_rows import Config
+from pallas_kernels.mosaic.quantize_rows import RowConfig
 from pallas_kernels.tuning import winners
 from pallas_kernels.verification import cases
 from pallas_kernels.verification.cases import Case
@@ -57,11 +57,11 @@ def chosen(case: Case, config: Any = None) -> Any:
 
 def test_a_winner_replaces_the_default_where_it_was_measured(tuned: Path):
     (default, *_) = dispatch.configs(CASE.op, KERNEL, CASE.call)
-    assert default != Config(slabs_per_step=1)
+    assert default != RowConfig(slabs_per_step=1)
     with hopper(tuned, kind=H100):
-        assert chosen(CASE) == Config(slabs_per_step=1)
+        assert chosen(CASE) == RowConfig(slabs_per_step=1)
         assert chosen(cases.norm("Llama-3-8B", 64)) == default  # another call
-        assert chosen(CASE, Config(slabs_per_step=3)) == Config(slabs_per_step=3)  # what was asked for
+        assert chosen(CASE, RowConfig(slabs_per_step=3)) == RowConfig(slabs_per_step=3)  # what was asked for
     with hopper(tuned, kind="NVIDIA H200"):
         assert chosen(CASE) == default  # another GPU
     assert chosen(CASE) == default  # a CPU that compiles for a GPU
@@ -85,7 +85,7 @@ def test_a_configuration_of_another_op_is_an_error():
     with pytest.raises(dispatch.Unsupported, match="norm_quantize: mosaic_sm90 does not run with"):
         chosen(CASE, "tiles")
     with (
-        use_implementation("reference", config=Config(1)),
+        use_implementation("reference", config=RowConfig(1)),
         pytest.raises(dispatch.Unsupported, match="reference does not run with"),
     ):
         jax.eval_shape(lambda *inputs: CASE.function(*inputs), *CASE.abstract_inputs)

@@ -199,9 +199,9 @@ def _prefill(case: Case, clusters: int) -> list[Sample]:
 
 
 def _gathered(
-    cache: PagedKVCache, layer: Array, positions: Array, config: flash.Config, clusters: int
+    cache: PagedKVCache, layer: Array, positions: Array, config: flash.FlashConfig, clusters: int
 ) -> Sample:
-    how = {"stride": config.block_m, "step": config.block_n, "num_keys": cache.max_length}
+    how = {"block_m": config.block_m, "step_keys": config.block_n, "num_keys": cache.max_length}
     found, runs = _execute(lambda: gather(cache, layer, positions, None, None, **how), clusters)
     for name, values, written in zip("kv", found, runs[0].written_outputs, strict=True):
         # [batch, blocks, kv heads, tokens, ...]
@@ -215,13 +215,13 @@ def _gathered(
     return Sample(runs, 0.0, 0.0)
 
 
-def _flash(q: Array, cache: PagedKVCache, positions: Array, config: flash.Config) -> Sample:
+def _flash(q: Array, cache: PagedKVCache, positions: Array, config: flash.FlashConfig) -> Sample:
     """One tile of queries of one head, against softmax in float64."""
     rng = np.random.default_rng(q.shape[1])
     batch, _, num_heads, head_dim = q.shape
     shape = (batch, cache.max_length, cache.num_kv_heads, head_dim)
     k, v = (jnp.asarray(rng.normal(size=shape), q.dtype) for _ in range(2))
-    out, runs = _execute(lambda: flash.attention(q, k, v, positions, None, config), 1)
+    out, runs = _execute(lambda: flash.flash_attention(q, k, v, positions, None, config), 1)
     (written,) = runs[0].written_outputs
     (head,), rows = np.flatnonzero(written.any((0, 1, 3))), np.flatnonzero(written.any((0, 2, 3)))
     assert len(rows) == config.block_m

@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels import QuantizedActivation, QuantizedWeight, grouped_matmul, use_implementation
 from pallas_kernels.grouped_matmul import mosaic_sm90
 from pallas_kernels.grouped_matmul.call import Call
-from pallas_kernels.grouped_matmul.config import Config, configs
+from pallas_kernels.grouped_matmul.config import MatmulConfig, candidates
 from pallas_kernels.mosaic import MAX_SMEM_BYTES, NUM_SMS
 from pallas_kernels.qarrays import PACK_TILE, num_tiles
 from pallas_kernels.verification.shapes import DECODE_ROWS, MODELS, PREFILL_ROWS
@@ -115,7 +115,7 @@ def test_bias_and_residual(execute: Execute, m: int, dtype: jnp.dtype, tolerance
     x, w = random_operands(m, 128, 384, 64, 64)
     rng = np.random.default_rng(0)
     bias, residual = (jnp.asarray(rng.normal(scale=100, size=shape), dtype) for shape in (128, (m, 128)))
-    config = Config(block_m=16, warpgroups=2, num_stages=2, split_k=splits)
+    config = MatmulConfig(block_m=16, warpgroups=2, num_stages=2, split_k=splits)
     y = execute(
         lambda x, w, bias, residual: mosaic_sm90.run(Call(x, w, bias, residual, dtype), config),
         bridge.activation(x),
@@ -129,7 +129,7 @@ def test_bias_and_residual(execute: Execute, m: int, dtype: jnp.dtype, tolerance
 
 
 def check_configuration(
-    execute: Execute, config: Config, x: oracle.Quantized, w: oracle.Quantized, **how: bool
+    execute: Execute, config: MatmulConfig, x: oracle.Quantized, w: oracle.Quantized, **how: bool
 ) -> None:
     """The kernel cut as ``config`` says equals the oracle."""
     y = execute(
@@ -147,7 +147,7 @@ def check_configuration(
 def test_split_input_channels(execute: Execute, tokens: int, splits: int):
     """More CTAs than there are body steps: some have only steps of the tail."""
     x, w = random_operands(tokens, 64, 448, 64, 128)
-    config = Config(block_m=tokens, warpgroups=1, num_stages=3, split_k=splits)
+    config = MatmulConfig(block_m=tokens, warpgroups=1, num_stages=3, split_k=splits)
     check_configuration(execute, config, x, w)
 
 
@@ -155,7 +155,7 @@ def test_split_input_channels(execute: Execute, tokens: int, splits: int):
 def test_split_input_channels_of_int8(execute: Execute, splits: int):
     """Of four CTAs for three steps one has none: its scales are whatever shared memory held."""
     x, w = random_operands(8, 64, 192, 0, 192)
-    config = Config(block_m=8, warpgroups=1, num_stages=2, split_k=splits)
+    config = MatmulConfig(block_m=8, warpgroups=1, num_stages=2, split_k=splits)
     check_configuration(execute, config, x, w, may_be_unwritten=splits == 4)
 
 
@@ -163,7 +163,7 @@ def test_split_input_channels_of_int8(execute: Execute, splits: int):
 def test_shared_tokens(execute: Execute, group_size: int, num_outliers: int):
     """Two CTAs fill each other's slots, more often than there are slots."""
     x, w = random_operands(16, 128, 640, group_size, num_outliers)
-    config = Config(block_m=16, warpgroups=1, num_stages=2, sharers=2)
+    config = MatmulConfig(block_m=16, warpgroups=1, num_stages=2, sharers=2)
     check_configuration(execute, config, x, w)
 
 
@@ -195,8 +195,8 @@ def test_scales_beyond_the_last_group_are_never_used(execute: Execute, num_outli
 @pytest.mark.parametrize("n", [64, 192])
 def test_no_warpgroup_is_without_output_channels(m: int, n: int):
     """Else two of them write to one tile where there is but one, as the emulator's races have shown."""
-    assert configs(m, n, 4096, 128)[0].block_n <= n
-    assert all(config.block_n <= n for config in configs(m, n, 4096, 128))
+    assert candidates(m, n, 4096, 128)[0].block_n <= n
+    assert all(config.block_n <= n for config in candidates(m, n, 4096, 128))
 
 
 def test_configurations_of_real_layers():
@@ -207,7 +207,7 @@ def test_configurations_of_real_layers():
     """
     for n, k, group_size, _ in LINEARS:
         for m in (*DECODE_ROWS, *PREFILL_ROWS, 3, 129):
-            config = configs(m, n, k, group_size)[0]
+            config = candidates(m, n, k, group_size)[0]
             assert config.smem_bytes <= MAX_SMEM_BYTES, (m, n, k, config)
             assert config.split_k * config.sharers <= 8, (m, n, k, config)
             ctas = -(-n // config.block_n) * config.split_k

@@ -317,7 +317,7 @@ def test_values_beyond_float16_saturate(execute: Execute):
 @pytest.mark.parametrize("half", [32, 64])
 def test_tiles_cover_all_heads_once(half: int):
     for num_heads in (1, 2, 3, 8, 9, 20, 32, 33, 71):
-        tiles = registers.tiles(num_heads, half)
+        tiles = registers.head_tiles(num_heads, half)
         assert [head for first, count in tiles for head in range(first, first + count)] == list(
             range(num_heads)
         )

@@ -180,7 +180,7 @@ def test_numerics(
     splits: int,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    config = mosaic_sm90.Config(split_k=splits, num_stages=2)
+    config = mosaic_sm90.DecodeConfig(split_k=splits, num_stages=2)
     monkeypatch.setattr(mosaic_sm90, "heuristics", lambda *_: config)
     rng = np.random.default_rng(heads + head_dim)
     check_numerics(execute, make_arguments(rng, dtype, heads, kv_heads, head_dim, LENGTHS), TOLERANCE[dtype])
@@ -198,7 +198,7 @@ def test_numerics(
     ],
 )
 def test_windows(execute: Execute, dtype: str, window: int, splits: int, monkeypatch: pytest.MonkeyPatch):
-    config = mosaic_sm90.Config(split_k=splits, num_stages=2)
+    config = mosaic_sm90.DecodeConfig(split_k=splits, num_stages=2)
     monkeypatch.setattr(mosaic_sm90, "heuristics", lambda *_: config)
     rng = np.random.default_rng(window % 1000)
     arguments = make_arguments(rng, dtype, 4, 2, 64, [*LENGTHS, 4 * PAGE])
@@ -335,7 +335,7 @@ def test_unsupported_calls_say_why():
 def test_choice_is_recorded():
     with use_implementation("mosaic_sm90", interpret=True), record_choices() as choices:
         jax.eval_shape(attend, *small_arguments())
-    assert choices[0].config == mosaic_sm90.Config(split_k=1, num_stages=4)
+    assert choices[0].config == mosaic_sm90.DecodeConfig(split_k=1, num_stages=4)
 
 
 def test_cost():

@@ -131,7 +131,9 @@ def test_gathers(execute: Execute, dtype: str, kv_rope: str, head_dim: int, page
     num_keys = -(-blocks * page_size // key_block) * key_block
 
     def gathered(cache, positions, key_rope):
-        return gather(cache, jnp.int32(1), positions, key_rope, stride=1, step=key_block, num_keys=num_keys)
+        return gather(
+            cache, jnp.int32(1), positions, key_rope, block_m=1, step_keys=key_block, num_keys=num_keys
+        )
 
     k, v = execute(gathered, bridge.cache(cache), jnp.asarray(positions, jnp.int32), key_rope)
     assert k.shape == v.shape == (3, num_keys, 2, head_dim)
@@ -214,7 +216,7 @@ def test_windows(
 ):
     # The interpreter wants every phase of a barrier to be waited for, and that of the last slots is not.
     stages = 2 if execute is emulated else 8
-    config = flash.Config(warpgroups=consumers, block_n=64, num_stages=stages)
+    config = flash.FlashConfig(warpgroups=consumers, block_n=64, num_stages=stages)
     monkeypatch.setattr(mosaic_sm90, "heuristics", lambda *_: config)
     rng = np.random.default_rng(seq)
     blocks = -(-max(lengths) // page_size)
@@ -243,7 +245,7 @@ def test_windows(
 
 def test_other_tiles(execute: Execute, monkeypatch: pytest.MonkeyPatch):
     """Steps of more keys than a page or a tile of queries has."""
-    config = flash.Config(warpgroups=1, block_n=128, num_stages=2)
+    config = flash.FlashConfig(warpgroups=1, block_n=128, num_stages=2)
     monkeypatch.setattr(mosaic_sm90, "heuristics", lambda *_: config)
     rng = np.random.default_rng(9)
     cache, _ = make_cache(rng, [150, 20], 5, kv_rope="post", dtype="int4x2", head_dim=64, page_size=32)

@@ -220,10 +220,10 @@ def test_unsupported_says_why() -> None:
 
 def test_blocks_fill_the_machine() -> None:
     """A decode step's row is spread over SMs; a prefill's CTAs are of equal size."""
-    assert quantize_blocks.heuristics(1, 14336) == quantize_blocks.Config(block_slabs=1)
-    assert quantize_blocks.heuristics(64, 14336) == quantize_blocks.Config(block_slabs=1)
-    assert quantize_blocks.heuristics(4096, 14336) == quantize_blocks.Config(block_slabs=7)
-    assert quantize_blocks.heuristics(4096, 11008) == quantize_blocks.Config(block_slabs=6)
+    assert quantize_blocks.heuristics(1, 14336) == quantize_blocks.BlockConfig(block_slabs=1)
+    assert quantize_blocks.heuristics(64, 14336) == quantize_blocks.BlockConfig(block_slabs=1)
+    assert quantize_blocks.heuristics(4096, 14336) == quantize_blocks.BlockConfig(block_slabs=7)
+    assert quantize_blocks.heuristics(4096, 11008) == quantize_blocks.BlockConfig(block_slabs=6)
     assert quantize_rows.heuristics(576).slabs_per_step == 1
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels.grouped_matmul import mosaic_sm90
 from pallas_kernels.grouped_matmul.call import Call
-from pallas_kernels.grouped_matmul.config import Config
+from pallas_kernels.grouped_matmul.config import MatmulConfig
 from tests.pallas_kernels import bridge, oracle
 from tests.pallas_kernels.mosaic.support import needs_cuda_compiler
 from tests.pallas_kernels.mosaic.test_grouped_matmul import random_operands
@@ -29,9 +29,13 @@ from tests.pallas_kernels.ptx.errors import (
 
 pytestmark = needs_cuda_compiler
 
-PLAIN = Config(block_m=16, warpgroups=2, num_stages=2, split_k=1)
-SPLIT = Config(block_m=16, warpgroups=1, num_stages=2, split_k=2)  # CTAs add up what each computed of a row
-SHARED = Config(block_m=16, warpgroups=1, num_stages=2, sharers=2)  # CTAs load activations for each other
+PLAIN = MatmulConfig(block_m=16, warpgroups=2, num_stages=2, split_k=1)
+SPLIT = MatmulConfig(
+    block_m=16, warpgroups=1, num_stages=2, split_k=2
+)  # CTAs add up what each computed of a row
+SHARED = MatmulConfig(
+    block_m=16, warpgroups=1, num_stages=2, sharers=2
+)  # CTAs load activations for each other
 
 SEEDS = (0, 1, 2)
 TOLERANCE = 1e-6
@@ -40,12 +44,12 @@ EXPECTED = oracle.grouped_matmul(*OPERANDS)
 
 
 @functools.cache
-def compiled(config: Config) -> list[Compiled]:
+def compiled(config: MatmulConfig) -> list[Compiled]:
     """The kernel of ``config``, empty until it is first run."""
     return []
 
 
-def emulate(config: Config, seed: int, change: Callable[[str], str] | None = None) -> float:
+def emulate(config: MatmulConfig, seed: int, change: Callable[[str], str] | None = None) -> float:
     """Runs the kernel; returns the relative error of the result."""
     x, w = OPERANDS
     with emulated(seed, change_ptx=change, compiled=compiled(config)):
@@ -90,7 +94,7 @@ NO_WAIT = "setp.eq.b32 P1, 1, 1;"
 EXPECTED_BYTES = r"mbarrier\.arrive\.expect_tx\.shared\.b64 %rd\d+, \[[^\]]*\], (%r\d+);"
 TILE = r"cp\.async\.bulk\.tensor\.4d\.shared::cluster\.global\.mbarrier::complete_tx::bytes \[(%r\d+)\]"
 
-FAULTS: dict[str, tuple[Config, Callable[[str], str], tuple[type[EmulationError], ...]]] = {
+FAULTS: dict[str, tuple[MatmulConfig, Callable[[str], str], tuple[type[EmulationError], ...]]] = {
     "no fence.proxy.async before the TMA store": (
         PLAIN,
         every(r"fence\.proxy\.async[^;]*;", ""),

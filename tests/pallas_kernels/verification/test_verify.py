@@ -217,13 +217,13 @@ def test_a_verdict_needs_all_checks_of_its_op():
     assert failed == Verdict("grouped_matmul", KERNEL, FAILED, f"wrong ({third})", 2)
 
 
-def test_lanes_keep_the_checks_of_an_op_together():
+def test_queues_keep_the_checks_of_an_op_together():
     names = list(all_checks())
-    lanes = verify._lanes(names, 3)
-    assert sorted(name for lane in lanes for name in lane) == sorted(names)
-    ops = [{all_checks()[name].op for name in lane} for lane in lanes]
+    queues = verify._queues(names, 3)
+    assert sorted(name for queue in queues for name in queue) == sorted(names)
+    ops = [{all_checks()[name].op for name in queue} for queue in queues]
     assert not ops[0] & ops[1] and not ops[1] & ops[2] and not ops[0] & ops[2]
-    assert verify._lanes([], 3) == []
+    assert verify._queues([], 3) == []
 
 
 def test_an_unknown_check_or_implementation_is_an_error():
