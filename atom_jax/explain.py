@@ -13,7 +13,7 @@ from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError, not_one_of
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward
-from pallas_kernels.devices import IMPLEMENTATIONS, REFERENCE
+from pallas_kernels.devices import IMPLEMENTATIONS, NEED_VERDICT
 from pallas_kernels.dispatch import AUTO, cost, describe, record_choices, use_implementation
 from pallas_kernels.roofline import H200, seconds
 
@@ -56,7 +56,7 @@ def explain(
     """
     if implementation not in (AUTO, *IMPLEMENTATIONS):
         raise not_one_of("implementation", implementation, (AUTO, *IMPLEMENTATIONS))
-    dtype = default_dtype() if implementation in (AUTO, REFERENCE) else jnp.bfloat16
+    dtype = default_dtype() if implementation not in NEED_VERDICT else jnp.bfloat16
     params = abstract_params(config, dtype)
     cache = jax.eval_shape(lambda: init_cache(config, batch, context, dtype=dtype))
     tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32)

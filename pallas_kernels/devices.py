@@ -7,6 +7,7 @@ when it is used.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -34,6 +35,17 @@ def not_hopper(device: Device) -> str | None:
     return None if compute_capability(device) == "9.0" else "needs compute capability 9.0"
 
 
+def no_native_kernels(device: Device) -> str | None:
+    """What a device lacks for the kernels that are compiled for the CPU at hand; None if it is one."""
+    if device.platform != "cpu":
+        return "needs a CPU"
+    if importlib.util.find_spec("numba") is None:
+        return "needs numba"
+    from pallas_kernels.native import build
+
+    return build.unsupported()
+
+
 def nothing(device: Device) -> None:
     """What a device lacks for plain jax.numpy: None."""
     return
@@ -43,12 +55,20 @@ def nothing(device: Device) -> None:
 # lacks for it; None if it lacks nothing.
 IMPLEMENTATIONS: dict[str, Callable[[Device], str | None]] = {
     "mosaic_sm90": not_hopper,
+    "native_cpu": no_native_kernels,
     REFERENCE: nothing,
 }
 
 
+# Implementations that are chosen only after they gave the results of the reference on this kind of device.
+NEED_VERDICT = frozenset({"mosaic_sm90"})
+
+
 def kernels_here() -> str | None:
-    """The implementation preferred on the default device; None where that is the reference."""
+    """The implementation on the default device that needs a verdict; None where there is none."""
     device = default_device()
-    name = next(name for name, lacking in IMPLEMENTATIONS.items() if lacking(device) is None)
-    return None if name == REFERENCE else name
+    return next((name for name in IMPLEMENTATIONS if name in NEED_VERDICT and not _lacks(name, device)), None)
+
+
+def _lacks(name: str, device: Device) -> bool:
+    return IMPLEMENTATIONS[name](device) is not None

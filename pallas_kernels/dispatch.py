@@ -27,7 +27,7 @@ import jax
 from jaxtyping import PyTree
 
 from pallas_kernels import devices
-from pallas_kernels.devices import IMPLEMENTATIONS, REFERENCE
+from pallas_kernels.devices import IMPLEMENTATIONS, NEED_VERDICT
 from pallas_kernels.roofline import Cost
 from pallas_kernels.tuning.winners import winners
 from pallas_kernels.verification import verdicts
@@ -195,7 +195,7 @@ def _choose(op: str, call: AnyCall) -> tuple[str, ModuleType, str]:
             continue
         reason = _unsupported(module, call)
         unverified = None
-        if reason is None and name != REFERENCE:
+        if reason is None and name in NEED_VERDICT:
             unverified = verdicts.objection(device.device_kind, op, name)
             if unverified is not None and not verdicts.skipped():
                 reason = unverified
