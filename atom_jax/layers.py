@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from atom_jax.config import ModelConfig
@@ -16,8 +19,10 @@ from pallas_kernels import (
     silu_quantize,
 )
 from pallas_kernels.nn import rms_norm, silu_mul
+from pallas_kernels.qarrays import LayerOf, like
 
 Weight = Float[Array, "n k"] | PackedWeight
+Params = TypeVar("Params")
 Activation = Float[Array, "m k"] | QuantizedActivation
 
 # By the type of the weight: a model may hold float ones beside those of its scheme. Schemes that share a type
@@ -27,10 +32,22 @@ _FORMATS = {scheme.weight.pytree: scheme.weight for scheme in SCHEMES.values() i
 
 def _format(weight: Weight, config: ModelConfig) -> ActivationFormat | None:
     """How the input of ``weight`` is quantized; None if it stays in floating point."""
+    weight = like(weight)
     found = _FORMATS.get(type(weight))
     if found is None or found.activation is None:
         return None
     return found.activation(weight, config.format.clip_a)
+
+
+def one_layer(params: Params, layer: Int32[Array, ""]) -> Params:
+    """The parameters of one layer of a stack; quantized weights stay part of it (``LayerOf``)."""
+
+    def select(leaf: Any) -> Any:
+        if isinstance(leaf, tuple(_FORMATS)):
+            return LayerOf(leaf, layer)
+        return lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+    return jax.tree.map(select, params, is_leaf=lambda leaf: isinstance(leaf, tuple(_FORMATS)))
 
 
 def norm_input(
@@ -70,7 +87,7 @@ def linear(
     residual: Float[Array, "m n"] | None = None,
 ) -> Float[Array, "m n"]:
     """``x @ weight.T (+ bias) (+ residual)``, accumulated in float32, returned in ``dtype``."""
-    if (found := _FORMATS.get(type(weight))) is not None:
+    if (found := _FORMATS.get(type(like(weight)))) is not None:
         return found.matmul(x, weight, bias=bias, residual=residual, out_dtype=dtype)
     assert isinstance(weight, jax.Array) and not isinstance(x, QuantizedActivation)
     # The weight on the left: XLA's CPU matmul is fastest that way for few rows, and a GPU's does not care.

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from atom_jax.blocks import BLOCKS, LayerParams, OnInput, Step, make_step
 from atom_jax.config import ModelConfig
-from atom_jax.layers import linear
+from atom_jax.layers import linear, one_layer
 from atom_jax.structure import index_shapes, linear_shapes, vector_shapes
 from pallas_kernels import PagedKVCache
 from pallas_kernels.nn import rms_norm
@@ -83,13 +83,14 @@ class Llama(nnx.Module):
         x = jnp.take(self.embedding.get_value(), tokens.reshape(-1), axis=0, mode="clip")
         structure, stacked = nnx.split(self.layers)
 
-        def body(carry, layer_params):
+        def body(carry, _):
             # The index is counted, not scanned over: slicing it from an array would be a launch a layer.
             x, cache, layer = carry
-            x, cache = nnx.merge(structure, layer_params)(x, cache, layer, step)
+            x, cache = nnx.merge(structure, one_layer(stacked, layer))(x, cache, layer, step)
             return (x, cache, layer + 1), observe(x)
 
-        (x, cache, _), seen = lax.scan(body, (x, cache, jnp.int32(0)), stacked)
+        start = (x, cache, jnp.int32(0))
+        (x, cache, _), seen = lax.scan(body, start, length=self.config.num_layers)
         x = rms_norm(x, self.norm.get_value(), self.config.rms_norm_eps)
         return x.reshape(*tokens.shape, -1), cache, seen
 

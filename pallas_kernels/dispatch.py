@@ -28,6 +28,7 @@ from jaxtyping import PyTree
 
 from pallas_kernels import devices
 from pallas_kernels.devices import IMPLEMENTATIONS, NEED_VERDICT
+from pallas_kernels.qarrays import LayerOf
 from pallas_kernels.roofline import Cost
 from pallas_kernels.tuning.winners import winners
 from pallas_kernels.verification import verdicts
@@ -125,11 +126,13 @@ def run(op: str, call: AnyCall) -> PyTree:
       Unsupported: the context asks for an implementation that this op does not have or that does
         not support this call.
     """
-    name, module, reason = _choose(op, call)
-    config = _config(op, name, call)
+    layers = {name: value for name, value in call._asdict().items() if isinstance(value, LayerOf)}
+    cut = call._replace(**{name: value.cut() for name, value in layers.items()})
+    name, module, reason = _choose(op, cut)
+    config = _config(op, name, cut)
     for choices in _recorders:
-        choices.append(Choice(op, call, name, reason, config))
-    return module.run(call, config)
+        choices.append(Choice(op, cut, name, reason, config))
+    return module.run(call if getattr(module, "TAKES_LAYERS", False) else cut, config)
 
 
 def cost(op: str, call: AnyCall) -> Cost:

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Float16, Float32, Int8, Int32, Shaped, UInt8
 
 PACK_TILE = 128
+Weight = TypeVar("Weight")
 
 
 def num_tiles(body: int) -> int:
@@ -226,6 +229,31 @@ class TwoLevelWeight(GroupedWeight):
     def dequantize(self) -> Float32[Array, "*lead n k"]:
         """The float weight represented."""
         return self.dequantize_int8().astype(jnp.float32) * self.scales[..., None]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["stack", "layer"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class LayerOf(Generic[Weight]):
+    """The weight of one layer, not cut out of the stack of all: XLA would copy it for a native kernel.
+
+    Attributes:
+      stack: a weight whose arrays have a leading axis of layers.
+      layer: index of the layer.
+    """
+
+    stack: Weight
+    layer: Int32[Array, ""]
+
+    def cut(self) -> Weight:
+        """The weight, with arrays of its own."""
+        return jax.tree.map(
+            lambda leaf: lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False), self.stack
+        )
+
+
+def like(weight: Weight | LayerOf[Weight]) -> Weight:
+    """The weight, with shapes and types in the place of arrays where it is one of a stack."""
+    return jax.eval_shape(weight.cut) if isinstance(weight, LayerOf) else weight
 
 
 def per_channel(values: Shaped[Array, "*lead groups n"], group_size: int) -> Shaped[Array, "*lead n k"]:

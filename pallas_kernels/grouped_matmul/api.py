@@ -7,12 +7,12 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul.call import Call
-from pallas_kernels.qarrays import QuantizedActivation, QuantizedWeight
+from pallas_kernels.qarrays import LayerOf, QuantizedActivation, QuantizedWeight, like
 
 
 def grouped_matmul(
     x: QuantizedActivation,
-    w: QuantizedWeight,
+    w: QuantizedWeight | LayerOf[QuantizedWeight],
     *,
     bias: Float[Array, " n"] | None = None,
     residual: Float[Array, "m n"] | None = None,
@@ -25,11 +25,12 @@ def grouped_matmul(
     Raises:
       ValueError: the two were not quantized in the same format or over the same channels.
     """
+    weight = like(w)
     found = (x.group_size, x.body.shape[-1], x.outliers.shape[-1])
-    expected = (w.group_size, w.body, w.num_outliers)
-    if found != expected or w.packed.ndim != 2:
+    expected = (weight.group_size, weight.body, weight.num_outliers)
+    if found != expected or weight.packed.ndim != 2:
         raise ValueError(
-            f"grouped_matmul: weight {w.shape} has (group size, body, outliers) {expected}, "
+            f"grouped_matmul: weight {weight.shape} has (group size, body, outliers) {expected}, "
             f"activation {found}"
         )
     return dispatch.run("grouped_matmul", Call(x, w, bias, residual, out_dtype))

@@ -12,7 +12,7 @@ from numba import njit
 
 from pallas_kernels.native.dot_products import DotProduct
 from pallas_kernels.native.frame import buffer, size
-from pallas_kernels.native.memory import load_int8, stack, store_int8, store_int32
+from pallas_kernels.native.memory import load_int8, load_int32, stack, store_int8, store_int32
 from pallas_kernels.native.tiles import (
     BLOCK_TOKENS,
     OFFSET_INT4,
@@ -27,7 +27,7 @@ from pallas_kernels.native.vectors import LANES, add, broadcast_float, load_floa
 from pallas_kernels.qarrays import PACK_TILE
 
 # The order of buffers and sizes in ``native_cpu.run``.
-BODY, OUTLIERS, SCALES, W_PACKED, W_OUTLIERS, W_SCALES, BIAS, RESIDUAL, OUT, STARTS = range(10)
+BODY, OUTLIERS, SCALES, LAYER, W_PACKED, W_OUTLIERS, W_SCALES, BIAS, RESIDUAL, OUT, STARTS = range(11)
 _, TOKENS, ROWS, NUM_BODY, NUM_OUTLIERS, W_NUM_OUTLIERS, GROUP_SIZE, HAS_BIAS, HAS_RESIDUAL = range(9)
 
 _ROW_BYTES = PACK_TILE // 2
@@ -83,16 +83,23 @@ def make_block(dot_product: DotProduct) -> Any:
                 token += 1
 
     @njit
+    def weight(job, array, layer_bytes):
+        """The address of one of the weight's arrays, of the layer that is asked for."""
+        return buffer(job, array) + load_int32(buffer(job, LAYER)) * layer_bytes
+
+    @njit
     def add_body(job, row, token, tokens, scratch, sums, y):
         """The INT4 groups of 16 rows from ``row`` on, for ``tokens`` tokens from ``token`` on."""
         num_tokens, num_rows, num_body = size(job, TOKENS), size(job, ROWS), size(job, NUM_BODY)
         group_size = size(job, GROUP_SIZE)
         row_bytes = (num_body + PACK_TILE - 1) // PACK_TILE * _ROW_BYTES
+        w_scales = weight(job, W_SCALES, 4 * num_rows * (num_body // max(group_size, 1) + 1))
         channel = 0
         while channel < num_body:
             in_tile = channel % PACK_TILE
             if in_tile == 0:
-                packed = buffer(job, W_PACKED) + row * row_bytes + channel // PACK_TILE * _ROW_BYTES
+                packed = weight(job, W_PACKED, num_rows * row_bytes)
+                packed += row * row_bytes + channel // PACK_TILE * _ROW_BYTES
                 unpack_int4(packed, row_bytes, scratch)
             group = channel // group_size
             in_group = channel - group * group_size
@@ -108,7 +115,7 @@ def make_block(dot_product: DotProduct) -> Any:
                 sums,
                 in_group == 0,
                 in_group + channels == group_size,
-                load_floats(buffer(job, W_SCALES) + 4 * (group * num_rows + row)),
+                load_floats(w_scales + 4 * (group * num_rows + row)),
                 buffer(job, SCALES) + place,
                 y,
             )
@@ -121,9 +128,11 @@ def make_block(dot_product: DotProduct) -> Any:
         stride = size(job, W_NUM_OUTLIERS)
         group = size(job, NUM_BODY) // max(size(job, GROUP_SIZE), 1)
         place = 4 * (group * num_tokens + token)
+        w_scales = weight(job, W_SCALES, 4 * num_rows * (group + 1))
+        w_outliers = weight(job, W_OUTLIERS, num_rows * stride)
         copy = _chunk_memory()
         for channel in range(0, num_outliers, _CHUNK):
-            rows = buffer(job, W_OUTLIERS) + row * stride + channel
+            rows = w_outliers + row * stride + channel
             if stride - channel >= _CHUNK:
                 unpack_int8(rows, stride, scratch)
             else:
@@ -143,7 +152,7 @@ def make_block(dot_product: DotProduct) -> Any:
                 sums,
                 channel == 0,
                 channel + channels == num_outliers,
-                load_floats(buffer(job, W_SCALES) + 4 * (group * num_rows + row)),
+                load_floats(w_scales + 4 * (group * num_rows + row)),
                 buffer(job, SCALES) + place,
                 y,
             )

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.qarrays import QuantizedActivation, TwoLevelWeight
+from pallas_kernels.qarrays import LayerOf, QuantizedActivation, TwoLevelWeight, like
 from pallas_kernels.two_level_matmul.call import Call
 
 
 def two_level_matmul(
     x: QuantizedActivation,
-    w: TwoLevelWeight,
+    w: TwoLevelWeight | LayerOf[TwoLevelWeight],
     *,
     bias: Float[Array, " n"] | None = None,
     residual: Float[Array, "m n"] | None = None,
@@ -26,9 +26,10 @@ def two_level_matmul(
     Raises:
       ValueError: x has groups or other channels than w, or w is a stack of weights.
     """
-    if w.packed.ndim != 2 or x.group_size or x.outliers.shape[-1] != w.shape[-1]:
+    weight = like(w)
+    if weight.packed.ndim != 2 or x.group_size or x.outliers.shape[-1] != weight.shape[-1]:
         raise ValueError(
-            f"two_level_matmul: weight {w.shape} does not fit an activation of {x.body.shape[-1]} channels "
+            f"two_level_matmul: weight {weight.shape} does not fit an activation of {x.body.shape[-1]} channels "
             f"in groups of {x.group_size} and {x.outliers.shape[-1]} in INT8"
         )
     return dispatch.run("two_level_matmul", Call(x, w, bias, residual, out_dtype))

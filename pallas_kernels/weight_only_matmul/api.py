@@ -7,13 +7,13 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.int3 import WeightOnlyInt3
-from pallas_kernels.qarrays import WeightOnlyInt4
+from pallas_kernels.qarrays import LayerOf, WeightOnlyInt4, like
 from pallas_kernels.weight_only_matmul.call import Call
 
 
 def weight_only_matmul(
     x: Float[Array, "m k"],
-    w: WeightOnlyInt4 | WeightOnlyInt3,
+    w: WeightOnlyInt4 | WeightOnlyInt3 | LayerOf[WeightOnlyInt4 | WeightOnlyInt3],
     *,
     bias: Float[Array, " n"] | None = None,
     residual: Float[Array, "m n"] | None = None,
@@ -27,6 +27,7 @@ def weight_only_matmul(
     Raises:
       ValueError: the two do not have the same channels, or w is a stack of weights.
     """
-    if len(w.shape) != 2 or x.shape[-1] != w.shape[-1]:
-        raise ValueError(f"weight_only_matmul: weight {w.shape} does not fit activation {x.shape}")
+    weight = like(w)
+    if len(weight.shape) != 2 or x.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"weight_only_matmul: weight {weight.shape} does not fit activation {x.shape}")
     return dispatch.run("weight_only_matmul", Call(x, w, bias, residual, out_dtype))
