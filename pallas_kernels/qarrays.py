@@ -253,7 +253,10 @@ class LayerOf(Generic[Weight]):
 
 def like(weight: Weight | LayerOf[Weight]) -> Weight:
     """The weight, with shapes and types in the place of arrays where it is one of a stack."""
-    return jax.eval_shape(weight.cut) if isinstance(weight, LayerOf) else weight
+    if not isinstance(weight, LayerOf):
+        return weight
+    shapes: Weight = jax.eval_shape(weight.cut)  # pyright: ignore[reportAssignmentType]
+    return shapes
 
 
 def per_channel(values: Shaped[Array, "*lead groups n"], group_size: int) -> Shaped[Array, "*lead n k"]:

@@ -33,4 +33,6 @@ def grouped_matmul(
             f"grouped_matmul: weight {weight.shape} has (group size, body, outliers) {expected}, "
             f"activation {found}"
         )
-    return dispatch.run("grouped_matmul", Call(x, w, bias, residual, out_dtype))
+    # A layer of a stack is cut out by ``dispatch`` for the implementations that cannot take it whole.
+    call = Call(x, w, bias, residual, out_dtype)  # pyright: ignore[reportArgumentType]
+    return dispatch.run("grouped_matmul", call)

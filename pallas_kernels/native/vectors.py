@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.extending import models, register_model
 
-from pallas_kernels.native.memory import F32, I8, I32, I64, Builder, Value, at, instruction, loader, storer
+from pallas_kernels.native.memory import (
+    ADDRESS,
+    F32,
+    I8,
+    I32,
+    I64,
+    Builder,
+    Value,
+    at,
+    instruction,
+    loader,
+    storer,
+)
 
 LANES = 16
 
@@ -59,16 +72,121 @@ load_ints, store_ints = loader(int32x16, INTS, 4), storer(int32x16, INTS, 4)
 load_floats, store_floats = loader(float32x16, FLOATS, 4), storer(float32x16, FLOATS, 4)
 
 
-@instruction(float32x16(types.float32))
-def broadcast_float(builder: Builder, value: Value) -> Value:
-    """A vector of 16 times the same."""
-    return broadcast(builder, value, FLOATS)
+SHORT_BYTES, HALVES = ir.VectorType(I8, LANES), ir.VectorType(ir.HalfType(), LANES)
 
 
-@instruction(float32x16(float32x16, float32x16))
-def add(builder: Builder, one: Value, other: Value) -> Value:
-    """Lane by lane."""
-    return builder.fadd(one, other)
+def _elementwise(name: str, emit: Callable[..., Value], *arguments: types.Type, result: types.Type) -> Any:
+    """A function of Numba that does the same in every lane."""
+
+    def function(builder: Builder, *values: Value) -> Value:
+        return emit(builder, *values)
+
+    function.__name__ = name
+    return instruction(result(*arguments))(function)
+
+
+def _floats(name: str, emit: Callable[..., Value], count: int) -> Any:
+    return _elementwise(name, emit, *[float32x16] * count, result=float32x16)
+
+
+def _llvm(name: str) -> Callable[..., Value]:
+    return lambda builder, *values: call_llvm(builder, f"llvm.{name}.v16f32", FLOATS, *values)
+
+
+add = _floats("add", lambda builder, one, other: builder.fadd(one, other), 2)
+subtract = _floats("subtract", lambda builder, one, other: builder.fsub(one, other), 2)
+multiply = _floats("multiply", lambda builder, one, other: builder.fmul(one, other), 2)
+divide = _floats("divide", lambda builder, one, other: builder.fdiv(one, other), 2)
+# one * other + addend, rounded once: the same bits on every CPU.
+multiply_add = _floats("multiply_add", _llvm("fma"), 3)
+maximum = _floats("maximum", _llvm("maxnum"), 2)
+minimum = _floats("minimum", _llvm("minnum"), 2)
+absolute = _floats("absolute", _llvm("fabs"), 1)
+square_root = _floats("square_root", _llvm("sqrt"), 1)
+# To the nearest integer, ties to the even one.
+round_even = _floats("round_even", _llvm("roundeven"), 1)
+# Of integers of floats, and back; the floats must be integers that fit.
+to_ints = _elementwise(
+    "to_ints", lambda builder, value: builder.fptosi(value, INTS), float32x16, result=int32x16
+)
+to_floats = _elementwise(
+    "to_floats", lambda builder, value: builder.sitofp(value, FLOATS), int32x16, result=float32x16
+)
+broadcast_float = _elementwise(
+    "broadcast_float",
+    lambda builder, value: broadcast(builder, value, FLOATS),
+    types.float32,
+    result=float32x16,
+)
+
+
+@instruction(types.void(ADDRESS, int32x16))
+def store_bytes(builder: Builder, address: Value, values: Value) -> None:
+    """The low bytes of 16 integers."""
+    builder.store(builder.trunc(values, SHORT_BYTES), at(builder, address, SHORT_BYTES), align=1)
+
+
+@instruction(int32x16(ADDRESS))
+def load_bytes(builder: Builder, address: Value) -> Value:
+    """16 signed bytes as integers."""
+    return builder.sext(builder.load(at(builder, address, SHORT_BYTES), align=1), INTS)
+
+
+@instruction(int32x16(ADDRESS))
+def load_unsigned_bytes(builder: Builder, address: Value) -> Value:
+    """16 unsigned bytes as integers."""
+    return builder.zext(builder.load(at(builder, address, SHORT_BYTES), align=1), INTS)
+
+
+@instruction(float32x16(ADDRESS))
+def load_halves(builder: Builder, address: Value) -> Value:
+    """16 float16 as float32."""
+    return builder.fpext(builder.load(at(builder, address, HALVES), align=2), FLOATS)
+
+
+def _fold(builder: Builder, values: Value, combine: Callable[[Value, Value], Value]) -> Value:
+    """Lanes i and i + 8, then i and i + 4, and so on: one order on every CPU, so the same bits."""
+    for half in (8, 4, 2, 1):
+        lanes = ir.Constant(ir.VectorType(I32, LANES), [lane % half + half for lane in range(LANES)])
+        values = combine(values, builder.shuffle_vector(values, values, lanes))
+    return builder.extract_element(values, ir.Constant(I32, 0))
+
+
+@instruction(types.float32(float32x16))
+def sum_lanes(builder: Builder, values: Value) -> Value:
+    """The sum of 16 floats, always in the same order."""
+    return _fold(builder, values, builder.fadd)
+
+
+@instruction(types.float32(float32x16))
+def largest_lane(builder: Builder, values: Value) -> Value:
+    """The largest of 16 floats."""
+    return _fold(builder, values, lambda one, other: _llvm("maxnum")(builder, one, other))
+
+
+@instruction(float32x16(float32x16))
+def exponential(builder: Builder, values: Value) -> Value:
+    """e to the power of each lane, to 2 ulp; 0 below -87, and what exp(88) is above 88.
+
+    2^n times a polynomial of the rest, as in Cephes' expf: only additions and multiplications in one order.
+    """
+
+    def constant(number: float) -> Value:
+        return ir.Constant(FLOATS, [number] * LANES)
+
+    fma = _llvm("fma")
+    tiny = builder.fcmp_ordered("<", values, constant(-87.0))
+    x = _llvm("minnum")(builder, _llvm("maxnum")(builder, values, constant(-87.0)), constant(88.0))
+    n = _llvm("roundeven")(builder, builder.fmul(x, constant(1.44269504088896341)))
+    rest = fma(builder, n, constant(-0.693359375), x)
+    rest = fma(builder, n, constant(2.12194440e-4), rest)
+    polynomial = constant(1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        polynomial = fma(builder, polynomial, rest, constant(coefficient))
+    polynomial = fma(builder, polynomial, builder.fmul(rest, rest), builder.fadd(rest, constant(1.0)))
+    exponent = builder.add(builder.fptosi(n, INTS), splat(INTS, 127))
+    power = builder.bitcast(builder.shl(exponent, splat(INTS, 23)), FLOATS)
+    return builder.select(tiny, constant(0.0), builder.fmul(polynomial, power))
 
 
 def transpose(builder: Builder, rows: list[Value]) -> list[Value]:

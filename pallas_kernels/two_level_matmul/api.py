@@ -29,7 +29,9 @@ def two_level_matmul(
     weight = like(w)
     if weight.packed.ndim != 2 or x.group_size or x.outliers.shape[-1] != weight.shape[-1]:
         raise ValueError(
-            f"two_level_matmul: weight {weight.shape} does not fit an activation of {x.body.shape[-1]} channels "
-            f"in groups of {x.group_size} and {x.outliers.shape[-1]} in INT8"
+            f"two_level_matmul: weight {weight.shape} does not fit an activation of {x.body.shape[-1]} "
+            f"channels in groups of {x.group_size} and {x.outliers.shape[-1]} in INT8"
         )
-    return dispatch.run("two_level_matmul", Call(x, w, bias, residual, out_dtype))
+    # A layer of a stack is cut out by ``dispatch`` for the implementations that cannot take it whole.
+    call = Call(x, w, bias, residual, out_dtype)  # pyright: ignore[reportArgumentType]
+    return dispatch.run("two_level_matmul", call)

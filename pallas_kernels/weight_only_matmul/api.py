@@ -30,4 +30,6 @@ def weight_only_matmul(
     weight = like(w)
     if len(weight.shape) != 2 or x.shape[-1] != weight.shape[-1]:
         raise ValueError(f"weight_only_matmul: weight {weight.shape} does not fit activation {x.shape}")
-    return dispatch.run("weight_only_matmul", Call(x, w, bias, residual, out_dtype))
+    # A layer of a stack is cut out by ``dispatch`` for the implementations that cannot take it whole.
+    call = Call(x, w, bias, residual, out_dtype)  # pyright: ignore[reportArgumentType]
+    return dispatch.run("weight_only_matmul", call)
