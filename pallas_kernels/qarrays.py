@@ -255,7 +255,7 @@ def like(weight: Weight | LayerOf[Weight]) -> Weight:
     """The weight, with shapes and types in the place of arrays where it is one of a stack."""
     if not isinstance(weight, LayerOf):
         return weight
-    shapes: Weight = jax.eval_shape(weight.cut)  # pyright: ignore[reportAssignmentType]
+    shapes: Weight = jax.eval_shape(weight.cut)
     return shapes
 
 
