@@ -86,20 +86,28 @@ def unsupported() -> str | None:
 
 @functools.cache
 def _registered(kernel: Kernel, instructions: str) -> str:
-    """The name of the target, after XLA knows it. It has the hash in it: compiled programs are kept, too."""
-    digest = _digest(instructions)
-    target = f"atom_jax_{kernel.name}_{instructions}_{digest[:16]}"
-    file = user_cache() / "native" / f"{target}.o"
-    try:
-        code = file.read_bytes()
-    except FileNotFoundError:
-        code = _compile(kernel, instructions, target)
-        _write(file, code)
-    address = _load(code, target)
+    """The name of the target, after XLA knows it."""
+    target, address = compiled(kernel, instructions)
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     jax.ffi.register_ffi_target(target, capsule(address, b"xla._CUSTOM_CALL_TARGET", None), platform="cpu")
     return target
+
+
+def compiled(kernel: Kernel, instructions: str) -> tuple[str, int]:
+    """The symbol of a kernel's handler and its address, from the cache if it was compiled before.
+
+    The symbol, which is also the name of XLA's target, has the hash in it: programs that call it are cached,
+    too, and must not call another kernel.
+    """
+    symbol = f"atom_jax_{kernel.name}_{instructions}_{_digest(instructions)[:16]}"
+    file = user_cache() / "native" / f"{symbol}.o"
+    try:
+        code = file.read_bytes()
+    except FileNotFoundError:
+        code = _compile(kernel, instructions, symbol)
+        _write(file, code)
+    return symbol, _load(code, symbol)
 
 
 @functools.cache
