@@ -55,7 +55,7 @@ class Guarded:
             assert _libc.mprotect(page, _PAGE, 0) == 0
         self.address = first + inner - array.nbytes if at_end else first
         memory = (ctypes.c_char * array.nbytes).from_address(self.address)
-        self.array = np.frombuffer(memory, array.dtype).reshape(array.shape)
+        self.array = np.frombuffer(memoryview(memory), array.dtype).reshape(array.shape)
         self.array[...] = array
 
     def close(self) -> None:
