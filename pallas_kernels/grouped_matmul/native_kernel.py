@@ -17,13 +17,14 @@ from pallas_kernels.native.tiles import (
     BLOCK_TOKENS,
     OFFSET_INT4,
     OFFSET_INT8,
-    TOKEN_STEPS,
-    make_multiply,
+    by_token_steps,
+    store_result,
     sum_bytes,
+    tile_ops,
     unpack_int4,
     unpack_int8,
 )
-from pallas_kernels.native.vectors import LANES, add, broadcast_float, load_floats, store_floats
+from pallas_kernels.native.vectors import LANES, broadcast_float, load_floats, load_ints, store_floats
 from pallas_kernels.qarrays import PACK_TILE
 
 # The order of buffers and sizes in ``native_cpu.run``.
@@ -53,34 +54,25 @@ def prepare(job):
 
 def make_block(dot_product: DotProduct) -> Any:
     """See ``native.build.Kernel``."""
-    many, few, one = (make_multiply(dot_product, count) for count in TOKEN_STEPS)
-    many_tokens, few_tokens, _ = TOKEN_STEPS
 
-    @njit
-    def multiply(tokens, weights, channels, x, stride, starts, sums, first, last, row_scales, x_scales, y):
-        """``make_multiply``'s, for any number of tokens."""
-        token = 0
-        while token < tokens:
-            words, vectors = 4 * token, 4 * LANES * token
-            where = x + token * stride
-            if tokens - token >= many_tokens:
-                many(
-                    weights, channels, where, stride, starts + words, sums + vectors, first, last,
-                    row_scales, x_scales + words, y + vectors,
-                )  # fmt: skip
-                token += many_tokens
-            elif tokens - token >= few_tokens:
-                few(
-                    weights, channels, where, stride, starts + words, sums + vectors, first, last,
-                    row_scales, x_scales + words, y + vectors,
-                )  # fmt: skip
-                token += few_tokens
+    def make(num_tokens: int) -> Any:
+        begin, load, store, dot, rescale, _ = tile_ops(dot_product, num_tokens)
+
+        @njit
+        def multiply(x, stride, sums, y, starts, scales, group):
+            """Some channels of a group: the first of it begin its sums, the last of it scale them."""
+            weights, channels, first, last, row_scales = group
+            tile = begin(starts) if first else load(sums)
+            for channel in range(0, channels, 4):
+                tile = dot(tile, load_ints(weights + LANES * channel), x + channel, stride)
+            if last:
+                rescale(y, tile, row_scales, scales)
             else:
-                one(
-                    weights, channels, where, stride, starts + words, sums + vectors, first, last,
-                    row_scales, x_scales + words, y + vectors,
-                )  # fmt: skip
-                token += 1
+                store(sums, tile)
+
+        return multiply
+
+    multiply = by_token_steps(make)
 
     @njit
     def weight(job, array, layer_bytes):
@@ -105,19 +97,17 @@ def make_block(dot_product: DotProduct) -> Any:
             in_group = channel - group * group_size
             channels = min(group_size - in_group, PACK_TILE - in_tile)
             place = 4 * (group * num_tokens + token)
+            last = in_group + channels == group_size
+            row_scales = load_floats(w_scales + 4 * (group * num_rows + row))
             multiply(
                 tokens,
-                scratch + LANES * in_tile,
-                channels,
                 buffer(job, BODY) + token * num_body + channel,
                 num_body,
-                buffer(job, STARTS) + place,
                 sums,
-                in_group == 0,
-                in_group + channels == group_size,
-                load_floats(w_scales + 4 * (group * num_rows + row)),
-                buffer(job, SCALES) + place,
                 y,
+                buffer(job, STARTS) + place,
+                buffer(job, SCALES) + place,
+                (scratch + LANES * in_tile, channels, in_group == 0, last, row_scales),
             )
             channel += channels
 
@@ -142,33 +132,26 @@ def make_block(dot_product: DotProduct) -> Any:
                     store_int8(copy + index, load_int8(rows + line * stride + within) if inside else 0)
                 unpack_int8(copy, _CHUNK, scratch)
             channels = min(_CHUNK, num_outliers - channel)
+            last = channel + channels == num_outliers
+            row_scales = load_floats(w_scales + 4 * (group * num_rows + row))
             multiply(
                 tokens,
-                scratch,
-                channels,
                 buffer(job, OUTLIERS) + token * num_outliers + channel,
                 num_outliers,
-                buffer(job, STARTS) + place,
                 sums,
-                channel == 0,
-                channel + channels == num_outliers,
-                load_floats(w_scales + 4 * (group * num_rows + row)),
-                buffer(job, SCALES) + place,
                 y,
+                buffer(job, STARTS) + place,
+                buffer(job, SCALES) + place,
+                (scratch, channels, channel == 0, last, row_scales),
             )
 
     @njit
     def finish(job, row, token, tokens, y):
-        """Bias, residual, and the result."""
         num_rows = size(job, ROWS)
-        for index in range(tokens):
-            place = 4 * ((token + index) * num_rows + row)
-            value = load_floats(y + 4 * LANES * index)
-            if size(job, HAS_BIAS):
-                value = add(value, load_floats(buffer(job, BIAS) + 4 * row))
-            if size(job, HAS_RESIDUAL):
-                value = add(value, load_floats(buffer(job, RESIDUAL) + place))
-            store_floats(buffer(job, OUT) + place, value)
+        place = 4 * (token * num_rows + row)
+        bias = buffer(job, BIAS) + 4 * row if size(job, HAS_BIAS) else 0
+        residual = buffer(job, RESIDUAL) + place if size(job, HAS_RESIDUAL) else 0
+        store_result(y, tokens, buffer(job, OUT) + place, 4 * num_rows, bias, residual)
 
     @njit
     def block(job, index):

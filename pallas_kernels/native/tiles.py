@@ -11,7 +11,8 @@ Unsigned weights are q + offset (the instruction sets multiply unsigned with sig
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import njit, types
@@ -24,13 +25,15 @@ from pallas_kernels.native.vectors import (
     FLOATS,
     INTS,
     LANES,
+    add,
     broadcast,
     call_llvm,
     float32x16,
     int32x16,
-    load_ints,
+    load_floats,
     load_row,
     splat,
+    store_floats,
     store_transposed,
 )
 
@@ -90,81 +93,139 @@ def sum_bytes(address: int, count: int) -> int:
     return total
 
 
-def make_multiply(dot_product: DotProduct, num_tokens: int) -> Any:
-    """``multiply(weights, channels, x, stride, starts, sums, first, last, row_scales, x_scales, y)``.
+class TileOps(NamedTuple):
+    """What is done with the sums of 16 rows for a number of tokens; each is a function of Numba.
 
-    For ``num_tokens`` tokens, ``sums += weights * x``; where the channels are the ``first`` of a group the
-    sums begin at ``starts``, and where they are the ``last`` they are scaled and added to ``y``.
-
-    Addresses: ``weights`` of unpacked bytes, ``x`` of the first token's channels (others are ``stride`` bytes
-    apart), ``starts`` [tokens] int32, ``sums`` [tokens, 16] int32, ``x_scales`` [tokens] float32, ``y``
-    [tokens, 16] float32. ``channels`` is a multiple of four; ``row_scales`` is a vector.
+    Attributes:
+      begin: ``begin(starts)``: sums that start at an int32 [tokens] each, for all rows.
+      load, store: ``load(sums)``, ``store(sums, tile)``: sums as int32 [tokens, 16] in memory.
+      dot: ``dot(tile, four, x, stride)``: plus the products of four channels of 16 rows with those of the
+        tokens at ``x``, which are ``stride`` bytes apart.
+      rescale: ``rescale(y, tile, row_scales, x_scales)``: y [tokens, 16] plus the sums times the scales of
+        rows (a vector) and of tokens (float32 [tokens]).
+      accumulate: ``accumulate(totals, tile, factors, offsets, x_sums)``: int32 totals [tokens, 16] plus
+        ``factors * (sums - offsets * x_sums)``, with vectors of rows and int32 [tokens] of tokens.
     """
+
+    begin: Any
+    load: Any
+    store: Any
+    dot: Any
+    rescale: Any
+    accumulate: Any
+
+
+def tile_ops(dot_product: DotProduct, num_tokens: int) -> TileOps:
+    """Those for ``num_tokens`` tokens."""
     tile = Tile(num_tokens)
 
-    def each(emit: Any) -> Any:
+    def each(builder: Builder, emit: Callable[[int], Value]) -> Value:
         """The tile whose vectors are ``emit(token)``."""
-
-        def build(builder: Builder) -> Value:
-            result = ir.Constant(tile.llvm, ir.Undefined)
-            for token in range(num_tokens):
-                result = builder.insert_value(result, emit(token), token)
-            return result
-
-        return build
+        result = ir.Constant(tile.llvm, ir.Undefined)
+        for token in range(num_tokens):
+            result = builder.insert_value(result, emit(token), token)
+        return result
 
     def place(builder: Builder, address: Value, size: int, token: int) -> Value:
         return builder.add(address, ir.Constant(I64, size * token))
 
+    def number(
+        builder: Builder, address: Value, element: ir.Type, token: int, vector: ir.VectorType
+    ) -> Value:
+        """A number of 4 bytes of each token, in all lanes."""
+        value = builder.load(at(builder, place(builder, address, 4, token), element), align=4)
+        return broadcast(builder, value, vector)
+
+    def vector_at(builder: Builder, address: Value, token: int, vector: ir.VectorType) -> Value:
+        return at(builder, place(builder, address, _VECTOR_BYTES, token), vector)
+
     @instruction(tile(ADDRESS))
     def begin(builder: Builder, starts: Value) -> Value:
-        def start(token: int) -> Value:
-            return broadcast(builder, builder.load(at(builder, place(builder, starts, 4, token), I32)), INTS)
-
-        return each(start)(builder)
+        return each(builder, lambda token: number(builder, starts, I32, token, INTS))
 
     @instruction(tile(ADDRESS))
-    def load_tile(builder: Builder, sums: Value) -> Value:
-        def load(token: int) -> Value:
-            return builder.load(at(builder, place(builder, sums, _VECTOR_BYTES, token), INTS), align=64)
-
-        return each(load)(builder)
+    def load(builder: Builder, sums: Value) -> Value:
+        return each(builder, lambda token: builder.load(vector_at(builder, sums, token, INTS), align=64))
 
     @instruction(types.void(ADDRESS, tile))
-    def store_tile(builder: Builder, sums: Value, values: Value) -> None:
+    def store(builder: Builder, sums: Value, values: Value) -> None:
         for token in range(num_tokens):
-            address = at(builder, place(builder, sums, _VECTOR_BYTES, token), INTS)
-            builder.store(builder.extract_value(values, token), address, align=64)
+            builder.store(
+                builder.extract_value(values, token), vector_at(builder, sums, token, INTS), align=64
+            )
 
     @instruction(tile(tile, int32x16, ADDRESS, types.int64))
     def dot(builder: Builder, sums: Value, four: Value, x: Value, stride: Value) -> Value:
-        def add(token: int) -> Value:
+        def plus(token: int) -> Value:
             channels = builder.add(x, builder.mul(stride, ir.Constant(I64, token)))
             signed = broadcast(builder, builder.load(at(builder, channels, I32), align=1), INTS)
             return dot_product(builder, builder.extract_value(sums, token), four, signed)
 
-        return each(add)(builder)
+        return each(builder, plus)
 
     @instruction(types.void(ADDRESS, tile, float32x16, ADDRESS))
     def rescale(builder: Builder, y: Value, sums: Value, row_scales: Value, x_scales: Value) -> None:
         for token in range(num_tokens):
-            scale = builder.load(at(builder, place(builder, x_scales, 4, token), F32))
-            scales = builder.fmul(row_scales, broadcast(builder, scale, FLOATS))
-            address = at(builder, place(builder, y, _VECTOR_BYTES, token), FLOATS)
+            scales = builder.fmul(row_scales, number(builder, x_scales, F32, token, FLOATS))
             product = builder.sitofp(builder.extract_value(sums, token), FLOATS)
-            total = call_llvm(
-                builder, "llvm.fma.v16f32", FLOATS, product, scales, builder.load(address, align=64)
-            )
+            address = vector_at(builder, y, token, FLOATS)
+            before = builder.load(address, align=64)
+            total = call_llvm(builder, "llvm.fma.v16f32", FLOATS, product, scales, before)
             builder.store(total, address, align=64)
 
-    @njit
-    def multiply(weights, channels, x, stride, starts, sums, first, last, row_scales, x_scales, y):
-        values = begin(starts) if first else load_tile(sums)
-        for channel in range(0, channels, 4):
-            values = dot(values, load_ints(weights + LANES * channel), x + channel, stride)
-        if last:
-            rescale(y, values, row_scales, x_scales)
-        else:
-            store_tile(sums, values)
+    @instruction(types.void(ADDRESS, tile, int32x16, int32x16, ADDRESS))
+    def accumulate(
+        builder: Builder, totals: Value, sums: Value, factors: Value, offsets: Value, x_sums: Value
+    ) -> None:
+        for token in range(num_tokens):
+            offset = builder.mul(offsets, number(builder, x_sums, I32, token, INTS))
+            product = builder.sub(builder.extract_value(sums, token), offset)
+            address = vector_at(builder, totals, token, INTS)
+            total = builder.add(builder.load(address, align=64), builder.mul(factors, product))
+            builder.store(total, address, align=64)
 
-    return multiply
+    return TileOps(begin, load, store, dot, rescale, accumulate)
+
+
+def by_token_steps(make: Callable[[int], Any]) -> Any:
+    """``run(tokens, x, stride, values, words, *rest)``: a function for any number of tokens.
+
+    It calls those that ``make(num_tokens)`` makes for ``TOKEN_STEPS``, with addresses of their tokens:
+    ``x``, whose tokens are ``stride`` bytes apart; ``sums`` and ``y`` with a vector a token; ``starts`` and
+    ``scales`` with four bytes a token.
+    """
+    many, few, one = map(make, TOKEN_STEPS)
+    many_tokens, few_tokens, _ = TOKEN_STEPS
+
+    @njit
+    def run(tokens, x, stride, sums, y, starts, scales, group):
+        token = 0
+        while token < tokens:
+            words, vectors, place = 4 * token, _VECTOR_BYTES * token, x + token * stride
+            left = tokens - token
+            if left >= many_tokens:
+                many(place, stride, sums + vectors, y + vectors, starts + words, scales + words, group)
+                token += many_tokens
+            elif left >= few_tokens:
+                few(place, stride, sums + vectors, y + vectors, starts + words, scales + words, group)
+                token += few_tokens
+            else:
+                one(place, stride, sums + vectors, y + vectors, starts + words, scales + words, group)
+                token += 1
+
+    return run
+
+
+@njit
+def store_result(y: int, tokens: int, out: int, stride: int, bias: int, residual: int) -> None:
+    """``out = y (+ bias) (+ residual)`` for 16 rows of so many tokens; an address of 0 is none.
+
+    ``y`` is [tokens, 16]; tokens of ``out`` and ``residual`` are ``stride`` bytes apart.
+    """
+    for token in range(tokens):
+        value = load_floats(y + _VECTOR_BYTES * token)
+        if bias != 0:
+            value = add(value, load_floats(bias))
+        if residual != 0:
+            value = add(value, load_floats(residual + token * stride))
+        store_floats(out + token * stride, value)
