@@ -112,6 +112,14 @@ to_ints = _elementwise(
 to_floats = _elementwise(
     "to_floats", lambda builder, value: builder.sitofp(value, FLOATS), int32x16, result=float32x16
 )
+# An integer more in every lane.
+add_int = _elementwise(
+    "add_int",
+    lambda builder, value, number: builder.add(value, broadcast(builder, number, INTS)),
+    int32x16,
+    types.int32,
+    result=int32x16,
+)
 broadcast_float = _elementwise(
     "broadcast_float",
     lambda builder, value: broadcast(builder, value, FLOATS),

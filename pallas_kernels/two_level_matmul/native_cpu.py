@@ -1,0 +1,60 @@
+"""``two_level_matmul`` by the native kernel of ``native_kernel.py``."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.native import build
+from pallas_kernels.native import config as native_config
+from pallas_kernels.native.config import NativeConfig
+from pallas_kernels.native.operands import ROWS, addend, stack_and_layer, with_rows
+from pallas_kernels.qarrays import like
+from pallas_kernels.two_level_matmul.call import Call
+
+_KERNEL = build.Kernel("pallas_kernels.two_level_matmul.native_kernel", "two_level_matmul")
+TAKES_LAYERS = True
+# So many products of INT8 fit an int32, those of the offset of unsigned weights among them.
+_MOST_CHANNELS = 2**31 // (2 * 128 * 128)
+
+
+def unsupported(call: Call) -> str | None:
+    """Why the kernel cannot serve the call."""
+    if (channels := call.w.shape[1]) > _MOST_CHANNELS:
+        return f"a row of {channels} channels does not fit an int32, {_MOST_CHANNELS} do"
+    if call.w.group_size % 4:
+        return f"groups of {call.w.group_size} channels are not multiples of 4"
+    return None
+
+
+def configs(call: Call) -> list[NativeConfig]:
+    """The instruction sets of this CPU."""
+    return native_config.configs()
+
+
+def run(call: Call, config: NativeConfig) -> Float[Array, "m n"]:
+    """See ``api.two_level_matmul``."""
+    x, w, bias, residual, out_dtype = call
+    (m, channels), n = x.outliers.shape, like(w).shape[0]
+    w, layer = stack_and_layer(w)
+    if m == 0:
+        return jnp.zeros((m, n), out_dtype)
+    rows = max(n, ROWS)
+    weights = (
+        with_rows(w.packed, -2),
+        with_rows(w.scales, -1),
+        with_rows(w.group_scales, -1),
+        with_rows(w.zeros, -1),
+    )
+    out, _ = build.call(
+        _KERNEL,
+        config.instructions,
+        (x.outliers, x.scales, layer, *weights, addend(bias), addend(residual)),
+        (
+            jax.ShapeDtypeStruct((m, rows), jnp.float32),
+            jax.ShapeDtypeStruct((w.num_groups, m), jnp.int32),
+        ),
+        (-(-rows // ROWS), m, rows, channels, w.group_size, bias is not None, residual is not None),
+    )
+    return out[:, :n].astype(out_dtype)
