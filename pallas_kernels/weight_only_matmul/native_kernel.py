@@ -1,0 +1,86 @@
+"""``weight_only_matmul`` for the CPU: a block is 16 output channels of all tokens.
+
+A packing tile of the weight becomes floats, ``(q - zero) * scale``, that all tokens of a block share. Per
+token and output channel the sums are in one order: within a tile of 128 channels those at even and those at
+odd places, then tile by tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from pallas_kernels.native.dot_products import DotProduct
+from pallas_kernels.native.float_tiles import VECTOR_BYTES, multiply_any, store_dequantized
+from pallas_kernels.native.frame import buffer, size
+from pallas_kernels.native.memory import load_int32, stack
+from pallas_kernels.native.tiles import BLOCK_TOKENS, OFFSET_INT4, store_result, unpack_int4
+from pallas_kernels.native.vectors import (
+    LANES,
+    add_int,
+    broadcast_float,
+    load_bytes,
+    load_floats,
+    load_ints,
+    store_floats,
+    to_floats,
+)
+from pallas_kernels.qarrays import PACK_TILE
+
+# The order of buffers and sizes in ``native_cpu.run``.
+X, LAYER, PACKED, SCALES, ZEROS, BIAS, RESIDUAL, OUT = range(8)
+_, TOKENS, ROWS, CHANNELS, GROUP_SIZE, HAS_BIAS, HAS_RESIDUAL = range(7)
+
+_ROW_BYTES = PACK_TILE // 2
+_bytes_memory, _tile_memory = stack(PACK_TILE * LANES), stack(VECTOR_BYTES * BLOCK_TOKENS)
+_floats_memory = stack(PACK_TILE * VECTOR_BYTES)
+
+
+def make_block(dot_product: DotProduct) -> Any:
+    """See ``native.build.Kernel``; the products are of floats, whatever the instruction set."""
+    multiply = multiply_any()
+
+    @njit
+    def weight(job, array, layer_bytes):
+        """The address of one of the weight's arrays, of the layer that is asked for."""
+        return buffer(job, array) + load_int32(buffer(job, LAYER)) * layer_bytes
+
+    @njit
+    def dequantize(job, row, channel, unpacked, floats):
+        """The tile of 16 rows from ``row`` on that begins at ``channel``, as floats [channels, 16]."""
+        num_rows, num_channels, group_size = size(job, ROWS), size(job, CHANNELS), size(job, GROUP_SIZE)
+        row_bytes = (num_channels + PACK_TILE - 1) // PACK_TILE * _ROW_BYTES
+        groups = num_channels // group_size
+        packed = weight(job, PACKED, num_rows * row_bytes) + row * row_bytes
+        scales = weight(job, SCALES, 4 * groups * num_rows) + 4 * row
+        zeros = weight(job, ZEROS, groups * num_rows) + row
+        unpack_int4(packed + channel // PACK_TILE * _ROW_BYTES, row_bytes, unpacked)
+        for place in range(0, min(PACK_TILE, num_channels - channel), 4):
+            group = (channel + place) // group_size
+            offsets = to_floats(add_int(load_bytes(zeros + group * num_rows), OFFSET_INT4))
+            four = load_ints(unpacked + LANES * place)
+            row_scales = load_floats(scales + 4 * group * num_rows)
+            store_dequantized(floats + VECTOR_BYTES * place, four, offsets, row_scales)
+
+    @njit
+    def block(job, index):
+        num_tokens, num_rows, num_channels = size(job, TOKENS), size(job, ROWS), size(job, CHANNELS)
+        # The last 16 rows may overlap the ones before: both write the same.
+        row = min(index * LANES, num_rows - LANES)
+        unpacked, floats, y = _bytes_memory(), _floats_memory(), _tile_memory()
+        for token in range(0, num_tokens, BLOCK_TOKENS):
+            tokens = min(BLOCK_TOKENS, num_tokens - token)
+            for position in range(tokens):
+                store_floats(y + VECTOR_BYTES * position, broadcast_float(0.0))
+            for channel in range(0, num_channels, PACK_TILE):
+                dequantize(job, row, channel, unpacked, floats)
+                x = buffer(job, X) + 4 * (token * num_channels + channel)
+                channels = min(PACK_TILE, num_channels - channel)
+                multiply(tokens, x, 4 * num_channels, y, floats, channels)
+            out = 4 * (token * num_rows + row)
+            bias = buffer(job, BIAS) + 4 * row if size(job, HAS_BIAS) else 0
+            residual = buffer(job, RESIDUAL) + out if size(job, HAS_RESIDUAL) else 0
+            store_result(y, tokens, buffer(job, OUT) + out, 4 * num_rows, bias, residual)
+
+    return block
