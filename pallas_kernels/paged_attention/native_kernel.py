@@ -16,6 +16,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 
+from pallas_kernels.native.cache import INT4, MAX_HEAD_DIM
 from pallas_kernels.native.dot_products import DotProduct
 from pallas_kernels.native.float_tiles import COLUMNS, multiply_matrices
 from pallas_kernels.native.frame import buffer, size
@@ -49,7 +50,7 @@ from pallas_kernels.native.vectors import (
     subtract,
     sum_lanes,
 )
-from pallas_kernels.paged_attention.native_cpu import INT4, MAX_HEAD_DIM, MAX_ROWS
+from pallas_kernels.paged_attention.native_cpu import MAX_ROWS
 from pallas_kernels.paged_attention.native_pages import (
     KEYS,
     STEP_BYTES,
@@ -77,7 +78,8 @@ Q, K_PAGES, V_PAGES, K_SCALES, V_SCALES, TABLES, LAYER, POSITIONS, WINDOW, COS, 
     ROW_BYTES,
     TABLE,
     ROTATES,
-) = range(14)
+    HAS_WINDOW,
+) = range(15)
 
 # Below every score, and what a key that is not seen has: its exponential is 0 whatever the largest score.
 _LOWEST, _UNSEEN = np.float32(-1e30), -3e38
@@ -110,13 +112,14 @@ def _keep_seen(builder: Builder, scores: Value, first: Value, last: Value) -> Va
 
 @njit
 def _find_ranges(job, memory, sequence, first_query, queries):
-    """Finds the keys of each query; returns the first and the last of all, -1 as the last if there is none."""
+    """Finds the keys of each query; returns the first and the last of all, the last being -1 if none."""
     window, length = load_int32(buffer(job, WINDOW)), size(job, TABLE) * size(job, PAGE_SIZE)
     lowest, highest = length, -1
     for query in range(queries):
         place = 4 * (sequence * size(job, SEQ) + first_query + query)
         position = np.int64(load_int32(buffer(job, POSITIONS) + place))
-        first, last = max(position - window + 1, 0), min(position, length - 1)
+        first = max(position - window + 1, 0) if size(job, HAS_WINDOW) else 0
+        last = min(position, length - 1)
         if first <= last:
             lowest, highest = min(lowest, first), max(highest, last)
         store_int64(memory + _RANGES + 16 * query, first)

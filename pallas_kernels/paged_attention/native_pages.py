@@ -10,6 +10,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import njit, types
 
+from pallas_kernels.native.cache import BFLOAT16, FLOAT32, INT4
 from pallas_kernels.native.memory import (
     ADDRESS,
     I16,
@@ -42,7 +43,6 @@ from pallas_kernels.native.vectors import (
     subtract,
     transpose,
 )
-from pallas_kernels.paged_attention.native_cpu import BFLOAT16, FLOAT32, INT4
 
 KEYS = 2 * LANES
 # Rows of scales and zero points of a step, at most.
