@@ -16,7 +16,7 @@ import importlib.metadata
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ def call(
     arguments: Sequence[jax.Array],
     results: Sequence[jax.ShapeDtypeStruct],
     sizes: Sequence[int],
+    in_place: Mapping[int, int] | None = None,
 ) -> list[jax.Array]:
     """Calls a kernel; shapes must have been checked, as it writes to memory whatever they are.
 
@@ -60,9 +61,12 @@ def call(
       instructions: one of ``instruction_sets.available()``.
       results: what it returns, temporary memory among it.
       sizes: how many blocks there are, then what else the kernel asks for.
+      in_place: the index of an argument and that of the result which has the same memory. XLA copies an
+        argument before only if it is used after.
     """
     target = _registered(kernel, instructions)
-    return list(jax.ffi.ffi_call(target, list(results))(*arguments, sizes=np.asarray(sizes, np.int64)))
+    run = jax.ffi.ffi_call(target, list(results), input_output_aliases=dict(in_place or {}))
+    return list(run(*arguments, sizes=np.asarray(sizes, np.int64)))
 
 
 @functools.cache

@@ -1,12 +1,11 @@
-"""Float products of 16 rows of a weight with a few tokens, for weights that are floats or become floats.
+"""Products of small float matrices: a few rows with 32 columns, held in vectors.
 
-As in ``tiles.py`` rows are the lanes of vectors and tokens are taken a few at a time. The channels of a token
-are added in two sums, those at even and those at odd places, always in the same order.
+A sum is over the rows of the second matrix in their order, each product added with one rounding. It does not
+depend on how many rows the first matrix has, so neither do the bits of the product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -14,28 +13,20 @@ from numba import njit, types
 from numba.extending import models, register_model
 
 from pallas_kernels.native.memory import ADDRESS, F32, I64, Builder, Value, at, instruction
-from pallas_kernels.native.tiles import TOKEN_STEPS
-from pallas_kernels.native.vectors import (
-    FLOATS,
-    INTS,
-    LANES,
-    broadcast,
-    call_llvm,
-    float32x16,
-    int32x16,
-    load_floats,
-    splat,
-)
+from pallas_kernels.native.vectors import FLOATS, LANES, broadcast, call_llvm
 
-VECTOR_BYTES = 4 * LANES
+COLUMNS = 2 * LANES
+# How many rows are multiplied at once, at most.
+_MOST_ROWS = 4
+_VECTOR_BYTES = 4 * LANES
 
 
 class FloatTile(types.Type):
-    """float32 sums of 16 rows for a number of tokens, a vector each."""
+    """A number of rows of 32 floats, two vectors each."""
 
-    def __init__(self, num_tokens: int) -> None:
-        self.llvm = ir.ArrayType(FLOATS, num_tokens)
-        super().__init__(f"float32x16x{num_tokens}")
+    def __init__(self, num_rows: int) -> None:
+        self.llvm = ir.ArrayType(FLOATS, 2 * num_rows)
+        super().__init__(f"float32x{COLUMNS}x{num_rows}")
 
 
 class _FloatTileModel(models.PrimitiveModel):
@@ -46,87 +37,75 @@ class _FloatTileModel(models.PrimitiveModel):
 register_model(FloatTile)(_FloatTileModel)
 
 
-@instruction(types.void(ADDRESS, int32x16, float32x16, float32x16))
-def store_dequantized(builder: Builder, address: Value, four: Value, offsets: Value, scales: Value) -> None:
-    """Four unsigned bytes of each row as four vectors of floats, ``(byte - offset) * scale``."""
-    for place in range(4):
-        byte = builder.and_(builder.lshr(four, splat(INTS, 8 * place)), splat(INTS, 255))
-        values = builder.fmul(builder.fsub(builder.sitofp(byte, FLOATS), offsets), scales)
-        where = builder.add(address, ir.Constant(I64, VECTOR_BYTES * place))
-        builder.store(values, at(builder, where, FLOATS), align=64)
+def _make_multiply(num_rows: int) -> Any:
+    """``multiply_matrices`` for ``num_rows`` rows."""
+    tile = FloatTile(num_rows)
+
+    def place(builder: Builder, address: Value, stride: Value, row: int, half: int = 0) -> Value:
+        row_address = builder.add(address, builder.mul(stride, ir.Constant(I64, row)))
+        return builder.add(row_address, ir.Constant(I64, half * _VECTOR_BYTES))
+
+    @instruction(tile())
+    def zeros(builder: Builder) -> Value:
+        return ir.Constant(tile.llvm, [[0.0] * LANES] * (2 * num_rows))
+
+    @instruction(tile(ADDRESS, types.int64))
+    def load_tile(builder: Builder, c: Value, stride: Value) -> Value:
+        values = ir.Constant(tile.llvm, ir.Undefined)
+        for index in range(2 * num_rows):
+            where = at(builder, place(builder, c, stride, index // 2, index % 2), FLOATS)
+            values = builder.insert_value(values, builder.load(where, align=4), index)
+        return values
+
+    @instruction(types.void(ADDRESS, types.int64, tile))
+    def store_tile(builder: Builder, c: Value, stride: Value, values: Value) -> None:
+        for index in range(2 * num_rows):
+            where = at(builder, place(builder, c, stride, index // 2, index % 2), FLOATS)
+            builder.store(builder.extract_value(values, index), where, align=4)
+
+    @instruction(tile(tile, ADDRESS, types.int64, ADDRESS))
+    def accumulate(builder: Builder, sums: Value, a: Value, stride: Value, b: Value) -> Value:
+        """Adds the products of one column of ``a`` with one row of ``b``."""
+        halves = [
+            builder.load(at(builder, builder.add(b, ir.Constant(I64, half * _VECTOR_BYTES)), FLOATS), align=4)
+            for half in (0, 1)
+        ]
+        for row in range(num_rows):
+            value = builder.load(at(builder, place(builder, a, stride, row), F32), align=4)
+            factor = broadcast(builder, value, FLOATS)
+            for half in (0, 1):
+                total = builder.extract_value(sums, 2 * row + half)
+                total = call_llvm(builder, "llvm.fma.v16f32", FLOATS, factor, halves[half], total)
+                sums = builder.insert_value(sums, total, 2 * row + half)
+        return sums
+
+    @njit
+    def multiply(depth, a, a_stride, b, b_stride, c, c_stride, zero):
+        sums = zeros() if zero else load_tile(c, c_stride)
+        for index in range(depth):
+            sums = accumulate(sums, a + 4 * index, a_stride, b + b_stride * index)
+        store_tile(c, c_stride, sums)
+
+    return multiply
 
 
-def make_multiply_floats(num_tokens: int) -> Any:
-    """``multiply(x, stride, y, weights, channels)``: y [tokens, 16] plus ``weights x``.
+_four, _three, _two, _one = (_make_multiply(count) for count in range(_MOST_ROWS, 0, -1))
 
-    Addresses: ``x`` of the first token's channels (float32, tokens ``stride`` bytes apart), ``weights`` of
-    [channels, 16] float32. The number of channels is even.
+
+@njit
+def multiply_matrices(rows, depth, a, a_stride, b, b_stride, c, c_stride, zero):
+    """``c = a @ b`` if ``zero``, else ``c += a @ b``.
+
+    ``a`` [rows, depth], ``b`` [depth, 32] and ``c`` [rows, 32] are addresses of float32; the strides are
+    bytes from row to row.
     """
-    tile = FloatTile(num_tokens)
-
-    def place(builder: Builder, address: Value, token: int) -> Value:
-        return at(builder, builder.add(address, ir.Constant(I64, VECTOR_BYTES * token)), FLOATS)
-
-    def each(builder: Builder, emit: Callable[[int], Value]) -> Value:
-        result = ir.Constant(tile.llvm, ir.Undefined)
-        for token in range(num_tokens):
-            result = builder.insert_value(result, emit(token), token)
-        return result
-
-    @instruction(tile(ADDRESS))
-    def load(builder: Builder, y: Value) -> Value:
-        return each(builder, lambda token: builder.load(place(builder, y, token), align=64))
-
-    @instruction(tile(ADDRESS))
-    def zero(builder: Builder, y: Value) -> Value:
-        return each(builder, lambda token: ir.Constant(FLOATS, [0.0] * LANES))
-
-    @instruction(tile(tile, float32x16, ADDRESS, types.int64))
-    def product(builder: Builder, sums: Value, weights: Value, x: Value, stride: Value) -> Value:
-        def plus(token: int) -> Value:
-            channel = builder.add(x, builder.mul(stride, ir.Constant(I64, token)))
-            value = broadcast(builder, builder.load(at(builder, channel, F32), align=4), FLOATS)
-            before = builder.extract_value(sums, token)
-            return call_llvm(builder, "llvm.fma.v16f32", FLOATS, weights, value, before)
-
-        return each(builder, plus)
-
-    @instruction(types.void(ADDRESS, tile, tile))
-    def store_sum(builder: Builder, y: Value, even: Value, odd: Value) -> None:
-        for token in range(num_tokens):
-            total = builder.fadd(builder.extract_value(even, token), builder.extract_value(odd, token))
-            builder.store(total, place(builder, y, token), align=64)
-
-    @njit
-    def multiply(x, stride, y, weights, channels):
-        even, odd = load(y), zero(y)
-        for channel in range(0, channels, 2):
-            row = weights + VECTOR_BYTES * channel
-            even = product(even, load_floats(row), x + 4 * channel, stride)
-            odd = product(odd, load_floats(row + VECTOR_BYTES), x + 4 * channel + 4, stride)
-        store_sum(y, even, odd)
-
-    return multiply
-
-
-def multiply_any(make: Callable[[int], Any] = make_multiply_floats) -> Any:
-    """``multiply(tokens, x, stride, y, weights, channels)``: that of ``make``, for any number of tokens."""
-    many, few, one = map(make, TOKEN_STEPS)
-    many_tokens, few_tokens, _ = TOKEN_STEPS
-
-    @njit
-    def multiply(tokens, x, stride, y, weights, channels):
-        token = 0
-        while token < tokens:
-            place, sums, left = x + token * stride, y + VECTOR_BYTES * token, tokens - token
-            if left >= many_tokens:
-                many(place, stride, sums, weights, channels)
-                token += many_tokens
-            elif left >= few_tokens:
-                few(place, stride, sums, weights, channels)
-                token += few_tokens
-            else:
-                one(place, stride, sums, weights, channels)
-                token += 1
-
-    return multiply
+    row = 0
+    while rows - row >= _MOST_ROWS:
+        _four(depth, a + row * a_stride, a_stride, b, b_stride, c + row * c_stride, c_stride, zero)
+        row += _MOST_ROWS
+    if rows - row == 3:
+        _three(depth, a + row * a_stride, a_stride, b, b_stride, c + row * c_stride, c_stride, zero)
+    elif rows - row == 2:
+        _two(depth, a + row * a_stride, a_stride, b, b_stride, c + row * c_stride, c_stride, zero)
+    elif rows - row == 1:
+        _one(depth, a + row * a_stride, a_stride, b, b_stride, c + row * c_stride, c_stride, zero)

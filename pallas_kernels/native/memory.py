@@ -13,7 +13,7 @@ from numba import types
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
-I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F32 = ir.FloatType()
 ADDRESS = types.int64
 # llvmlite has no types, and those that can be inferred of it are wrong: what emits code, and a value in it.
@@ -73,6 +73,7 @@ def storer(value: types.Type, element: ir.Type, align: int) -> Any:
 
 
 load_int8, store_int8 = loader(types.int8, I8, 1), storer(types.int8, I8, 1)
+load_int16, store_int16 = loader(types.int16, I16, 2), storer(types.int16, I16, 2)
 load_int32, store_int32 = loader(types.int32, I32, 4), storer(types.int32, I32, 4)
 load_int64, store_int64 = loader(types.int64, I64, 8), storer(types.int64, I64, 8)
 load_float, store_float = loader(types.float32, F32, 4), storer(types.float32, F32, 4)

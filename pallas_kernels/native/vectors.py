@@ -198,12 +198,15 @@ def exponential(builder: Builder, values: Value) -> Value:
 
 
 def transpose(builder: Builder, rows: list[Value]) -> list[Value]:
-    """16 vectors of 16 int32, transposed by four rounds of exchanges between pairs of vectors."""
-    for step in (1, 2, 4, 8):
+    """Transposes vectors of 16 lanes by rounds of exchanges between pairs: 16 of them as a whole.
+
+    Fewer, a power of two, are transposed in blocks: of 4 vectors lanes 0 to 3, lanes 4 to 7 and so on.
+    """
+    for step in (1, 2, 4, 8)[: len(rows).bit_length() - 1]:
         exchanged = list(rows)
         lows = [lane if not lane & step else LANES + lane - step for lane in range(LANES)]
         highs = [lane + step if not lane & step else LANES + lane for lane in range(LANES)]
-        for index in (index for index in range(LANES) if not index & step):
+        for index in (index for index in range(len(rows)) if not index & step):
             pair = rows[index], rows[index + step]
             for place, lanes in ((index, lows), (index + step, highs)):
                 mask = ir.Constant(ir.VectorType(I32, LANES), lanes)

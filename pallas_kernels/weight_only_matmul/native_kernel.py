@@ -12,7 +12,7 @@ from typing import Any
 from numba import njit
 
 from pallas_kernels.native.dot_products import DotProduct
-from pallas_kernels.native.float_tiles import VECTOR_BYTES, multiply_any, store_dequantized
+from pallas_kernels.native.float_weights import VECTOR_BYTES, multiply_any, store_dequantized
 from pallas_kernels.native.frame import buffer, size
 from pallas_kernels.native.memory import load_int32, stack
 from pallas_kernels.native.tiles import BLOCK_TOKENS, OFFSET_INT4, store_result, unpack_int4
