@@ -1,7 +1,7 @@
 """``norm_quantize`` for the CPU: a block is some rows.
 
-The sum of squares of a row has one order: 16 sums of the channels that are 16 apart, and then their sum. It
-depends on the number of channels only.
+The sum of squares of a row has one order, that of ``_sum_squares``, which depends on the number of channels
+only.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pallas_kernels.native.vectors import (
     add,
     broadcast_float,
     gather,
+    load_floats,
     multiply,
     multiply_add,
     store_floats,
@@ -50,20 +51,39 @@ def _stream(job, row):
 
 
 @njit
+def _add(x, residual, stream, count):
+    for channel in range(0, count, LANES):
+        rest, place = count - channel, 4 * channel
+        store_up_to(
+            stream + place, add(load_up_to(x + place, rest), load_up_to(residual + place, rest)), rest
+        )
+
+
+@njit
+def _sum_squares(x, count):
+    """In four vectors of sums, so that an addition need not wait for the one before."""
+    first = second = third = fourth = broadcast_float(0.0)
+    whole = count - count % (4 * LANES)
+    for channel in range(0, whole, 4 * LANES):
+        place = x + 4 * channel
+        a, b = load_floats(place), load_floats(place + 4 * LANES)
+        c, d = load_floats(place + 8 * LANES), load_floats(place + 12 * LANES)
+        first, second = multiply_add(a, a, first), multiply_add(b, b, second)
+        third, fourth = multiply_add(c, c, third), multiply_add(d, d, fourth)
+    for channel in range(whole, count, LANES):
+        a = load_up_to(x + 4 * channel, count - channel)
+        first = multiply_add(a, a, first)
+    return sum_lanes(add(add(first, second), add(third, fourth)))
+
+
+@njit
 def _begin(job, row):
     """Adds the residual; returns what the row is multiplied with: 1 / sqrt(mean square + eps)."""
-    channels, has_residual = size(job, CHANNELS), size(job, HAS_RESIDUAL)
+    channels = size(job, CHANNELS)
     start, stream = 4 * row * channels, _stream(job, row)
-    x, residual = buffer(job, X) + start, buffer(job, RESIDUAL) + start
-    squares = broadcast_float(0.0)
-    for channel in range(0, channels, LANES):
-        rest, place = channels - channel, 4 * channel
-        values = load_up_to(x + place, rest)
-        if has_residual:
-            values = add(values, load_up_to(residual + place, rest))
-            store_up_to(stream + place, values, rest)
-        squares = multiply_add(values, values, squares)
-    mean = sum_lanes(squares) / np.float32(channels)
+    if size(job, HAS_RESIDUAL):
+        _add(buffer(job, X) + start, buffer(job, RESIDUAL) + start, stream, channels)
+    mean = _sum_squares(stream, channels) / np.float32(channels)
     return _ONE / np.sqrt(mean + float_of_bits(size(job, EPS)))
 
 
