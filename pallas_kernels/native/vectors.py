@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -126,6 +127,9 @@ broadcast_float = _elementwise(
     types.float32,
     result=float32x16,
 )
+broadcast_int = _elementwise(
+    "broadcast_int", lambda builder, value: broadcast(builder, value, INTS), types.int32, result=int32x16
+)
 
 
 @instruction(types.void(ADDRESS, int32x16))
@@ -150,6 +154,78 @@ def load_unsigned_bytes(builder: Builder, address: Value) -> Value:
 def load_halves(builder: Builder, address: Value) -> Value:
     """16 float16 as float32."""
     return builder.fpext(builder.load(at(builder, address, HALVES), align=2), FLOATS)
+
+
+def _first_lanes(builder: Builder, count: Value) -> Value:
+    """A mask of the first ``count`` lanes."""
+    lanes = ir.Constant(INTS, list(range(LANES)))
+    return builder.icmp_signed("<", lanes, broadcast(builder, builder.trunc(count, I32), INTS))
+
+
+def _first_loader(vector: Vector, suffix: str) -> Any:
+    @instruction(vector(ADDRESS, types.int64))
+    def load_first(builder: Builder, address: Value, count: Value) -> Value:
+        mask, zeros = _first_lanes(builder, count), splat(vector.llvm, 0)
+        name = f"llvm.masked.load.v16{suffix}.p0"
+        return call_llvm(builder, name, vector.llvm, at(builder, address, vector.llvm), mask, zeros)
+
+    return load_first
+
+
+# ``load_first(address, count)``: zeros in the lanes behind the first, for which nothing is read.
+load_first_floats, load_first_ints = _first_loader(float32x16, "f32"), _first_loader(int32x16, "i32")
+
+
+@instruction(types.void(ADDRESS, float32x16, types.int64))
+def store_first_floats(builder: Builder, address: Value, values: Value, count: Value) -> None:
+    """The first ``count`` of 16 floats; nothing is written behind them."""
+    mask, place = _first_lanes(builder, count), at(builder, address, FLOATS)
+    call_llvm(builder, "llvm.masked.store.v16f32.p0", ir.VoidType(), values, place, mask)
+
+
+@instruction(types.void(ADDRESS, int32x16, types.int64))
+def store_first_bytes(builder: Builder, address: Value, values: Value, count: Value) -> None:
+    """The low bytes of the first ``count`` of 16 integers; nothing is written behind them."""
+    mask, place = _first_lanes(builder, count), at(builder, address, SHORT_BYTES)
+    low = builder.trunc(values, SHORT_BYTES)
+    call_llvm(builder, "llvm.masked.store.v16i8.p0", ir.VoidType(), low, place, mask)
+
+
+@instruction(float32x16(ADDRESS, int32x16, types.int64))
+def gather(builder: Builder, address: Value, indices: Value, count: Value) -> Value:
+    """The floats at 16 places of an array of ``count``, with the rules of ``jnp.take``.
+
+    A negative index counts from the end. Where an index is in no case one of the array, nothing is read and
+    the lane is NaN.
+    """
+    length = broadcast(builder, builder.trunc(count, I32), INTS)
+    from_end = builder.icmp_signed("<", indices, splat(INTS, 0))
+    indices = builder.select(from_end, builder.add(indices, length), indices)
+    inside = builder.icmp_unsigned("<", indices, length)
+    longs = ir.VectorType(I64, LANES)
+    offsets = builder.shl(builder.sext(indices, longs), splat(longs, 2))
+    places = builder.inttoptr(
+        builder.add(broadcast(builder, address, longs), offsets), ir.VectorType(ir.PointerType(), LANES)
+    )
+    missing = ir.Constant(FLOATS, [math.nan] * LANES)
+    return call_llvm(builder, "llvm.masked.gather.v16f32.v16p0", FLOATS, places, inside, missing)
+
+
+@instruction(int32x16(int32x16, float32x16))
+def larger_magnitude(builder: Builder, largest: Value, values: Value) -> Value:
+    """The larger of ``largest`` and the magnitudes of ``values``, which are compared by their bits.
+
+    Bits of magnitudes are in the order of the magnitudes, and those of NaN are above all: it is not lost.
+    """
+    magnitudes = builder.and_(builder.bitcast(values, INTS), splat(INTS, 0x7FFFFFFF))
+    return call_llvm(builder, "llvm.smax.v16i32", INTS, largest, magnitudes)
+
+
+@instruction(types.float32(int32x16))
+def largest_magnitude(builder: Builder, largest: Value) -> Value:
+    """The largest of the 16 of ``larger_magnitude``."""
+    bits = _fold(builder, largest, lambda *pair: call_llvm(builder, "llvm.smax.v16i32", INTS, *pair))
+    return builder.bitcast(bits, F32)
 
 
 def _fold(builder: Builder, values: Value, combine: Callable[[Value, Value], Value]) -> Value:
@@ -195,6 +271,19 @@ def exponential(builder: Builder, values: Value) -> Value:
     exponent = builder.add(builder.fptosi(n, INTS), splat(INTS, 127))
     power = builder.bitcast(builder.shl(exponent, splat(INTS, 23)), FLOATS)
     return builder.select(tiny, constant(0.0), builder.fmul(polynomial, power))
+
+
+@instruction(float32x16(float32x16, float32x16, float32x16))
+def clamp(builder: Builder, values: Value, low: Value, high: Value) -> Value:
+    """Within ``low`` and ``high``; ``low`` where a value is NaN. One instruction each, unlike ``maximum``."""
+    values = builder.select(builder.fcmp_ordered(">", values, low), values, low)
+    return builder.select(builder.fcmp_ordered("<", values, high), values, high)
+
+
+@instruction(float32x16(float32x16, float32x16, float32x16))
+def where_negative(builder: Builder, values: Value, one: Value, other: Value) -> Value:
+    """``one`` in the lanes where ``values`` is below zero, else ``other``."""
+    return builder.select(builder.fcmp_ordered("<", values, ir.Constant(FLOATS, [0.0] * LANES)), one, other)
 
 
 def transpose(builder: Builder, rows: list[Value]) -> list[Value]:

@@ -43,7 +43,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch, tmp_path):
         yield modules
 
 
-def test_reference_runs_on_request_and_by_itself_on_a_cpu():
+def test_reference_runs_on_request_and_the_native_kernel_by_itself_on_a_cpu():
     x = jnp.linspace(-1, 1, 64).reshape(2, 32)
     with use_implementation("reference"):
         requested = _quantize(x, FORMAT)
@@ -51,7 +51,7 @@ def test_reference_runs_on_request_and_by_itself_on_a_cpu():
         automatic = quantize(x, FORMAT)
     np.testing.assert_array_equal(requested.body, automatic.body)
     assert np.asarray(requested.body).any()
-    assert [choice.implementation for choice in choices] == ["reference"]
+    assert [choice.implementation for choice in choices] == ["native_cpu"]
 
 
 def test_hopper_takes_the_kernel(on_hopper):

@@ -1,0 +1,50 @@
+"""``norm_quantize`` by the native kernel of ``native_kernel.py``."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.native import build, rows_call
+from pallas_kernels.native import config as native_config
+from pallas_kernels.native.config import NativeConfig
+from pallas_kernels.nn import rounded
+from pallas_kernels.norm_quantize.call import Call
+from pallas_kernels.qarrays import QuantizedActivation
+
+_KERNEL = build.Kernel("pallas_kernels.norm_quantize.native_kernel", "norm_quantize")
+
+
+def unsupported(call: Call) -> str | None:
+    """Why the kernel cannot serve the call: it can serve all."""
+    return None
+
+
+def configs(call: Call) -> list[NativeConfig]:
+    """The instruction sets of this CPU."""
+    return native_config.configs()
+
+
+def run(call: Call, config: NativeConfig) -> tuple[QuantizedActivation, Float[Array, "m k"]]:
+    """See ``api.norm_quantize``."""
+    x, weight, residual, indices, eps, fmt = call
+    if residual is not None and not x.dtype == residual.dtype == jnp.float32:
+        # The kernel adds in float32; a sum of another type is rounded to it before it is normed.
+        x, residual = x + residual, None
+    x32 = rounded(x.astype(jnp.float32), x.dtype).astype(jnp.float32) if x.dtype != jnp.float32 else x
+    quantized, streams = rows_call.quantize(
+        _KERNEL,
+        config,
+        fmt,
+        x.shape,
+        (
+            x32,
+            weight.astype(jnp.float32),
+            rows_call.given(residual, jnp.float32),
+            rows_call.given(indices, jnp.int32),
+        ),
+        sizes=(residual is not None, indices is not None, rows_call.float_bits(eps)),
+        results=() if residual is None else (jax.ShapeDtypeStruct(x.shape, jnp.float32),),
+    )
+    return quantized, streams[0] if streams else x

@@ -1,0 +1,37 @@
+"""``quantize`` by the native kernel of ``native_kernel.py``."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from pallas_kernels.native import build, rows_call
+from pallas_kernels.native import config as native_config
+from pallas_kernels.native.config import NativeConfig
+from pallas_kernels.qarrays import QuantizedActivation
+from pallas_kernels.quantize.call import Call
+
+_KERNEL = build.Kernel("pallas_kernels.quantize.native_kernel", "quantize")
+
+
+def unsupported(call: Call) -> str | None:
+    """Why the kernel cannot serve the call: it can serve all."""
+    return None
+
+
+def configs(call: Call) -> list[NativeConfig]:
+    """The instruction sets of this CPU."""
+    return native_config.configs()
+
+
+def run(call: Call, config: NativeConfig) -> QuantizedActivation:
+    """See ``api.quantize``."""
+    x, fmt, indices = call
+    quantized, _ = rows_call.quantize(
+        _KERNEL,
+        config,
+        fmt,
+        x.shape,
+        (x.astype(jnp.float32), rows_call.given(indices, jnp.int32)),
+        sizes=(indices is not None,),
+    )
+    return quantized

@@ -1,0 +1,32 @@
+"""``silu_quantize`` by the native kernel of ``native_kernel.py``."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from pallas_kernels.native import build, rows_call
+from pallas_kernels.native import config as native_config
+from pallas_kernels.native.config import NativeConfig
+from pallas_kernels.qarrays import QuantizedActivation
+from pallas_kernels.silu_quantize.call import Call
+
+_KERNEL = build.Kernel("pallas_kernels.silu_quantize.native_kernel", "silu_quantize")
+
+
+def unsupported(call: Call) -> str | None:
+    """Why the kernel cannot serve the call: it can serve all."""
+    return None
+
+
+def configs(call: Call) -> list[NativeConfig]:
+    """The instruction sets of this CPU."""
+    return native_config.configs()
+
+
+def run(call: Call, config: NativeConfig) -> QuantizedActivation:
+    """See ``api.silu_quantize``."""
+    gate_up, fmt = call
+    rows, width = gate_up.shape
+    arguments = (gate_up.astype(jnp.float32),)
+    quantized, _ = rows_call.quantize(_KERNEL, config, fmt, (rows, width // 2), arguments)
+    return quantized

@@ -1,0 +1,58 @@
+"""``silu_quantize`` for the CPU: a block is some rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from pallas_kernels.native.dot_products import DotProduct
+from pallas_kernels.native.frame import buffer, size
+from pallas_kernels.native.rows import CHANNELS, load_up_to, make_quantize_row, make_row_block
+from pallas_kernels.native.vectors import (
+    LANES,
+    absolute,
+    add,
+    broadcast_float,
+    divide,
+    exponential,
+    multiply,
+    store_floats,
+    subtract,
+    where_negative,
+)
+
+# The order of buffers in ``native_cpu.run``.
+GATE_UP, FIRST_RESULT = range(2)
+
+
+@njit
+def _sigmoid(x):
+    """With e to the power of -|x| only, which does not grow beyond 1."""
+    one = broadcast_float(1.0)
+    power = exponential(subtract(broadcast_float(0.0), absolute(x)))
+    return divide(where_negative(x, power, one), add(one, power))
+
+
+@njit
+def _read(job, row, channel, count, scratch, factor):
+    """See ``rows.make_quantize_row``."""
+    channels = size(job, CHANNELS)
+    gates = buffer(job, GATE_UP) + 4 * (2 * row * channels + channel)
+    ups = gates + 4 * channels
+    for index in range(0, count, LANES):
+        gate = load_up_to(gates + 4 * index, count - index)
+        up = load_up_to(ups + 4 * index, count - index)
+        store_floats(scratch + 4 * index, multiply(multiply(gate, _sigmoid(gate)), up))
+    return scratch
+
+
+def make_block(dot_product: DotProduct) -> Any:
+    """See ``native.build.Kernel``; there are no integers to multiply."""
+    quantize_row = make_quantize_row(_read, FIRST_RESULT)
+
+    @njit
+    def do_row(job, row):
+        quantize_row(job, row, None)
+
+    return make_row_block(do_row)
