@@ -64,8 +64,8 @@ StoredSpecs = dict[str, Any]
 
 _spec = jax.ShapeDtypeStruct
 
-# After a failed save: seconds without a change after which its threads count as ended, and the number of
-# times that this is waited for at most.
+# After a failed save: seconds without a change after which its threads count as ended, and the largest number
+# of such waits.
 _QUIET_SECONDS = 0.5
 _LONGEST_WAIT = 120
 

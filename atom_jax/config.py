@@ -24,8 +24,8 @@ class RopeConfig:
     frequencies, with a smooth transition between two wavelengths that follow from ``low_freq_factor``,
     ``high_freq_factor`` and ``original_max_position_embeddings``. ``yarn`` (arXiv 2309.00071) divides the
     frequencies that make at most ``beta_slow`` turns in the original context and keeps those that make at
-    least ``beta_fast`` turns. In between it has a linear ramp over the channels, whose two ends are rounded
-    to whole channels if ``yarn_truncate``; and it multiplies cos and sin by ``attention_factor``.
+    least ``beta_fast`` turns. Between them is a linear ramp over the channels; if ``yarn_truncate``, the two
+    ends of the ramp are rounded to whole channels. It also multiplies cos and sin by ``attention_factor``.
     """
 
     theta: float = 10000.0

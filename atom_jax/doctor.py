@@ -25,7 +25,7 @@ from pallas_kernels.verification.verdicts import FAILED, UNCHECKED, Verdicts
 from pallas_kernels.verification.verify import Limits, Progress
 
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "orbax-checkpoint")
-# The model at whose layer shapes the report says what each op runs.
+# The report says what each op runs at the shapes of this model's layers.
 TYPICAL = "Llama-3-8B"
 # (number of sequences, tokens of each sequence) in a decode step and in a prefill chunk of a prompt.
 _STEPS = {"decode": (16, 1), "prefill": (1, 512)}

@@ -143,8 +143,8 @@ def forward(
     Args:
       params: parameters from ``make_params`` or ``load``.
       tokens: token ids: a prompt, a chunk of a prompt, or one token of each sequence.
-      positions: position of each token in its sequence. A negative position marks padding, which is not
-        cached and whose logits mean nothing.
+      positions: position of each token in its sequence. A negative position marks padding: it is not
+        cached, and its logits have no meaning.
       cache: cache from ``init_cache``, with all earlier positions of each sequence.
       config: configuration of the model; static.
       select: for each sequence, the columns of ``tokens`` for which logits are computed (e.g. the last

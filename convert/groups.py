@@ -72,8 +72,8 @@ def check_linears(channels: Mapping[str, int], group_size: int | None, num_outli
       num_outliers: number of outlier channels of each linear; None for a format without outliers.
 
     Raises:
-      AtomError: the K - num_outliers channels of a linear that are not outliers are none, or not whole
-        groups. The message names the first such linear, and settings that suit all linears.
+      AtomError: for some linear, K - num_outliers is not positive or not a multiple of the group size. The
+        message names the first such linear, and settings that suit all linears.
     """
     if num_outliers is not None and num_outliers < 0:
         raise AtomError(f"number of outliers must not be negative, found {num_outliers}")

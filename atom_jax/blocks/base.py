@@ -27,6 +27,8 @@ OnInput = Callable[[str, Float[Array, "m k"]], Float[Array, "m k"]]
 class Linear:
     """One linear of a layer, with a weight of shape ``[rows, channels]``.
 
+    ``rows``, ``channels`` and ``has_bias`` are functions of the model's configuration.
+
     Attributes:
       name: name of the projection, e.g. "qkv".
       producer: the operation that produces its input. The norms normalize the residual stream; ``silu``
@@ -96,7 +98,7 @@ class LayerParams:
     """The parameters of one layer as its blocks use them.
 
     Attributes:
-      param: the value of a parameter by its name; None where this family has none.
+      param: returns the value of the parameter of a name; None if the model does not have it.
       config: configuration of the model.
       dtype: dtype of the residual stream and of the linears' outputs.
       on_input: called with the input of each linear, which it may replace; for float weights only.

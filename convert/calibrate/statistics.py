@@ -54,7 +54,7 @@ class LayerStatistics:
         return LayerStatistics(hessians, inputs)
 
     def divided(self, factors: Mapping[str, np.ndarray]) -> LayerStatistics:
-        """The statistics for inputs whose channels are divided by ``factors``, which has every linear."""
+        """The statistics of the inputs divided by ``factors`` [K], which must be given for every linear."""
         return LayerStatistics(
             {
                 name: hessian / np.outer(factors[name], factors[name])

