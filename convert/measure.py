@@ -1,4 +1,4 @@
-"""The perplexity of a model before and after its conversion, one layer in memory at a time."""
+"""Measures perplexity before and after a conversion, with one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from convert.streaming import streamed_perplexity
 def source_perplexity(
     source: Source, tokens: Int32[np.ndarray, " tokens"], progress: Progress
 ) -> PerplexityResult:
-    """Of the float model; see ``convert.streaming.streamed_perplexity``."""
+    """Perplexity of the float model on ``tokens``; see ``convert.streaming.streamed_perplexity``."""
     config = source.config
 
     def layers() -> Iterator[dict[str, Any]]:
@@ -39,7 +39,7 @@ def source_perplexity(
 def checkpoint_perplexity(
     checkpoint: Path, config: ModelConfig, tokens: Int32[np.ndarray, " tokens"], progress: Progress
 ) -> PerplexityResult:
-    """Of the parameters in ``checkpoint``; see ``convert.streaming.streamed_perplexity``."""
+    """Perplexity of a converted checkpoint on ``tokens``; see ``convert.streaming.streamed_perplexity``."""
     specs = layer_specs(config)
 
     def layers() -> Iterator[dict[str, Any]]:
