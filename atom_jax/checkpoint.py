@@ -28,7 +28,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from atom_jax.config import ModelConfig
+from atom_jax.config import ModelConfig, check_choice
 from atom_jax.errors import AtomError, WriteError, one_line
 from atom_jax.files import read_json
 from atom_jax.kernel_check import check_kernels
@@ -59,6 +59,7 @@ _SIZES = frozenset(
 
 # Settings of the converter, which version 1 of config.json contained too.
 _RECIPE_OF_VERSION_1 = frozenset(("clip_w", "gptq", "rotate", "migrate", "smooth_keys"))
+_REORDER_OF_VERSION_1 = Literal["folded", "per_layer", "none"]
 
 # By the name of a parameter: its NumPy array, or for a quantized linear a dict of its arrays by name (see
 # ``atom_jax.schemes``). ``StoredSpecs`` has a ``jax.ShapeDtypeStruct`` in the place of each array.
@@ -70,7 +71,7 @@ _spec = jax.ShapeDtypeStruct
 # After a failed save: seconds without a change after which its threads count as ended, and the largest number
 # of such waits.
 _QUIET_SECONDS = 0.5
-_LONGEST_WAIT = 120
+_MOST_WAITS = 120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _remove_unfinished(path: Path) -> None:
     when nothing changes any more, and returns when they have not been created again.
     """
     before = None
-    for _ in range(_LONGEST_WAIT):
+    for _ in range(_MOST_WAITS):
         found = _stored_files(path)
         if found == before:
             if not found:
@@ -297,7 +298,12 @@ def _from_version_1(file: Path, data: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise AtomError(f"{file}: model configuration is not readable: no settings under 'quantization'")
     settings = {"center_keys": False, "reorder": "folded", **settings}
-    settings["gather_inputs"] = settings.pop("reorder") == "per_layer" and settings.get("scheme") != "bf16"
+    reorder = settings.pop("reorder")
+    try:
+        check_choice("reorder", reorder, _REORDER_OF_VERSION_1)
+    except AtomError as error:
+        raise AtomError(f"{file}: {error}") from error
+    settings["gather_inputs"] = reorder == "per_layer"
     kept = {name: value for name, value in settings.items() if name not in _RECIPE_OF_VERSION_1}
     return {**data, "format": kept}
 

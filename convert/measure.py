@@ -15,7 +15,7 @@ from atom_jax.config import ModelConfig
 from atom_jax.perplexity import PerplexityResult
 from atom_jax.progress import Progress
 from convert.calibrate.statistics import on_device
-from convert.calibrate.texts import SEQ_LEN
+from convert.calibrate.texts import window_length
 from convert.float_model import read_layer, read_shared
 from convert.sources import Source
 from convert.streaming import streamed_perplexity
@@ -32,7 +32,7 @@ def source_perplexity(
             yield on_device(read_layer(source, layer))
 
     return streamed_perplexity(
-        layers, read_shared(source), tokens, config=config, seq_len=_seq_len(config), progress=progress
+        layers, read_shared(source), tokens, config=config, seq_len=window_length(config), progress=progress
     )
 
 
@@ -49,9 +49,5 @@ def checkpoint_perplexity(
     stored = read_tree(shared_path(checkpoint), shared_specs(config))
     shared = {name: value.astype(np.float32) for name, value in stored.items()}
     return streamed_perplexity(
-        layers, shared, tokens, config=config, seq_len=_seq_len(config), progress=progress
+        layers, shared, tokens, config=config, seq_len=window_length(config), progress=progress
     )
-
-
-def _seq_len(config: ModelConfig) -> int:
-    return min(SEQ_LEN, config.max_position_embeddings)

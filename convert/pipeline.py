@@ -30,7 +30,7 @@ from convert.float_model import read_shared
 from convert.groups import choose_groups
 from convert.measure import checkpoint_perplexity, source_perplexity
 from convert.passes.order import ResidualOrder, permute_shared, residual_order
-from convert.passes.outliers import candidates, measure_outliers
+from convert.passes.outliers import about_outliers, candidates, outlier_errors
 from convert.passes.rotate import Rotated
 from convert.quantize_layer import check_recipe, needs_calibration
 from convert.quantize_model import quantize_model
@@ -247,12 +247,12 @@ def _calibration(
 def _outliers(
     source: Source, recipe: Recipe, calibration: Calibration, workspace: Workspace, progress: StageProgress
 ) -> dict[str, Any]:
-    """What ``measure_outliers`` returns for the card; measured once and kept in the workspace."""
+    """The number of outliers and its errors, for the card; measured once and kept in the workspace."""
     outliers = workspace.read_json("outliers.json")
     if outliers is None:
         embedding = read_shared(source)["embedding"]
         measuring = functools.partial(progress, "choose number of outliers")
-        outliers = measure_outliers(source, recipe, embedding, calibration.tokens, measuring)
+        outliers = about_outliers(outlier_errors(source, recipe, embedding, calibration.tokens, measuring))
         workspace.write_json("outliers.json", outliers)
     return outliers
 

@@ -27,7 +27,7 @@ from convert.ablation.simulation import run_simulated, simulate_layer
 from convert.ablation.steps import AblationStep, make_steps, recipes
 from convert.ablation.texts import load_texts
 from convert.calibrate.statistics import on_device
-from convert.calibrate.texts import SEQ_LEN, Calibration, load_calibration
+from convert.calibrate.texts import Calibration, load_calibration, window_length
 from convert.card import versions
 from convert.float_model import FloatParams, read_layer, read_shared
 from convert.groups import CHOOSABLE, choose_groups
@@ -190,7 +190,7 @@ class _Ablation:
     def eval_windows(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """The windows of each evaluation text and their lengths, by the name of the text."""
         config = self.source.config
-        seq_len = min(SEQ_LEN, config.max_position_embeddings)
+        seq_len = window_length(config)
         return {
             name: make_windows(tokens, config=config, seq_len=seq_len, max_tokens=None)
             for name, tokens in self.texts.items()

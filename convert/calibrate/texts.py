@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError, did_you_mean
 from atom_jax.progress import Progress
 from atom_jax.text import encode, read_text
@@ -55,6 +56,11 @@ class Calibration:
         """Kind, name, shape and hash of the windows, as JSON data."""
         shape = list(self.tokens.shape)
         return {"kind": self.kind, "name": self.name, "windows": shape, "sha256": self.sha256}
+
+
+def window_length(config: ModelConfig) -> int:
+    """Tokens of a window of calibration or evaluation text: ``SEQ_LEN``, or the model's whole context."""
+    return min(SEQ_LEN, config.max_position_embeddings)
 
 
 def spread_windows(
@@ -141,7 +147,7 @@ def load_calibration(
     Raises:
       AtomError: the text cannot be read or is too short, or ``num_tokens`` is less than one window.
     """
-    seq_len = min(SEQ_LEN, source.config.max_position_embeddings)
+    seq_len = window_length(source.config)
     num_windows = num_tokens // seq_len
     if num_windows == 0:
         raise AtomError(f"{num_tokens} calibration tokens are less than one window of {seq_len}")

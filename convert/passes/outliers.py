@@ -53,6 +53,23 @@ def choose_outliers(errors: Mapping[int, float], budget: float = BUDGET) -> int:
     return min(number for number, error in errors.items() if error <= limit)
 
 
+def about_outliers(errors: Mapping[int, float]) -> dict[str, Any]:
+    """What the accuracy card says about a number of outliers that was chosen, as JSON data.
+
+    Args:
+      errors: error by number of outliers, from ``outlier_errors``.
+
+    Returns:
+      "chosen", the number of outliers; "budget", see ``BUDGET``; and "relative_error" of each number that
+      was tried.
+    """
+    return {
+        "chosen": choose_outliers(errors),
+        "budget": BUDGET,
+        "relative_error": {str(number): error for number, error in errors.items()},
+    }
+
+
 def _with_outliers(config: ModelConfig, number: int) -> ModelConfig:
     return config.replace(format=dataclasses.replace(config.format, num_outliers=number))
 
@@ -84,27 +101,6 @@ def _fits(config: ModelConfig, number: int) -> bool:
     except AtomError:
         return False
     return True
-
-
-def measure_outliers(
-    source: Source,
-    recipe: Recipe,
-    embedding: Float32[np.ndarray, "vocab hidden"],
-    tokens: Int32[np.ndarray, "windows seq"],
-    progress: Progress,
-) -> dict[str, Any]:
-    """Chooses the number of outliers; arguments and errors are those of ``outlier_errors``.
-
-    Returns:
-      JSON data for the accuracy card: "chosen", the number of outliers; "budget", see ``BUDGET``; and
-      "relative_error" of each number that was tried.
-    """
-    errors = outlier_errors(source, recipe, embedding, tokens, progress)
-    return {
-        "chosen": choose_outliers(errors),
-        "budget": BUDGET,
-        "relative_error": {str(number): error for number, error in errors.items()},
-    }
 
 
 def outlier_errors(
