@@ -1,4 +1,4 @@
-"""Atom-JAX: Llama-family models in JAX with 4-bit weights, activations and KV cache."""
+"""Atom-JAX: Llama-family models in JAX with 4-bit weights, activations and KV cache; the public API."""
 
 from atom_jax.checkpoint import Model, load
 from atom_jax.config import Format, ModelConfig, RopeConfig, preset

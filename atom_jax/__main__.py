@@ -1,4 +1,4 @@
-"""``python -m atom_jax`` is the command line ``atom-jax``."""
+"""Runs the command line ``atom-jax`` as ``python -m atom_jax``."""
 
 from atom_jax_cli import main
 

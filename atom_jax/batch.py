@@ -1,8 +1,8 @@
 """Answers a file of requests in OpenAI's batch format; an interrupted run can be continued.
 
-When a request is complete, its result is appended to the file of results as one line. There is no other
-state: after an interruption, however it came, the next run removes an incomplete last line and answers the
-requests that have no result yet.
+When a request is complete, its result is appended to the file of results as one line. No other state is
+kept: after any interruption, the next run removes an incomplete last line and answers the requests that
+have no result yet.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _REQUESTS: dict[str, type[CompletionRequest] | type[ChatCompletionRequest]] = {
 
 @dataclasses.dataclass(frozen=True)
 class BatchProgress:
-    """How far a run is.
+    """How many requests of a run are done.
 
     Attributes:
       total: number of requests in the file.
@@ -54,9 +54,11 @@ class BatchProgress:
 
 @dataclasses.dataclass
 class _Running:
-    """A request of the file that the engine works on.
+    """A request of the file that the engine is working on.
 
     Attributes:
+      custom_id: the name of the request in both files.
+      response: collects the engine's outputs for all choices of the request.
       unfinished: number of its choices that have not ended.
     """
 
@@ -67,7 +69,13 @@ class _Running:
 
 @dataclasses.dataclass(frozen=True)
 class _BatchLine:
-    """A line of the file of requests."""
+    """One line of the file of requests.
+
+    Attributes:
+      custom_id: the name of the request, unique in the file.
+      url: the endpoint, one of ``_REQUESTS``.
+      body: the request as the server would receive it, a JSON object.
+    """
 
     custom_id: str
     url: str
@@ -76,9 +84,10 @@ class _BatchLine:
 
 @dataclasses.dataclass(frozen=True)
 class _Result:
-    """What a request is answered with.
+    """The answer to one request.
 
     Attributes:
+      custom_id: the name of the request in both files.
       status: HTTP status code that the server would send.
       body: the response or the error, a JSON object.
       tokens: number of generated tokens.
@@ -100,22 +109,26 @@ def run_batch(
     ahead: int,
     on_result: Callable[[BatchProgress], None] = lambda progress: None,
 ) -> BatchProgress:
-    """Answers all requests that have no result yet; at the end ``results`` has one line for each of them.
+    """Answers all requests that have no result yet; at the end ``results`` has one line for each request.
 
     The line of a request that cannot be answered has the status and the error that the server would send.
 
     Args:
-      engine: without unfinished requests.
-      tokenizer: of the engine's model.
+      engine: an engine that has no unfinished requests.
+      tokenizer: the tokenizer of the engine's model.
       requests: file of JSON Lines with ``custom_id``, ``method``, ``url`` and ``body``.
       results: file for the results; created, or continued if it exists.
       model_name: the name that the requests must have in ``model``.
-      ahead: how many answers are given to the engine at a time, running and waiting ones together.
+      ahead: the next request is given to the engine only while the engine has fewer unfinished choices
+        than this, running and waiting ones together.
       on_result: called once at the beginning, and after every result.
 
+    Returns:
+      The progress at the end of the run.
+
     Raises:
-      AtomError: a file is not in the format, ``results`` has results of other requests, or another run is
-        writing it.
+      AtomError: a file is not in the batch format, ``results`` has results of other requests, or another run
+        is writing ``results``.
     """
     ids = check_requests(requests, model_name)
     with _open_results(results) as file:
@@ -138,7 +151,7 @@ def run_batch(
 def _results(
     engine: Engine, tokenizer: PreTrainedTokenizerFast, lines: Iterator[_BatchLine], ahead: int
 ) -> Iterator[_Result]:
-    """The results of ``lines``, in the order in which they are complete."""
+    """Yields the result of each of ``lines``, in the order in which the results are complete."""
     running: dict[str, tuple[_Running, int]] = {}
     more = True
     while more or running:
@@ -160,13 +173,13 @@ def _results(
 def _add_to_engine(
     engine: Engine, tokenizer: PreTrainedTokenizerFast, line: _BatchLine
 ) -> dict[str, tuple[_Running, int]]:
-    """Gives the request in a line to the engine.
+    """Gives the request in a line to the engine, as one engine request for each choice.
 
     Returns:
-      For each id of a request to the engine, the request of the file and the index of its choice.
+      A dict from the id of each engine request to the request of the file and the index of the choice.
 
     Raises:
-      ApiError: the request cannot be answered; the engine has none of its choices then.
+      ApiError: the request cannot be answered; in this case the engine has none of its choices.
     """
     try:
         request = _REQUESTS[line.url].model_validate(line.body)
@@ -193,7 +206,7 @@ def _add_to_engine(
 
 
 def _take(running: dict[str, tuple[_Running, int]], output: Output) -> _Running | None:
-    """Adds an output to its response; returns the request of the file if this completes it."""
+    """Adds an output to the response of its request; returns the request if it is now complete, else None."""
     request, index = running[output.request_id]
     request.response.add(index, output)
     if output.finish_reason is None:
@@ -213,7 +226,7 @@ def check_requests(path: Path, model_name: str) -> set[str]:
 
 
 def _read_requests(path: Path, model_name: str) -> Iterator[_BatchLine]:
-    """The lines of a file of requests; raises as ``check_requests``."""
+    """Yields the lines of a file of requests. Errors are those of ``check_requests``."""
     seen: set[str] = set()
     with path.open("rb") as file:
         for number, line in _lines(file):
@@ -246,14 +259,14 @@ def _is_unicode(text: str) -> bool:
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not empty, with their numbers."""
+    """The lines that are not empty, each with its line number (the first is 1)."""
     return ((number, line) for number, line in enumerate(file, 1) if line.strip())
 
 
 def _json_object(line: bytes, where: str) -> dict[str, object]:
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, an endless integer or nesting
+    except (ValueError, RecursionError) as error:  # bad UTF-8 or JSON, too many digits, too deep nesting
         raise AtomError(f"{where} is not JSON: {error}") from error
     if not isinstance(record, dict):
         raise AtomError(f"{where}: a JSON object expected, found {type(record).__name__}")
@@ -262,7 +275,14 @@ def _json_object(line: bytes, where: str) -> dict[str, object]:
 
 @contextlib.contextmanager
 def _open_results(path: Path) -> Iterator[int]:
-    """Opens the file of results to read and append; it is locked against other processes."""
+    """Opens the file of results for reading and appending, and locks it against other processes.
+
+    Yields:
+      The file descriptor.
+
+    Raises:
+      AtomError: another process holds the lock.
+    """
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         try:
@@ -278,9 +298,12 @@ def _read_results(path: Path, file: int, ids: Collection[str]) -> set[str]:
     """The custom ids that have a result. An incomplete last line is removed from the file.
 
     Args:
-      path: of the file, for reading and for messages.
+      path: path of the file of results, for reading and for error messages.
       file: descriptor of the same file.
-      ids: custom ids of the requests.
+      ids: custom ids of all requests.
+
+    Raises:
+      AtomError: a line is not a result of one of the requests, or a request has two results.
     """
     finished: set[str] = set()
     complete = 0
@@ -301,7 +324,7 @@ def _read_results(path: Path, file: int, ids: Collection[str]) -> set[str]:
 
 
 def _append(file: int, result: _Result) -> None:
-    """Appends a line to the file of results; it is on the disk afterwards."""
+    """Appends a line to the file of results and waits until it is on the disk."""
     record = {
         "id": f"batch_req_{uuid.uuid4().hex}",
         "custom_id": result.custom_id,

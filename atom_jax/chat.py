@@ -1,4 +1,4 @@
-"""Messages of a chat as the text that a model was trained to answer."""
+"""Turns the messages of a chat into a prompt, with the model's chat template."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ def chat_text(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, s
     """The model's chat template applied to ``messages``, special tokens and the start of an answer included.
 
     Args:
-      tokenizer: as ``Model.tokenizer``.
-      messages: each with "role" and "content".
+      tokenizer: the model's tokenizer, as ``Model.tokenizer``.
+      messages: the messages of the chat, each with "role" and "content".
 
     Raises:
-      AtomError: there is no template, none of several is the default, or it fails on these messages.
+      AtomError: the model has no chat template, it has several and none is the default, or the template
+        fails on these messages.
     """
     if not tokenizer.chat_template:
         raise AtomError("the model has no chat template")
     try:
         text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     except Exception as error:
-        # A template is a program of the model's author: it may refuse the messages, and fail in any way.
+        # A template is a program of the model's author: it may reject the messages and raise any exception.
         raise AtomError(f"the model's chat template fails: {error or type(error).__name__}") from error
     assert isinstance(text, str)  # transformers returns other types for several chats, or with tokenize=True
     return text

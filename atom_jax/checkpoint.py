@@ -1,4 +1,4 @@
-"""The checkpoint on disk: what each part is called, how it is written, how it is read back and checked.
+"""The checkpoint on disk: the names of its parts, and how each is written, read back and checked.
 
 A checkpoint is a folder::
 
@@ -6,10 +6,10 @@ A checkpoint is a folder::
     quantization.json    the accuracy card (written by the converter)
     tokenizer/           tokenizer.json and its settings (``atom_jax.tokenizer``)
     params/shared        Orbax: embedding, norm, lm_head
-    params/layers/0000   Orbax, one for each layer: a conversion holds and commits one layer at a time
+    params/layers/0000   Orbax, one item for each layer, because a conversion writes one layer at a time
 
-Packed weights stay packed, their scales are bfloat16 (exactly representable by construction), matrices
-that are not quantized are bfloat16 and vectors float32.
+Packed weights are stored packed. Their scales are stored as bfloat16, without loss, because the converter
+chooses scales that bfloat16 can represent. Matrices that are not quantized are bfloat16, vectors float32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from atom_jax.config import ModelConfig
+from atom_jax.config import ModelConfig, check_choice
 from atom_jax.errors import AtomError, WriteError, one_line
 from atom_jax.files import read_json
 from atom_jax.kernel_check import check_kernels
@@ -57,23 +57,32 @@ _SIZES = frozenset(
     ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 )
 
-# Settings of the converter that version 1 of config.json held, too.
+# Settings of the converter, which version 1 of config.json contained too.
 _RECIPE_OF_VERSION_1 = frozenset(("clip_w", "gptq", "rotate", "migrate", "smooth_keys"))
+_REORDER_OF_VERSION_1 = Literal["folded", "per_layer", "none"]
 
-# name -> array, or name -> the arrays of a quantized linear by name (see ``atom_jax.schemes``).
+# By the name of a parameter: its NumPy array, or for a quantized linear a dict of its arrays by name (see
+# ``atom_jax.schemes``). ``StoredSpecs`` has a ``jax.ShapeDtypeStruct`` in the place of each array.
 StoredParams = dict[str, Any]
 StoredSpecs = dict[str, Any]
 
 _spec = jax.ShapeDtypeStruct
 
-# Nothing changes for so long: the threads of a failed save have ended. And how often that is looked at.
+# After a failed save: seconds without a change after which its threads count as ended, and the largest number
+# of such waits.
 _QUIET_SECONDS = 0.5
-_LONGEST_WAIT = 120
+_MOST_WAITS = 120
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A loaded checkpoint: everything ``generate`` and ``forward`` take."""
+    """A loaded checkpoint: everything that ``generate`` and ``forward`` need.
+
+    Attributes:
+      path: folder of the checkpoint.
+      config: configuration of the model.
+      params: parameters on the default device, as ``make_params`` returns them.
+    """
 
     path: Path
     config: ModelConfig
@@ -86,37 +95,42 @@ class Model:
 
 
 def linear_spec(shape: tuple[int, int], config: ModelConfig) -> StoredSpecs | jax.ShapeDtypeStruct:
-    """How a linear [N, K] is stored under this configuration; AtomError if its K does not suit the groups."""
+    """Spec of a stored linear [N, K]; AtomError if its K is not outliers plus whole groups."""
     weight = SCHEMES[config.format.scheme].weight
     return _spec(shape, jnp.bfloat16) if weight is None else weight.stored(shape, config.format)
 
 
 def layer_specs(config: ModelConfig) -> StoredSpecs:
-    """Shape and dtype of everything stored for one layer."""
+    """Shape and dtype of every array that is stored for one layer."""
     specs: StoredSpecs = {name: linear_spec(shape, config) for name, shape in linear_shapes(config).items()}
     specs |= {name: _spec(shape, jnp.float32) for name, shape in vector_shapes(config).items()}
     return specs | {name: _spec(shape, jnp.int32) for name, shape in index_shapes(config).items()}
 
 
 def shared_specs(config: ModelConfig) -> StoredSpecs:
-    """Shape and dtype of everything stored outside the layers."""
+    """Shape and dtype of every array that is stored outside the layers."""
     table = _spec((config.vocab_size, config.hidden_size), jnp.bfloat16)
     specs: StoredSpecs = {"embedding": table, "norm": _spec((config.hidden_size,), jnp.float32)}
     return specs if config.tie_word_embeddings else specs | {"lm_head": table}
 
 
 def layer_path(checkpoint: Path, layer: int) -> Path:
-    """Where a layer is stored."""
+    """The folder in which a layer is stored."""
     return checkpoint / "params" / "layers" / f"{layer:04d}"
 
 
 def shared_path(checkpoint: Path) -> Path:
-    """Where everything outside the layers is stored."""
+    """The folder in which everything outside the layers is stored."""
     return checkpoint / "params" / "shared"
 
 
 def stored_form(tree: Mapping[str, Any], specs: StoredSpecs) -> StoredParams:
-    """``tree``'s arrays and quantized weights as NumPy arrays of the stored types."""
+    """Converts the arrays and quantized weights in ``tree`` to NumPy arrays of the stored types.
+
+    Args:
+      tree: parameters by name; names that are not in ``specs`` are ignored.
+      specs: what is stored, from ``layer_specs`` or ``shared_specs``.
+    """
 
     def store(value: Any, spec: Any) -> Any:
         if isinstance(spec, Mapping):
@@ -127,10 +141,10 @@ def stored_form(tree: Mapping[str, Any], specs: StoredSpecs) -> StoredParams:
 
 
 def write_tree(path: Path, tree: StoredParams) -> None:
-    """Writes one Orbax item; ``path`` exists afterwards complete or not at all.
+    """Writes one Orbax item. Afterwards ``path`` is complete, or does not exist.
 
     Raises:
-      WriteError: it cannot be written, e.g. because the disk is full.
+      WriteError: the item cannot be written, e.g. because the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -142,14 +156,14 @@ def write_tree(path: Path, tree: StoredParams) -> None:
 
 
 def _remove_unfinished(path: Path) -> None:
-    """Removes what a failed save of ``path`` left beside it.
+    """Removes the temporary folders that a failed save of ``path`` left beside it.
 
-    The error comes with the first array that cannot be written, while threads of TensorStore still write the
-    others, and make the folder again where it is gone. So nothing is removed while anything changes, and
-    this returns once nothing has come back.
+    Orbax raises the error as soon as one array cannot be written. Threads of TensorStore go on writing the
+    other arrays, and create the folder again if it is removed. So this function removes the folders only
+    when nothing changes any more, and returns when they have not been created again.
     """
     before = None
-    for _ in range(_LONGEST_WAIT):
+    for _ in range(_MOST_WAITS):
         found = _stored_files(path)
         if found == before:
             if not found:
@@ -165,7 +179,7 @@ def _unfinished(path: Path) -> list[Path]:
 
 
 def _stored_files(path: Path) -> dict[Path, tuple[int, int]]:
-    """Size and time of all that an unfinished save has written so far."""
+    """Size and modification time of each file and folder that an unfinished save has written so far."""
     found = {}
     for unfinished in _unfinished(path):
         for folder, _, names in os.walk(unfinished):
@@ -180,7 +194,8 @@ def read_tree(path: Path, specs: StoredSpecs) -> StoredParams:
     """Reads one Orbax item as NumPy arrays and checks it against ``specs``.
 
     Raises:
-      AtomError: missing or unreadable, or a tensor of another shape or type than the configuration says.
+      AtomError: the item is missing or unreadable, or a tensor in it has not the shape and dtype in
+        ``specs``.
     """
     if not path.is_dir():
         raise AtomError(f"{path}: missing from the checkpoint")
@@ -195,10 +210,10 @@ def read_tree(path: Path, specs: StoredSpecs) -> StoredParams:
 
 @contextlib.contextmanager
 def _silent_orbax() -> Iterator[None]:
-    """Without the log of Orbax, whose threads print a traceback of any error that is about to be raised.
+    """Turns off the log of Orbax in this context: its threads would print a traceback of every error.
 
-    After an error TensorStore's threads, while they end, print that the event loop they report to is
-    closed: for good, these messages are not printed.
+    After an error, the threads of TensorStore print "Event loop is closed" while they end, which can be
+    after this context. So after an error this message stays suppressed until the process ends.
     """
     logger = logging.getLogger("absl")
     level, hook = logger.level, sys.unraisablehook
@@ -217,7 +232,7 @@ def _silent_orbax() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Of TensorStore's messages, which end in what the operating system said, only that."""
+    """The operating system's message if the error of TensorStore contains one, else the error's message."""
     said = re.search(r"([^:\[]+) \[os_error_code=", str(error))
     return said[1].strip() if said else one_line(error)
 
@@ -239,13 +254,17 @@ def _check_tree(path: Path, prefix: str, tree: Any, specs: StoredSpecs) -> None:
 
 
 def write_config(checkpoint: Path, config: ModelConfig) -> None:
-    """Writes the configuration, which is what makes a folder a checkpoint."""
+    """Writes config.json. Only a folder that has this file is read as a checkpoint."""
     data = {"format_version": FORMAT_VERSION, **config.to_json()}
     (checkpoint / CONFIG_FILE).write_text(json.dumps(data, indent=2) + "\n")
 
 
 def read_config(checkpoint: Path) -> ModelConfig:
-    """The configuration of a checkpoint folder; AtomError if it is not one, or of a version unknown here."""
+    """The configuration of a checkpoint folder.
+
+    Raises:
+      AtomError: the folder is not a checkpoint, is of an unknown version, or has an unusable configuration.
+    """
     file = checkpoint / CONFIG_FILE
     if not file.exists():
         raise AtomError(f"{file}: no such file; is {checkpoint} a converted checkpoint?")
@@ -270,19 +289,27 @@ def read_config(checkpoint: Path) -> ModelConfig:
 
 
 def _from_version_1(file: Path, data: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 kept the format and the converter's recipe in one; only config.json differs."""
+    """Version 1 of config.json in the form of version 2.
+
+    Version 1 has the format and the converter's recipe in one object; all other files are the same.
+    """
     data = {"windows": (), **data}
     settings = data.pop("quantization", None)
     if not isinstance(settings, dict):
         raise AtomError(f"{file}: model configuration is not readable: no settings under 'quantization'")
     settings = {"center_keys": False, "reorder": "folded", **settings}
-    settings["gather_inputs"] = settings.pop("reorder") == "per_layer" and settings.get("scheme") != "bf16"
+    reorder = settings.pop("reorder")
+    try:
+        check_choice("reorder", reorder, _REORDER_OF_VERSION_1)
+    except AtomError as error:
+        raise AtomError(f"{file}: {error}") from error
+    settings["gather_inputs"] = reorder == "per_layer"
     kept = {name: value for name, value in settings.items() if name not in _RECIPE_OF_VERSION_1}
     return {**data, "format": kept}
 
 
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
-    """The transformers tokenizer of a checkpoint; AtomError if it has none, or a damaged one."""
+    """The transformers tokenizer of a checkpoint; AtomError if it is missing or damaged."""
     folder = checkpoint / TOKENIZER_FOLDER
     if not folder.is_dir():
         raise AtomError(f"{folder}: the checkpoint has no tokenizer")
@@ -290,7 +317,14 @@ def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
 
 
 def layer_params(tree: StoredParams, config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:
-    """A stored layer, or a stack of them, as the parameters of ``llama.Layer`` on the default device."""
+    """Stored parameters as those of ``llama.Layer``, on the default device.
+
+    Args:
+      tree: parameters of one layer, or of a stack of layers (every array has a leading layer axis), or those
+        outside the layers.
+      config: configuration of the model.
+      dtype: dtype for the arrays that are stored as bfloat16 and not part of a quantized linear.
+    """
     weight, shapes = SCHEMES[config.format.scheme].weight, linear_shapes(config)
 
     def revive(name: str, value: Any) -> Any:
@@ -302,23 +336,24 @@ def layer_params(tree: StoredParams, config: ModelConfig, dtype: jnp.dtype) -> d
 
 
 def default_dtype() -> jnp.dtype:
-    """Activations are float32 on a CPU, which has no bfloat16 arithmetic, and bfloat16 elsewhere."""
+    """Dtype of activations: float32 on a CPU, which has no bfloat16 arithmetic, and bfloat16 elsewhere."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
 def load(path: str | Path, *, dtype: jnp.dtype | None = None) -> Model:
-    """Loads a converted checkpoint onto the default device. Needs neither torch nor the original.
+    """Loads a converted checkpoint onto the default device. Needs neither torch nor the original model.
 
-    On a GPU that has kernels, they are first compared with the reference, once for each kind of device and
-    version, in processes of their own (docs/doctor.md). One that fails is named in a RuntimeWarning and not
-    used.
+    On a GPU for which there are kernels, the kernels are first compared with the reference in separate
+    processes, once for each kind of device and each version (docs/doctor.md). A kernel that fails is named
+    in a RuntimeWarning and not used.
 
     Args:
       path: folder written by ``atom-jax convert``.
-      dtype: of activations and of matrices that are not quantized; None for ``default_dtype()``.
+      dtype: dtype of activations and of matrices that are not quantized; None for ``default_dtype()``.
 
     Raises:
-      AtomError: not a checkpoint, or a part of it is missing, damaged or does not fit its configuration.
+      AtomError: the folder is not a checkpoint, or a part of it is missing, damaged or does not fit the
+        configuration.
     """
     path = Path(path)
     config = read_config(path)
@@ -331,13 +366,13 @@ def load(path: str | Path, *, dtype: jnp.dtype | None = None) -> Model:
         tree = read_tree(layer_path(path, layer), specs)
         jax.tree.map(lambda stack, value, layer=layer: stack.__setitem__(layer, value), stacked, tree)
     tree = layer_params(read_tree(shared_path(path), shared_specs(config)), config, dtype)
-    # Popped one by one, so that host and device copies of only one parameter coexist.
+    # Popped one by one, so that no more than one parameter is in host and device memory at the same time.
     layers = {name: layer_params({name: stacked.pop(name)}, config, dtype)[name] for name in list(stacked)}
     return Model(path, config, make_params(config, {**tree, "layers": layers}))
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype = jnp.bfloat16) -> nnx.State:
-    """The params that ``load`` would return for ``config``, as shapes: no file is read, no memory used."""
+    """Shapes of the params that ``load`` returns for ``config``; reads no file and allocates no arrays."""
 
     def build(shared: StoredParams, layers: StoredParams) -> nnx.State:
         tree = layer_params(shared, config, dtype)

@@ -1,4 +1,4 @@
-"""Configuration of a model: its architecture and its format, frozen and hashable (static under jit)."""
+"""Configuration of a model: its architecture and its format. Frozen and hashable, so static under jit."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ GROUP_SIZES = (32, 64, 128)
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: base frequency and the context-extension rule applied to it.
+    """Rotary embedding (RoPE): the base ``theta``, and the rule that extends the context.
 
-    ``linear`` divides every frequency by ``factor``; ``llama3`` interpolates only the low ones
-    (Llama 3.1 model card), between wavelengths set by ``low_freq_factor``, ``high_freq_factor``
-    and ``original_max_position_embeddings``. ``yarn`` (arXiv 2309.00071) interpolates frequencies that
-    turn at most ``beta_slow`` times in the original context, keeps those that turn at least ``beta_fast``
-    times, with a ramp over the channels between (its ends whole channels if ``yarn_truncate``), and
-    multiplies cos and sin by ``attention_factor``.
+    ``linear`` divides every frequency by ``factor``. ``llama3`` (Llama 3.1 model card) divides only the low
+    frequencies, with a smooth transition between two wavelengths that follow from ``low_freq_factor``,
+    ``high_freq_factor`` and ``original_max_position_embeddings``. ``yarn`` (arXiv 2309.00071) divides the
+    frequencies that make at most ``beta_slow`` turns in the original context and keeps those that make at
+    least ``beta_fast`` turns. Between them is a linear ramp over the channels; if ``yarn_truncate``, the two
+    ends of the ramp are rounded to whole channels. It also multiplies cos and sin by ``attention_factor``.
     """
 
     theta: float = 10000.0
@@ -42,28 +42,30 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """What a checkpoint holds and how it is run (docs/quantization.md); ``preset`` makes one.
+    """How the numbers of a checkpoint are stored and multiplied (docs/quantization.md).
 
-    How its numbers were found is the converter's affair: ``convert.recipe.Recipe``. The defaults are those of
-    ``w4a4kv4``, the same as ``preset("w4a4kv4")`` gives.
+    ``preset`` makes the format of a scheme. The settings that only the converter needs are in
+    ``convert.recipe.Recipe``. The defaults are those of ``preset("w4a4kv4")``.
 
-    ``group_size=None`` is one group over the whole row and ``num_outliers=0`` keeps no outliers: together
-    they are the naive per-token, per-channel W4A4 that the method is compared with.
+    ``group_size=None`` is one group over all input channels, and ``num_outliers=0`` has no outlier channels:
+    together they are the naive per-token, per-channel W4A4 with which the paper compares its method.
 
     Attributes:
-      scheme: what a linear stores and multiplies; ``atom_jax/schemes`` has them. Settings that a scheme does
-        not use have one value in it.
-      group_size: input channels that share a scale.
-      num_outliers: the last input channels of a linear, which are kept in INT8.
-      clip_a: the fraction of a group's range that INT4 spans in activations.
-      gather_inputs: each linear has an order of input channels of its own, in which its input is gathered.
-      kv_bits: of a cached key or value; 16 is floating point.
-      kv_groups: scales that an INT4 head of the cache has: 1 (the paper) or 2, one a half.
-      kv_rope: keys are cached before or after RoPE.
-      center_keys: a stored mean of each key channel is taken off before INT4 rounds the key.
+      scheme: name of the scheme, which defines how a linear is stored and multiplied (``atom_jax/schemes``).
+        A setting that the scheme does not use must have the one value that the scheme gives it.
+      group_size: number of input channels that share a scale: one of ``GROUP_SIZES``, or None.
+      num_outliers: number of outlier channels: the last input channels of each linear, kept in INT8.
+      clip_a: fraction of a group's range that INT4 spans in activations, in (0, 1].
+      gather_inputs: whether each linear has its own order of input channels, into which its input is
+        gathered at run time.
+      kv_bits: bits of each value in the KV cache; 16 means floating point.
+      kv_groups: number of scales of each head of a token in an INT4 cache: 1 (as in the paper), or 2, one
+        for each half of the head's channels.
+      kv_rope: whether keys are cached before ("pre") or after ("post") RoPE.
+      center_keys: whether a stored mean of each key channel is subtracted before the key is rounded to INT4.
 
     Raises:
-      AtomError: a value that is not supported, or that the scheme has no use for.
+      AtomError: a value is not supported, or the scheme does not use the setting.
     """
 
     scheme: str = "w4a4kv4"
@@ -105,26 +107,39 @@ class Format:
 
 
 def check_unused(scheme: str, unused: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """AtomError where one of the settings that ``scheme`` does not use has another value than its own."""
+    """Checks the settings that a scheme does not use.
+
+    Args:
+      scheme: name of the scheme, for the error message.
+      unused: the settings that the scheme does not use, with the value that each must have.
+      settings: the settings to check; others than those in ``unused`` are ignored.
+
+    Raises:
+      AtomError: one of the unused settings is given with another value.
+    """
     for name, value in unused.items():
         if settings.get(name, value) != value:
             raise AtomError(f"{scheme} has no setting {name}; leave it out")
 
 
 def check_fraction(name: str, fraction: float | None) -> None:
-    """AtomError for a clipping outside of (0, 1]; None is none that is fixed."""
+    """AtomError if a clipping fraction is not in (0, 1]; None (the fraction is searched) is accepted."""
     if fraction is not None and not 0.0 < fraction <= 1.0:
         raise AtomError(f"{name} must be in (0, 1], found {fraction}")
 
 
 def check_choice(name: str, value: Any, values: Any) -> None:
-    """AtomError for what is not one of the values of a ``Literal``."""
+    """AtomError if ``value`` is not one of the values of the ``Literal`` type ``values``."""
     if value not in typing.get_args(values):
         raise not_one_of(name, value, typing.get_args(values))
 
 
 def preset(scheme: str, **changes: Any) -> Format:
-    """The named scheme with ``changes`` applied.
+    """The default format of a scheme, with ``changes`` applied.
+
+    Args:
+      scheme: name of the scheme.
+      changes: settings of ``Format`` that replace the scheme's defaults.
 
     Raises:
       AtomError: the scheme, or a changed value, is not supported.
@@ -132,7 +147,7 @@ def preset(scheme: str, **changes: Any) -> Format:
     if scheme not in SCHEMES:
         raise not_one_of("scheme", scheme, SCHEMES)
     settings = {**SCHEMES[scheme].defaults, **SCHEMES[scheme].unused, **changes}
-    # Keys are centred wherever that is possible.
+    # By default keys are centred wherever that is possible.
     cache = (settings.get("kv_bits", Format.kv_bits), settings.get("kv_rope", Format.kv_rope))
     settings.setdefault("center_keys", cache == (4, "post"))
     return Format(scheme=scheme, **settings)
@@ -140,13 +155,14 @@ def preset(scheme: str, **changes: Any) -> Format:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only Llama-family model.
+    """The architecture of a decoder-only Llama-family model, and the format of its checkpoint.
 
-    ``qkv_bias``/``o_bias``/``mlp_bias`` say which projections carry a bias (Qwen2: only the first;
-    Llama with attention_bias: the first two); ``qk_norm`` is Qwen3's RMSNorm over head_dim.
+    ``qkv_bias``, ``o_bias`` and ``mlp_bias`` say which projections have a bias (in Qwen2 only qkv; in Llama
+    with attention_bias qkv and o). ``qk_norm`` is Qwen3's RMSNorm over head_dim on queries and keys.
 
-    ``windows`` is the sliding window of each layer: a query at position p sees the keys at p - window + 1 to
-    p. None is a layer that sees the whole context; empty means that all do.
+    ``windows`` is the sliding window of each layer in tokens: a query at position p sees the keys at
+    positions p - window + 1 to p. None stands for a layer without a window, which sees the whole context; an
+    empty tuple means that no layer has a window.
     """
 
     architecture: str
@@ -179,7 +195,7 @@ class ModelConfig:
 
     @property
     def longest_window(self) -> int | None:
-        """How many of the last positions any layer sees; None where a layer sees all."""
+        """The largest window of any layer, in tokens; None if at least one layer sees the whole context."""
         bounded = [window for window in self.windows if window is not None]
         return max(bounded) if bounded and len(bounded) == self.num_layers else None
 
@@ -195,7 +211,7 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
     def of_layer(self, layer: int) -> ModelConfig:
-        """The configuration of a model that is this one layer."""
+        """The configuration of a model that consists of this one layer."""
         return self.replace(num_layers=1, windows=self.windows[layer : layer + 1])
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Text from tokens as they arrive, in pieces that never cut a character."""
+"""Turns generated tokens into text: all at once, or as they arrive, in pieces that never cut a character."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _REPLACEMENT = "\ufffd"
 class StreamingDetokenizer:
     """Turns tokens into text one by one; the returned pieces together are the text of all tokens.
 
-    A token may hold only a part of a character, and the text of a token may depend on the token before it
-    (SentencePiece drops the first space of a text). So a piece is the text that its tokens add to the text of
-    the piece before it, and it is held back while it ends in an incomplete character. The cost of a token
-    does not grow with the length of the text.
+    A token may be only a part of a character, and the text of a token may depend on the token before it
+    (SentencePiece drops the first space of a text). So the tokens of a new piece are decoded together with
+    those of the piece before it, and the piece is the text that they add. It is held back while it ends in
+    an incomplete character. The cost of a token does not grow with the length of the text.
 
     Special tokens have no text.
 
     Args:
-      tokenizer: as ``Model.tokenizer``.
+      tokenizer: the model's tokenizer, as ``Model.tokenizer``.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
         self._special = special_ids(tokenizer)
-        # The tokens of the last piece, then the tokens that were not returned as text yet.
+        # The tokens of the last returned piece, then the tokens whose text has not been returned yet.
         self._tokens: list[int] = []
-        self._last_piece = 0  # how many of them belong to the last piece
+        self._last_piece = 0  # how many of self._tokens belong to the last piece
 
     def add(self, token: int) -> str:
         """The text that ``token`` completes: often one word, empty in the middle of a character."""
@@ -40,7 +40,7 @@ class StreamingDetokenizer:
         return self._piece(final=False)
 
     def finish(self) -> str:
-        """The text that was held back; an incomplete character becomes U+FFFD. For after the last token."""
+        """To call after the last token: the text held back, where an incomplete character becomes U+FFFD."""
         return self._piece(final=True)
 
     def _piece(self, *, final: bool) -> str:
@@ -57,14 +57,14 @@ class StreamingDetokenizer:
 
 
 def detokenize(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> str:
-    """The text of ``tokens`` without special ones; equal to all pieces of a stream together."""
+    """The text of ``tokens``, special tokens left out: all pieces of a ``StreamingDetokenizer`` together."""
     return text_of_tokens(tokenizer, tokens, skip_special_tokens=True)
 
 
 def text_of_tokens(
     tokenizer: PreTrainedTokenizerFast, tokens: list[int], *, skip_special_tokens: bool = False
 ) -> str:
-    """The text of one sequence of tokens, with its spaces as the tokenizer writes them."""
+    """The text of one sequence of tokens; spaces are kept exactly as the tokenizer decodes them."""
     text = tokenizer.decode(
         tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
     )
@@ -73,5 +73,5 @@ def text_of_tokens(
 
 
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Ids of the tokens that have no text: the beginning, the end, turns of a chat, ..."""
+    """Ids of the special tokens, which have no text: begin and end of a sequence, turns of a chat, ..."""
     return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)

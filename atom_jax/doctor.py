@@ -1,4 +1,4 @@
-"""The facts that matter when something does not work here: versions, device, choices, verdicts on kernels."""
+"""What ``atom-jax doctor`` reports: versions, devices, which kernels work, and what each op would run."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from pallas_kernels.verification.verdicts import FAILED, UNCHECKED, Verdicts
 from pallas_kernels.verification.verify import Limits, Progress
 
 _PACKAGES = ("jax", "jaxlib", "flax", "transformers", "orbax-checkpoint")
-# The layer at whose shapes it is said what runs: a decode step of 16 sequences and a chunk of a prompt.
+# The report says what each op runs at the shapes of this model's layers.
 TYPICAL = "Llama-3-8B"
-# Sequences and tokens of each.
+# (number of sequences, tokens of each sequence) in a decode step and in a prefill chunk of a prompt.
 _STEPS = {"decode": (16, 1), "prefill": (1, 512)}
 _CONTEXT_TOKENS = 2048
-# Where several schemes suit a GPU alike, the first.
+# The suggested scheme is the one with the fewest ops that run the reference; of equals, the first here.
 _PREFERRED = ("w4a4kv4", "w8a8", "w4a8kv4", "w4a16", "bf16")
 
 
@@ -41,14 +41,16 @@ def examine(
     announce: Callable[[str], None] = lambda line: None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Everything ``atom-jax doctor`` prints, ready for JSON.
+    """Everything ``atom-jax doctor`` prints, as JSON data.
 
     Args:
-      check: run the kernels, whatever is known of them; otherwise only tell what is known.
+      check: whether to run and check all kernels now, even those that have a verdict already; if False, only
+        the verdicts of earlier checks are reported.
       limits, announce, progress: see ``pallas_kernels.verification.device.verify_device``.
 
     Returns:
-      "ok" is false if a kernel failed or could not be checked, or JAX finds no device.
+      The facts by name. "ok" is False if a kernel failed or could not be checked, if JAX finds no device, or
+      if there are other "problems".
     """
     facts: dict[str, Any] = {"versions": _versions()}
     gpus = _nvidia_smi()
@@ -99,7 +101,7 @@ def package_version(package: str) -> str | None:
 
 
 def _nvidia_smi() -> list[dict[str, str]]:
-    """What the driver says of each GPU, whether JAX uses it or not; empty without a driver."""
+    """What the driver reports of each GPU, whether JAX uses it or not; empty without a driver."""
     fields = ("name", "driver_version", "memory.total", "memory.used")
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
@@ -125,7 +127,8 @@ def _compilation_cache() -> dict[str, Any]:
     folder = compilation_cache_folder()
     return {
         "folder": None if folder is None else str(folder),
-        # Those without a server use it only where the user named a folder.
+        # The commands that use the cache: serve and batch turn it on; the others use it only if the user
+        # configured a folder.
         "used_by": []
         if folder is None
         else ["all"]
@@ -163,7 +166,7 @@ def _typical(scheme: str) -> ModelConfig:
 
 
 def _choices(scheme: str) -> list[tuple[str, Line]]:
-    """What each op of the typical layer would run here, by step."""
+    """What each op of a layer of ``TYPICAL`` would run on this device, as pairs (step, line)."""
     config = _typical(scheme)
     return [
         (step, line)
@@ -173,7 +176,7 @@ def _choices(scheme: str) -> list[tuple[str, Line]]:
 
 
 def _ops_by_implementation(lines: list[tuple[str, Line]]) -> dict[str, list[str]]:
-    """The ops that run kernels at every shape, and those that run the reference at some."""
+    """The ops that run kernels at all shapes ("kernels"), and the other ops ("reference")."""
     reference = {line.op for _, line in lines if line.implementation == REFERENCE}
     ops = dict.fromkeys(line.op for _, line in lines)
     return {
@@ -183,7 +186,7 @@ def _ops_by_implementation(lines: list[tuple[str, Line]]) -> dict[str, list[str]
 
 
 def _suggestion(schemes: dict[str, dict[str, list[str]]]) -> dict[str, str]:
-    """The scheme that suits this device, and why."""
+    """The scheme suggested for this device ("scheme"), and the reason in words ("why")."""
     if jax.default_backend() == "cpu":
         why = (
             "no GPU kernel applies to a CPU and every op runs the reference; of the quantized schemes only "

@@ -1,4 +1,4 @@
-"""What would run a model on this device: the implementation, tiles and roofline time of every op."""
+"""Which implementation each op of a model would run on a device, with its tiles and roofline time."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ class Line(NamedTuple):
     """One op of a layer at one shape.
 
     Attributes:
-      count: calls a layer.
-      implementation, reason: what runs, and why not what is preferred.
-      configuration: tiles and the like; empty for the reference.
-      bytes, roofline_seconds: of one call, the time on one H200 at its data-sheet rates.
+      op: name of the op.
+      shape: its shapes, as text.
+      count: number of calls in one layer.
+      implementation: name of the implementation that runs.
+      reason: why the preferred implementation does not run, where it does not.
+      configuration: the kernel's configuration, such as tile sizes; empty for the reference.
+      bytes: bytes that one call reads and writes.
+      roofline_seconds: the least time of one call on one H200 at its data-sheet rates.
     """
 
     op: str
@@ -41,18 +45,22 @@ class Line(NamedTuple):
 def explain(
     config: ModelConfig, *, batch: int, seq: int, context: int, implementation: str = AUTO
 ) -> list[Line]:
-    """The ops of one layer when ``batch`` sequences of ``context`` tokens each run ``seq`` of them.
+    """The ops of one layer in a step of a model.
 
-    Where layers have sliding windows, it is the layer that sees the most. Nothing is computed and no weight
-    is needed: the step is traced with shapes, and every op says what it chose. With seq 1 this is a decode
-    step.
+    Nothing is computed and no weights are needed: the step is traced with shapes only, and every op reports
+    what it chose. Where layers have different sliding windows, the lines are for the layer that sees the
+    largest part of the context.
 
     Args:
+      config: configuration of the model.
+      batch: number of sequences.
+      seq: number of tokens of each sequence that the step processes; 1 is a decode step.
+      context: number of tokens of each sequence for which the cache has room.
       implementation: see ``pallas_kernels.use_implementation``; "mosaic_sm90" shows, on any device, what a
         Hopper GPU would run.
 
     Raises:
-      AtomError: an op does not have that implementation, or it does not serve these shapes.
+      AtomError: an op does not have that implementation, or the implementation does not support these shapes.
     """
     if implementation not in (AUTO, *IMPLEMENTATIONS):
         raise not_one_of("implementation", implementation, (AUTO, *IMPLEMENTATIONS))
@@ -62,7 +70,7 @@ def explain(
     tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
 
     def step(*arguments: Any) -> Any:
-        # Not the jitted function: what jit has traced before would record nothing.
+        # The function without jit, because a call that jit has already traced would record nothing.
         return inspect.unwrap(forward)(*arguments, config=config)
 
     try:
@@ -73,7 +81,7 @@ def explain(
     lines: dict[Line, int] = {}
     for choice in choices:
         call = choice.call
-        if "window" in call._fields:  # to the op it is data
+        if "window" in call._fields:  # a traced array here, while its cost needs an integer
             call = call._replace(window=config.longest_window)
         work = cost(choice.op, call)
         line = Line(

@@ -1,4 +1,4 @@
-"""How far one model is from another on the same text: KL divergence, agreement, noise after each layer."""
+"""Compares two models on the same text: KL divergence, top-1 agreement, signal to noise of each layer."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ from atom_jax.llama import merge
 from atom_jax.perplexity import by_rows, exp_of_mean, make_windows, start_windows, targets
 from atom_jax.progress import Progress
 
-# Windows shorter than this run several at a time; more would only cost memory on a CPU.
+# Tokens of one batch: several windows run together only if they are shorter than this. Larger batches would
+# only cost more memory on a CPU.
 _BATCH_TOKENS = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Fidelity:
-    """What ``compare`` measures of B against A, over ``tokens`` scored tokens.
+    """What ``compare`` measures of model B against model A.
 
     Attributes:
-      perplexity_a: as ``perplexity`` gives it.
-      perplexity_b: likewise.
-      kl_divergence: mean of KL(A || B) over the predicted distributions, in nats.
-      top1_agreement: share of the tokens where both find the same one most likely.
-      layer_snr_db: after each layer, energy of A's residual stream over that of B's difference from it, over
-        the same tokens, in decibels; infinite where there is no difference, None where ``no_snr`` says why.
-      no_snr: why the residual streams of the two models cannot be compared; None where they can.
-      tokens: all but the first of each window.
-      seconds: of the measurement, compilation included.
+      perplexity_a: perplexity of model A, as ``perplexity`` measures it.
+      perplexity_b: the same for model B.
+      kl_divergence: KL(A || B) of the predicted distributions, in nats, averaged over the scored tokens.
+      top1_agreement: fraction of the scored tokens for which both models predict the same most likely token.
+      layer_snr_db: signal-to-noise ratio in decibels after each layer, over the scored tokens: the energy of
+        A's residual stream over the energy of B's difference from it. It is infinite where there is no
+        difference; None if the streams cannot be compared.
+      no_snr: the reason why the residual streams of the two models cannot be compared; None if they can.
+      tokens: number of scored tokens, which are all but the first of each window.
+      seconds: time of the measurement, compilation included.
     """
 
     perplexity_a: float
@@ -53,7 +55,14 @@ class Fidelity:
 
 
 class _Sums(NamedTuple):
-    """Of each row, or summed over the scored tokens of some windows."""
+    """Values of each row, or their sums over the scored tokens of some windows.
+
+    Attributes:
+      nll_a: negative log-likelihood (nats) of the target under model A.
+      nll_b: the same under model B.
+      kl: KL(A || B) of the two distributions, in nats.
+      agreed: whether both models predict the same most likely token; as a sum, the number of such tokens.
+    """
 
     nll_a: Float32[Array, "*rows"]
     nll_b: Float32[Array, "*rows"]
@@ -70,7 +79,7 @@ def window_states(
     config: ModelConfig,
     residuals: bool,
 ) -> tuple[Float[Array, "batch seq hidden"], Float[Array, "layers batch*seq hidden"] | None]:
-    """What the head reads, and the residual stream after each layer if ``residuals``."""
+    """The input of the head; and the residual stream after each layer if ``residuals``, else None."""
     model = merge(params, config)
     positions, cache = start_windows(model, tokens, lengths)
     hidden, _, seen = model.observed(tokens, positions, cache, lambda x: x if residuals else None)
@@ -89,7 +98,7 @@ def window_sums(
     config_a: ModelConfig,
     config_b: ModelConfig,
 ) -> _Sums:
-    """Compares the two heads' distributions of tokens 1..length-1 of each row, a piece of rows at a time."""
+    """Sums over tokens 1..length-1 of each row, from the distributions that the two models' heads predict."""
     model_a, model_b = merge(params_a, config_a), merge(params_b, config_b)
 
     following, scored = targets(tokens, lengths)
@@ -113,11 +122,22 @@ def layer_energies(
     order: Int32[Array, " hidden"],
     lengths: Int32[Array, " batch"],
 ) -> Float32[Array, "layers 2"]:
-    """After each layer: energy of A's residual stream, and of B's minus A's, over tokens 1..length-1."""
+    """Energies (sums of squares) after each layer, over tokens 1..length-1 of each row.
+
+    Args:
+      residuals_a: residual stream of model A after each layer; rows are batch * seq tokens.
+      residuals_b: the same of model B.
+      order: for each channel of A, the channel of B that holds the same (``match_channels``).
+      lengths: real tokens of each sequence.
+
+    Returns:
+      For each layer the energy of A's residual stream, and that of B's minus A's.
+    """
     seq = residuals_a.shape[1] // lengths.shape[0]
     columns = jnp.arange(seq)
-    # The first token is left out as in perplexity: it attends to itself alone, and in trained models grows so
-    # large (98% of all energy in the middle layers of SmolLM2) that it would hide the noise of all others.
+    # The first token is left out, as in perplexity. It attends only to itself, and in trained models its
+    # residual stream is so large (98% of all energy in the middle layers of SmolLM2) that it would hide the
+    # noise of all other tokens.
     counted = ((columns > 0) & (columns < lengths[:, None])).reshape(-1, 1)
 
     def energies(pair: tuple[Array, Array]) -> Float32[Array, "2"]:
@@ -132,14 +152,14 @@ def match_channels(
     embedding_a: Shaped[Array | np.ndarray, "vocab hidden"],
     embedding_b: Shaped[Array | np.ndarray, "vocab_b hidden_b"],
 ) -> Int32[np.ndarray, " hidden"]:
-    """For each channel of A's residual stream, the channel of B's that holds the same.
+    """For each channel of A's residual stream, the channel of B's residual stream that holds the same.
 
-    Reordering (``reorder="folded"``) permutes the columns of the embedding and changes nothing else in it, so
-    a column of A is found in B by its values, compared as bfloat16, which is how checkpoints store them.
+    Reordering (``reorder="folded"``) permutes the columns of the embedding and changes nothing else in it.
+    So each column of A is looked up in B by its values, compared as bfloat16, the dtype in checkpoints.
 
     Raises:
-      AtomError: the columns of one are not those of the other, or two are equal, so that nothing tells them
-        apart.
+      AtomError: the columns of one embedding are not those of the other, or two columns of one embedding are
+        equal, so that they cannot be told apart.
     """
     if embedding_a.shape != embedding_b.shape:
         raise AtomError(
@@ -169,7 +189,7 @@ def match_channels(
 def _order_or_reason(
     params_a: nnx.State, params_b: nnx.State, config_a: ModelConfig, config_b: ModelConfig
 ) -> tuple[Int32[np.ndarray, " hidden"] | None, str | None]:
-    """``match_channels``, or None and why the streams cannot be compared."""
+    """(``match_channels``, None), or (None, the reason why the residual streams cannot be compared)."""
     if config_a.num_layers != config_b.num_layers:
         return None, f"the models have {config_a.num_layers} and {config_b.num_layers} layers"
     try:
@@ -190,20 +210,24 @@ def compare(
     max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Fidelity:
-    """Compares model B with model A (usually the float original) on the windows ``perplexity`` uses.
+    """Compares model B with model A (usually the float original) on the windows that ``perplexity`` uses.
+
+    The residual streams are compared only if both models have the same number of layers, and the same
+    embedding up to the order of its channels.
 
     Args:
-      params_a: from ``load`` or ``make_params``, like ``params_b``; both are in memory.
-      tokens: ids of the whole text.
-      config_a: of model A; the layers are compared where B has the same number and the same embedding up to
-        the order of its channels.
-      seq_len: tokens of a window.
-      max_tokens: only that many from the start.
+      params_a: parameters of model A, from ``load`` or ``make_params``.
+      params_b: parameters of model B.
+      tokens: token ids of the whole text.
+      config_a: configuration of model A.
+      config_b: configuration of model B.
+      seq_len: number of tokens of a window.
+      max_tokens: use only that many tokens from the start of the text; None for all.
       progress: called with (tokens done, tokens in all).
 
     Raises:
-      AtomError: different vocabularies, fewer than two tokens, ids out of range, a window length that a
-        model does not have, or a model whose output is not finite.
+      AtomError: the vocabularies differ, there are fewer than two tokens, an id is out of range, a window is
+        longer than the context of a model, or the output of a model is not finite.
     """
     if config_a.vocab_size != config_b.vocab_size:
         raise AtomError(
@@ -217,7 +241,7 @@ def compare(
     sums = np.zeros(len(_Sums._fields))
     energies = np.zeros((config_a.num_layers, 2))
     for start in range(0, len(windows), batch):
-        missing = max(0, start + batch - len(windows))  # windows of length 0 fill up the last batch
+        missing = max(0, start + batch - len(windows))  # the last batch is padded with windows of length 0
         some = jnp.asarray(np.pad(windows[start : start + batch], ((0, missing), (0, 0))))
         counts = jnp.asarray(np.pad(lengths[start : start + batch], (0, missing)))
         states = functools.partial(window_states, residuals=order is not None)

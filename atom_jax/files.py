@@ -1,4 +1,4 @@
-"""Reading files of other programs, and of users."""
+"""Reads JSON files that other programs or users wrote, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise AtomError(f"{path}: no such file") from None
     except OSError as error:
         raise AtomError(f"{path}: cannot be read: {one_line(error)}") from error
-    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, an endless integer
+    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8 or JSON, too many digits
         raise AtomError(f"{path}: not readable as JSON: {one_line(error)}") from error
     if not isinstance(data, dict):
         raise AtomError(f"{path}: a JSON object expected, found {type(data).__name__}")

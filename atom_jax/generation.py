@@ -1,4 +1,4 @@
-"""``generate``: prompts in, tokens out, the whole loop under one jit; ``stream`` yields it step by step."""
+"""``generate`` continues a batch of prompts in one jitted call; ``stream`` yields the tokens step by step."""
 
 from __future__ import annotations
 
@@ -20,27 +20,32 @@ from atom_jax.llama import forward, merge
 from atom_jax.sampling import SamplingParams, sample
 from pallas_kernels import PagedKVCache
 
-# Prompts longer than this are prefilled in chunks of it, which bounds the memory of attention scores.
+# Longer prompts are prefilled in chunks of so many tokens, which bounds the memory of attention scores.
 PREFILL_CHUNK = 512
 _MIN_BUCKET = 16
 _MAX_STOP_IDS = 16
 
 
 class GenerateOutput(NamedTuple):
-    """New tokens, 0 beyond ``lengths``; a stop token that ended a row counts."""
+    """The new tokens of each row.
+
+    Attributes:
+      tokens: ids of the new tokens, 0 beyond ``lengths``.
+      lengths: number of new tokens, including the stop token if the row ended with one.
+    """
 
     tokens: Int32[Array, "batch max_new_tokens"]
     lengths: Int32[Array, " batch"]
 
 
 class BatchSettings(NamedTuple):
-    """How a batch of prompts is to be continued, as arrays: other values need no new compilation.
+    """How a batch of prompts is continued, as arrays, so that other values need no new compilation.
 
     Attributes:
-      lengths: tokens of each prompt.
-      keys: a random key for each prompt.
+      lengths: number of tokens of each prompt.
+      keys: random key of each prompt.
       temperature, top_k, top_p: as in ``SamplingParams``, for each prompt.
-      stop_ids: tokens that end an answer, -1 for unused places.
+      stop_ids: ids of the tokens that end a row, filled up with -1.
     """
 
     lengths: Int32[Array, " batch"]
@@ -52,7 +57,14 @@ class BatchSettings(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """Between two decode steps: ``token`` was just chosen and is not in the cache yet."""
+    """The state between two decode steps.
+
+    Attributes:
+      token: the token of each row that was chosen last; it is not in the cache yet.
+      generated: number of tokens chosen so far in each row.
+      done: whether each row has ended.
+      cache: keys and values of all tokens before ``token``.
+    """
 
     token: Int32[Array, " batch"]
     generated: Int32[Array, ""]
@@ -61,7 +73,7 @@ class DecodeState(NamedTuple):
 
 
 def bucket(length: int) -> int:
-    """Smallest compiled length that holds ``length``: powers of two up to a chunk, then whole chunks."""
+    """``length`` rounded up to a compiled length: a power of two up to a chunk, then whole chunks."""
     if length > PREFILL_CHUNK:
         return -(-length // PREFILL_CHUNK) * PREFILL_CHUNK
     return max(_MIN_BUCKET, 1 << (length - 1).bit_length())
@@ -81,7 +93,7 @@ def prefill(
     cache: PagedKVCache,
     config: ModelConfig,
 ) -> DecodeState:
-    """Caches the prompts and chooses each sequence's first token."""
+    """Writes the prompts to the cache and chooses the first new token of each row."""
     batch, width = tokens.shape
     chunk = min(width, PREFILL_CHUNK)
     last = settings.lengths - 1
@@ -105,7 +117,7 @@ def prefill(
 def decode_step(
     params: nnx.State, settings: BatchSettings, state: DecodeState, config: ModelConfig
 ) -> tuple[DecodeState, Int32[Array, " batch"]]:
-    """Caches the last token of each sequence and chooses the next; finished sequences are padding."""
+    """Writes the last token of each row to the cache and chooses the next; finished rows are padding."""
     positions = jnp.where(state.done, -1, settings.lengths + state.generated - 1)
     logits, cache = forward(params, state.token[:, None], positions[:, None], state.cache, config=config)
     token = jnp.where(state.done, 0, _choose(logits[:, 0], settings, state.generated))
@@ -148,7 +160,7 @@ _step = jax.jit(decode_step, static_argnames=("config",), donate_argnames=("stat
 
 
 def activation_dtype(params: nnx.State, config: ModelConfig) -> jnp.dtype:
-    """The type of the residual stream, and of the pages of a cache that is not quantized."""
+    """Dtype of the residual stream, which is also the dtype of the pages of a float KV cache."""
     return merge(params, config).embedding.get_value().dtype
 
 
@@ -161,7 +173,7 @@ def _prepare(
     sampling: SamplingParams,
     stop_ids: Sequence[int],
 ) -> tuple[Int32[Array, "batch bucket"], BatchSettings]:
-    """Checks the arguments of ``generate`` and pads the prompts to their bucket."""
+    """Checks the arguments of ``generate``; returns the prompts padded to their bucket, and the settings."""
     ids, counts = np.asarray(tokens), np.asarray(lengths)
     _check_prompts(ids, counts, config, max_new_tokens)
     stops = sorted({*config.eos_token_ids, *stop_ids})
@@ -189,7 +201,7 @@ def _prepare(
 
 
 def _check_prompts(ids: np.ndarray, counts: np.ndarray, config: ModelConfig, max_new_tokens: int) -> None:
-    """Raises AtomError unless ``ids`` [batch, prompt] of ``counts`` [batch] tokens can be continued."""
+    """AtomError unless prompts ``ids`` [batch, prompt], of ``counts`` [batch] tokens, can be continued."""
     if ids.ndim != 2 or counts.shape != ids.shape[:1] or not ids.size:
         raise AtomError(
             f"tokens [batch, prompt] and lengths [batch] expected, found {ids.shape}, {counts.shape}"
@@ -220,23 +232,24 @@ def generate(
     sampling: SamplingParams = SamplingParams(),
     stop_ids: Sequence[int] = (),
 ) -> GenerateOutput:
-    """Continues each prompt by up to ``max_new_tokens`` tokens. One jit: prefill, then a while loop.
+    """Continues each prompt by up to ``max_new_tokens`` tokens, in one jitted call: prefill, then a loop.
 
-    Compiled once per batch size and bucket of prompt and output lengths; sampling parameters, lengths
-    and stop ids are data. A row depends on its own prompt, index and ``key`` only, not on its neighbours.
+    It is compiled once for each batch size and bucket of prompt and output lengths; other sampling
+    parameters, lengths and stop ids need no new compilation. The tokens of a row depend only on its own
+    prompt, its index and ``key``, not on the other rows.
 
     Args:
-      params: from ``load`` or ``make_params``.
-      tokens: prompts, padded on the right with any valid id.
-      lengths: real length of each, at least 1.
-      config: of the model.
-      max_new_tokens: for every row; a row ends earlier at a stop id.
-      key: for sampling; greedy needs none.
-      sampling: temperature, top-k, top-p.
-      stop_ids: besides the model's own end-of-sequence ids.
+      params: parameters from ``load`` or ``make_params``.
+      tokens: token ids of the prompts, padded on the right with any valid id.
+      lengths: real length of each prompt, at least 1.
+      config: configuration of the model.
+      max_new_tokens: largest number of new tokens of each row; a row ends earlier at a stop id.
+      key: random key for sampling; None for a fixed key. Greedy decoding does not use it.
+      sampling: temperature, top-k and top-p, the same for all rows.
+      stop_ids: ids that end a row, in addition to the model's own end-of-sequence ids.
 
     Raises:
-      AtomError: malformed or too long prompts, ids out of range, too many stop ids.
+      AtomError: a prompt is malformed or too long, an id is out of range, or there are too many stop ids.
     """
     prompts, settings = _prepare(tokens, lengths, config, max_new_tokens, key, sampling, stop_ids)
     steps, capacity = jnp.int32(max_new_tokens), bucket(max_new_tokens)
@@ -255,14 +268,15 @@ def stream(
     sampling: SamplingParams = SamplingParams(),
     stop_ids: Sequence[int] = (),
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Like ``generate``, with the same tokens, but yields each step's as soon as they are chosen.
+    """Gives the same tokens as ``generate`` with the same arguments, but yields them step by step.
 
     Returns:
-      An iterator over the steps: the next token of each row, and whether that token is one of its own
-      (False once the row has ended). It ends with the last row.
+      An iterator over the steps. Each step is the next token of each row, int32 [batch], and whether that
+      token belongs to the row, bool [batch]: False once the row has ended. The iterator ends when all rows
+      have ended.
 
     Raises:
-      AtomError: as ``generate``, and before the first step is asked for.
+      AtomError: as ``generate``, raised by this call and not by the first step of the iterator.
     """
     prompts, settings = _prepare(tokens, lengths, config, max_new_tokens, key, sampling, stop_ids)
     return _stream(params, prompts, settings, config, max_new_tokens)

@@ -1,4 +1,4 @@
-"""GPU kernels are compared with the reference on a user's device before a model runs through them."""
+"""Checks the GPU kernels against the reference on the user's device before a model uses them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ def _to_stderr(line: str) -> None:
 
 
 def check_pending() -> bool:
-    """Whether ``check_kernels`` has something to do: the first time in a process, on a device with kernels.
+    """Whether ``check_kernels`` has something to do.
 
-    Never where an implementation was asked for by name, or if ATOM_JAX_VERIFY is 0.
+    It has, on a device for which there are kernels, until this process has verdicts on them; but never if an
+    implementation was requested by name, or if ATOM_JAX_VERIFY is 0.
     """
     if verdicts.skipped() or not dispatch.automatic() or devices.kernels_here() is None:
         return False
@@ -34,11 +35,11 @@ def check_kernels(
     See docs/doctor.md.
 
     Args:
-      announce: is told in a line what takes time.
+      announce: called with a line of text before something that takes time.
       progress: see ``pallas_kernels.verification.verify``.
 
     Returns:
-      One warning that names the kernels that will not be used; None if there is nothing to say.
+      A warning that names the kernels that will not be used; None if there are none.
     """
     if not check_pending():
         return None
@@ -47,7 +48,7 @@ def check_kernels(
 
 
 def warning(found: Verdicts) -> str | None:
-    """The kernels that are not used although they might be, in one line."""
+    """One line that names the kernels that failed or could not be checked; None if there are none."""
     parts = []
     for outcome, how in ((FAILED, "failed the check"), (UNCHECKED, "could not be checked")):
         if ops := [verdict.op for verdict in found.verdicts if verdict.outcome == outcome]:

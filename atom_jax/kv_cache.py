@@ -1,4 +1,4 @@
-"""The paged KV cache of a model."""
+"""Allocates the paged KV cache of a model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ def init_cache(
     page_size: int = PAGE_SIZE,
     dtype: jnp.dtype = jnp.bfloat16,
 ) -> PagedKVCache:
-    """A cache in which each of ``batch`` sequences owns pages for ``max_length`` tokens, rounded up.
+    """An empty cache in which each sequence owns pages of its own.
 
-    ``dtype`` is the type of the pages where the scheme keeps them in floating point (kv_bits 16).
+    Args:
+      config: configuration of the model.
+      batch: number of sequences.
+      max_length: number of tokens of each sequence that must fit; rounded up to whole pages.
+      page_size: number of tokens of a page.
+      dtype: dtype of the pages if they are in floating point (kv_bits 16); else it is ignored.
     """
     blocks = -(-max_length // page_size)
     return init_paged_kv_cache(

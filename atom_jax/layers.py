@@ -1,4 +1,4 @@
-"""Linears and what stands before them. The type of the weight says how its input is prepared."""
+"""Linears, and the ops that prepare their inputs in the format that the type of the weight requires."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from atom_jax.config import ModelConfig
@@ -19,14 +18,15 @@ from pallas_kernels import (
     silu_quantize,
 )
 from pallas_kernels.nn import rms_norm, silu_mul
-from pallas_kernels.qarrays import LayerOf, like
+from pallas_kernels.qarrays import LayerOf, at_layer, like
 
+# A float array [N, K], or a quantized weight of the type that the scheme defines.
 Weight = Float[Array, "n k"] | PackedWeight
 Params = TypeVar("Params")
 Activation = Float[Array, "m k"] | QuantizedActivation
 
-# By the type of the weight: a model may hold float ones beside those of its scheme. Schemes that share a type
-# also prepare its input and multiply alike.
+# The weight format by the type of the weight, not by the scheme, because a model may also have float weights.
+# Schemes that share a type of weight also prepare its input and multiply in the same way.
 _FORMATS = {scheme.weight.pytree: scheme.weight for scheme in SCHEMES.values() if scheme.weight is not None}
 
 
@@ -45,7 +45,7 @@ def one_layer(params: Params, layer: Int32[Array, ""]) -> Params:
     def select(leaf: Any) -> Any:
         if isinstance(leaf, tuple(_FORMATS)):
             return LayerOf(leaf, layer)
-        return lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+        return at_layer(leaf, layer)
 
     return jax.tree.map(select, params, is_leaf=lambda leaf: isinstance(leaf, tuple(_FORMATS)))
 
@@ -57,7 +57,7 @@ def norm_input(
     indices: Int32[Array, " k"] | None,
     config: ModelConfig,
 ) -> Activation:
-    """RMSNorm of the residual stream, in the format ``weight`` multiplies."""
+    """RMSNorm of the residual stream, gathered by ``indices`` if given, in the input format of ``weight``."""
     if fmt := _format(weight, config):
         return norm_quantize(x, norm, eps=config.rms_norm_eps, fmt=fmt, indices=indices)[0]
     return rms_norm(x, norm, config.rms_norm_eps)
@@ -66,14 +66,14 @@ def norm_input(
 def attention_input(
     x: Float[Array, "m k"], weight: Weight, indices: Int32[Array, " k"] | None, config: ModelConfig
 ) -> Activation:
-    """The attention output, in the format ``weight`` (o_proj) multiplies."""
+    """The attention output, gathered by ``indices`` if given, in the input format of ``weight`` (o_proj)."""
     if fmt := _format(weight, config):
         return quantize(x, fmt, indices)
     return x
 
 
 def mlp_input(gate_up: Float[Array, "m two_k"], weight: Weight, config: ModelConfig) -> Activation:
-    """``silu(gate) * up``, in the format ``weight`` (down_proj) multiplies."""
+    """``silu(gate) * up``, in the input format of ``weight`` (down_proj)."""
     if fmt := _format(weight, config):
         return silu_quantize(gate_up, fmt)
     return silu_mul(gate_up).astype(gate_up.dtype)
@@ -90,7 +90,8 @@ def linear(
     if (found := _FORMATS.get(type(like(weight)))) is not None:
         return found.matmul(x, weight, bias=bias, residual=residual, out_dtype=dtype)
     assert isinstance(weight, jax.Array) and not isinstance(x, QuantizedActivation)
-    # The weight on the left: XLA's CPU matmul is fastest that way for few rows, and a GPU's does not care.
+    # The weight is the left operand, because XLA's CPU matmul is fastest so for few rows of x. On a GPU the
+    # order makes no difference.
     y = jnp.matmul(weight, x.T, preferred_element_type=jnp.float32).T
     if bias is not None:
         y = y + bias

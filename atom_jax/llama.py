@@ -1,4 +1,4 @@
-"""The Llama family as Flax NNX modules used functionally: params and cache in, logits and cache out."""
+"""The Llama model as Flax NNX modules; ``forward`` is a pure function of parameters, tokens and cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pallas_kernels.nn import rms_norm
 
 
 class Layer(nnx.Module):
-    """One decoder layer. A stack of layers is this module with a leading axis on every parameter."""
+    """One decoder layer. A stack of layers is this module with a leading layer axis on every parameter."""
 
     def __init__(self, config: ModelConfig, params: Mapping[str, Any]) -> None:
         self.config = config
@@ -29,7 +29,7 @@ class Layer(nnx.Module):
             setattr(self, name, nnx.Param(params[name]))
 
     def param(self, name: str) -> Any:
-        """The value of a parameter, None where this family has none."""
+        """The value of the parameter ``name``; None if the model does not have it."""
         variable = getattr(self, name, None)
         return None if variable is None else variable.get_value()
 
@@ -44,9 +44,12 @@ class Layer(nnx.Module):
         """The residual stream after the layer, and the cache with this layer's keys and values.
 
         Args:
-          layer: index in the cache, and in the windows of the configuration.
-          on_input: sees the input of each linear, and may replace it: calibration, ablations. For float
-            weights only.
+          x: the residual stream before the layer; a row for each token.
+          cache: the KV cache of all layers.
+          layer: index of the layer in the cache and in the windows of the configuration.
+          step: what all layers share in this forward pass.
+          on_input: called with the input of each linear, which it may replace (for calibration and
+            ablations); for float weights only.
         """
         params = LayerParams(self.param, self.config, x.dtype, on_input)
         for block in BLOCKS:
@@ -68,7 +71,7 @@ class Llama(nnx.Module):
     def hidden(
         self, tokens: Int32[Array, "batch seq"], positions: Int32[Array, "batch seq"], cache: PagedKVCache
     ) -> tuple[Float[Array, "batch seq hidden"], PagedKVCache]:
-        """The normalized output of the last layer."""
+        """The output of the final norm, which is the input of the head; and the new cache."""
         return self.observed(tokens, positions, cache, lambda x: None)[:2]
 
     def observed(
@@ -78,13 +81,14 @@ class Llama(nnx.Module):
         cache: PagedKVCache,
         observe: Callable[[Float[Array, "m hidden"]], Any],
     ) -> tuple[Float[Array, "batch seq hidden"], PagedKVCache, Any]:
-        """``hidden``, and what ``observe`` makes of the residual stream after each layer, stacked."""
+        """``hidden``, and the results of ``observe`` on the residual stream after each layer, stacked."""
         step = make_step(positions, cache, self.config)
         x = jnp.take(self.embedding.get_value(), tokens.reshape(-1), axis=0, mode="clip")
         structure, stacked = nnx.split(self.layers)
 
         def body(carry, _):
-            # The index is counted, not scanned over: slicing it from an array would be a launch a layer.
+            # The index is counted up in the carry: slicing it from a scanned array would cost a kernel launch
+            # in each layer.
             x, cache, layer = carry
             x, cache = nnx.merge(structure, one_layer(stacked, layer))(x, cache, layer, step)
             return (x, cache, layer + 1), observe(x)
@@ -101,9 +105,10 @@ class Llama(nnx.Module):
 
 
 def make_params(config: ModelConfig, tree: Mapping[str, Any]) -> nnx.State:
-    """The params ``forward`` takes, from a nested dict of arrays and quantized weights.
+    """The params that ``forward`` takes, from a nested dict of arrays and quantized weights.
 
     Args:
+      config: configuration of the model.
       tree: "embedding" [vocab, hidden], "norm" [hidden], "lm_head" [vocab, hidden] unless tied, and
         "layers": the names of ``linear_shapes``, ``vector_shapes`` and ``index_shapes``, each with a
         leading layer axis.
@@ -113,14 +118,14 @@ def make_params(config: ModelConfig, tree: Mapping[str, Any]) -> nnx.State:
 
 @functools.cache
 def graphdef(config: ModelConfig) -> nnx.GraphDef:
-    """The structure that belongs to ``make_params``; the same for float and quantized weights."""
+    """The Flax graph definition for params of ``make_params``; the same for float and quantized weights."""
     names = (*linear_shapes(config), *vector_shapes(config), *index_shapes(config))
     tree = dict.fromkeys(("embedding", "norm", "lm_head"), 0) | {"layers": dict.fromkeys(names, 0)}
     return nnx.split(Llama(config, tree))[0]
 
 
 def merge(params: nnx.State, config: ModelConfig) -> Llama:
-    """The model holding ``params``."""
+    """The model with the parameters ``params``."""
     return nnx.merge(graphdef(config), params)
 
 
@@ -134,18 +139,20 @@ def forward(
     config: ModelConfig,
     select: Int32[Array, "batch n"] | None = None,
 ) -> tuple[Float32[Array, "batch seq vocab"], PagedKVCache]:
-    """Runs ``tokens`` at ``positions`` on top of what the cache holds. Pure; the cache is donated.
+    """Runs the model on ``tokens``, which follow the tokens in the cache. Pure; the cache is donated.
 
     Args:
-      params: from ``make_params`` or ``load``.
-      tokens: a prompt, a chunk of one, or one token a sequence.
-      positions: in the sequence; negative marks padding, which is neither cached nor meaningful.
-      cache: from ``init_cache``; holds all earlier positions of each sequence.
-      config: static.
-      select: columns whose logits are wanted (e.g. the last token); None for all.
+      params: parameters from ``make_params`` or ``load``.
+      tokens: token ids: a prompt, a chunk of a prompt, or one token of each sequence.
+      positions: position of each token in its sequence. A negative position marks padding: it is not
+        cached, and its logits have no meaning.
+      cache: cache from ``init_cache``, with all earlier positions of each sequence.
+      config: configuration of the model; static.
+      select: for each sequence, the columns of ``tokens`` for which logits are computed (e.g. the last
+        token); None for all.
 
     Returns:
-      float32 logits of the selected columns, and the cache that also holds these tokens.
+      float32 logits of the selected columns, and the cache with these tokens added.
     """
     model = merge(params, config)
     hidden, cache = model.hidden(tokens, positions, cache)

@@ -1,7 +1,7 @@
 """Runs tasks of lm-eval (EleutherAI's lm-evaluation-harness, the extra ``eval``) on a checkpoint.
 
-Importing this module imports ``lm_eval`` and raises AtomError if that is not installed. Type checkers see no
-lm-eval, because it is an extra: its objects have the type Any here.
+Importing this module imports ``lm_eval``, and raises AtomError if it is not installed. lm-eval is an optional
+dependency that type checkers may not find, so its objects have the type Any here.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from atom_jax.progress import StageProgress
 from atom_jax.sampling import SamplingParams
 from atom_jax.scoring import Scored, score
 
-# lm-eval's class of a request: ``args`` holds what the task passes to a method of the language model.
+# lm-eval's class of a request; its ``args`` are the arguments for a method of the language model.
 Instance = Any
-# lm-eval's task or group of tasks.
+# A task or a group of tasks of lm-eval.
 Task = Any
 
 # lm-eval's own default for tasks that do not say how much to generate.
@@ -38,7 +38,7 @@ _MAX_NEW_TOKENS = 256
 
 
 def _lm_eval(module: str) -> ModuleType:
-    """A module of lm-eval."""
+    """Imports the module ``lm_eval.<module>``; AtomError if lm-eval is not installed."""
     try:
         importlib.import_module("lm_eval")
     except ModuleNotFoundError as error:
@@ -53,12 +53,12 @@ _TemplateLM: Any = _lm_eval("api.model").TemplateLM
 
 @dataclasses.dataclass(frozen=True)
 class _Generation:
-    """The parameters of a request of ``generate_until``; requests with equal ones run in the same batches.
+    """The parameters of a ``generate_until`` request; requests with equal parameters run in one batch.
 
     Attributes:
       until: stop strings.
       max_new_tokens: the text ends after this many tokens at the latest.
-      sampling: how a token is drawn.
+      sampling: how each token is chosen.
     """
 
     until: tuple[str, ...]
@@ -75,9 +75,9 @@ class AtomLM(_TemplateLM):
     too long is cut off.
 
     Args:
-      model: from ``atom_jax.load``, with a tokenizer.
+      model: model from ``atom_jax.load``; its checkpoint must have a tokenizer.
       batch_size: number of sequences that are computed at a time.
-      seed: of the random draws in tasks that sample.
+      seed: seed of the random draws in tasks that sample.
       report: called with (stage, done, total).
     """
 
@@ -113,7 +113,7 @@ class AtomLM(_TemplateLM):
         return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, with the special tokens the tokenizer adds unless ``string`` begins with BOS already."""
+        """Token ids, with the tokenizer's special tokens unless ``string`` begins with BOS already."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self._decode([self.prefix_token_id]))
         # verbose=False: no warning for a text longer than the model's context, which is cut later.
@@ -130,8 +130,9 @@ class AtomLM(_TemplateLM):
         """The log-likelihood of each continuation, and whether greedy decoding would generate it.
 
         Args:
-          requests: (context and continuation as text, tokens of the context, tokens of the continuation).
-          kwargs: of lm-eval; they change nothing.
+          requests: for each continuation (context and continuation as text, token ids of the context, token
+            ids of the continuation).
+          kwargs: options of lm-eval, which are ignored.
         """
         pairs = []
         for text, context, continuation in requests:
@@ -140,7 +141,7 @@ class AtomLM(_TemplateLM):
                     f"a continuation of {len(continuation)} tokens cannot be scored with a context of "
                     f"{self.max_length}: {str(text)[:80]!r}"
                 )
-            # One more than the context: the model never reads the last token of a continuation.
+            # One token more than max_length fits, because the model never reads the last token.
             keep = self.max_length + 1 - len(continuation)
             pairs.append((context[-keep:], continuation))
         return [(each.log_likelihood, each.is_greedy) for each in self._score(pairs, "scored continuations")]
@@ -239,7 +240,7 @@ class AtomLM(_TemplateLM):
 
 
 def _until(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """``text`` before the first stop string, and whether there is one."""
+    """The part of ``text`` before its first stop string, and whether it has a stop string."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return (text[: min(places)], True) if places else (text, False)
 
@@ -248,7 +249,7 @@ def _generation(generation_kwargs: Mapping[str, object]) -> _Generation:
     """The parameters in a task's ``generation_kwargs``.
 
     Raises:
-      AtomError: an option is not supported and would change the result.
+      AtomError: an option is not supported.
     """
     options = dict(_lm_eval("models.utils").normalize_gen_kwargs(generation_kwargs, _MAX_NEW_TOKENS))
     until = options.pop("until", None) or []
@@ -265,14 +266,14 @@ def _generation(generation_kwargs: Mapping[str, object]) -> _Generation:
 
 
 def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[Task]:
-    """lm-eval's tasks and groups of tasks of these names (or patterns such as ``mmlu_*``), with their data.
+    """Loads tasks and groups of tasks of lm-eval, with their data sets.
 
     Args:
-      names: of tasks or groups, or patterns.
-      include_path: a folder with YAML files of further tasks.
+      names: names of tasks or groups, or patterns such as ``mmlu_*``.
+      include_path: a folder with YAML files of further tasks; None for lm-eval's own tasks only.
 
     Raises:
-      AtomError: there is no task of a name, or its data set cannot be loaded, e.g. without a network.
+      AtomError: no task has one of the names, or a data set cannot be loaded, e.g. without a network.
     """
     if include_path is not None and not include_path.is_dir():
         raise AtomError(f"{include_path}: no such folder")
@@ -298,20 +299,20 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[T
 
 
 class Metric(TypedDict):
-    """The value of a metric and its standard error; None where there is none."""
+    """The value of a metric and its standard error; None for one that is not a finite number."""
 
     value: float | None
     stderr: float | None
 
 
 class TaskResults(TypedDict):
-    """What ``run_tasks`` returns; JSON can hold it.
+    """What ``run_tasks`` returns, as JSON data.
 
     Attributes:
-      results: task or group -> metric -> value.
-      examples: task -> number of examples.
-      num_fewshot: task -> number of solved examples before each.
-      versions: task -> version.
+      results: the metrics of each task or group, by its name and the name of the metric.
+      examples: number of examples of each task.
+      num_fewshot: for each task, the number of solved examples before each question.
+      versions: version of each task.
       lm_eval: version of lm-eval.
       seconds: time of the evaluation.
     """
@@ -327,13 +328,13 @@ class TaskResults(TypedDict):
 def run_tasks(
     lm: AtomLM, tasks: Sequence[Task], *, limit: int | None = None, num_fewshot: int | None = None
 ) -> TaskResults:
-    """Evaluates tasks.
+    """Evaluates a model on tasks.
 
     Args:
       lm: the model.
-      tasks: from ``load_tasks``.
-      limit: use only the first ``limit`` examples of each task.
-      num_fewshot: number of solved examples before each; None for the task's own number.
+      tasks: tasks from ``load_tasks``.
+      limit: use only the first ``limit`` examples of each task; None for all.
+      num_fewshot: number of solved examples before each question; None for the task's own number.
     """
     started = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
@@ -352,7 +353,7 @@ def run_tasks(
 
 
 def _metrics(values: Mapping[str, object]) -> dict[str, Metric]:
-    """lm-eval's entries "acc,none" and "acc_stderr,none" as one entry "acc"."""
+    """Joins lm-eval's entries for a metric, e.g. "acc,none" and "acc_stderr,none", into one entry "acc"."""
     result: dict[str, Metric] = {}
     for key, value in values.items():
         metric, comma, chosen = key.partition(",")
@@ -367,7 +368,7 @@ def _metrics(values: Mapping[str, object]) -> dict[str, Metric]:
 
 
 def _finite_or_none(value: object) -> float | None:
-    """A value of a metric. None if it is no finite number: "N/A", or the standard error of one example."""
+    """A value as a float; None if it is no finite number, as "N/A" or the standard error of one example."""
     if not isinstance(value, SupportsFloat):
         return None
     number = float(value)

@@ -1,4 +1,4 @@
-"""Perplexity of a text over non-overlapping windows."""
+"""Perplexity of a text over windows that do not overlap, and the parts that other measurements share."""
 
 from __future__ import annotations
 
@@ -24,13 +24,20 @@ from atom_jax.llama import Llama, merge
 from atom_jax.progress import Progress
 from pallas_kernels import PagedKVCache
 
-# Rows whose logits exist at one time: [rows, vocab] float32 is the largest array of an evaluation.
+# Number of rows whose logits are in memory at once: they are float32 [rows, vocab], the largest array of an
+# evaluation.
 _HEAD_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class PerplexityResult:
-    """``tokens`` counts the scored ones: all but the first of each window."""
+    """The perplexity of a text.
+
+    Attributes:
+      perplexity: ``exp`` of the mean negative log-likelihood of the scored tokens.
+      tokens: number of scored tokens, which are all but the first of each window.
+      seconds: time of the measurement, 0 if it was not taken.
+    """
 
     perplexity: float
     tokens: int
@@ -38,10 +45,11 @@ class PerplexityResult:
 
 
 def by_rows(score: Callable[..., Any], *arrays: Shaped[Array, "rows ..."]) -> Any:
-    """``score(*arrays)`` computed ``_HEAD_ROWS`` rows at a time, so that few logits exist at once.
+    """Computes ``score(*arrays)``, ``_HEAD_ROWS`` rows at a time, so that few logits are in memory at once.
 
     Args:
-      score: takes a piece of each array and returns arrays with as many rows (a pytree).
+      score: called with a slice of rows of each array; returns a pytree of arrays with one entry a row.
+      arrays: the arguments of ``score``, all with the same number of rows.
     """
     rows = arrays[0].shape[0]
     pad = -rows % _HEAD_ROWS
@@ -55,7 +63,7 @@ def by_rows(score: Callable[..., Any], *arrays: Shaped[Array, "rows ..."]) -> An
 def targets(
     tokens: Int32[Array, "batch seq"], lengths: Int32[Array, " batch"]
 ) -> tuple[Int32[Array, "batch*seq"], Bool[Array, "batch*seq"]]:
-    """The token after each one, and whether it is scored: tokens 1..length-1 of each row are."""
+    """The next token after each token, and whether it is scored: tokens 1..length-1 of each row are."""
     scored = jnp.arange(tokens.shape[1]) < lengths[:, None] - 1
     return jnp.roll(tokens, -1, axis=1).reshape(-1), scored.reshape(-1)
 
@@ -69,8 +77,10 @@ def sum_nll(
     """Summed negative log-likelihood (nats) of tokens 1..length-1 of each row.
 
     Args:
-      logits_of: the head; called on ``_HEAD_ROWS`` rows at a time.
-      hidden: what the head reads, for every token.
+      logits_of: the head, which is called on ``_HEAD_ROWS`` rows at a time.
+      hidden: input of the head for every token.
+      tokens: token ids.
+      lengths: number of real tokens of each row; the rest is padding.
     """
     following, scored = targets(tokens, lengths)
 
@@ -91,7 +101,7 @@ def window_nll(
     *,
     config: ModelConfig,
 ) -> Float32[Array, ""]:
-    """``sum_nll`` of windows that start with an empty cache."""
+    """``sum_nll`` of a model on windows of tokens, each with an empty cache at its start."""
     model = merge(params, config)
     return sum_nll(model.logits, hidden_in_chunks(model, tokens, lengths), tokens, lengths)
 
@@ -99,7 +109,7 @@ def window_nll(
 def hidden_in_chunks(
     model: Llama, tokens: Int32[Array, "batch seq"], lengths: Int32[Array, " batch"]
 ) -> Float[Array, "batch seq hidden"]:
-    """What the head reads, computed as in ``generate``: chunks bound the memory of attention scores."""
+    """The input of the head for every token, in chunks as in ``generate``, to bound attention's memory."""
     batch, seq = tokens.shape
     chunk = min(seq, PREFILL_CHUNK)
     tokens = jnp.pad(tokens, ((0, 0), (0, -seq % chunk)))
@@ -118,7 +128,7 @@ def hidden_in_chunks(
 def start_windows(
     model: Llama, tokens: Int32[Array, "batch seq"], lengths: Int32[Array, " batch"]
 ) -> tuple[Int32[Array, "batch seq"], PagedKVCache]:
-    """Positions of the tokens of each row, -1 beyond its length, and an empty cache that holds them."""
+    """Positions of the tokens of each row, -1 beyond its length, and an empty cache with room for them."""
     batch, seq = tokens.shape
     columns = jnp.arange(seq, dtype=jnp.int32)
     positions = jnp.where(columns < lengths[:, None], columns, -1)
@@ -128,10 +138,10 @@ def start_windows(
 def make_windows(
     tokens: Sequence[int] | np.ndarray, *, config: ModelConfig, seq_len: int, max_tokens: int | None
 ) -> tuple[Int32[np.ndarray, "windows seq"], Int32[np.ndarray, " windows"]]:
-    """The text as windows that do not overlap, filled up with zeros, and their lengths.
+    """Cuts a text into windows that do not overlap, padded with zeros; returns the windows and their lengths.
 
-    A last window of one token, which would score nothing, is left out. Arguments and errors are those of
-    ``perplexity``.
+    A last window of one token is left out, because none of its tokens would be scored. Arguments and errors
+    are those of ``perplexity``.
     """
     if max_tokens is not None and max_tokens < 1:
         raise AtomError(f"max_tokens must be positive, found {max_tokens}")
@@ -153,7 +163,9 @@ def exp_of_mean(nll: float, tokens: int, whose: str) -> float:
     """The perplexity of ``tokens`` tokens whose negative log-likelihoods (nats) sum to ``nll``.
 
     Args:
-      whose: the model's name in errors.
+      nll: sum of the negative log-likelihoods, in nats.
+      tokens: number of scored tokens.
+      whose: what to call the model in error messages.
 
     Raises:
       AtomError: ``nll`` is not finite, or the perplexity is beyond the range of float64.
@@ -178,19 +190,22 @@ def perplexity(
     max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> PerplexityResult:
-    """``exp`` of the mean negative log-likelihood over windows of ``seq_len`` tokens.
+    """Measures the perplexity of a text: ``exp`` of the mean negative log-likelihood of its tokens.
 
-    Windows do not overlap, start with an empty cache and do not score their first token; a last window
-    shorter than ``seq_len`` counts if it has two tokens.
+    The text is cut into windows of ``seq_len`` tokens, which do not overlap. Each window starts with an empty
+    cache, and its first token is not scored. The last window may be shorter, but has at least two tokens.
 
     Args:
-      tokens: ids of the whole text.
-      max_tokens: only that many from the start.
+      params: parameters from ``load`` or ``make_params``.
+      tokens: token ids of the whole text.
+      config: configuration of the model.
+      seq_len: number of tokens of a window.
+      max_tokens: use only that many tokens from the start of the text; None for all.
       progress: called with (tokens done, tokens in all) after each window.
 
     Raises:
-      AtomError: fewer than two tokens, ids out of range, a window length the model does not have, or an
-        output of which there is no perplexity.
+      AtomError: there are fewer than two tokens, an id is out of range, a window is longer than the model's
+        context, or the model's output is not finite or gives a perplexity beyond float64.
     """
     windows, lengths = make_windows(tokens, config=config, seq_len=seq_len, max_tokens=max_tokens)
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies of a configuration, and the table at given positions."""
+"""Rotary position embedding (RoPE): its frequencies, and its table of cos and sin at given positions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from atom_jax.config import RopeConfig
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Angular frequency (radians a token) of each channel pair, float32 [head_dim / 2].
+    """Angular frequency (radians per token) of each pair of channels, float32 [head_dim / 2].
 
-    ``llama3`` keeps wavelengths under original_length / high_freq_factor, divides those over
-    original_length / low_freq_factor by ``factor`` and interpolates in between. ``yarn`` does so between
-    two channels, found from how often they turn.
+    ``llama3`` keeps frequencies with wavelengths under original_length / high_freq_factor, divides those with
+    wavelengths over original_length / low_freq_factor by ``factor``, and interpolates in between. ``yarn``
+    interpolates between two channel pairs, which follow from how often they turn in the original context.
     """
     frequencies = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     if rope.scaling == "linear":
@@ -37,10 +37,10 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def _yarn_channels(rope: RopeConfig, head_dim: int) -> tuple[float, float]:
-    """The channel pairs up to which frequencies are kept, and from which they are divided."""
+    """The channel pairs up to which frequencies are kept, and from which they are divided by ``factor``."""
 
     def channel(turns: float) -> float:
-        """The pair, as a real number, that turns so often in the original context."""
+        """The channel pair, as a real number, that makes ``turns`` turns in the original context."""
         length = rope.original_max_position_embeddings / (turns * 2.0 * math.pi)
         return head_dim * math.log(length) / (2.0 * math.log(rope.theta))
 
@@ -54,7 +54,7 @@ def _yarn_channels(rope: RopeConfig, head_dim: int) -> tuple[float, float]:
 def rope_table(
     positions: Int32[Array, "*p"], rope: RopeConfig, head_dim: int
 ) -> tuple[Float32[Array, "*p half"], Float32[Array, "*p half"]]:
-    """cos and sin of position * frequency, times the attention factor, float32."""
+    """cos and sin of position * frequency, times ``rope.attention_factor``, float32."""
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rope_frequencies(rope, head_dim))
     if rope.attention_factor == 1.0:
         return jnp.cos(angles), jnp.sin(angles)

@@ -1,4 +1,4 @@
-"""Choosing the next token: greedy, temperature, top-k, top-p, per sequence and without recompilation."""
+"""Chooses the next token: greedy, or by temperature, top-k and top-p, set for each sequence of a batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from atom_jax.errors import AtomError
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+    """How the next token is chosen.
+
+    Attributes:
+      temperature: divides the logits; 0 is greedy decoding.
+      top_k: only so many of the most likely tokens can be drawn; 0 for all.
+      top_p: only the smallest set of most likely tokens with this probability can be drawn; 1 for all.
+
+    Raises:
+      AtomError: a value is out of range.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -32,10 +41,10 @@ class SamplingParams:
 def filter_logits(
     logits: Float32[Array, "batch vocab"], top_k: Int32[Array, " batch"], top_p: Float32[Array, " batch"]
 ) -> Float32[Array, "batch vocab"]:
-    """Logits with -inf outside the top k and outside the smallest set of probability ``top_p``.
+    """Sets the logits of all tokens outside of top-k and top-p to -inf.
 
-    Top-k first, top-p within what it kept; the most likely token always stays, and so does every token
-    that ties with the last one kept.
+    Top-k is applied first, and top-p to the distribution of the tokens that it kept. The most likely token
+    is always kept, and so is every token whose logit equals that of the last token kept.
     """
     vocab = logits.shape[-1]
     descending = -jnp.sort(-logits, axis=-1)
@@ -44,8 +53,8 @@ def filter_logits(
     descending = jnp.where(rank < k[:, None], descending, -jnp.inf)
     probabilities = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The sum may round to 1 early, where a top_p of 1 must keep every token all the same. One too small for
-    # float32 is 0, where the most likely token must stay.
+    # Rounding may bring the sum to 1 before the last token, but a top_p of 1 must keep every token. A top_p
+    # too small for float32 is 0 here, but the most likely token must be kept.
     nucleus = (before < top_p[:, None]) | (top_p[:, None] >= 1.0) | (rank == 0)
     keep = nucleus & (rank < k[:, None])
     threshold = jnp.min(jnp.where(keep, descending, jnp.inf), axis=-1, keepdims=True)
@@ -59,15 +68,15 @@ def sample(
     top_k: Int32[Array, " batch"],
     top_p: Float32[Array, " batch"],
 ) -> Int32[Array, " batch"]:
-    """One token a sequence, each drawn with its own key and parameters.
+    """Chooses one token for each sequence, with the sequence's own key and parameters.
 
-    The sort that top-k and top-p need runs only when a sequence asks for them, the random draw only
-    when one is not greedy.
+    The sort for top-k and top-p runs only if at least one sequence uses them, and the random draw only if at
+    least one sequence is not greedy.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw(_):
-        # The largest becomes 0, which no temperature, however small, makes overflow.
+        # The largest logit becomes 0, which division by a very small temperature cannot make infinite.
         scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
         scaled = scaled / jnp.where(temperature > 0, temperature, 1.0)[:, None]
         filtered = lax.cond(

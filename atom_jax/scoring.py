@@ -1,4 +1,4 @@
-"""Log-likelihoods of chosen tokens of many sequences, in few compiled shapes."""
+"""Log-likelihoods of given continuations of many contexts, in batches of few compiled shapes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from atom_jax.progress import Progress
 
 
 class Scored(NamedTuple):
-    """A continuation's log-likelihood in nats, and whether each of its tokens is the most likely one."""
+    """A continuation's log-likelihood in nats, and whether each of its tokens is the most likely token."""
 
     log_likelihood: float
     is_greedy: bool
@@ -36,13 +36,15 @@ def score_batch(
     *,
     config: ModelConfig,
 ) -> tuple[Float32[Array, "batch n"], Bool[Array, "batch n"]]:
-    """Log-likelihood of each target after the token in its column, and whether it is the most likely.
+    """Log-likelihood (nats) of each target token, and whether it is the most likely token at its place.
 
     Args:
-      tokens: padded on the right; ``seq`` is a ``generation.bucket``.
-      lengths: real tokens of each row, 0 for a row of padding.
-      columns: of the tokens that are followed by the targets.
-      targets: ids; any where the result does not matter.
+      params: parameters from ``load`` or ``make_params``.
+      tokens: token ids, padded on the right; ``seq`` is a length of ``generation.bucket``.
+      lengths: number of real tokens of each row, 0 for a row of padding.
+      columns: for each target, the column of the token before it.
+      targets: token ids of the targets; any valid id where the result is not used.
+      config: configuration of the model.
     """
     model = merge(params, config)
     hidden = jnp.take_along_axis(hidden_in_chunks(model, tokens, lengths), columns[..., None], axis=1)
@@ -64,14 +66,17 @@ def score(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> list[Scored]:
-    """How likely each continuation is after its context. Computed longest first, returned in order.
+    """Scores each continuation after its context; results are in the order of ``pairs``.
 
-    Compiled once per bucket of lengths of whole sequences and of continuations.
+    The longest sequences are computed first. It is compiled once for each pair of a bucket of the sequences'
+    length and one of the continuations' length.
 
     Args:
-      pairs: (context, continuation) as token ids, neither empty, together at most one token more than the
-        model has positions.
-      batch_size: sequences at a time; a last batch is filled up.
+      params: parameters from ``load`` or ``make_params``.
+      pairs: (context, continuation) as token ids. Neither is empty, and together they have at most one token
+        more than the model has positions.
+      config: configuration of the model.
+      batch_size: number of sequences that are computed at a time; the last batch is padded to it.
       progress: called with (sequences done, sequences in all).
     """
     order = sorted(range(len(pairs)), key=lambda index: -sum(map(len, pairs[index])))
@@ -79,7 +84,7 @@ def score(
     results: dict[int, Scored] = {}
     for start in range(0, len(order), batch_size):
         some = order[start : start + batch_size]
-        # The last token of a continuation predicts nothing that is asked for.
+        # The last token is left out, because what follows it is not scored.
         rows = [[*pairs[index][0], *pairs[index][1]][:-1] for index in some]
         counts = [len(pairs[index][1]) for index in some]
         width = 1 << (max(counts) - 1).bit_length()

@@ -1,4 +1,4 @@
-"""What the parameters of a layer are called and how large they are, derived from its blocks."""
+"""Names and shapes of the parameters of a decoder layer, derived from its blocks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ LINEARS = tuple(linear for block in BLOCKS for linear in block.linears)
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """[N, K] of each linear of a layer, by the name of its weight."""
+    """Shape [N, K] of each linear of a layer, by the name of its weight."""
     return {linear.weight: linear.shape(config) for linear in LINEARS}
 
 
 def vector_shapes(config: ModelConfig) -> dict[str, tuple[int]]:
-    """Shape of each float vector of a layer: norms, the mean of its keys, the biases this family has."""
+    """Shape of each float vector of a layer, by name: norms, the mean of the keys, biases."""
     return {name: shape for block in BLOCKS for name, shape in block.vectors(config).items()}
 
 
 def index_shapes(config: ModelConfig) -> dict[str, tuple[int]]:
-    """Shape of each input order of a layer; empty unless the inputs of the checkpoint are gathered."""
+    """Shape of each order of input channels of a layer, by name; empty unless ``gather_inputs``."""
     if not config.format.gather_inputs:
         return {}
     return {linear.indices: (linear.channels(config),) for linear in LINEARS if linear.indices is not None}

@@ -1,4 +1,4 @@
-"""Text in files, and as token ids."""
+"""Reads text from files and turns it into token ids."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from atom_jax.tokenizer import read_tokenizer
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; of a .jsonl one, the "text" of each line.
+    """The text of a UTF-8 file; of a .jsonl file, the "text" values of all lines, with empty lines between.
 
     Raises:
-      AtomError: no such file, not UTF-8, no text in it, or a line that is not {"text": ...}.
+      AtomError: the file cannot be read, is not UTF-8 or holds no text, or a line of a .jsonl file is not
+        {"text": ...}.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -44,5 +45,5 @@ def _json_text(path: Path, number: int, line: str) -> str:
 
 
 def encode(tokenizer_folder: Path, text: str) -> Int32[np.ndarray, " tokens"]:
-    """Token ids of ``text`` without special tokens around it."""
+    """Token ids of ``text``; no special tokens are added."""
     return np.asarray(read_tokenizer(tokenizer_folder).encode(text, add_special_tokens=False).ids, np.int32)

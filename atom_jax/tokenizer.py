@@ -1,9 +1,9 @@
-"""The tokenizer of a checkpoint: ``tokenizer.json`` as it is, never rebuilt by a class of transformers.
+"""Loads the tokenizer of a checkpoint: exactly the pipeline in ``tokenizer.json``.
 
-Ids come from the ``tokenizers`` library alone. The classes of transformers that are named after a model
-(``LlamaTokenizer``, ...) build a pipeline of their own around the vocabulary in ``tokenizer.json``, which
-gives other ids than the file's. So no class is looked up here: ``PreTrainedTokenizerFast`` wraps the file's
-pipeline, and tokenizer_config.json only says which tokens are special and what the chat template is.
+The classes of transformers that are named after a model (``LlamaTokenizer``, ...) build a pipeline of their
+own around the vocabulary in ``tokenizer.json``, which can give other ids than the pipeline in the file. So
+they are not used here: ``PreTrainedTokenizerFast`` wraps the pipeline of the ``tokenizers`` library, and
+tokenizer_config.json only says which tokens are special and what the chat template is.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The pipeline in ``tokenizer.json``, without the truncation and padding that may be saved there.
+    """The pipeline in ``tokenizer.json``, with the truncation and padding that may be saved there turned off.
 
     Raises:
-      AtomError: the file is missing, or is no tokenizer.
+      AtomError: the file is missing, or is not a tokenizer.
     """
     path = folder / TOKENIZER_FILE
     if not path.is_file():
@@ -44,7 +44,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def token_text(value: object) -> str | None:
-    """A token in a JSON file of transformers, which is a string or an object with ``content``."""
+    """The text of a token in a JSON file of transformers: a string, or an object with ``content``."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) and value else None
@@ -56,7 +56,7 @@ def wrap_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     Raises:
       AtomError: a file is missing or damaged.
     """
-    # Seconds to import, and inspect or eval on ids need none.
+    # Imported here, because the import takes seconds and not every command needs a tokenizer.
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = read_tokenizer(folder)
@@ -77,8 +77,9 @@ def wrap_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             **options,
         )
         for name, token in special.items():
-            # Set afterwards: given to the constructor, a token that is ordinary text in the file ("!" for
-            # padding) would be cut out of every text, and one that the file does not know get a new id.
+            # Set afterwards, because the constructor would add the tokens to the pipeline as special ones: a
+            # token that is ordinary text in the file ("!" for padding) would be cut out of every text, and
+            # one that the file does not have would get a new id.
             known = token is not None and tokenizer.token_to_id(token) is not None
             setattr(wrapped, name, token if known else None)
         return wrapped

@@ -132,7 +132,7 @@ def convert(
         bool | None,
         typer.Option(
             "--rotate/--no-rotate",
-            help="Spread hot channels over all of them first.",
+            help="Spread outlier channels over all channels first.",
             show_default=_default("rotate"),
             rich_help_panel=_WEIGHTS,
         ),

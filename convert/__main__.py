@@ -1,4 +1,4 @@
-"""``python -m convert SRC OUT`` is ``atom-jax convert SRC OUT``."""
+"""Runs ``atom-jax convert SRC OUT`` as ``python -m convert SRC OUT``."""
 
 import typer
 

@@ -1,4 +1,4 @@
-"""The accuracy card, ``quantization.json``: how a checkpoint was made and how far it is from the original."""
+"""The accuracy card, ``quantization.json``: how a checkpoint was made and how much accuracy it lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Card = dict[str, Any]
 
 
 def versions() -> dict[str, str]:
-    """The software a result may depend on to the last bit."""
+    """Versions of the software on which the exact bits of a result can depend, and the JAX backend."""
     return {
         "atom_jax": atom_jax.__version__,
         "jax": jax.__version__,
@@ -41,16 +41,18 @@ def make_card(
     after: PerplexityResult | None,
     notes: tuple[str, ...],
 ) -> Card:
-    """The card's contents.
+    """The contents of the card, as JSON data.
 
     Args:
       job: everything the result depends on: recipe, versions, hashes of source and texts.
-      calibration: kind, name, tokens and sha256 of the tokens calibrated on.
-      outliers: number chosen, budget, and error by number, where the number was to be chosen.
-      relative_error: by layer and linear, see ``convert.quantize_layer.quantize_layer``.
-      before: perplexity of the float model, where a text was given.
-      after: of the checkpoint, on the same text.
-      notes: of the source.
+      calibration: kind, name, shape and sha256 of the calibration windows; None without calibration.
+      outliers: the number of outliers chosen, the budget, and the error of each number that was tried; None
+        if the number was not measured.
+      relative_error: for each layer the error of each linear, see
+        ``convert.quantize_layer.quantize_layer``.
+      before: perplexity of the float model; None if there is no evaluation text.
+      after: perplexity of the checkpoint on the same text.
+      notes: the notes of the source.
     """
     card: Card = {
         "job": job,
@@ -71,10 +73,10 @@ def make_card(
 
 
 def write_card(checkpoint: Path, card: Card) -> None:
-    """Writes ``quantization.json``."""
+    """Writes a card into the folder of a checkpoint."""
     (checkpoint / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
 
 
 def read_card(checkpoint: Path) -> Card:
-    """The card of a checkpoint; AtomError if there is none."""
+    """The card of a checkpoint; AtomError if it is missing or not readable."""
     return read_json(checkpoint / CARD_FILE)

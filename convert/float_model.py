@@ -1,4 +1,4 @@
-"""The original model in the form ``atom_jax`` runs: fused projections, float32, one layer at a time."""
+"""Reads the float model in the form that ``atom_jax`` runs: fused projections, float32, layer by layer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from atom_jax.config import ModelConfig
 from atom_jax.llama import make_params
 from convert.sources import Source
 
-# Float32 arrays of one layer, or of what is outside the layers, by the names that ``atom_jax`` gives them.
+# Float32 arrays of one layer, or of everything outside the layers, by their parameter names in ``atom_jax``.
 FloatParams = dict[str, np.ndarray]
 
-# Fused name -> the Hugging Face modules whose rows it stacks.
+# For each fused projection, the Hugging Face modules whose weights are stacked along the rows.
 _PROJECTIONS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -32,9 +32,9 @@ _NORMS = {
 
 
 def read_layer(source: Source, layer: int) -> FloatParams:
-    """One decoder layer under the names of ``atom_jax.llama``, float32.
+    """One decoder layer, float32, by the parameter names of ``atom_jax.llama``.
 
-    A bias that only part of a fused projection has is zero elsewhere.
+    If only some parts of a fused projection have a bias, the fused bias is zero in the rows of the others.
     """
     prefix = f"model.layers.{layer}"
     tree: FloatParams = {}
@@ -68,7 +68,7 @@ def read_shared(source: Source) -> FloatParams:
 
 
 def load_float(source: Source) -> tuple[ModelConfig, nnx.State]:
-    """The whole model in float32, for ``atom_jax.forward``: tests, and models that fit in memory."""
+    """Configuration and parameters of the whole model in float32, for ``atom_jax.forward``; all in memory."""
     layers = [read_layer(source, layer) for layer in range(source.config.num_layers)]
     stacked: Any = jax.tree.map(lambda *rows: jnp.asarray(np.stack(rows)), *layers)
     shared = jax.tree.map(jnp.asarray, read_shared(source))

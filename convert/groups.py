@@ -1,7 +1,7 @@
-"""Which group sizes and numbers of outliers a model allows: its linears must be outliers plus whole groups.
+"""Which group sizes and numbers of outliers a model allows: a linear must be whole groups plus outliers.
 
-All linears share one group size and one number of outliers, so the linears must leave the same remainder when
-their input channels are divided by the group size.
+All linears share one group size and one number of outliers. So their numbers of input channels must all have
+the same remainder when divided by the group size.
 """
 
 from __future__ import annotations
@@ -18,30 +18,35 @@ _WITHOUT_GROUPS = (
     f"no groups of {', '.join(map(str, GROUP_SIZES))} suit every linear: use the scheme w8a8, which has "
     "neither groups nor outliers"
 )
-# Settings that can be left to ``choose_groups``.
+# The settings that ``choose_groups`` can choose.
 CHOOSABLE = frozenset({"group_size", "num_outliers"})
-# Without a wish a linear keeps this part of its channels as outliers, and never more than twice of it.
+# If the number of outliers is chosen here, it is near the input channels of the narrowest linear divided by
+# this, and at most twice as large.
 _OUTLIER_PART = 8
 
 
 def has_groups(format: Format) -> bool:
-    """Whether the weights of the scheme are cut into groups."""
+    """Whether the scheme divides the input channels of its weights into groups."""
     weight = SCHEMES[format.scheme].weight
     return weight is not None and weight.grouped
 
 
 def has_outliers(format: Format) -> bool:
-    """Whether the scheme has a setting for outliers."""
+    """Whether the scheme uses the setting ``num_outliers``."""
     return SCHEMES[format.scheme].has("num_outliers")
 
 
 def check_groups(name: str, channels: int, group_size: int | None, num_outliers: int | None) -> int:
-    """The group size to use for one weight of ``channels`` input channels (None: the whole body).
+    """Checks the groups of one weight and returns its group size.
 
     Args:
-      name: what to call the tensor in the message.
-      channels: its input channels, K.
-      num_outliers: None for a format that has no outliers.
+      name: what to call the weight in error messages.
+      channels: number of its input channels, K.
+      group_size: None for one group of all channels but the outliers.
+      num_outliers: number of its outlier channels; None for a format without outliers.
+
+    Returns:
+      ``group_size``, or the number of channels in the group if that was None.
 
     Raises:
       AtomError: see ``check_linears``.
@@ -51,7 +56,7 @@ def check_groups(name: str, channels: int, group_size: int | None, num_outliers:
 
 
 def check_model(config: ModelConfig) -> None:
-    """AtomError where the groups of the format do not suit every linear, see ``check_linears``."""
+    """AtomError if the groups of the format do not suit every linear of the model, see ``check_linears``."""
     format = config.format
     if has_groups(format):
         outliers = format.num_outliers if has_outliers(format) else None
@@ -62,12 +67,13 @@ def check_linears(channels: Mapping[str, int], group_size: int | None, num_outli
     """Checks the groups of linears that share one group size and one number of outliers.
 
     Args:
-      channels: the input channels, K, of each linear, by its name in the message.
-      num_outliers: None for a format that has no outliers.
+      channels: number of input channels, K, of each linear, by the name for error messages.
+      group_size: None for one group of all channels but the outliers.
+      num_outliers: number of outlier channels of each linear; None for a format without outliers.
 
     Raises:
-      AtomError: the body of a linear, K - num_outliers channels, is empty or not made of whole groups. The
-        message names the first such linear, and what suits all of them.
+      AtomError: for some linear, K - num_outliers is not positive or not a multiple of the group size. The
+        message names the first such linear, and settings that suit all linears.
     """
     if num_outliers is not None and num_outliers < 0:
         raise AtomError(f"number of outliers must not be negative, found {num_outliers}")
@@ -83,20 +89,22 @@ def check_linears(channels: Mapping[str, int], group_size: int | None, num_outli
 def choose_groups(
     config: ModelConfig, flexible: Collection[str], *, measured_outliers: bool = False
 ) -> Format:
-    """The format of ``config``, of which the ``flexible`` settings become what suits every linear.
+    """The format of ``config``, with its ``flexible`` settings changed so that they suit every linear.
 
-    A format that suits stays as it is. Else the group size becomes the largest with which a number of
-    outliers up to a quarter of the narrowest linear suits, preferably one above zero. The number of outliers
-    becomes the one that is nearest to an eighth of that linear, but not to more than the format's: where
-    channels are multiples of 32, the GPU kernels multiply it.
+    A format that suits every linear is returned unchanged. Otherwise the largest group size is chosen that
+    allows a number of outliers of at most a quarter of the narrowest linear's input channels, preferably
+    above zero. Of the numbers that it allows, the one is chosen that is nearest to an eighth of these
+    channels, or to the format's number if that is smaller. The GPU kernels support the chosen number if the
+    input channels of all linears are multiples of 32.
 
     Args:
-      flexible: names of ``CHOOSABLE``; others are kept whatever they are.
-      measured_outliers: the number of outliers is chosen later (``passes.outliers``): only the group size is
-        chosen here, so that there are numbers to choose from.
+      config: configuration of the model, with the format to start from.
+      flexible: the names in ``CHOOSABLE`` of the settings that may change.
+      measured_outliers: whether the number of outliers is measured later (``convert.passes.outliers``). If
+        so, only the group size is chosen here, such that there are numbers to choose from.
 
     Returns:
-      The format, which suits unless nothing does.
+      The format. If no choice suits every linear, it is the one of ``config``.
     """
     format = config.format
     if not has_groups(format):
@@ -114,7 +122,7 @@ def choose_groups(
         if "num_outliers" not in flexible and has_outliers(format):
             fits = [fit for fit in fits if fit[1] == format.num_outliers]
         suits = (format.group_size, format.num_outliers) in fits
-    if suits or not fits:  # where nothing fits, ``check_model`` says so
+    if suits or not fits:  # if nothing fits, ``check_model`` raises the error
         return format
     size, outliers = min(fits, key=lambda fit: _rank(config, *fit))
     chosen = {"group_size": size} if measured_outliers else {"group_size": size, "num_outliers": outliers}
@@ -126,7 +134,7 @@ def _most_outliers(config: ModelConfig) -> int:
 
 
 def _rank(config: ModelConfig, size: int, outliers: int) -> tuple[bool, bool, int, int, int]:
-    """What is better comes first."""
+    """Sort key of a group size and a number of outliers; the best has the smallest key."""
     wanted = min(config.format.num_outliers, min(_channels(config).values()) // _OUTLIER_PART)
     return (
         outliers > _most_outliers(config),
@@ -138,12 +146,12 @@ def _rank(config: ModelConfig, size: int, outliers: int) -> tuple[bool, bool, in
 
 
 def _channels(config: ModelConfig) -> dict[str, int]:
-    """The input channels of each linear."""
+    """Number of input channels of each linear, by name."""
     return {name: columns for name, (_, columns) in linear_shapes(config).items()}
 
 
 def _problem(channels: int, group_size: int | None, num_outliers: int | None) -> str | None:
-    """Why a linear of so many input channels cannot be cut so; None if it can."""
+    """Why a linear with ``channels`` input channels cannot have these groups and outliers; None if it can."""
     body = channels - (num_outliers or 0)
     if body <= 0:
         return f"{num_outliers} outliers leave none of its {channels} input channels for INT4 groups"
@@ -154,7 +162,7 @@ def _problem(channels: int, group_size: int | None, num_outliers: int | None) ->
 
 
 def _fits(channels: Collection[int]) -> list[tuple[int, int]]:
-    """Every group size and number of outliers that suit all linears, at least one group in each."""
+    """All (group size, number of outliers) that suit all linears and leave each at least one group."""
     narrowest = min(channels)
     return [
         (size, outliers)
@@ -165,7 +173,7 @@ def _fits(channels: Collection[int]) -> list[tuple[int, int]]:
 
 
 def _advice(channels: Collection[int], group_size: int | None, num_outliers: int | None) -> str:
-    """What suits all linears and is nearest to what was asked."""
+    """Text with settings that suit all linears and are nearest to the given ones."""
     if num_outliers is None:
         sizes = [str(size) for size in GROUP_SIZES if all(count % size == 0 for count in channels)]
         return f"try groups of {' or '.join(sizes)}" if sizes else _WITHOUT_GROUPS

@@ -1,4 +1,4 @@
-"""The perplexity of a model before and after its conversion, one layer in memory at a time."""
+"""Measures perplexity before and after a conversion, with one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from atom_jax.config import ModelConfig
 from atom_jax.perplexity import PerplexityResult
 from atom_jax.progress import Progress
 from convert.calibrate.statistics import on_device
-from convert.calibrate.texts import SEQ_LEN
+from convert.calibrate.texts import window_length
 from convert.float_model import read_layer, read_shared
 from convert.sources import Source
 from convert.streaming import streamed_perplexity
@@ -24,7 +24,7 @@ from convert.streaming import streamed_perplexity
 def source_perplexity(
     source: Source, tokens: Int32[np.ndarray, " tokens"], progress: Progress
 ) -> PerplexityResult:
-    """Of the float model; see ``convert.streaming.streamed_perplexity``."""
+    """Perplexity of the float model on ``tokens``; see ``convert.streaming.streamed_perplexity``."""
     config = source.config
 
     def layers() -> Iterator[dict[str, Any]]:
@@ -32,14 +32,14 @@ def source_perplexity(
             yield on_device(read_layer(source, layer))
 
     return streamed_perplexity(
-        layers, read_shared(source), tokens, config=config, seq_len=_seq_len(config), progress=progress
+        layers, read_shared(source), tokens, config=config, seq_len=window_length(config), progress=progress
     )
 
 
 def checkpoint_perplexity(
     checkpoint: Path, config: ModelConfig, tokens: Int32[np.ndarray, " tokens"], progress: Progress
 ) -> PerplexityResult:
-    """Of the parameters in ``checkpoint``; see ``convert.streaming.streamed_perplexity``."""
+    """Perplexity of a converted checkpoint on ``tokens``; see ``convert.streaming.streamed_perplexity``."""
     specs = layer_specs(config)
 
     def layers() -> Iterator[dict[str, Any]]:
@@ -49,9 +49,5 @@ def checkpoint_perplexity(
     stored = read_tree(shared_path(checkpoint), shared_specs(config))
     shared = {name: value.astype(np.float32) for name, value in stored.items()}
     return streamed_perplexity(
-        layers, shared, tokens, config=config, seq_len=_seq_len(config), progress=progress
+        layers, shared, tokens, config=config, seq_len=window_length(config), progress=progress
     )
-
-
-def _seq_len(config: ModelConfig) -> int:
-    return min(SEQ_LEN, config.max_position_embeddings)

@@ -1,4 +1,4 @@
-"""The conversion from end to end: source, calibration, order, quantization layer by layer, checkpoint."""
+"""The whole conversion: opens the source, calibrates, quantizes layer by layer, writes the checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from convert.float_model import read_shared
 from convert.groups import choose_groups
 from convert.measure import checkpoint_perplexity, source_perplexity
 from convert.passes.order import ResidualOrder, permute_shared, residual_order
-from convert.passes.outliers import candidates, measure_outliers
+from convert.passes.outliers import about_outliers, candidates, outlier_errors
 from convert.passes.rotate import Rotated
 from convert.quantize_layer import check_recipe, needs_calibration
 from convert.quantize_model import quantize_model
@@ -42,23 +42,25 @@ from convert.workspace import Workspace, open_workspace, remove_workspace
 
 @dataclasses.dataclass(frozen=True)
 class ConvertOptions:
-    """What to make of a model.
+    """The options of a conversion.
 
     Attributes:
-      recipe: see ``convert.recipe.make_recipe``.
+      recipe: what to do to the model, see ``convert.recipe.make_recipe``.
       calibration: a text or JSONL file, a data set id, or ``calibrate.texts.SAMPLED``; None takes built-in
         English and text sampled from the model.
-      calibration_tokens: rounded down to whole windows.
-      seed: of the sampled text.
-      eval_text: file whose perplexity before and after goes into the accuracy card.
-      eval_tokens: how many of its tokens, from the start.
-      revision: of a model on the Hub.
-      auto_outliers: how many outliers there are is measured (``passes.outliers``), whatever the recipe says.
-      flexible: settings that nobody asked for, of ``convert.groups.CHOOSABLE``: where the recipe's do not
-        suit every linear of the model, others are taken that do.
+      calibration_tokens: number of tokens to calibrate on, rounded down to whole windows.
+      seed: seed of the sampled text.
+      eval_text: text file on which perplexity is measured before and after, for the accuracy card; None for
+        no measurement.
+      eval_tokens: number of tokens of ``eval_text`` to use, from its start.
+      revision: branch, tag or commit of a model on the Hub.
+      auto_outliers: whether the number of outliers is measured (``convert.passes.outliers``); the recipe's
+        number is then ignored.
+      flexible: names in ``convert.groups.CHOOSABLE`` of the settings that the user did not choose. If the
+        recipe's values do not suit every linear of the model, other values are chosen for these settings.
 
     Raises:
-      AtomError: outliers are to be chosen, and the scheme has none.
+      AtomError: ``auto_outliers`` is set for a scheme without outliers.
     """
 
     recipe: Recipe
@@ -78,7 +80,7 @@ class ConvertOptions:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The recipe's settings, as they were asked for or chosen for the model."""
+        """The recipe's settings by name; the number of outliers is "auto" if it is measured."""
         settings = self.recipe.settings()
         return settings | {"num_outliers": "auto"} if self.auto_outliers else settings
 
@@ -86,24 +88,25 @@ class ConvertOptions:
 def convert(
     src: str | Path, out: str | Path, options: ConvertOptions, progress: StageProgress | None = None
 ) -> Card:
-    """Converts a float checkpoint into an Atom-JAX one. One layer is in memory at a time.
+    """Converts a float checkpoint into an Atom-JAX checkpoint, with one layer in memory at a time.
 
-    ``out`` appears whole or not at all. A conversion that was killed goes on where it was when called again
-    with the same arguments, and ends in the same checkpoint; one that ended already is returned as it is.
+    ``out`` appears when it is complete, or not at all. If a conversion was killed, a call with the same
+    arguments continues it and gives the same checkpoint. If ``out`` is complete, its card is returned.
 
     Args:
-      src: what ``convert.sources.open_source`` takes.
-      out: folder to make; an empty one may be there.
-      options: the recipe and the texts.
+      src: folder, file, Hub id or URL, see ``convert.sources.open_source``.
+      out: folder to create; it may exist if it is empty.
+      options: the options of the conversion.
       progress: called with (stage, done, total).
 
     Returns:
-      The accuracy card, also in ``out``.
+      The accuracy card, which is also written into ``out``.
 
     Raises:
       AtomError: the source, an option or a text cannot be used, or ``out`` exists and is not empty. Nothing
         is left behind.
-      WriteError: the disk is full, or the like; what is done is kept, as after a kill.
+      WriteError: a file cannot be written, e.g. because the disk is full. The finished part is kept, as
+        after a kill, so that the conversion can be continued.
     """
     out = Path(out).absolute()
     source = open_source(src, revision=options.revision)
@@ -131,12 +134,12 @@ def _convert(
     workspace: Workspace,
     progress: StageProgress,
 ) -> Card:
-    """Writes all of the checkpoint into the workspace; each step finds what an earlier run did of it."""
+    """Writes the checkpoint into the workspace; each step reuses what an earlier run of it has finished."""
     recipe, outliers, calibration = options.recipe, None, None
     tokenizer = workspace.checkpoint / TOKENIZER_FOLDER
     tokenizer.mkdir(parents=True, exist_ok=True)
     source.write_tokenizer(tokenizer)
-    # Read first: a text that cannot be used must not cost a conversion.
+    # Read first, so that an unusable text is reported before the conversion and not after it.
     eval_tokens = None if options.eval_text is None else _eval_tokens(options.eval_text, options, tokenizer)
     if options.auto_outliers:
         calibration = _calibration(source, options, workspace, progress)
@@ -171,7 +174,7 @@ def _convert(
 
 
 def _with_groups(source: Source, options: ConvertOptions) -> ConvertOptions:
-    """The options with what is flexible in them chosen for the model."""
+    """The options with the flexible settings chosen for the model."""
     recipe = options.recipe
     config = source.config.replace(format=recipe.format)
     format = choose_groups(config, options.flexible, measured_outliers=options.auto_outliers)
@@ -179,7 +182,7 @@ def _with_groups(source: Source, options: ConvertOptions) -> ConvertOptions:
 
 
 def _job(source: Source, options: ConvertOptions) -> dict[str, Any]:
-    """Everything the checkpoint depends on."""
+    """Everything that the checkpoint depends on, as JSON data."""
     job: dict[str, Any] = {
         "architecture": source.config.architecture,
         "source_sha256": source.fingerprint(),
@@ -200,7 +203,7 @@ def _job(source: Source, options: ConvertOptions) -> dict[str, Any]:
 
 
 def calibration_job(calibration: str | None, num_tokens: int, seed: int) -> dict[str, Any]:
-    """Everything the calibration windows of a source depend on; arguments as in ``ConvertOptions``."""
+    """Everything besides the source that the calibration windows depend on; see ``ConvertOptions``."""
     file = Path(calibration) if calibration else None
     return {
         "text": calibration,
@@ -224,7 +227,7 @@ def _eval_tokens(text: Path, options: ConvertOptions, tokenizer: Path) -> Int32[
 def _calibration(
     source: Source, options: ConvertOptions, workspace: Workspace, progress: StageProgress
 ) -> Calibration:
-    """The calibration windows; made once, then kept."""
+    """The calibration windows; made once and kept in the workspace."""
     tokens, about = workspace.read_array("calibration.npy"), workspace.read_json("calibration.json")
     if tokens is not None and about is not None:
         return Calibration(tokens, about["kind"], about["name"])
@@ -244,12 +247,12 @@ def _calibration(
 def _outliers(
     source: Source, recipe: Recipe, calibration: Calibration, workspace: Workspace, progress: StageProgress
 ) -> dict[str, Any]:
-    """The number of outliers chosen, and what the card says about it; measured once, then kept."""
+    """The number of outliers and its errors, for the card; measured once and kept in the workspace."""
     outliers = workspace.read_json("outliers.json")
     if outliers is None:
         embedding = read_shared(source)["embedding"]
         measuring = functools.partial(progress, "choose number of outliers")
-        outliers = measure_outliers(source, recipe, embedding, calibration.tokens, measuring)
+        outliers = about_outliers(outlier_errors(source, recipe, embedding, calibration.tokens, measuring))
         workspace.write_json("outliers.json", outliers)
     return outliers
 
@@ -261,9 +264,12 @@ def _write_shared(
     workspace: Workspace,
     progress: StageProgress,
 ) -> tuple[Windows, ResidualOrder | None]:
-    """Writes what is outside the layers; returns the residual stream before them, and its new order if any.
+    """Writes the parameters outside the layers, in the order of the residual stream.
 
-    The order is the one that all layers share (``reorder="folded"``): it is measured once, then kept.
+    Returns:
+      The residual stream of the calibration windows before the first layer (no windows without calibration),
+      and the order of its channels that all layers share (None unless ``reorder="folded"``). The order is
+      measured once and kept in the workspace.
     """
     shared = read_shared(source)
     if calibration is None:

@@ -1,4 +1,4 @@
-"""One float layer into its quantized form: the passes of the recipe, the rounding, the errors."""
+"""Quantizes one float layer: runs the passes of the recipe, rounds the weights and measures the errors."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ from convert.streaming import Windows
 
 
 def needs_inputs(recipe: Recipe) -> bool:
-    """Whether the recipe looks at the activations of single tokens: to migrate scales, to fit the keys."""
+    """Whether the recipe needs the activations of single tokens: to migrate scales or to fit the keys."""
     return recipe.migrate or recipe.fits_keys
 
 
 def needs_calibration(recipe: Recipe) -> bool:
-    """Whether the recipe looks at activations at all: also to find the outliers, and for GPTQ."""
+    """Whether the recipe needs any activations: those above, or statistics for the outliers or for GPTQ."""
     calibrated = recipe.gptq or recipe.format.num_outliers > 0 or needs_inputs(recipe)
     return recipe.format.quantizes_linears and calibrated
 
 
 def check_recipe(config: ModelConfig, recipe: Recipe) -> None:
-    """AtomError for a recipe that does not suit the float model, or asks for what is not calibrated."""
+    """AtomError if the recipe does not suit the float model, or needs key means that are not calibrated."""
     if recipe.format.center_keys and not recipe.fits_keys:
         raise AtomError(f"{recipe.format.scheme} is not calibrated, so center_keys has no mean to remove")
     check_model(config.replace(format=recipe.format))
 
 
 def passes(config: ModelConfig, recipe: Recipe) -> list[Pass]:
-    """What the recipe does to each layer of the float model, in this order, before it rounds it."""
+    """The passes of the recipe, in the order in which each float layer goes through them before rounding."""
     per_layer = recipe.reorder == "per_layer"
     listed = (
         (fold_order, recipe.reorder != "none"),
@@ -62,7 +62,7 @@ def passes(config: ModelConfig, recipe: Recipe) -> list[Pass]:
 def prepare_layer(
     layer: FloatParams, statistics: LayerStatistics, config: ModelConfig, recipe: Recipe
 ) -> tuple[FloatParams, LayerStatistics]:
-    """A layer that computes the same and loses less when it is rounded, and its statistics."""
+    """Runs all passes: an equivalent layer that loses less when it is rounded, and its statistics."""
     for run in passes(config, recipe):
         layer, statistics = run(layer, statistics)
     return layer, statistics
@@ -85,16 +85,17 @@ def quantize_layer(
     """Quantizes the linears of a float layer whose residual stream is in its final order.
 
     Args:
-      layer: under the names of ``convert.float_model.read_layer``.
-      statistics: of its projections; None without calibration.
-      config: of the float layer.
+      layer: the layer as ``convert.float_model.read_layer`` gives it.
+      statistics: statistics of the inputs of its linears; None without calibration.
+      config: configuration of the float layer.
+      recipe: what to do to the layer.
 
     Returns:
       The parameters of ``atom_jax.llama.Layer``, and for each linear the relative error of its output on
-      the calibration data, ``||X (W - Wq)^T|| / ||X W^T||`` (of the weight itself without calibration).
+      the calibration data, ``||X (W - Wq)^T|| / ||X W^T||`` (``||W - Wq|| / ||W||`` without a Hessian).
 
     Raises:
-      AtomError: a linear that cannot be quantized; the message names it.
+      AtomError: a linear cannot be quantized; the message names it.
     """
     layer, hessians = dict(layer), {}
     if statistics is not None:
@@ -129,11 +130,12 @@ def quantize_on_windows(
 
     Args:
       tree: a float layer whose residual stream is in its final order.
-      windows: the residual stream before the layer; not looked at if the recipe needs no calibration.
-      config: of the float layer.
+      windows: the residual stream before the layer; not used if the recipe needs no calibration.
+      config: configuration of the float layer.
+      recipe: what to do to the layer.
 
     Raises:
-      AtomError: a linear that cannot be quantized; the message names it.
+      AtomError: a linear cannot be quantized; the message names it.
     """
     statistics = None
     if needs_calibration(recipe):

@@ -1,4 +1,4 @@
-"""Every layer quantized and written, one in memory at a time; an interrupted run goes on after the last."""
+"""Quantizes and writes all layers, one in memory at a time; an interrupted run can be continued."""
 
 from __future__ import annotations
 
@@ -29,22 +29,26 @@ def quantize_model(
     workspace: Workspace,
     progress: Progress,
 ) -> list[dict[str, float]]:
-    """Writes the layers of the checkpoint, which are the source's where the recipe quantizes no linears.
+    """Writes the layers of the checkpoint, not quantized if the recipe quantizes no linears.
 
-    What a run leaves after a layer is that layer's files and the residual stream: the next one goes on after
-    the last layer for which both are there.
+    After each layer its files and the residual stream are in the workspace. An interrupted run continues
+    after the last layer for which both were written.
 
     Args:
-      windows: the residual stream before the first layer, in ``order``; updated in place. No windows where
-        the recipe needs no calibration.
-      order: of the residual stream; None for that of the source.
+      source: the float model.
+      recipe: what to do to each layer.
+      windows: the residual stream of the calibration windows before the first layer, in ``order``; updated
+        in place. No windows if the recipe needs no calibration.
+      order: order of the channels of the residual stream; None to keep the order of the source.
+      workspace: where the checkpoint and the state of the run are written.
       progress: called with (layers done, layers in all).
 
     Returns:
-      For each layer the relative errors of its linears, see ``convert.quantize_layer.quantize_layer``.
+      For each layer the relative errors of its linears, see ``convert.quantize_layer.quantize_layer``; empty
+      if no linears are quantized.
 
     Raises:
-      AtomError: a layer that cannot be quantized; the message names it.
+      AtomError: a layer cannot be quantized; the message names it.
     """
     num_layers = source.config.num_layers
     config = source.config.replace(format=recipe.format)

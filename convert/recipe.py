@@ -1,4 +1,4 @@
-"""How a checkpoint is made: its format, and the settings that only the converter looks at."""
+"""The recipe of a conversion: the format of the checkpoint, and the settings that only the converter uses."""
 
 from __future__ import annotations
 
@@ -15,24 +15,29 @@ Reorder = Literal["folded", "per_layer", "none"]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What the converter does (docs/conversion.md); ``make_recipe`` makes one from a scheme's name.
+    """What the converter does to a model (docs/conversion.md); ``make_recipe`` makes the recipe of a scheme.
 
-    The defaults are those of ``w4a4kv4``. Settings that a scheme does not use have one value in it.
+    The defaults are those of ``w4a4kv4``. A setting that a scheme does not use must have the one value that
+    the scheme gives it.
 
     Attributes:
-      format: of the checkpoint.
-      clip_w: the fraction of a group's range that INT4 spans in weights; None searches it for each group and
-        output channel.
-      gptq: compensates the rounding errors of a weight's channels in those that are rounded later.
-      reorder: brings the hottest input channels last: in one order for all layers, folded into the weights,
-        or in an order of each linear's own (``Format.gather_inputs``), or not at all.
-      rotate: spreads hot channels of the residual stream and of the values over all of them.
-      migrate: moves scales from activations to weights, or back, where that makes a linear's error smaller.
-      smooth_keys: how far key channels are evened out before INT4 rounds them: 0 not at all, 1 fully, None
-        as far as it pays, searched for each kv head.
+      format: format of the checkpoint.
+      clip_w: fraction of a group's range that INT4 spans in weights, in (0, 1]; None searches it for each
+        group and output channel.
+      gptq: whether the rounding error of each input channel is compensated in the channels that are rounded
+        after it.
+      reorder: how the input channels with the most energy are moved to the end: "folded" in one order for
+        all layers, folded into the weights; "per_layer" in an order of its own for each linear
+        (``Format.gather_inputs``); "none" not at all.
+      rotate: whether to rotate the residual stream and the values, which spreads outlier channels over all
+        channels.
+      migrate: whether scales are moved from activations to weights, or back, where that makes the error of
+        a linear smaller.
+      smooth_keys: how much the key channels are equalized before they are rounded to INT4: 0 not at all, 1
+        fully; None searches what leaves the smallest error, for each kv head.
 
     Raises:
-      AtomError: a value that is not supported, or that the scheme has no use for.
+      AtomError: a value is not supported, or the scheme does not use the setting.
     """
 
     format: Format = dataclasses.field(default_factory=Format)
@@ -57,18 +62,18 @@ class Recipe:
 
     @property
     def fits_keys(self) -> bool:
-        """Whether keys are looked at before the conversion decides how to cache them."""
+        """Whether the calibration inputs are used to equalize or centre the keys for an INT4 cache."""
         kept_in_int4 = self.format.quantizes_linears and self.format.kv_bits == 4
         return kept_in_int4 and (self.smooth_keys != 0.0 or self.format.center_keys)
 
     def settings(self) -> dict[str, Any]:
-        """All settings by name, those of the format among them: what ``make_recipe`` takes."""
+        """All settings by name, including those of the format, as ``make_recipe`` takes them."""
         settings = {**vars(self.format), **{name: getattr(self, name) for name in _OWN}}
-        del settings["gather_inputs"]  # reorder says it
+        del settings["gather_inputs"]  # follows from reorder
         return settings
 
     def replace(self, **changes: Any) -> Recipe:
-        """The recipe with other values of some settings, the format's among them."""
+        """The recipe with some settings changed, which may be settings of the format."""
         return _from_settings(**{**self.settings(), **changes})
 
 
@@ -76,11 +81,12 @@ _OWN = tuple(field.name for field in dataclasses.fields(Recipe) if field.name !=
 
 
 def make_recipe(scheme: str = Format.scheme, **changes: Any) -> Recipe:
-    """The recipe of a scheme with ``changes`` applied.
+    """The default recipe of a scheme, with ``changes`` applied.
 
     Args:
-      scheme: the name of one.
-      changes: settings of ``Recipe`` and of ``Format``, except ``gather_inputs``, which ``reorder`` decides.
+      scheme: name of the scheme.
+      changes: settings of ``Recipe`` and of ``Format``, except ``gather_inputs``, which follows from
+        ``reorder``.
 
     Raises:
       AtomError: the scheme, or a changed value, is not supported.
@@ -91,7 +97,7 @@ def make_recipe(scheme: str = Format.scheme, **changes: Any) -> Recipe:
 
 
 def has_setting(scheme: str, setting: str) -> bool:
-    """Whether a setting changes anything in a scheme."""
+    """Whether a scheme uses a setting of ``Format`` or ``Recipe``."""
     return setting not in SCHEMES[scheme].unused.keys() | METHODS[scheme].unused.keys()
 
 

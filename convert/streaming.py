@@ -1,4 +1,4 @@
-"""Running a model one layer at a time over windows of tokens, so that one layer is all that is in memory."""
+"""Runs a model over windows of tokens layer by layer, so that only one layer must be in memory at a time."""
 
 from __future__ import annotations
 
@@ -22,28 +22,33 @@ from atom_jax.progress import Progress
 from atom_jax.structure import LINEARS
 from pallas_kernels.nn import rms_norm
 
+# The parameters of ``atom_jax.llama.Layer``, or those outside the layers, by name.
 Params = Mapping[str, Any]
 # The residual stream of some windows of tokens.
 Windows = Float32[np.ndarray, "windows seq hidden"]
-# By the name of a projection without "_proj": "qkv", "o", "gate_up", "down".
+# An array for each linear, by its name: "qkv", "o", "gate_up", "down".
 PerLinear = dict[str, Array]
-# The projections whose output is added to the residual stream.
+# Names of the linears whose output is added to the residual stream: "o" and "down".
 _ADDED = {linear.name for linear in LINEARS if linear.residual}
-# Tokens one call runs.
+# Number of tokens that one call processes.
 _BATCH_TOKENS = 512
-# Tokens of a text whose perplexity is measured that are in memory: half a GB with 4096 channels.
+# While perplexity is measured: number of tokens whose residual stream is in memory (512 MiB with 4096
+# channels).
 _RESIDUAL_TOKENS = 1 << 15
 
 
 def projections(config: ModelConfig) -> dict[str, int]:
-    """Input channels of each projection: the sizes of its statistics."""
+    """Number of input channels of each linear, by name."""
     return {linear.name: linear.channels(config) for linear in LINEARS}
 
 
 def batches(
     windows: Windows,
 ) -> Iterator[Float32[np.ndarray, "batch seq hidden"]]:
-    """Views of about ``_BATCH_TOKENS`` tokens: few rows waste the CPU's matmul, many its memory."""
+    """Yields views of about ``_BATCH_TOKENS`` tokens.
+
+    With fewer rows a CPU's matmul is less efficient; more rows need more memory.
+    """
     batch = max(1, _BATCH_TOKENS // windows.shape[1])
     for start in range(0, windows.shape[0], batch):
         yield windows[start : start + batch]
@@ -55,9 +60,20 @@ def run_layer(
     config: ModelConfig,
     on_input: OnInput | None = None,
 ) -> Float32[Array, "batch seq hidden"]:
-    """The residual stream of some windows after a layer; ``on_input`` as in ``atom_jax.llama.Layer``."""
+    """Runs one layer over some windows.
+
+    Args:
+      params: parameters of the layer, quantized or float as ``config`` says.
+      x: the residual stream of the windows before the layer.
+      config: configuration of the layer; from ``ModelConfig.of_layer`` if the model has sliding windows.
+      on_input: as in ``atom_jax.llama.Layer``.
+
+    Returns:
+      The residual stream after the layer.
+    """
     batch, seq, hidden = x.shape
-    # Refuses a model whose layers have windows: which of them this is, ``of_layer`` must say.
+    # ``replace`` raises AtomError for the configuration of several layers with sliding windows, because that
+    # does not say which of them this layer has.
     cache = init_cache(config.replace(num_layers=1), batch, seq, dtype=x.dtype)
     positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq))
     step = make_step(positions, cache, config)
@@ -68,7 +84,7 @@ def run_layer(
 def _run_and_see(
     params: Params, x: Float32[Array, "batch seq hidden"], config: ModelConfig
 ) -> tuple[Float32[Array, "batch seq hidden"], dict[str, Float32[Array, "tokens k"]]]:
-    """``run_layer`` of a float layer, and the input of each of its linears."""
+    """``run_layer`` of a float layer; also returns the input of each of its linears, by name."""
     seen = {}
 
     def record(name: str, inputs: Float32[Array, "tokens k"]) -> Float32[Array, "tokens k"]:
@@ -82,7 +98,7 @@ def _run_and_see(
 def run_windows(
     params: Params, x: Float32[Array, "batch seq hidden"], *, config: ModelConfig
 ) -> Float32[Array, "batch seq hidden"]:
-    """The residual stream of some windows after a layer, quantized or not as ``config`` says."""
+    """``run_layer``, jitted."""
     return run_layer(params, x, config)
 
 
@@ -90,7 +106,7 @@ def run_windows(
 def run_windows_with_energies(
     params: Params, x: Float32[Array, "batch seq hidden"], energies: PerLinear, *, config: ModelConfig
 ) -> tuple[Float32[Array, "batch seq hidden"], PerLinear]:
-    """``run_windows``, and ``energies`` plus each input channel's sum of squares."""
+    """``run_windows``; also returns ``energies`` plus the sum of squares of every input channel."""
     x, seen = _run_and_see(params, x, config)
     return x, {name: total + jnp.sum(jnp.square(seen[name]), axis=0) for name, total in energies.items()}
 
@@ -99,12 +115,13 @@ def run_windows_with_energies(
 def projection_inputs(
     params: Params, x: Float32[Array, "batch seq hidden"], *, config: ModelConfig
 ) -> dict[str, Float32[Array, "tokens k"]]:
-    """The input of each projection of a float layer, a row for each token, by how much its errors count.
+    """The input of each linear of a float layer, one row for each token, weighted by how much errors count.
 
-    What o_proj and down_proj read is divided by the size (root mean square) of the token's residual stream
-    after the layer, because the norm that reads the sum divides by it: an error counts as large as it is
-    there. Without this the few tokens of massive activations, a thousand times the others, are all that
-    GPTQ sees. The other projections read normalized inputs as it is.
+    The outputs of o_proj and down_proj are added to the residual stream, and the next norm divides the sum
+    by its root mean square. So the inputs of these two are divided by the root mean square of the token's
+    residual stream after the layer: an error then counts as much as it does after a norm. Without this, the
+    few tokens with massive activations, a thousand times those of the others, would dominate the Hessian.
+    The inputs of the other linears are normalized already.
     """
     out, seen = _run_and_see(params, x, config)
     out = out.reshape(-1, x.shape[-1])
@@ -116,13 +133,13 @@ def projection_inputs(
 def add_windows_to_hessians(
     params: Params, x: Float32[Array, "batch seq hidden"], hessians: PerLinear, *, config: ModelConfig
 ) -> PerLinear:
-    """``hessians`` plus X^T X of the inputs of each projection, rows as in ``projection_inputs``."""
+    """``hessians`` plus X^T X of the inputs X of each linear, weighted as in ``projection_inputs``."""
     inputs = projection_inputs(params, x, config=config)
     return {name: total + inputs[name].T @ inputs[name] for name, total in hessians.items()}
 
 
 def run_in_place(params: Params, windows: Windows, config: ModelConfig) -> None:
-    """Runs a layer over all windows, in place."""
+    """Runs a layer over all windows; ``windows`` is overwritten with the residual stream after the layer."""
     for batch in batches(windows):
         batch[...] = run_windows(params, batch, config=config)
 
@@ -130,7 +147,7 @@ def run_in_place(params: Params, windows: Windows, config: ModelConfig) -> None:
 def embed(
     embedding: Float32[np.ndarray, "vocab hidden"], tokens: Int32[np.ndarray, "windows seq"]
 ) -> Windows:
-    """The residual stream before the first layer."""
+    """The residual stream before the first layer: the embeddings of the tokens, float32."""
     return np.ascontiguousarray(embedding[tokens], np.float32)
 
 
@@ -152,17 +169,22 @@ def streamed_perplexity(
     seq_len: int = 512,
     progress: Progress | None = None,
 ) -> PerplexityResult:
-    """``atom_jax.perplexity`` with the layers given one after the other.
+    """Measures perplexity as ``atom_jax.perplexity`` does, but reads the layers one after the other.
 
-    The residual stream of ``_RESIDUAL_TOKENS`` tokens is in memory; a longer text reads the layers again.
+    The residual stream of ``_RESIDUAL_TOKENS`` tokens is in memory at a time. For a longer text the layers
+    are read again for each such part.
 
     Args:
-      layers: called for the parameters of each layer, read as they are needed.
+      layers: called for each part of the text; returns an iterable over the parameters of the layers.
       shared: embedding, norm and lm_head (unless tied), float32.
-      tokens: at least two.
+      tokens: token ids of the text, at least two.
+      config: configuration of the model.
+      seq_len: number of tokens of a window.
+      progress: called with (layers done, layers in all), over all parts.
 
     Raises:
-      AtomError: too few tokens, ids out of range, or the model's output has no perplexity.
+      AtomError: there are too few tokens, an id is out of range, or the model's output is not finite or gives
+        a perplexity beyond float64.
     """
     windows, lengths = make_windows(tokens, config=config, seq_len=seq_len, max_tokens=None)
     some = max(1, _RESIDUAL_TOKENS // seq_len)
@@ -186,7 +208,7 @@ def _residual_nll(
     shared: Mapping[str, np.ndarray],
     config: ModelConfig,
 ) -> float:
-    """Summed negative log-likelihood (nats) of windows, as in ``residual_perplexity``."""
+    """Summed negative log-likelihood (nats) of the windows; arguments as in ``residual_perplexity``."""
     on_device = jax.tree.map(jnp.asarray, dict(shared))
     return sum(
         float(_window_nll(on_device, *row, eps=config.rms_norm_eps))
@@ -207,13 +229,15 @@ def residual_perplexity(
     *,
     config: ModelConfig,
 ) -> PerplexityResult:
-    """The perplexity of ``windows`` from their residual stream after the last layer.
+    """The perplexity of ``windows``, from their residual stream after the last layer.
 
     Args:
-      windows, lengths: from ``atom_jax.perplexity.make_windows``.
+      x: the residual stream after the last layer.
+      windows, lengths: the windows of token ids and their lengths, from ``atom_jax.perplexity.make_windows``.
       shared: embedding, norm and lm_head (unless tied), float32.
+      config: configuration of the model.
 
     Raises:
-      AtomError: the model's output has no perplexity.
+      AtomError: the model's output is not finite, or gives a perplexity beyond float64.
     """
     return _result(_residual_nll(x, windows, lengths, shared, config), lengths, config)

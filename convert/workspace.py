@@ -1,4 +1,4 @@
-"""Where a conversion works: a folder beside the output that survives a kill and disappears at the end."""
+"""The working folder of a conversion, beside the output: it survives a kill and is removed at the end."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from atom_jax.errors import AtomError, WriteError
 
 
 class Workspace:
-    """``OUT.partial``: the checkpoint being written, and what a later run needs to go on.
+    """The folder ``OUT.partial``: the checkpoint being written, and what a later run needs to continue.
 
     Attributes:
-      checkpoint: becomes OUT in one rename.
-      resumed: whether an earlier run of the same job was found.
+      out: the folder OUT that the conversion creates.
+      root: the folder ``OUT.partial``.
+      checkpoint: folder in which the checkpoint is written; a single rename makes it OUT.
+      resumed: whether the workspace of an earlier run of the same job was found.
     """
 
     def __init__(self, out: Path, root: Path, resumed: bool) -> None:
@@ -36,14 +38,14 @@ class Workspace:
 
     @property
     def begun(self) -> bool:
-        """Whether there is anything to go on with."""
+        """Whether a run has already stored anything with which it could be continued."""
         return any(path.name != "job.json" for path in self.path("").iterdir())
 
     def write_json(self, name: str, data: Any) -> None:
         _replace(self.path(name), lambda file: file.write(json.dumps(data).encode()))
 
     def read_json(self, name: str) -> Any:
-        """The data, or None if it was not written."""
+        """The data of a file in the workspace; None if it was not written."""
         path = self.path(name)
         return json.loads(path.read_bytes()) if path.exists() else None
 
@@ -51,12 +53,12 @@ class Workspace:
         _replace(self.path(name), lambda file: _write_array(file, array))
 
     def read_array(self, name: str) -> np.ndarray | None:
-        """The array, or None if it was not written."""
+        """The array in a file of the workspace; None if it was not written."""
         path = self.path(name)
         return np.load(path, allow_pickle=False) if path.exists() else None
 
     def publish(self) -> None:
-        """Makes the checkpoint appear as OUT, whole, and removes everything else."""
+        """Renames the complete checkpoint to OUT, once it is on the disk, and removes the workspace."""
         for folder, _, files in os.walk(self.checkpoint):
             for name in files:
                 _sync(Path(folder) / name)
@@ -75,19 +77,19 @@ def _sync(path: Path) -> None:
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file that is complete whenever it exists."""
+    """Writes a file through a temporary one, so that ``path`` never exists with incomplete contents."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
-    except OSError as error:  # a failed write does not say of which file
-        temporary.unlink(missing_ok=True)  # it may be what fills the disk
+    except OSError as error:  # the error of a failed write does not name the file
+        temporary.unlink(missing_ok=True)  # it may be the file that fills the disk
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _write_array(file: BinaryIO, array: np.ndarray) -> None:
-    """``np.save``, whose error on a full disk does not say that the disk is full."""
+    """Like ``np.save``, but on a full disk the error says so; the error of ``np.save`` does not."""
     array = np.ascontiguousarray(array)
     np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
     file.write(array.data)
@@ -95,23 +97,28 @@ def _write_array(file: BinaryIO, array: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def open_workspace(out: Path, job: dict[str, Any]) -> Iterator[Workspace]:
-    """The workspace of ``job``, found again if an earlier run of the same job did not end.
+    """Opens the workspace for a conversion, which may be that of an unfinished run of the same job.
 
-    A kill, an interrupt or a file that cannot be written leaves the workspace, to go on, unless nothing is
-    in it yet; any other error that ends the conversion removes it.
+    After a kill, an interrupt or a file that cannot be written, the workspace is kept, so that a later run
+    can continue; if nothing is stored in it yet, a file that cannot be written removes it. An AtomError that
+    ends the conversion removes it, too.
 
     Args:
-      out: folder to make; must not exist, or be empty.
-      job: everything the result depends on, as JSON data.
+      out: folder OUT that the conversion creates; it must not exist or must be empty.
+      job: everything that the result depends on, as JSON data.
+
+    Yields:
+      The workspace, which is locked against other processes.
 
     Raises:
-      AtomError: OUT exists, another process works on it, there is an unfinished conversion of another job,
-        or (WriteError) a file cannot be written.
+      AtomError: OUT exists, another process is converting into it, or there is an unfinished conversion of
+        another job.
+      WriteError: a file cannot be written.
     """
     root = partial_path(out)
     _check_free(out)
     with _one_error(root), _locked(root):
-        _check_free(out)  # again: the process that had the lock until now may have been making it
+        _check_free(out)  # again: the process that held the lock may have created it meanwhile
         found = _read_job(root)
         if found is not None and found != job:
             raise AtomError(
@@ -139,17 +146,17 @@ def open_workspace(out: Path, job: dict[str, Any]) -> Iterator[Workspace]:
 
 
 def remove_workspace(out: Path) -> None:
-    """Removes what a run killed after it published OUT may have left."""
+    """Removes the workspace that a run may have left if it was killed after it had published OUT."""
     _remove(partial_path(out))
 
 
 def partial_path(out: Path) -> Path:
-    """Where ``convert`` works until the checkpoint is whole."""
+    """The folder in which ``convert`` works until the checkpoint is complete."""
     return out.with_name(out.name + ".partial")
 
 
 def _check_free(out: Path) -> None:
-    """AtomError where OUT could not appear by one rename. An empty folder can be replaced, unless mounted."""
+    """AtomError if a rename could not create OUT. It can replace an empty folder that is no mount point."""
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_dir() or any(out.iterdir()):
@@ -160,7 +167,7 @@ def _check_free(out: Path) -> None:
 
 @contextlib.contextmanager
 def _one_error(root: Path) -> Iterator[None]:
-    """Whatever the file system refuses is a WriteError that names the file, or else ``root``."""
+    """Turns an OSError in this context into a WriteError that names the file, or ``root`` if unknown."""
     try:
         yield
     except OSError as error:
@@ -175,7 +182,7 @@ def _reason(error: OSError | WriteError, root: Path) -> str:
 
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Makes the folder ``root`` and keeps other processes out of it; the lock ends with the process."""
+    """Creates the folder ``root`` and locks it against other processes; AtomError if another has the lock."""
     root.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -184,17 +191,17 @@ def _locked(root: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise AtomError(f"{root}: another process is converting into it") from error
-            # A file system without locks, as some network ones are.
+            # Other errors are ignored: some network file systems have no locks.
         yield
     finally:
         os.close(descriptor)
 
 
 def _read_job(root: Path) -> dict[str, Any] | None:
-    """The job that can be continued in ``root``.
+    """The job that can be continued in ``root``; None if there is none.
 
-    Without a job file the folder is the debris of a run killed in its first moments, or while it removed
-    it; without a checkpoint, of one killed just after it published OUT.
+    There is no job file if a run was killed just after it created the folder, or while it removed it. There
+    is no checkpoint if a run was killed just after it published OUT.
     """
     path = root / "work" / "job.json"
     if not (root / "checkpoint").is_dir():
@@ -208,7 +215,7 @@ def _read_job(root: Path) -> dict[str, Any] | None:
 
 
 def _remove(root: Path) -> None:
-    """Removes a workspace: its job first, so that a run killed meanwhile leaves nothing to go on with."""
+    """Removes a workspace, its job file first, so that a run killed meanwhile leaves no job to continue."""
     with contextlib.suppress(OSError):
         (root / "work" / "job.json").unlink()
     shutil.rmtree(root, ignore_errors=True)

@@ -4,11 +4,11 @@ An op is a folder. Its ``call.py`` has ``Call``, a NamedTuple of the op's argume
 ``cost(call)`` and ``describe(call)``. An implementation is a module in the folder that has one of the names
 in ``devices.IMPLEMENTATIONS``, which also say for which devices it is. The module has
 
-* ``run(call, config)``: computes the op; * ``unsupported(call) -> str | None``: why the implementation cannot
-run this call; None if it can; * ``configs(call) -> Sequence[Configuration]``: what it can run the call with,
-the default first; a sweep tries
-  the others. ``run`` gets the winner of a sweep of this call on this device if there is one (``tuning``),
-  else the default.
+* ``run(call, config)``: computes the op.
+* ``unsupported(call) -> str | None``: why the implementation cannot run this call; None if it can.
+* ``configs(call) -> Sequence[Configuration]``: what it can run the call with, the default first; a sweep
+  tries the others. ``run`` gets the winner of a sweep of this call on this device if there is one
+  (``tuning``), else the default.
 
 The reference has only ``run``. It can run every call, and gets None for ``config``.
 """

@@ -246,9 +246,12 @@ class LayerOf(Generic[Weight]):
 
     def cut(self) -> Weight:
         """The weight, with arrays of its own."""
-        return jax.tree.map(
-            lambda leaf: lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False), self.stack
-        )
+        return jax.tree.map(lambda array: at_layer(array, self.layer), self.stack)
+
+
+def at_layer(stack: Shaped[Array, "layers *shape"], layer: Int32[Array, ""]) -> Shaped[Array, "*shape"]:
+    """The array of one layer, whose index is not negative: a GPU would pay for handling that in each layer."""
+    return lax.dynamic_index_in_dim(stack, layer, keepdims=False, allow_negative_indices=False)
 
 
 def like(weight: Weight | LayerOf[Weight]) -> Weight:

@@ -1,4 +1,4 @@
-"""The blocks a layer is made of, in the order in which they run. Another kind of block is one more file."""
+"""The blocks that a decoder layer is made of, in the order in which they run; each is a module here."""
 
 from __future__ import annotations
 

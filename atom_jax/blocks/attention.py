@@ -1,4 +1,4 @@
-"""Grouped-query attention over the paged cache. Queries, keys and values are one linear."""
+"""The attention block: grouped-query attention over the paged cache. q, k and v are one fused linear."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from atom_jax.layers import attention_input, norm_input
 from atom_jax.rope import rope_table
 from pallas_kernels import PagedKVCache, kv_append, paged_attention
 
-# The window of a layer that sees everything: longer than any sequence, and position - window is an int32.
+# The window size of a layer without a window: longer than any sequence, and small enough that
+# position - window fits into an int32.
 _UNBOUNDED = 2**30
 
 _LINEARS = (
@@ -37,7 +38,7 @@ _LINEARS = (
 
 
 def _vectors(config: ModelConfig) -> dict[str, tuple[int]]:
-    """The norm before the block, norms over head_dim, the mean of the keys, biases."""
+    """Shape of each float vector: the norm before the block, q and k norms, the mean of the keys, biases."""
     shapes = {"input_norm": (config.hidden_size,)}
     if config.qk_norm:
         shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
@@ -47,7 +48,7 @@ def _vectors(config: ModelConfig) -> dict[str, tuple[int]]:
 
 
 def make_step(positions: Int32[Array, "batch seq"], cache: PagedKVCache, config: ModelConfig) -> Step:
-    """The step for tokens at ``positions``."""
+    """What all layers share in a forward pass over tokens at ``positions`` (negative for padding)."""
     cos, sin = rope_table(positions.reshape(-1), config.rope, config.head_dim)
     key_rope = None
     if cache.kv_rope == "pre":
@@ -56,12 +57,15 @@ def make_step(positions: Int32[Array, "batch seq"], cache: PagedKVCache, config:
 
 
 def layer_window(config: ModelConfig, layer: Int32[Array, ""]) -> Int32[Array, ""] | None:
-    """The sliding window of a layer as data, so that one program serves all layers; None if none has one."""
+    """The sliding window of a layer, in tokens; None if no layer has a window.
+
+    It is an array, not a Python number, so that one compiled program serves all layers.
+    """
     windows = [_UNBOUNDED if window is None else window for window in config.windows]
     if min(windows, default=_UNBOUNDED) == _UNBOUNDED:
         return None
     if len(set(windows)) == 1:
-        return jnp.int32(windows[0])  # looked up in an array, it would be a launch a layer
+        return jnp.int32(windows[0])  # a lookup in an array would launch a kernel in each layer
     return jnp.asarray(windows, jnp.int32)[layer]
 
 

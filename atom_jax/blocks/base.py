@@ -1,7 +1,7 @@
-"""What a block of a layer is: the linears and vectors it has, declared once, and how it runs.
+"""The types that declare a block of a layer: the linears and vectors it has, and how it runs.
 
-Shapes, checkpoints, the converter's passes and what else asks about the linears of a layer derive from these
-declarations (``atom_jax.structure``).
+Each block is declared once. All code that needs to know the linears of a layer, such as shapes, checkpoints
+and the converter's passes, derives them from these declarations (``atom_jax.structure``).
 """
 
 from __future__ import annotations
@@ -17,24 +17,28 @@ from atom_jax.config import ModelConfig
 from atom_jax.layers import Activation, linear
 from pallas_kernels import PagedKVCache, QuantizedActivation
 
-# What makes the input of a linear.
+# The operation that produces the input of a linear.
 Producer = Literal["input_norm", "attention", "post_attention_norm", "silu"]
-# Called with the name of a linear and its input before it is multiplied; returns what is multiplied.
+# Called with the name of a linear and its input; returns the input to multiply instead, or the same one.
 OnInput = Callable[[str, Float[Array, "m k"]], Float[Array, "m k"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """One linear ``[rows, channels]`` of a layer.
+    """One linear of a layer, with a weight of shape ``[rows, channels]``.
+
+    ``rows``, ``channels`` and ``has_bias`` are functions of the model's configuration.
 
     Attributes:
-      name: of the projection.
-      producer: of its input. A norm reads the residual stream; ``silu`` is the activation of gate and up.
-      rows, channels: of its weight: output and input channels.
-      has_bias: whether the model gives it one.
-      residual: its output is added to the residual stream.
-      split: the axis of the weight that several devices may share: the rows, of which each then has its heads
-        or inner channels, or the channels that these are for the next linear.
+      name: name of the projection, e.g. "qkv".
+      producer: the operation that produces its input. The norms normalize the residual stream; ``silu``
+        stands for ``silu(gate) * up``.
+      rows: number of rows of the weight, which are the output channels.
+      channels: number of columns of the weight, which are the input channels.
+      has_bias: whether the linear has a bias in a model of this configuration.
+      residual: whether its output is added to the residual stream.
+      split: the axis along which the weight can be divided among devices. With "rows" each device computes
+        some of the heads or of the MLP's inner channels; with "channels" it multiplies those it computed.
     """
 
     name: str
@@ -47,7 +51,7 @@ class Linear:
 
     @property
     def reads_residual(self) -> bool:
-        """Whether its input is the residual stream, normalized."""
+        """Whether its input is the normalized residual stream."""
         return self.producer in ("input_norm", "post_attention_norm")
 
     @property
@@ -60,7 +64,10 @@ class Linear:
 
     @property
     def indices(self) -> str | None:
-        """The order in which its input may be gathered at run time; None where the producer takes any."""
+        """Name of the parameter with the order in which the input is gathered at run time.
+
+        None where no gather is ever needed: the rows of gate and up can be stored in any order.
+        """
         return None if self.producer == "silu" else f"{self.name}_indices"
 
     def shape(self, config: ModelConfig) -> tuple[int, int]:
@@ -68,7 +75,16 @@ class Linear:
 
 
 class Step(NamedTuple):
-    """What every layer of one forward pass shares: where its tokens stand."""
+    """What all layers share in one forward pass: the positions of its tokens, and what follows from them.
+
+    Attributes:
+      positions: position of each token in its sequence; negative for padding.
+      slots: the slot of the cache in which each token's key and value are stored; -1 for padding.
+      cos: RoPE's cosines at ``positions``.
+      sin: RoPE's sines at ``positions``.
+      key_rope: cosines and sines at all positions of the cache, for keys that are cached before RoPE; None
+        if keys are cached after RoPE.
+    """
 
     positions: Int32[Array, "batch seq"]
     slots: Int32[Array, "batch*seq"]
@@ -82,10 +98,10 @@ class LayerParams:
     """The parameters of one layer as its blocks use them.
 
     Attributes:
-      param: the value of a parameter by its name; None where this family has none.
-      config: of the model.
-      dtype: of the residual stream and of what the linears return.
-      on_input: sees the input of each linear, and may replace it; for float weights only.
+      param: returns the value of the parameter of a name; None if the model does not have it.
+      config: configuration of the model.
+      dtype: dtype of the residual stream and of the linears' outputs.
+      on_input: called with the input of each linear, which it may replace; for float weights only.
     """
 
     param: Callable[[str], Any]
@@ -96,7 +112,7 @@ class LayerParams:
     def project(
         self, name: str, inputs: Activation, residual: Float[Array, "m n"] | None = None
     ) -> Float[Array, "m n"]:
-        """``inputs`` times the linear of this name, plus its bias and ``residual``, where there are any."""
+        """The output of the linear ``name``: ``inputs @ weight.T``, plus its bias and ``residual`` if any."""
         if self.on_input is not None:
             assert not isinstance(inputs, QuantizedActivation), "on_input is for float weights"
             inputs = self.on_input(name, inputs)
@@ -108,10 +124,11 @@ class Block:
     """One part of a layer that reads the residual stream and adds to it.
 
     Attributes:
-      linears: in the order in which they run.
-      vectors: shape of each float vector that a model of this configuration has in it: norms, biases.
-      run: ``(x, cache, layer, step, params)``, returns the residual stream after the block and the cache;
-        ``layer`` is the index in the cache, and in the windows of the configuration.
+      linears: the linears of the block, in the order in which they run.
+      vectors: gives the shape of each float vector (norms, biases) that the block has in a model of a
+        configuration, by name.
+      run: called with ``(x, cache, layer, step, params)``; returns the residual stream after the block, and
+        the cache. ``layer`` is the index of the layer in the cache and in the windows of the configuration.
     """
 
     linears: tuple[Linear, ...]
@@ -123,5 +140,5 @@ class Block:
 
 
 def bias_shapes(linears: tuple[Linear, ...], config: ModelConfig) -> dict[str, tuple[int]]:
-    """Of the linears that have one."""
+    """Shape of each bias, by its name, of the linears that have a bias."""
     return {linear.bias: (linear.rows(config),) for linear in linears if linear.has_bias(config)}

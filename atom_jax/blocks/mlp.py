@@ -1,4 +1,4 @@
-"""The gated MLP (SwiGLU). Gate and up are one linear."""
+"""The MLP block: a gated MLP (SwiGLU). Gate and up are one fused linear."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LINEARS = (
 
 
 def _vectors(config: ModelConfig) -> dict[str, tuple[int]]:
-    """The norm before the block, biases."""
+    """Shape of each float vector: the norm before the block, biases."""
     return {"post_attention_norm": (config.hidden_size,)} | bias_shapes(_LINEARS, config)
 
 

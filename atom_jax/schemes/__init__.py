@@ -1,4 +1,4 @@
-"""The schemes by name. Each is a module here; how a weight gets into one is in ``convert/schemes``."""
+"""All quantization schemes by name. Each is a module here; ``convert/schemes`` quantizes weights for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a scheme is: the settings it has, what it stores of a linear, and how that is multiplied."""
+"""The types that define a quantization scheme: its settings, how it stores a linear and multiplies it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pallas_kernels.qarrays import PACK_TILE, ActivationFormat, num_tiles
 if TYPE_CHECKING:
     from atom_jax.config import Format
 
-# Name -> shape and dtype of an array on disk.
+# Shape and dtype of each array on disk, by its name.
 WeightSpecs = dict[str, jax.ShapeDtypeStruct]
 
 
@@ -36,12 +36,14 @@ class WeightFormat:
     """How a scheme stores a quantized linear.
 
     Attributes:
-      pytree: the type in memory; its arrays have the names of the stored ones.
-      specs: shape and dtype of each stored array, from rows N, channels K, group size and outliers. Scales
-        are bfloat16 on disk and float32 in memory. Orbax stores no empty arrays, so these are left out.
-      matmul: the op of ``pallas_kernels`` that multiplies with it.
-      activation: how its input is quantized, from the weight and ``clip_a``; None: not at all.
-      grouped: whether channels are in groups at all.
+      pytree: type of the weight in memory; its arrays have the same names as the stored ones.
+      specs: called with the number of rows N, of input channels K, the group size and the number of outliers;
+        returns shape and dtype of each array. Scales are bfloat16 on disk and float32 in memory. Empty
+        arrays are not stored, because Orbax does not support them.
+      matmul: the op of ``pallas_kernels`` that multiplies by such a weight.
+      activation: called with the weight and ``clip_a``; returns the format to which the input is quantized.
+        None if the input stays in floating point.
+      grouped: whether the input channels are divided into groups.
     """
 
     pytree: type
@@ -51,7 +53,7 @@ class WeightFormat:
     grouped: bool = True
 
     def stored(self, shape: tuple[int, int], format: Format) -> WeightSpecs:
-        """What is on disk of a linear [N, K]; AtomError if its K does not suit the groups."""
+        """Specs of the stored arrays of a linear [N, K]; AtomError if K is not outliers plus whole groups."""
         group_size = self._group_size(shape[1], format)
         specs = self.specs(*shape, group_size, format.num_outliers)
         return {name: spec for name, spec in specs.items() if 0 not in spec.shape}
@@ -59,11 +61,12 @@ class WeightFormat:
     def revive(
         self, stored: Mapping[str, np.ndarray], shape: tuple[int, int], format: Format
     ) -> PackedWeight:
-        """The weight, or stack of weights, on the default device.
+        """The weight, or a stack of weights, on the default device.
 
         Args:
-          stored: the arrays of ``stored``, perhaps with leading dimensions.
-          shape: [N, K].
+          stored: the arrays on disk by name; those of a stack of weights have leading dimensions.
+          shape: shape [N, K] of the linear.
+          format: format of the checkpoint.
         """
         group_size = self._group_size(shape[1], format)
         specs = self.specs(*shape, group_size, format.num_outliers)
@@ -89,14 +92,14 @@ class WeightFormat:
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """One way to store and multiply linears; each is a module of this package, whose ``SCHEME`` it is.
+    """One way to store and multiply linears. Each module of this package defines one, as ``SCHEME``.
 
     Attributes:
-      name: what a user writes.
-      about: in a few words, for help and error messages.
-      weight: of a linear; None where linears stay floats and nothing is calibrated.
-      unused: settings of ``Format`` that it has no use for, and the one value they have in it.
-      defaults: of its settings, where they are not those of ``Format``.
+      name: the name by which users choose the scheme.
+      about: description in a few words, for help and error messages.
+      weight: how a linear is stored and multiplied; None if linears are not quantized.
+      unused: the settings of ``Format`` that the scheme does not use, with the value that each must have.
+      defaults: default values of its settings that differ from those of ``Format``.
     """
 
     name: str
@@ -106,21 +109,22 @@ class Scheme:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def has(self, setting: str) -> bool:
-        """Whether the setting changes anything in it."""
+        """Whether the scheme uses the setting of this name."""
         return setting not in self.unused
 
 
-# Of schemes that keep no outliers and quantize activations, if at all, one scale a token.
+# Unused settings of the schemes without outlier channels. If they quantize activations, it is with one scale
+# for each token.
 NO_OUTLIERS: dict[str, Any] = {"num_outliers": 0, "clip_a": 1.0, "gather_inputs": False}
 
 
 def spec(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-    """One stored array."""
+    """The spec of one stored array."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def int4_groups_with_zeros(rows: int, channels: int, group_size: int) -> WeightSpecs:
-    """Packed unsigned INT4 values and the zero point of each group."""
+    """Specs of packed INT4 values (signed, -8 to 7) and of the zero point of each group and row."""
     return {
         "packed": spec((rows, num_tiles(channels) * PACK_TILE // 2), jnp.int8),
         "zeros": spec((channels // group_size, rows), jnp.int8),

@@ -1,4 +1,4 @@
-"""Linears of bfloat16, multiplied by XLA: what the others are compared with."""
+"""Linears in bfloat16, multiplied by XLA: the baseline for the other schemes."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pallas_kernels.qarrays import PACK_TILE, num_tiles
 
 
 def _specs(rows: int, channels: int, group_size: int, num_outliers: int) -> WeightSpecs:
-    """INT4 groups, then the outliers, which are one more group of scales."""
+    """INT4 groups, then the INT8 outlier channels, which have the last row of ``scales``."""
     body = channels - num_outliers
     return {
         "packed": spec((rows, num_tiles(body) * PACK_TILE // 2), jnp.int8),

@@ -1,4 +1,4 @@
-"""INT4 weights of two levels of scales, INT8 activations, one scale a token (QServe, arXiv 2405.04532)."""
+"""INT4 weights with two levels of scales, INT8 activations one scale a token (QServe, arXiv 2405.04532)."""
 
 from __future__ import annotations
 

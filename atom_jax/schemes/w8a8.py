@@ -1,4 +1,4 @@
-"""INT8 weights and activations, one scale a row of each (SmoothQuant, arXiv 2211.10438)."""
+"""INT8 weights and activations, with one scale for each row of both (SmoothQuant, arXiv 2211.10438)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pallas_kernels import QuantizedWeight, grouped_matmul
 
 
 def _specs(rows: int, channels: int, group_size: int, num_outliers: int) -> WeightSpecs:
-    """A weight without groups: its INT8 tail alone."""
+    """A ``QuantizedWeight`` without INT4 groups: all channels are in its INT8 part, ``outliers``."""
     return {
         "packed": spec((rows, 0), jnp.int8),
         "outliers": spec((rows, channels), jnp.int8),

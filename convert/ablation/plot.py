@@ -1,4 +1,4 @@
-"""The ablation as a bar chart; needs matplotlib (``pip install 'atom-jax[bench]'``)."""
+"""Draws the results of an ablation as a bar chart; needs matplotlib (``pip install 'atom-jax[bench]'``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from convert.ablation.results import full_label
 
 PLOT_FILE = "ablation.png"
-_HEIGHT = 0.8  # of all bars of a step together
+_HEIGHT = 0.8  # height of all bars of a step together; steps are 1 apart
 
 
 def can_plot() -> bool:
@@ -19,13 +19,16 @@ def can_plot() -> bool:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Draws perplexity over float of each step, a bar for each text, the paper's as a mark; log scale.
+    """Draws each step's perplexity over that of the float model, on a logarithmic scale.
+
+    Each text has a bar, and the paper's result is a mark.
 
     Args:
       report: what ``convert.ablation.run.ablate`` returns.
-      path: of the file; its suffix says the format.
+      path: path of the image file; its suffix determines the format.
     """
-    # By name: an optional library, absent where types are checked. No pyplot: it would look for a display.
+    # Imported by name, because type checkers may not find the optional library. pyplot is not used, because
+    # it would look for a display.
     figures: Any = importlib.import_module("matplotlib.figure")
     rows = [row for row in report["steps"] if "error" not in row]
     texts = list(report["job"]["texts"])

@@ -1,4 +1,4 @@
-"""What an ablation found: rows that survive an interruption, and the report that is made of them."""
+"""The results of an ablation on disk: rows that survive an interruption, and the report made from them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ _CALIBRATION_FILE = "calibration.npy"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What was measured of a step.
+    """The measurements of one step.
 
     Attributes:
-      recipe: its settings, as ``make_recipe`` takes them.
-      perplexity: by text.
-      bits_per_weight: of the linears in the layers as stored, scales included.
-      bytes: of all parameters of the checkpoint.
+      name: name of the step.
+      recipe: settings of its recipe, as ``make_recipe`` takes them.
+      simulated: as ``AblationStep.simulated``.
+      perplexity: perplexity on each text, by the name of the text.
+      bits_per_weight: stored bits for each weight of the layers' linears, scales and padding included.
+      bytes: size of all parameters in a checkpoint.
+      seconds: time of the step.
     """
 
     name: str
@@ -43,10 +46,14 @@ class Row:
 class Results:
     """The folder of an ablation: ``ablation.json`` and the calibration windows.
 
-    A row is found again only if all that it depends on is the same: the job and its recipe.
+    A row is reused only if everything it depends on is the same: the job and the recipe.
+
+    Args:
+      folder: folder of the ablation; created if it does not exist.
+      job: everything that all rows depend on, as JSON data.
 
     Raises:
-      AtomError: the folder cannot be made or read, or holds an ablation with another job.
+      AtomError: the folder cannot be created or read, or holds the ablation of another job.
     """
 
     def __init__(self, folder: Path, job: dict[str, Any]) -> None:
@@ -68,7 +75,7 @@ class Results:
             )
 
     def get(self, step: AblationStep, recipe: Recipe) -> Row | None:
-        """The row of a step, if it was measured before with this recipe."""
+        """The row of a step; None if it has not been measured with this recipe."""
         for row in self._data["steps"]:
             same = row["name"] == step.name and row["simulated"] == step.simulated
             if same and row.get("recipe") == recipe.settings():
@@ -76,22 +83,22 @@ class Results:
         return None
 
     def put(self, row: Row) -> None:
-        """Adds a row, in place of one of that name, and writes it."""
+        """Adds a row, in place of an earlier row of the same name, and writes the file."""
         others = [other for other in self._data["steps"] if other["name"] != row.name]
         self._data["steps"] = [*others, dataclasses.asdict(row)]
         self._write(self._data)
 
     def write_report(self, report: dict[str, Any]) -> None:
-        """What ``report_of`` makes of the rows, in their place: later runs find them in it."""
+        """Writes the result of ``report_of``, which contains the rows, so that later runs find them in it."""
         self._write(report)
 
     @property
     def calibration(self) -> dict[str, Any] | None:
-        """What is known of the calibration windows; None as long as no step needed them."""
+        """Kind, name, shape and hash of the calibration windows; None if no step has needed them."""
         return self._data["calibration"]
 
     def read_calibration(self) -> Calibration | None:
-        """The calibration windows of an earlier run of this job."""
+        """The calibration windows of an earlier run of this job; None if they are missing or were changed."""
         about, path = self._data["calibration"], self.folder / _CALIBRATION_FILE
         if about is None or not path.exists():
             return None
@@ -118,11 +125,18 @@ def report_of(
 ) -> dict[str, Any]:
     """The contents of ``ablation.json`` when all steps are measured.
 
+    Args:
+      job: everything that all rows depend on.
+      steps: the steps in order.
+      wanted: recipe of each step, by its name.
+      results: the rows.
+      misfits: for each step that is not possible for this model, the reason, by the step's name.
+
     Returns:
-      ``job``: what all rows depend on; ``calibration``: the windows used; ``paper``: what the column of that
-      name is of; ``steps``: for each its row and, by text, ``ratio``, its perplexity over the first step's,
-      and ``change``, its perplexity over that of the step it is ``after``, less 1. A branch that the model's
-      sizes do not allow has ``error`` instead.
+      A dict with ``job``; ``calibration``, about the calibration windows; ``paper``, the model and the float
+      perplexity of the paper's numbers; and ``steps``. Each step has the fields of its row and, for each
+      text, ``ratio``, its perplexity over that of the first step, and ``change``, its perplexity over that
+      of the step named in ``after``, minus 1. A step that is not possible has ``error`` instead.
     """
     found = {step.name: results.get(step, wanted[step.name]) for step in steps}
     rows = []
@@ -155,13 +169,13 @@ def _over(values: Mapping[str, float], others: Mapping[str, float], less: float 
 
 
 def full_label(row: dict[str, Any]) -> str:
-    """What to call a step of the report: "+ ..." goes on with the one before, "or: ..." is a branch."""
+    """The label of a step for tables and plots: "+ ..." adds to the step before it, "or: ..." is a branch."""
     prefix = "" if row["after"] is None else "or: " if row["branch"] else "+ "
     return f"{prefix}{row['label']}{' (simulated)' if row['simulated'] else ''}"
 
 
 def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The heading and the cells of each step, as text."""
+    """The report as a table of text: the heading, and a row of cells for each step."""
     texts = list(report["job"]["texts"])
     heading = ["step"]
     for text in texts:

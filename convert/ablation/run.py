@@ -1,4 +1,4 @@
-"""The ablation: every step quantized in memory, layer by layer, and measured on the same texts."""
+"""Runs an ablation: quantizes a model by the recipe of each step, in memory, and measures its perplexity."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from convert.ablation.simulation import run_simulated, simulate_layer
 from convert.ablation.steps import AblationStep, make_steps, recipes
 from convert.ablation.texts import load_texts
 from convert.calibrate.statistics import on_device
-from convert.calibrate.texts import SEQ_LEN, Calibration, load_calibration
+from convert.calibrate.texts import Calibration, load_calibration, window_length
 from convert.card import versions
 from convert.float_model import FloatParams, read_layer, read_shared
 from convert.groups import CHOOSABLE, choose_groups
@@ -43,12 +43,13 @@ from convert.streaming import Windows, batches, embed, residual_perplexity, run_
 
 @dataclasses.dataclass(frozen=True)
 class AblationOptions:
-    """What the steps share; those of ``ConvertOptions`` mean the same.
+    """The options that all steps share. Fields that ``ConvertOptions`` has too mean the same as there.
 
     Attributes:
-      texts: files to measure perplexity on; none for those of ``convert.ablation.texts``.
-      eval_tokens: how many tokens of each text, from its start.
-      group_size: None to choose it for the model; likewise ``num_outliers``.
+      group_size: group size of the steps that have groups; None to choose one that suits the model.
+      num_outliers: number of outliers of the steps that have them; None to choose one that suits the model.
+      texts: files on which to measure perplexity; if empty, the texts of ``convert.ablation.texts`` are used.
+      eval_tokens: number of tokens of each text to use, from its start.
     """
 
     group_size: int | None = None
@@ -68,16 +69,17 @@ def ablate(
     progress: StageProgress | None = None,
     steps: Sequence[AblationStep] | None = None,
 ) -> dict[str, Any]:
-    """Measures every step and writes ``out/ablation.json`` after each, so that an interrupted run goes on.
+    """Measures every step and writes ``out/ablation.json`` after each; an interrupted run can be continued.
 
     No checkpoint is written, and one layer is in memory at a time. A step's perplexity is that of the
-    checkpoint which ``convert`` makes of the same recipe and calibration text.
+    checkpoint that ``convert`` makes with the same recipe and calibration text.
 
     Args:
-      src: what ``convert.sources.open_source`` takes.
-      out: folder, made if it is not there.
+      src: folder, file, Hub id or URL, see ``convert.sources.open_source``.
+      out: folder for the results; created if it does not exist.
+      options: the options that all steps share.
       progress: called with (stage, done, total).
-      steps: those of ``make_steps`` if None.
+      steps: the steps; None for those of ``make_steps``.
 
     Returns:
       What is in ``ablation.json``, see ``convert.ablation.results.report_of``.
@@ -107,7 +109,7 @@ def ablate(
 
 
 def groups(config: ModelConfig, options: AblationOptions) -> tuple[int, int]:
-    """The group size and the number of outliers: those asked for, or that suit every linear."""
+    """Group size and number of outliers: those in ``options``, or else values that suit every linear."""
     asked = {name: getattr(options, name) for name in CHOOSABLE}
     given = {name: value for name, value in asked.items() if value is not None}
     format = choose_groups(config.replace(format=preset("w4a4kv4", **given)), CHOOSABLE - given.keys())
@@ -116,7 +118,7 @@ def groups(config: ModelConfig, options: AblationOptions) -> tuple[int, int]:
 
 
 def _misfits(config: ModelConfig, steps: Sequence[AblationStep], wanted: dict[str, Recipe]) -> dict[str, str]:
-    """Why a branch is not possible for the model's sizes, by name; AtomError if it is a step of the chain."""
+    """Why branches do not suit the model, by name; AtomError if a step that is no branch does not suit it."""
     found = {}
     for step in steps:
         try:
@@ -147,7 +149,17 @@ def _job(source: Source, options: AblationOptions, texts: dict[str, np.ndarray])
 
 @dataclasses.dataclass(frozen=True)
 class _Ablation:
-    """What the steps of one ablation share; each part is made when a step first needs it."""
+    """What the steps of one ablation share.
+
+    Attributes:
+      source: the float model.
+      options: the options that all steps share.
+      texts: token ids of each evaluation text, by name.
+      tokenizer: folder with the tokenizer of the model.
+      results: the folder of the ablation.
+      progress: called with (stage, done, total).
+      orders: cache of the order of the residual stream, by whether the model is rotated.
+    """
 
     source: Source
     options: AblationOptions
@@ -159,7 +171,7 @@ class _Ablation:
 
     @functools.cached_property
     def calibration(self) -> Calibration:
-        """The calibration windows, the same for all steps; kept beside the results."""
+        """The calibration windows, the same for all steps; stored with the results."""
         kept = self.results.read_calibration()
         if kept is not None:
             return kept
@@ -176,21 +188,21 @@ class _Ablation:
 
     @functools.cached_property
     def eval_windows(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """The windows and their lengths of each text."""
+        """The windows of each evaluation text and their lengths, by the name of the text."""
         config = self.source.config
-        seq_len = min(SEQ_LEN, config.max_position_embeddings)
+        seq_len = window_length(config)
         return {
             name: make_windows(tokens, config=config, seq_len=seq_len, max_tokens=None)
             for name, tokens in self.texts.items()
         }
 
     def measure(self, step: AblationStep, recipe: Recipe) -> Row:
-        """Quantizes the model as the step says, running all windows through each layer as it is made."""
+        """Measures a step: quantizes layer by layer, and runs all windows through each quantized layer."""
         started = time.perf_counter()
         source = Rotated(self.source) if recipe.rotate else self.source
         config = source.config.replace(format=recipe.format)
         shared, order, calibration = self._start(source, recipe)
-        if recipe.format.quantizes_linears:  # as a checkpoint stores it
+        if recipe.format.quantizes_linears:  # rounded as in a checkpoint
             stored = stored_form(shared, shared_specs(config))
             shared = {name: value.astype(np.float32) for name, value in stored.items()}
         evaluated = {
@@ -226,7 +238,12 @@ class _Ablation:
         )
 
     def _start(self, source: Source, recipe: Recipe) -> tuple[FloatParams, ResidualOrder | None, Windows]:
-        """Embedding, norm, head; the order of the residual stream; that stream of the calibration windows."""
+        """What a step needs before its first layer.
+
+        Returns:
+          Embedding, norm and head; the order of the residual stream (None unless ``reorder="folded"``); and
+          the residual stream of the calibration windows in this order (no windows without calibration).
+        """
         shared = read_shared(source)
         if not needs_calibration(recipe):
             return shared, None, np.zeros((0, 1, source.config.hidden_size), np.float32)
@@ -263,9 +280,9 @@ def _stored_bytes(specs: Any) -> int:
 
 
 def _bits_per_weight(config: ModelConfig, *, simulated: bool) -> float:
-    """Of the linears in the layers, scales and padding included."""
+    """Stored bits for each weight of the linears in the layers, scales and padding included."""
     shapes = linear_shapes(config).values()
     size = sum(_stored_bytes(linear_spec(shape, config)) for shape in shapes)
-    if simulated:  # two bytes an outlier instead of one
+    if simulated:  # an outlier has two bytes instead of one
         size += sum(rows * config.format.num_outliers for rows, _ in shapes)
     return 8 * size / sum(math.prod(shape) for shape in shapes)

@@ -1,8 +1,8 @@
-"""The paper's step "outliers in FP16" (section 4.1), simulated in floating point.
+"""Simulates the paper's ablation step "outliers in FP16" (section 4.1) in floating point.
 
-No checkpoint type stores it and no kernel multiplies it: the body of weights and activations is rounded to
-INT4 as ever and made float again, the outliers are left as they are, and XLA multiplies floats. It is here to
-tell what INT8 outliers cost, and nowhere else.
+No scheme can store this format and no kernel supports it. The channels of weights and activations that are
+not outliers are rounded to INT4 as usual and converted back to float, the outlier channels stay as they are,
+and XLA multiplies floats. Only the ablation uses this, to show what INT8 outliers cost.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ def simulate_layer(
     config: ModelConfig,
     recipe: Recipe,
 ) -> dict[str, Any]:
-    """A float layer whose linears are rounded to nearest in all but their outlier channels.
+    """A float layer whose weights are rounded to INT4, to nearest, except for their outlier channels.
 
-    Arguments are those of ``convert.quantize_layer.quantize_on_windows``; what ``run_simulated`` takes.
+    Arguments are those of ``convert.quantize_layer.quantize_on_windows``. The result is for
+    ``run_simulated``.
     """
     order_alone = recipe.replace(migrate=False, smooth_keys=0.0, center_keys=False)
     statistics = layer_statistics(tree, windows, config, with_inputs=False)
@@ -57,7 +58,7 @@ def simulate_layer(
 def run_simulated(
     params: Mapping[str, Array], x: Float32[Array, "batch seq hidden"], *, config: ModelConfig
 ) -> Float32[Array, "batch seq hidden"]:
-    """``convert.streaming.run_windows`` for a layer of ``simulate_layer``."""
+    """``convert.streaming.run_windows`` for a layer of ``simulate_layer``, with rounded inputs of linears."""
 
     def round_input(name: str, inputs: Float32[Array, "m k"]) -> Float32[Array, "m k"]:
         return _round_body(inputs, params.get(f"{name}_indices"), config.format)
@@ -68,7 +69,7 @@ def run_simulated(
 def _round_body(
     x: Float32[Array, "m k"], indices: Int32[Array, " k"] | None, format: Format
 ) -> Float32[Array, "m k"]:
-    """``x`` in stored order, rounded to INT4 in all but the outliers."""
+    """``x`` gathered by ``indices`` if given, then rounded to INT4 except for the outlier channels."""
     ordered = x if indices is None else jnp.take(x, indices, axis=-1)
     body = x.shape[-1] - format.num_outliers
     fmt = ActivationFormat(format.group_size or body, 0, format.clip_a)

@@ -1,4 +1,4 @@
-"""The steps of the ablation, as data: what each changes, and what the paper measured for it."""
+"""The steps of the ablation as data: what each step changes, and the paper's perplexity for it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from typing import Any
 
 from convert.recipe import Recipe, make_recipe
 
-# Perplexity of WikiText2 under Llama-7B, with groups of 128 and 128 outliers (Atom, arXiv 2310.19102).
+# The model of the paper's ablation: its numbers are perplexity on WikiText2, with groups of 128 and 128
+# outliers (Atom, arXiv 2310.19102).
 PAPER_MODEL = "Llama-7B"
 
 
 @dataclasses.dataclass(frozen=True)
 class AblationStep:
-    """One idea, on top of another step.
+    """One idea, added to the recipe of an earlier step (``bases``).
 
     Attributes:
-      name: in the JSON; unique.
-      label: what is new, in a few words.
-      changes: settings, as ``make_recipe`` takes them.
-      branch: nothing is added to it; the next step goes on from the last one that is no branch, as this does.
-      paper: the paper's perplexity of the same step, see ``PAPER_MODEL``.
-      simulated: outliers stay in floating point, which no checkpoint stores and no kernel multiplies
+      name: unique name of the step, used in the JSON file.
+      label: what is new in the step, in a few words.
+      changes: settings that differ from those of the earlier step, as ``make_recipe`` takes them.
+      branch: whether no later step builds on this one. Every step builds on the last step before it that is
+        not a branch.
+      paper: the paper's perplexity for the same step (see ``PAPER_MODEL``); None if it has no such step.
+      simulated: whether the step is only simulated, with outliers in floating point
         (``convert.ablation.simulation``).
     """
 
@@ -36,7 +38,7 @@ class AblationStep:
 
 FLOAT = AblationStep("float", "float", {}, paper=5.68)
 
-# Every setting is named: one that is new must not enter the first step by its default.
+# Every setting is listed, so that a setting added to the recipe cannot change this step by its default value.
 _NAIVE: dict[str, Any] = {
     "scheme": "w4a4kv4",
     "group_size": None,
@@ -56,7 +58,7 @@ _NAIVE: dict[str, Any] = {
 
 
 def make_steps(group_size: int, num_outliers: int) -> tuple[AblationStep, ...]:
-    """The paper's ideas in the paper's order, then this project's, then what was tried instead."""
+    """The ideas of the paper in its order, then those of this project, then branches with alternatives."""
     outliers = {"num_outliers": num_outliers, "reorder": "per_layer"}
     clip = {"clip_w": 0.85, "clip_a": 0.9}
     return (
@@ -70,7 +72,7 @@ def make_steps(group_size: int, num_outliers: int) -> tuple[AblationStep, ...]:
         AblationStep("clip", "clipping", clip, paper=6.13),
         AblationStep("gptq", "GPTQ", {"gptq": True}, paper=6.04),
         AblationStep("kv4", "INT4 KV cache", {"kv_bits": 4}, paper=6.16),
-        # This project's.
+        # Ideas of this project.
         AblationStep("folded", "one order for all layers, folded", {"reorder": "folded"}),
         AblationStep("post-rope", "keys quantized after RoPE", {"kv_rope": "post"}),
         AblationStep("kv-groups", "two scales for each cached head", {"kv_groups": 2}),
@@ -78,7 +80,7 @@ def make_steps(group_size: int, num_outliers: int) -> tuple[AblationStep, ...]:
         AblationStep("center-keys", "mean of the keys removed", {"center_keys": True}),
         AblationStep("migrate", "scales migrated", {"migrate": True}),
         AblationStep("clip-search", "clipping of weights searched", {"clip_w": None}),
-        # Instead.
+        # Alternatives.
         AblationStep("rotated", "rotated first", {"rotate": True}, branch=True),
         AblationStep(
             "rotated-only", "rotated, no outliers", {"rotate": True, "num_outliers": 0}, branch=True
@@ -87,7 +89,7 @@ def make_steps(group_size: int, num_outliers: int) -> tuple[AblationStep, ...]:
 
 
 def recipes(steps: Sequence[AblationStep]) -> dict[str, Recipe]:
-    """The whole recipe of each step, by name."""
+    """The complete recipe of each step, by its name."""
     found: dict[str, Recipe] = {}
     for step, base in zip(steps, bases(steps), strict=True):
         if step.name == FLOAT.name:
@@ -100,7 +102,7 @@ def recipes(steps: Sequence[AblationStep]) -> dict[str, Recipe]:
 
 
 def bases(steps: Sequence[AblationStep]) -> list[str | None]:
-    """The name of the step that each is added to and compared with; None for the first."""
+    """For each step, the name of the step that it adds to and is compared with; None for the first step."""
     found: list[str | None] = []
     last = None
     for step in steps:

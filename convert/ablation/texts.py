@@ -1,4 +1,4 @@
-"""The texts that perplexity is measured on: given files, or two that every CPython has."""
+"""Loads the texts on which the ablation measures perplexity: given files, or two texts from CPython."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from atom_jax.errors import AtomError
 from atom_jax.text import encode, read_text
 from convert.calibrate.help_topics import help_topics
 
-# Generous characters a token: no more of a text than is needed is tokenized.
+# An upper estimate of the characters of a token, so that only the needed part of a text is tokenized.
 _MOST_CHARACTERS_PER_TOKEN = 16
 
 
 def default_texts() -> dict[str, str]:
-    """English prose and program code: the help topics that calibration does not see, half of argparse."""
+    """English prose and program code: the help topics that calibration does not use, and half of argparse."""
     code = inspect.getsource(argparse)
     return {"prose": help_topics()[1], "code": code[len(code) // 2 :]}
 
@@ -27,10 +27,15 @@ def default_texts() -> dict[str, str]:
 def load_texts(
     files: Sequence[Path], tokenizer_folder: Path, num_tokens: int
 ) -> dict[str, Int32[np.ndarray, " tokens"]]:
-    """The first ``num_tokens`` tokens of each text by its name: of ``files``, or of ``default_texts``.
+    """The first ``num_tokens`` tokens of each text, by the name of the text.
+
+    Args:
+      files: the text files; if empty, the texts are those of ``default_texts``.
+      tokenizer_folder: folder with tokenizer.json.
+      num_tokens: largest number of tokens of each text.
 
     Raises:
-      AtomError: a file cannot be read, is too short, or has the name of another.
+      AtomError: a file cannot be read, is too short, or has the same name as another.
     """
     texts: dict[str, str] = {} if files else default_texts()
     for file in files:

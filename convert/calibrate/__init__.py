@@ -1,1 +1,1 @@
-"""What calibration takes from texts and from the model: tokens, and statistics of the inputs of linears."""
+"""Calibration: chooses the calibration tokens, and measures statistics of the inputs of linears on them."""

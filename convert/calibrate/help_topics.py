@@ -1,12 +1,12 @@
-"""English that comes with every CPython: its help topics, 460,000 characters of technical prose."""
+"""English text that comes with CPython: its help topics, 460,000 characters of technical prose."""
 
 from __future__ import annotations
 
 
 def help_topics() -> tuple[str, str]:
-    """Two halves of the text: one to calibrate on, and one that only measurements see.
+    """The two halves of the text: the first for calibration, the second only for measurements.
 
-    They differ between versions of Python; what a result depends on is recorded with it.
+    The text differs between versions of Python, so results are stored with the version of Python.
     """
     from pydoc_data.topics import topics
 

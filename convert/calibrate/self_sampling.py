@@ -1,4 +1,4 @@
-"""Calibration text sampled from the model itself: no data set, and the distribution the model knows."""
+"""Samples calibration text from the model itself, which needs no data set."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from convert.sources import Source
 from pallas_kernels import PagedKVCache
 from pallas_kernels.nn import rms_norm
 
-# Short sequences in large batches: each step streams the layers once for the whole batch.
+# Short sequences in large batches, because each step may read all layers from the source, once for the whole
+# batch.
 SEQUENCE_LENGTH = 128
 BATCH = 32
-# Float layers kept in memory; a model with more reads the others again at every step.
+# Bytes of float layers that are kept in memory; the other layers are read again at every step.
 KEEP_BYTES = 512 << 20
 
 
@@ -47,8 +48,8 @@ def _next_token(
 ) -> Int32[Array, " batch"]:
     hidden = rms_norm(x, shared["norm"], eps)
     logits = linear(hidden, shared.get("lm_head", shared["embedding"]), None, jnp.float32)
-    # The cumulative distribution at one uniform number a row: a random number for each of the vocabulary's
-    # tokens, as `categorical` draws them, takes a CPU four times as long.
+    # Inverse transform sampling needs one uniform number for each row. ``jax.random.categorical`` draws one
+    # for each token of the vocabulary, which takes four times as long on a CPU.
     cumulative = jnp.cumsum(jax.nn.softmax(logits), axis=-1)
     level = jax.random.uniform(key, (x.shape[0], 1)) * cumulative[:, -1:]
     return jnp.sum(cumulative <= level, axis=-1).astype(jnp.int32)
@@ -57,10 +58,16 @@ def _next_token(
 def sample_tokens(
     source: Source, num_tokens: int, seed: int, progress: Progress | None = None
 ) -> Int32[np.ndarray, "sequences length"]:
-    """At least ``num_tokens`` tokens drawn at temperature 1, in sequences of ``SEQUENCE_LENGTH``.
+    """Draws at least ``num_tokens`` tokens at temperature 1, in sequences of ``SEQUENCE_LENGTH`` tokens.
 
     Each sequence starts with a random token of the vocabulary (as in LLM-QAT, arXiv 2305.17888, section
-    3.1). Layers beyond ``KEEP_BYTES`` are streamed from the source.
+    3.1). Layers beyond ``KEEP_BYTES`` are read from the source again at every step.
+
+    Args:
+      source: the float model.
+      num_tokens: number of tokens, rounded up to whole batches of ``BATCH`` sequences.
+      seed: seed of the random draws.
+      progress: called with (decode steps done, decode steps in all).
     """
     config = source.config
     shared = {name: jnp.asarray(value) for name, value in read_shared(source).items()}

@@ -1,4 +1,4 @@
-"""What the calibration windows tell of a layer."""
+"""Measures what the passes and the rounding need to know of the inputs of a layer's linears."""
 
 from __future__ import annotations
 
@@ -22,29 +22,30 @@ from convert.streaming import (
     projections,
 )
 
-# Tokens on which is searched how scales migrate (each candidate multiplies them by all linears) and how keys
-# are evened out.
+# Number of tokens whose inputs are kept to search how scales migrate and how keys are equalized. It is small,
+# because each candidate of the migration multiplies the inputs of these tokens by the weight of a linear.
 _SEARCH_TOKENS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerStatistics:
-    """What calibration knows of the inputs of a layer's projections, in the order of the layer's channels.
+    """Statistics of the inputs of a layer's linears, with channels in the order that the layer has now.
 
     Attributes:
-      hessians: mean of x x^T over the inputs x of each projection.
-      inputs: themselves, on some tokens; empty if the recipe has no use for them (``needs_inputs``).
+      hessians: for each linear the mean of x x^T over its inputs x, float32 [K, K].
+      inputs: for each linear its inputs on some tokens, float32 [tokens, K]; empty if the recipe does not
+        need them (``needs_inputs``).
     """
 
     hessians: dict[str, Array]
     inputs: dict[str, Array]
 
     def energy(self, name: str) -> np.ndarray:
-        """Of each input channel of a projection."""
+        """Energy [K] of the input channels of the linear ``name``: the diagonal of its Hessian."""
         return np.diagonal(np.asarray(self.hessians[name]))
 
     def permuted(self, perms: Mapping[str, np.ndarray]) -> LayerStatistics:
-        """With the channels of some projections in another order."""
+        """The statistics with the input channels of some linears permuted: ``new = old[perm]``."""
         hessians, inputs = dict(self.hessians), dict(self.inputs)
         for name, perm in perms.items():
             hessians[name] = hessians[name][jnp.asarray(perm)][:, jnp.asarray(perm)]
@@ -53,7 +54,7 @@ class LayerStatistics:
         return LayerStatistics(hessians, inputs)
 
     def divided(self, factors: Mapping[str, np.ndarray]) -> LayerStatistics:
-        """With each channel divided by its factor."""
+        """The statistics of the inputs divided by ``factors`` [K], which must be given for every linear."""
         return LayerStatistics(
             {
                 name: hessian / np.outer(factors[name], factors[name])
@@ -64,22 +65,26 @@ class LayerStatistics:
 
 
 def on_device(tree: FloatParams) -> dict[str, jax.Array]:
-    """The float layer as JAX arrays."""
+    """The arrays of a float layer on the default device."""
     return {name: jnp.asarray(value) for name, value in tree.items()}
 
 
 def mean_hessians(params: Params, windows: Windows, config: ModelConfig) -> PerLinear:
-    """Mean of x x^T over the inputs x of each projection of a float layer (see ``add_windows_to_hessians``).
+    """The mean of x x^T over the inputs x of each linear of a float layer (see ``add_windows_to_hessians``).
 
     Args:
-      params: of the layer, on the device.
+      params: parameters of the layer, on the device.
       windows: the residual stream before the layer.
-      config: of the float layer.
+      config: configuration of the float layer.
+
+    Returns:
+      For each linear a float32 array [K, K].
     """
     totals = {name: jnp.zeros((size, size)) for name, size in projections(config).items()}
     for batch in batches(windows):
         totals = add_windows_to_hessians(params, batch, totals, config=config)
-        # Waiting is faster: XLA's CPU threads spin, and programs in flight together slow each other.
+        # It is faster to wait: XLA's CPU threads spin, and programs that run at the same time slow each other
+        # down.
         jax.block_until_ready(totals)
     num_tokens = windows.shape[0] * windows.shape[1]
     return {name: total / num_tokens for name, total in totals.items()}
@@ -95,9 +100,10 @@ def layer_statistics(
     """The statistics of a float layer.
 
     Args:
+      tree: the float layer.
       windows: the residual stream before the layer.
-      config: of the float layer.
-      with_inputs: also of single tokens, of ``_SEARCH_TOKENS`` of them.
+      config: configuration of the float layer.
+      with_inputs: whether to keep the inputs of about ``_SEARCH_TOKENS`` tokens, too.
     """
     params, inputs = on_device(tree), {}
     if with_inputs:

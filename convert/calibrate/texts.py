@@ -1,4 +1,4 @@
-"""The tokens a conversion calibrates on: English and text sampled from the model, a file, or a data set."""
+"""Loads the calibration tokens: built-in English and text sampled from the model, a file, or a data set."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError, did_you_mean
 from atom_jax.progress import Progress
 from atom_jax.text import encode, read_text
@@ -19,20 +20,28 @@ from convert.calibrate.self_sampling import sample_tokens
 from convert.sources import Source
 
 SEQ_LEN = 512
-# Instead of a file: text sampled from the model, and nothing else.
+# The name that users give in place of a file to calibrate only on text sampled from the model.
 SAMPLED = "sampled"
-# Of the default windows the first and every fourth are sampled: of the shares tried the best on average.
+# Of the default windows the first and then every fourth are sampled from the model. Of the shares tried, this
+# was the best on average.
 _SAMPLED_EVERY = 4
 _DATASET_FIELDS = ("text", "content", "document")
-# A missing file of these is a missing file; anything else may be a data set id, in which dots are common.
+# A name with one of these suffixes is always a file. Any other name that is not a file is taken for the id of
+# a data set, which often has dots.
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".md")
-# Generous characters a token, so that a data set is read only as far as needed.
+# An upper estimate of the characters of a token, so that only the needed part of a data set is read.
 _DATASET_CHARACTERS_PER_TOKEN = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Windows of token ids and where they come from, as the accuracy card says it."""
+    """The calibration windows, and where they come from.
+
+    Attributes:
+      tokens: token ids of the windows.
+      kind: "file", "dataset", "sampled" or "mixed" (English and sampled text), for the accuracy card.
+      name: name of the file or data set, or a description of the text, for the accuracy card.
+    """
 
     tokens: Int32[np.ndarray, "windows seq"]
     kind: str
@@ -44,15 +53,27 @@ class Calibration:
 
     @property
     def about(self) -> dict[str, Any]:
-        """All but the tokens themselves, as JSON data."""
+        """Kind, name, shape and hash of the windows, as JSON data."""
         shape = list(self.tokens.shape)
         return {"kind": self.kind, "name": self.name, "windows": shape, "sha256": self.sha256}
+
+
+def window_length(config: ModelConfig) -> int:
+    """Tokens of a window of calibration or evaluation text: ``SEQ_LEN``, or the model's whole context."""
+    return min(SEQ_LEN, config.max_position_embeddings)
 
 
 def spread_windows(
     tokens: Int32[np.ndarray, " tokens"], num_tokens: int, seq_len: int, where: str
 ) -> Int32[np.ndarray, "windows seq"]:
-    """About ``num_tokens`` of ``tokens`` as windows of ``seq_len`` spread evenly over the text.
+    """Cuts windows out of a text, spread evenly over it.
+
+    Args:
+      tokens: token ids of the text.
+      num_tokens: number of tokens in all windows together, rounded down to whole windows; fewer if the text
+        is shorter.
+      seq_len: number of tokens of a window.
+      where: what to call the text in error messages.
 
     Raises:
       AtomError: the text is shorter than one window.
@@ -68,9 +89,9 @@ def spread_windows(
 
 
 def _dataset_text(name: str, characters: int) -> str:
-    """The first ``characters`` of a Hugging Face data set ``org/name`` or ``org/name:config``."""
+    """About ``characters`` characters from the start of a Hugging Face data set, ``org/name[:config]``."""
     try:
-        datasets = importlib.import_module("datasets")  # an extra: absent where types are checked
+        datasets = importlib.import_module("datasets")  # optional; type checkers may not find it
     except ImportError:
         raise AtomError(
             f"{name}: no such file; to calibrate on a data set install atom-jax[datasets]"
@@ -92,7 +113,7 @@ def _dataset_text(name: str, characters: int) -> str:
                 break
     except AtomError:
         raise
-    except Exception as error:  # the library raises its own, requests' and fsspec's types
+    except Exception as error:  # exceptions of datasets, of requests and of fsspec
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise AtomError(
             f"{name}: neither a file nor a data set that can be read ({reason}); "
@@ -110,15 +131,23 @@ def load_calibration(
     seed: int,
     progress: Progress | None = None,
 ) -> Calibration:
-    """The calibration windows for ``calibration``: a file, a data set id, ``SAMPLED``, or None.
+    """Loads the calibration windows.
 
-    None is English (``help_topics``) with a window of text sampled from the model among every few: the one is
-    what real text is like, the other what the model knows besides English prose.
+    The default is English text (``help_topics``) mixed with text sampled from the model. The first represents
+    real text; the second also covers what the model knows besides English prose.
+
+    Args:
+      source: the float model.
+      tokenizer_folder: folder with tokenizer.json.
+      calibration: a text or JSONL file, a data set id, ``SAMPLED``, or None for the default.
+      num_tokens: number of tokens, rounded down to whole windows.
+      seed: seed of the sampled text.
+      progress: called with (steps done, steps in all) while text is sampled.
 
     Raises:
-      AtomError: the text cannot be had, is too short, or num_tokens is below one window.
+      AtomError: the text cannot be read or is too short, or ``num_tokens`` is less than one window.
     """
-    seq_len = min(SEQ_LEN, source.config.max_position_embeddings)
+    seq_len = window_length(source.config)
     num_windows = num_tokens // seq_len
     if num_windows == 0:
         raise AtomError(f"{num_tokens} calibration tokens are less than one window of {seq_len}")
@@ -131,7 +160,7 @@ def load_calibration(
         tokens = _encode(source, tokenizer_folder, help_topics()[0])
         wanted = (num_windows - num_sampled) * seq_len
         english = spread_windows(tokens, wanted, seq_len, "Python's help topics")
-        # Mixed, because some things are measured on the first few windows alone.
+        # The two kinds are interleaved, because some statistics are measured only on the first few windows.
         places = np.arange(num_sampled) * (_SAMPLED_EVERY - 1)
         windows = np.insert(english, np.minimum(places, len(english)), windows, axis=0)
         return Calibration(windows, "mixed", f"Python's help topics, sampled with seed {seed}")
@@ -147,7 +176,7 @@ def load_calibration(
 
 
 def _encode(source: Source, tokenizer_folder: Path, text: str) -> Int32[np.ndarray, " tokens"]:
-    """Token ids that the model knows; AtomError if the tokenizer has others."""
+    """Token ids of ``text``; AtomError if one of them is outside the model's vocabulary."""
     tokens = encode(tokenizer_folder, text)
     if tokens.size and tokens.max() >= source.config.vocab_size:
         raise AtomError(

@@ -1,1 +1,1 @@
-"""The real small model of ``make demo``, and what it is converted to."""
+"""The demo of ``make demo``: fetches a small real model and converts it in several ways."""

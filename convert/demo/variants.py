@@ -1,4 +1,4 @@
-"""The demo: one real model in float, in naive 4 bits and in Atom's 4 bits, and what each loses."""
+"""Converts the demo's model to float, to naive 4 bits and to Atom's 4 bits, and measures each variant."""
 
 from __future__ import annotations
 
@@ -27,14 +27,21 @@ from convert.workspace import partial_path
 
 EVAL_SEQ_LEN = 512
 EVAL_TOKENS = 2048
-# Half of the converter's default: it costs little accuracy here, and half of the demo's time goes into it.
+# Half of the converter's default, because calibration takes half of the demo's time, and fewer tokens cost
+# little accuracy here.
 CALIBRATION_TOKENS = 4096
 _RESULTS_FILE = "results.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to store the model."""
+    """One way to store the model.
+
+    Attributes:
+      name: name of the variant, and of its folder.
+      label: description for tables.
+      recipe: recipe of the conversion.
+    """
 
     name: str
     label: str
@@ -66,12 +73,15 @@ ATOM = VARIANTS[-1].name
 
 @dataclasses.dataclass(frozen=True)
 class VariantResult:
-    """What was measured of a variant.
+    """The measurements of one variant.
 
     Attributes:
-      tokens: how many the perplexity is over.
-      size: bytes on disk.
-      seconds: to convert; None if an earlier, interrupted run did some of it.
+      name: name of the variant.
+      label: description for tables.
+      perplexity: perplexity on ``eval_tokens``.
+      tokens: number of tokens that the perplexity was measured on.
+      size: size of the checkpoint in bytes on disk.
+      seconds: time of the conversion; None if an earlier, interrupted run did a part of it.
     """
 
     name: str
@@ -83,14 +93,14 @@ class VariantResult:
 
 
 def prepare(folder: Path, progress: StageProgress) -> list[VariantResult]:
-    """Converts and measures the variants in ``folder``, as far as that was not done before.
+    """Converts and measures all variants that have no result in ``folder`` yet.
 
     Args:
-      folder: keeps the checkpoints (by the variants' names) and the results.
+      folder: folder for the checkpoints, in folders named after the variants, and for the results.
       progress: called with (stage, done, total).
 
     Raises:
-      AtomError: the model cannot be fetched, or ``folder`` cannot be written or holds something else.
+      AtomError: the model cannot be fetched, or ``folder`` cannot be written or has other contents.
     """
     folder.mkdir(parents=True, exist_ok=True)
     results = _Results(folder / _RESULTS_FILE)
@@ -101,13 +111,13 @@ def prepare(folder: Path, progress: StageProgress) -> list[VariantResult]:
 
 
 class _Results:
-    """Results on disk, each with everything it depends on, so that an old one is not taken for a new one."""
+    """The results on disk. Each has a key of all that it depends on, and is used only if the key matches."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
             self._entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # ValueError: damaged, so measured again
+        except (FileNotFoundError, ValueError):  # ValueError: damaged; everything is measured again
             self._entries = {}
 
     @staticmethod
@@ -156,13 +166,13 @@ def _measure(variant: Variant, out: Path, progress: StageProgress) -> VariantRes
 
 
 def _convert(gguf: Path, out: Path, options: ConvertOptions, progress: StageProgress) -> None:
-    """Converts, in the place of what an earlier version of the program made of it."""
+    """Converts; replaces a checkpoint or an unfinished conversion in ``out`` that has another job."""
     try:
         convert(gguf, out, options, progress)
     except WriteError:
         raise
     except AtomError:
-        # Only what a conversion wrote is removed, whatever folder the user chose.
+        # Only folders that a conversion wrote are removed, because the user can choose any folder.
         old = [out] if (out / CARD_FILE).is_file() else []
         old += [partial_path(out)] if (partial_path(out) / "work" / "job.json").is_file() else []
         if not old:
@@ -173,6 +183,6 @@ def _convert(gguf: Path, out: Path, options: ConvertOptions, progress: StageProg
 
 
 def eval_tokens(checkpoint: Path) -> Int32[np.ndarray, " tokens"]:
-    """The start of the help topics that calibration does not see."""
-    text = help_topics()[1][: 16 * EVAL_TOKENS]  # no more of it is tokenized than is needed
+    """The first ``EVAL_TOKENS`` tokens of the help topics that calibration does not use."""
+    text = help_topics()[1][: 16 * EVAL_TOKENS]  # only the needed part is tokenized
     return encode(checkpoint / TOKENIZER_FOLDER, text)[:EVAL_TOKENS]

@@ -1,8 +1,8 @@
-"""What is done to a float layer before its linears are rounded.
+"""The passes: transformations of a float layer before its linears are rounded.
 
-A pass takes a layer and what calibration knows of it, and returns both: a layer that computes the same and
-loses less when it is rounded. ``convert.quantize_layer.passes`` lists those of a recipe, each bound to the
-configuration of the float model and to the recipe.
+A pass takes a layer and the statistics of its inputs, and returns an equivalent layer that loses less when it
+is rounded, with the statistics of its inputs. ``convert.quantize_layer.passes`` lists the passes of a recipe,
+each bound to the configuration of the float model and to the recipe.
 """
 
 from __future__ import annotations

@@ -1,17 +1,20 @@
-"""What is done to the keys before they are cached in 4 bits, at no run-time cost: evened out and centred.
+"""The pass that prepares keys for a 4-bit cache: it equalizes and centres their channels.
 
-The keys of a head share a scale over their channels, so the largest channel decides how coarsely the others
-are rounded. Two things make channels more alike and leave attention as it is:
+The channels of a head share a scale, so the largest channel decides how coarsely the others are rounded. Two
+changes make the channels more alike without changing the result of attention:
 
-- Dividing key channels by a factor and multiplying the query's by it leaves every logit as it is
-  (SmoothAttention of QServe, arXiv 2405.04532, section 4.2). The two channels that RoPE rotates together
-  share a factor, which therefore commutes with RoPE and folds into the q and k projections.
-- A vector taken off every key of a head adds the same to all logits of a query, which softmax ignores. The
-  mean of the keys after RoPE is stored with the layer and comes off in ``kv_append``.
+- Key channels are divided by a factor, and the same query channels are multiplied by it, which leaves every
+  logit unchanged (SmoothAttention of QServe, arXiv 2405.04532, section 4.2). The two channels that RoPE
+  rotates together share a factor. It therefore commutes with RoPE and is folded into the q and k projections
+  (or the q and k norms), at no run-time cost.
+- A vector is subtracted from every key of a head. This adds the same number to all logits of a query, which
+  softmax ignores. The vector is the mean of the keys after RoPE. It is stored with the layer, and
+  ``kv_append`` subtracts it.
 
-The factor of a channel pair is ``|k|^a / |q|^b``, of the root mean squares of keys (about their mean) and
-queries: large key channels become smaller, but not those whose errors large queries would blow up. ``a`` and
-``b`` are searched for each kv head, by the error that the quantizer leaves in the logits of calibration text.
+The factor of a channel pair is ``|k|^a / |q|^b``, where ``|k|`` and ``|q|`` are the root mean squares of the
+keys (minus their mean) and of the queries. It makes large key channels smaller, except where large queries
+would amplify their rounding errors. ``a`` and ``b`` are searched for each kv head, by the error that INT4
+keys cause in the logits of calibration text.
 """
 
 from __future__ import annotations
@@ -34,21 +37,23 @@ from convert.recipe import Recipe
 from pallas_kernels.nn import rms_norm, rope
 from pallas_kernels.rounding import dequantize_kv, quantize_kv
 
-# Keys are fitted as if they stood anywhere up to here: what RoPE turns on the way has no mean to take off.
+# The calibration keys are spread over the positions up to this one before their mean is taken, so that
+# channels that RoPE rotates over this distance have a mean near zero.
 POSITIONS = 2048
-# The exponents that are tried, of keys and of queries.
+# The exponents that are tried: ``a``, of the keys, and ``b``, of the queries.
 KEY_STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 QUERY_STRENGTHS = (0.0, 0.25, 0.5)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KeyFit:
-    """What to do to the keys of a layer.
+    """How the keys of a layer are changed.
 
     Attributes:
-      factor: keys are divided by it, queries multiplied; channels i and i + head_dim/2 share one, and so do
-        all heads if the model has q/k norms.
-      mean: of the divided keys, after RoPE; zero unless the recipe centres them.
+      factor: factor by which keys are divided and queries multiplied. It is equal for the channels i and
+        i + head_dim/2, and for all heads if the model has q/k norms.
+      mean: mean of the divided keys; zero unless the recipe centres the keys (which are then cached after
+        RoPE).
     """
 
     factor: Float32[np.ndarray, "kv_heads head_dim"]
@@ -61,12 +66,13 @@ def fit_keys(
     config: ModelConfig,
     recipe: Recipe,
 ) -> KeyFit:
-    """Searches the factors, or takes those of the strength that the recipe fixes (``smooth_keys``).
+    """Searches the factors, or computes them with the exponent that the recipe fixes (``smooth_keys``).
 
     Args:
-      layer: float layer.
-      inputs: of the q/k/v projection.
-      recipe: its format's cache is what the error is measured with.
+      layer: the float layer.
+      inputs: inputs of the qkv projection.
+      config: configuration of the float model.
+      recipe: its ``smooth_keys``, and the cache format with which the error is measured.
     """
     q, k = _queries_and_keys(
         {name: jnp.asarray(layer[name]) for name in layer if name.startswith(("qkv", "q_", "k_"))},
@@ -77,7 +83,7 @@ def fit_keys(
     mean = jnp.mean(k, axis=0) * float(recipe.format.center_keys)
     centred = k - mean
     key_size, query_size = _pair_size(centred), _pair_size(q)
-    if config.qk_norm:  # one factor for all heads, as there is one norm
+    if config.qk_norm:  # one factor for all heads, because they share one norm
         key_size, query_size = (
             jnp.broadcast_to(jnp.sqrt(jnp.mean(jnp.square(size), axis=0, keepdims=True)), size.shape)
             for size in (key_size, query_size)
@@ -99,12 +105,15 @@ def fit_keys(
 def scale_keys(
     layer: Mapping[str, np.ndarray], factor: Float[np.ndarray, "kv_heads head_dim"], config: ModelConfig
 ) -> FloatParams:
-    """A layer that computes the same attention, its keys divided by ``factor`` and its queries multiplied.
+    """An equivalent layer whose keys are divided by ``factor`` and whose queries are multiplied by it.
 
-    With q/k norms the factor goes into their weights: scaling before the norm would be undone by it.
+    If the model has q/k norms, the factor is folded into their weights, because the norms would undo any
+    scaling before them.
 
     Args:
-      factor: equal for all heads if the model has q/k norms.
+      layer: the float layer.
+      factor: the factors; equal for all heads if the model has q/k norms.
+      config: configuration of the float model.
     """
     if config.qk_norm:
         return {**layer, "k_norm": layer["k_norm"] / factor[0], "q_norm": layer["q_norm"] * factor[0]}
@@ -120,7 +129,7 @@ def scale_keys(
 def even_keys(
     layer: FloatParams, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
 ) -> tuple[FloatParams, LayerStatistics]:
-    """The pass: evens out the channels of the keys, and measures the mean that the cache leaves out."""
+    """The pass: equalizes the key channels, and adds the keys' mean as ``k_mean`` if they are centred."""
     fit = fit_keys(layer, statistics.inputs["qkv"], config, recipe)
     layer = scale_keys(layer, fit.factor, config)
     if recipe.format.center_keys:
@@ -136,7 +145,7 @@ def _queries_and_keys(
     config: ModelConfig,
     after_rope: bool,
 ) -> tuple[Float32[Array, "tokens kv_heads group head_dim"], Float32[Array, "tokens kv_heads head_dim"]]:
-    """As the cache gets them: after RoPE, or before it."""
+    """Queries and keys of the calibration inputs, after q/k norms, and after RoPE if ``after_rope``."""
     tokens = inputs.shape[0]
     heads = inputs @ layer["qkv_proj"][: config.q_size + config.kv_size].T
     if "qkv_bias" in layer:
@@ -152,7 +161,7 @@ def _queries_and_keys(
 
 
 def _pair_size(x: Float32[Array, "tokens kv_heads *group head_dim"]) -> Float32[Array, "kv_heads half"]:
-    """Root mean square of the two channels that RoPE rotates together."""
+    """Root mean square of each pair of channels that RoPE rotates together, over tokens and group."""
     squares = jnp.square(x).reshape(*x.shape[:-1], 2, -1)
     others = tuple(axis for axis in range(squares.ndim) if axis not in (1, squares.ndim - 1))
     return jnp.sqrt(jnp.mean(squares, axis=others))
@@ -164,10 +173,10 @@ def _factors(
     key_strength: float,
     query_strength: float,
 ) -> Float32[np.ndarray, "kv_heads head_dim"]:
-    """Of geometric mean 1 over a head: only ratios matter."""
+    """Factors ``|k|^a / |q|^b`` with a geometric mean of 1 in each head, because only their ratios matter."""
 
     def log(size: np.ndarray) -> np.ndarray:
-        # A channel that is (nearly) never used would get a factor near zero, and its query a huge one.
+        # Without the minimum, a channel that is nearly always zero would get an extreme factor.
         return np.log(np.maximum(size, 1e-3 * size.max(axis=1, keepdims=True) + 1e-15))
 
     log_factor = key_strength * log(key_size) - query_strength * log(query_size)
@@ -182,7 +191,7 @@ def _errors(
     factors: Float32[Array, "candidates kv_heads head_dim"],
     groups: int,
 ) -> Float32[Array, "candidates kv_heads"]:
-    """Mean squared error of the logits, the channels of the queries taken as uncorrelated."""
+    """Mean squared error of the logits from rounded keys, if the channels of the queries are uncorrelated."""
     weights = jnp.square(jnp.tile(query_size, (1, 2)))
 
     def error(factor: Array) -> Array:

@@ -1,18 +1,20 @@
-"""Scale migration: an input channel is divided by a factor and its column of the weight multiplied by it.
+"""The pass of scale migration: divides input channels by factors and multiplies the weight's columns by them.
 
-SmoothQuant (arXiv 2211.10438, section 4): what a layer computes stays as it is, but a channel that is large
-in the activation and would decide the scale of its row or group becomes smaller there and larger in the
-weight,
+This is SmoothQuant (arXiv 2211.10438, section 4). The result of the layer is unchanged, but a channel that is
+large in the activation, and would determine the scale of its row or group, becomes smaller in the activation
+and larger in the weight. The factor of channel j is
 
-    factor_j = |X_j|^a / |W_j|^b,
+    factor_j = |X_j|^a / |W_j|^b.
 
-at no run-time cost: the division folds into what produces the channel. That is the norm (inputs of qkv and
-gate_up), the rows of up (down_proj), and the rows of v, shared by the query heads of a kv head (o_proj). Rows
-are scaled as a whole, which their own scales undo: the four linears do not disturb each other.
+It has no run-time cost, because the division is folded into the operation that produces the channel: the norm
+(inputs of qkv and gate_up), the rows of up (input of down_proj), and the rows of v (input of o_proj), which
+all query heads of a kv head share. Folding scales rows of v and up as a whole, and the scales of these rows
+absorb that. So the factors of one linear do not affect the rounding of another.
 
-The exponents are searched for each linear, no migration at all among them, by the error of the quantized
-linear's output on some of the calibration tokens. It is computed outright: the scale of a group is that of a
-token's largest channel, which no average over tokens (such as the Hessian) knows.
+The exponents are searched for each linear, together with no migration, by the output error of the quantized
+linear on some calibration tokens. The error is computed from the tokens themselves: the scale of a group of
+activations depends on the largest channel of one token, which cannot be known from an average over tokens
+such as the Hessian.
 """
 
 from __future__ import annotations
@@ -36,12 +38,13 @@ from convert.groups import has_groups
 from convert.recipe import Recipe
 from pallas_kernels import quantize
 
-# By the name of a projection without "_proj"; the factor of each of its input channels.
+# For each linear, by its name ("qkv", "o", "gate_up", "down"), the factor of each of its input channels.
 ChannelFactors = dict[str, Float[np.ndarray, "k"]]
 
-# The exponents (a, b) that are tried. Where a scale serves a whole row, as in w8a8, a channel's size is its
-# largest magnitude and a + b = 1 (SmoothQuant). Where a scale serves a group of channels that are alike, the
-# root mean square says more, and of a from 0 to 1 nearly every linear of SmolLM2 took 0.5.
+# The exponents (a, b) that are tried. If a whole row has one scale, as in w8a8, ``|X_j|`` and ``|W_j|`` are
+# largest magnitudes and a + b = 1, as in SmoothQuant. If each group of similar channels has a scale, they are
+# root mean squares, which work better there; of all a from 0 to 1, 0.5 was best for nearly every linear of
+# SmolLM2.
 ROW_EXPONENTS = tuple((a, 1.0 - a) for a in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
 GROUP_EXPONENTS = tuple(itertools.product((0.5,), (0.0, 0.25, 0.5, 0.75)))
 
@@ -54,15 +57,16 @@ def search_factors(
     round_weight: Callable[[Float32[Array, "n k"]], Any],
     indices: Mapping[str, Int32[np.ndarray, " k"]] | None = None,
 ) -> ChannelFactors:
-    """The best factors of each linear; all ones where migration does not pay.
+    """The best factors of each linear; all ones if migration does not make its error smaller.
 
     Args:
-      layer: float layer.
-      inputs: of each projection, on some calibration tokens.
-      config: its heads.
-      recipe: its groups, and the clipping of activations.
-      round_weight: the scheme's quantized weight of a float one, rounded to nearest; hashable, jitted here.
-      indices: the order in which the input channels of a projection are quantized, where it is another.
+      layer: the float layer.
+      inputs: inputs of each linear on some calibration tokens.
+      config: configuration of the float model, for the number of heads.
+      recipe: the recipe, for the groups and the clipping of activations.
+      round_weight: quantizes a float weight as the scheme does, rounding to nearest. It must be hashable,
+        because it is a static argument under jit.
+      indices: for a linear whose input channels are quantized in another order, that order.
     """
     orders = indices or {}
     return {
@@ -79,7 +83,7 @@ def search_factors(
 
 
 def _heads(name: str, config: ModelConfig) -> tuple[int, int]:
-    """(kv heads, query heads of each) if the input channels are those of heads, else (1, 1)."""
+    """(kv heads, query heads of each kv head) for "o", whose input channels are heads; else (1, 1)."""
     return (config.num_kv_heads, config.num_heads // config.num_kv_heads) if name == "o" else (1, 1)
 
 
@@ -97,7 +101,7 @@ def _search(
     least = float(output_error(weight, inputs, best, order))
     for a, b in ROW_EXPONENTS if rows else GROUP_EXPONENTS:
         log_factor = a * np.log(size_x) - b * np.log(size_w)
-        # Geometric mean 1: only ratios matter, and norms and rows keep their size.
+        # A geometric mean of 1, because only ratios matter, and norms and rows then keep their magnitude.
         factor = np.exp(log_factor - log_factor.mean()).astype(np.float32)
         error = float(output_error(weight, inputs, factor, order))
         if error < least:
@@ -108,11 +112,11 @@ def _search(
 def _shared_size(
     x: Float32[Array, "rows k"], heads: tuple[int, int], *, largest: bool
 ) -> Float[np.ndarray, "k"]:
-    """Largest magnitude or root mean square of each channel, of all query heads that share its kv head."""
+    """Largest magnitude or root mean square of each channel, over all query heads that share a kv head."""
     squares = jnp.square(x).reshape(-1, *heads, x.shape[1] // (heads[0] * heads[1]))
     size = (jnp.max if largest else jnp.mean)(squares, axis=(0, 2), keepdims=True)
     size = np.sqrt(np.asarray(jnp.broadcast_to(size, (1, *squares.shape[1:])), np.float64)).reshape(-1)
-    # A channel that is (nearly) never used must not get a factor near zero.
+    # Without the minimum, a channel that is nearly always zero would get an extreme factor.
     return np.maximum(size, 1e-5 * size.max() + 1e-30)
 
 
@@ -126,7 +130,7 @@ def _output_error(
     round_weight: Callable[[Float32[Array, "n k"]], Any],
     clip_a: float,
 ) -> Float32[Array, ""]:
-    """Squared error of the quantized linear's output, both operands quantized."""
+    """Squared error of the linear's output if both the weight and the inputs are quantized."""
     scaled_weight, scaled_inputs = weight * factor, inputs / factor
     if order is not None:
         scaled_weight, scaled_inputs = scaled_weight[:, order], scaled_inputs[:, order]
@@ -138,10 +142,12 @@ def _output_error(
 def fold_factors(
     layer: Mapping[str, np.ndarray], factors: ChannelFactors, config: ModelConfig
 ) -> FloatParams:
-    """A layer that computes the same, its linears' inputs divided by ``factors``.
+    """An equivalent layer, in which the input channels of the linears are divided by ``factors``.
 
     Args:
-      factors: of "o", equal for the query heads of a kv head.
+      layer: the float layer.
+      factors: factors of all linears. Those of "o" must be equal for the query heads of a kv head.
+      config: configuration of the float model.
     """
     layer = dict(layer)
     layer["input_norm"] = layer["input_norm"] / factors["qkv"]
@@ -161,16 +167,16 @@ def fold_factors(
 def migrate(
     layer: FloatParams, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
 ) -> tuple[FloatParams, LayerStatistics]:
-    """The pass: searches the factors on the inputs of single tokens, and folds them."""
+    """The pass: searches the factors on the inputs in ``statistics``, and folds them into the layer."""
     orders = {name: layer[f"{name}_indices"] for name in statistics.inputs if f"{name}_indices" in layer}
     round_weight = _round_to_nearest(recipe)
     factors = search_factors(layer, statistics.inputs, config, recipe, round_weight, orders)
     return fold_factors(layer, factors, config), statistics.divided(factors)
 
 
-@functools.cache  # one object for each recipe: what is compiled for it serves all layers
+@functools.cache  # one object a recipe, so that all layers share what is compiled for it
 def _round_to_nearest(recipe: Recipe) -> Callable[[Array], Any]:
-    if recipe.clip_w is None:  # a search in the search would take long and change little
+    if recipe.clip_w is None:  # a nested search would be slow and change little
         recipe = recipe.replace(clip_w=0.85)
 
     def round_weight(weight: Array) -> Any:

@@ -1,4 +1,7 @@
-"""Which channels come last: the passes that bring the hottest into the INT8 tail (paper section 4.1)."""
+"""The passes that move the input channels with the most energy last, where outliers are stored in INT8.
+
+This is section 4.1 of the paper. The permutations themselves are in ``convert.passes.reorder``.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ from convert.streaming import batches, embed, projections, run_windows_with_ener
 
 # The order of the channels of the residual stream: for each new place, the old one.
 ResidualOrder = Int32[np.ndarray, " hidden"]
-# The order of the residual stream needs the energies of every layer before the first is quantized: a second
-# pass over the float model, for which this many windows are enough.
+# The order of the residual stream depends on the energies in all layers, and is needed before the first layer
+# is quantized. So it takes an extra run of the float model, for which this many windows are enough.
 _ENERGY_WINDOWS = 4
 
 
@@ -36,15 +39,21 @@ def residual_order(
     tokens: Int32[np.ndarray, "windows seq"],
     progress: Progress,
 ) -> ResidualOrder:
-    """The one order of the residual stream that all layers share (folded), by their mean relative size.
+    """The order of the residual stream's channels that all layers share (``reorder="folded"``).
 
-    The size is the root of the energy, as a scale is that of the largest channel of a group: a channel that
-    is hot in a few layers should not come before one that is warm in all.
+    Channels are sorted by ascending magnitude, which is the square root of the channel's share of the energy,
+    summed over the inputs of all linears that read the residual stream. It is the root because scales are
+    proportional to magnitudes and not to energies: a channel that is very large in a few layers should not
+    outrank one that is rather large in all layers.
 
     Args:
-      embedding: of ``source``.
-      tokens: the calibration windows; the first few are used.
+      source: the float model.
+      embedding: embedding of ``source``.
+      tokens: the calibration windows; only the first few are used.
       progress: called with (layers done, layers in all).
+
+    Returns:
+      For each new place, the old channel.
     """
     config = source.config
     total = np.zeros(config.hidden_size)
@@ -65,7 +74,7 @@ def residual_order(
 
 
 def permute_shared(shared: FloatParams, order: ResidualOrder) -> FloatParams:
-    """Embedding, norm and lm_head (unless tied) for a residual stream in this order."""
+    """Embedding, norm and lm_head (unless tied) with the channels of the residual stream in ``order``."""
     embedding, norm, lm_head = permute_ends(shared["embedding"], shared["norm"], shared.get("lm_head"), order)
     permuted = {"embedding": embedding, "norm": norm}
     return permuted if lm_head is None else permuted | {"lm_head": lm_head}
@@ -74,10 +83,11 @@ def permute_shared(shared: FloatParams, order: ResidualOrder) -> FloatParams:
 def fold_order(
     layer: FloatParams, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
 ) -> tuple[FloatParams, LayerStatistics]:
-    """Brings hot input channels last where their producers can be permuted alike (paper section 4.1).
+    """The pass: moves the input channels with the most energy last, where the order can be folded.
 
-    The inner channels of the MLP always fold into gate and up. With ``reorder="folded"`` heads are reordered,
-    too, and the residual stream is taken as it comes (it was permuted as a whole).
+    The inner channels of the MLP are always permuted, together with the rows of gate and up. With
+    ``reorder="folded"`` the heads are reordered, too. The residual stream has been permuted already, for all
+    layers alike (``residual_order``).
     """
     perms = {"down": energy_order(statistics.energy("down"))}
     layer = permute_mlp(layer, perms["down"])
@@ -91,7 +101,7 @@ def fold_order(
 def choose_input_orders(
     layer: FloatParams, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
 ) -> tuple[FloatParams, LayerStatistics]:
-    """The layer with the orders by which inputs are gathered at run time; nothing is permuted yet."""
+    """The pass: adds the orders in which inputs are gathered at run time; does not permute anything."""
     orders = {
         linear.indices: energy_order(statistics.energy(linear.name))
         for linear in LINEARS
@@ -103,7 +113,7 @@ def choose_input_orders(
 def gather_inputs(
     layer: FloatParams, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
 ) -> tuple[FloatParams, LayerStatistics]:
-    """The layer with its input channels in the orders that ``choose_input_orders`` found."""
+    """The pass: permutes the input channels of the weights to the orders of ``choose_input_orders``."""
     orders, weights = {}, {}
     for linear in LINEARS:
         if linear.indices is not None:

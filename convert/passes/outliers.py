@@ -1,7 +1,8 @@
-"""How many outlier channels a model needs: the fewest by which the activations lose little more than by many.
+"""Chooses the number of outlier channels: the smallest whose error is near that of the largest number tried.
 
-More outliers round better, and cost memory and INT8 products. What they buy is told by the activations alone:
-how far rounding a linear's input takes its output, on some of the calibration text.
+More outliers make the rounding error smaller, but cost memory and INT8 products. The error is that of the
+activations alone: how much the output of a float linear changes if only its input is rounded, measured on
+some of the calibration text.
 """
 
 from __future__ import annotations
@@ -30,25 +31,43 @@ from convert.streaming import embed, projection_inputs, run_in_place
 from pallas_kernels import quantize
 from pallas_kernels.qarrays import ActivationFormat
 
-# How much larger than with the most outliers that are tried the error may be. Even where no channel is hot
-# a quarter of them in INT8 takes 13% off the error or more, as they have next to none: such a model gets as
-# many outliers as it takes to come within the budget.
+# The error may be larger by this fraction than with the most outliers that are tried. Even if no channel is
+# larger than the others, a quarter of the channels in INT8 reduces the error by 13% or more, because their
+# own error is nearly zero. Such a model gets as many outliers as are needed to come within the budget.
 BUDGET = 0.1
-# More would take longer and tell little more: neighbours differ by a few percent.
+# At most so many numbers are tried. More would take longer and be of little use, because the errors of
+# neighbouring numbers differ by only a few percent.
 _MOST_CANDIDATES = 8
-# Of the calibration windows, to measure on.
+# Number of calibration windows on which the error is measured.
 _WINDOWS = 2
 
 
 def choose_outliers(errors: Mapping[int, float], budget: float = BUDGET) -> int:
-    """The smallest number of outliers whose error is at most ``1 + budget`` times that of the largest.
+    """The smallest number of outliers whose error is at most ``1 + budget`` times that of the largest number.
 
     Args:
-      errors: by number of outliers.
-      budget: at least 0.
+      errors: error of each number of outliers.
+      budget: accepted relative increase of the error, at least 0.
     """
     limit = (1.0 + budget) * errors[max(errors)]
     return min(number for number, error in errors.items() if error <= limit)
+
+
+def about_outliers(errors: Mapping[int, float]) -> dict[str, Any]:
+    """What the accuracy card says about a number of outliers that was chosen, as JSON data.
+
+    Args:
+      errors: error by number of outliers, from ``outlier_errors``.
+
+    Returns:
+      "chosen", the number of outliers; "budget", see ``BUDGET``; and "relative_error" of each number that
+      was tried.
+    """
+    return {
+        "chosen": choose_outliers(errors),
+        "budget": BUDGET,
+        "relative_error": {str(number): error for number, error in errors.items()},
+    }
 
 
 def _with_outliers(config: ModelConfig, number: int) -> ModelConfig:
@@ -56,13 +75,15 @@ def _with_outliers(config: ModelConfig, number: int) -> ModelConfig:
 
 
 def candidates(config: ModelConfig) -> tuple[int, ...]:
-    """Numbers of outliers that suit every linear, up to a quarter of the narrowest's channels, ascending.
+    """The numbers of outliers to try, ascending.
+
+    They suit every linear and are at most a quarter of the input channels of the narrowest linear.
 
     Args:
-      config: its number of outliers is not looked at.
+      config: configuration of the model, with the format; its number of outliers is ignored.
 
     Raises:
-      AtomError: there is none; the message names a linear and what would suit it.
+      AtomError: no number suits every linear; the message names a linear and settings that would suit.
     """
     channels = [shape[1] for shape in linear_shapes(config).values()]
     step = config.format.group_size or 1
@@ -82,22 +103,6 @@ def _fits(config: ModelConfig, number: int) -> bool:
     return True
 
 
-def measure_outliers(
-    source: Source,
-    recipe: Recipe,
-    embedding: Float32[np.ndarray, "vocab hidden"],
-    tokens: Int32[np.ndarray, "windows seq"],
-    progress: Progress,
-) -> dict[str, Any]:
-    """The number of outliers to take, and why: what the card says about it. As ``outlier_errors``."""
-    errors = outlier_errors(source, recipe, embedding, tokens, progress)
-    return {
-        "chosen": choose_outliers(errors),
-        "budget": BUDGET,
-        "relative_error": {str(number): error for number, error in errors.items()},
-    }
-
-
 def outlier_errors(
     source: Source,
     recipe: Recipe,
@@ -105,13 +110,17 @@ def outlier_errors(
     tokens: Int32[np.ndarray, "windows seq"],
     progress: Progress,
 ) -> dict[int, float]:
-    """By number of outliers, ``||(x - Q(x)) W^T|| / ||x W^T||``, the mean over linears of the float model.
+    """The error of each number of outliers in ``candidates``.
 
-    Each linear is measured with its own hottest channels as outliers, before any scale migrates.
+    It is ``||(x - Q(x)) W^T|| / ||x W^T||``, averaged over the linears of the float model. The outliers of
+    each linear are its own channels with the most energy (its last channels if the recipe does not reorder),
+    and no scales are migrated.
 
     Args:
-      embedding: of ``source``.
-      tokens: the calibration windows; the first few are used.
+      source: the float model.
+      recipe: the recipe, for the format of activations and the reordering.
+      embedding: embedding of ``source``.
+      tokens: the calibration windows; only the first few are used.
       progress: called with (layers done, layers in all).
 
     Raises:
@@ -158,7 +167,7 @@ def _relative_errors(
     *,
     formats: tuple[ActivationFormat, ...],
 ) -> Float32[Array, " formats"]:
-    """All in one program: what is compiled for one layer serves all."""
+    """The relative output error for each format of the inputs; one program, so that all layers share it."""
     places = jnp.argsort(order)
 
     def output_error(fmt: ActivationFormat) -> Array:

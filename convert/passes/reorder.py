@@ -1,18 +1,19 @@
-"""Putting the hottest input channels of every linear last (paper section 4.1), folded into the weights.
+"""Permutations of channels that move the input channels with the most energy last (paper section 4.1).
 
-The INT8 tail of a linear is its last input channels, so these must be the ones of largest energy (the
-diagonal of X^T X). Permuting them costs nothing at run time where the producer of the channels is permuted
-alike: the residual stream through the norms and every matrix that reads or writes it, the MLP's inner
-channels through gate and up, attention's output through whole heads and, within a kv head, through v_proj.
+The last input channels of a linear are its outliers, stored in INT8, so they should be the channels with the
+most energy (the diagonal of X^T X). A permutation of input channels has no run-time cost if the operation
+that produces the channels is permuted in the same way: for the residual stream, the norms and every matrix
+that reads or writes it; for the MLP's inner channels, the rows of gate and up; for the attention output,
+whole heads and, within a kv head, the rows of v_proj.
 
-A layer is a dict of arrays in float32 (any float type works), fused projections as [out, in]:
+A layer is a dict of float32 arrays (any float type works), with fused projections as [out, in]:
 
     input_norm [H]   post_attention_norm [H]   optional q_norm, k_norm [head_dim]
     qkv_proj [q + 2 kv, H] (rows of q, then k, then v)    o_proj [H, q]
     gate_up_proj [2 I, H] (rows of gate, then up)         down_proj [H, I]
     optional qkv_bias, o_bias, gate_up_bias, down_bias, of as many values as their projection has rows
 
-A permutation lists, for each new place, the old one: ``new = old[perm]``. No function changes its input.
+A permutation lists the old index for each new index: ``new = old[perm]``. No function changes its input.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from atom_jax.errors import AtomError
 from atom_jax.structure import LINEARS
 from convert.float_model import FloatParams
 
-# Along the last axis: norms, and the linears behind them.
+# Parameters whose last axis is the residual stream: norms, and the linears that read their output.
 _READS_RESIDUAL = [
     name for linear in LINEARS if linear.reads_residual for name in (linear.producer, linear.weight)
 ]
-# Along the first axis.
+# Parameters whose first axis is the residual stream: linears that write it, and their biases.
 _WRITES_RESIDUAL = [name for linear in LINEARS if linear.residual for name in (linear.weight, linear.bias)]
 
 
 def energy_order(energy: Float[np.ndarray, "k"]) -> Int32[np.ndarray, "k"]:
-    """The permutation that sorts by ascending energy; equal ones keep their order.
+    """The permutation that sorts channels by ascending energy; channels with equal energy keep their order.
 
     Raises:
       AtomError: an energy is NaN.
@@ -50,7 +51,7 @@ def energy_order(energy: Float[np.ndarray, "k"]) -> Int32[np.ndarray, "k"]:
 def permute_inputs(
     weight: Float[np.ndarray, "*rows k"], perm: Int[np.ndarray, "k"]
 ) -> Float[np.ndarray, "*rows k"]:
-    """Reorders input channels only: ``reorder="per_layer"``, where the activation is gathered at run time.
+    """Reorders only the input channels of a weight (or of a norm or embedding, along the last axis).
 
     Raises:
       AtomError: ``perm`` is not a permutation of the input channels.
@@ -65,7 +66,7 @@ def permute_ends(
     lm_head: Float[np.ndarray, "v h"] | None,
     perm: Int[np.ndarray, "h"],
 ) -> tuple[Float[np.ndarray, "v h"], Float[np.ndarray, "h"], Float[np.ndarray, "v h"] | None]:
-    """Reorders the residual stream outside the layers; ``lm_head`` is None where it is the embedding.
+    """Reorders the residual stream outside the layers; ``lm_head`` is None if it is tied to the embedding.
 
     Raises:
       AtomError: ``perm`` is not a permutation of the hidden size.
@@ -75,7 +76,7 @@ def permute_ends(
 
 
 def permute_residual(layer: Mapping[str, np.ndarray], perm: Int[np.ndarray, "h"]) -> FloatParams:
-    """Reorders the residual stream: what reads it and what writes it.
+    """Reorders the residual stream of a layer, in all parameters that read or write it.
 
     Raises:
       AtomError: ``perm`` is not a permutation of the hidden size.
@@ -105,9 +106,9 @@ class HeadOrder:
     """A reordering of attention heads that keeps every query head with its kv head.
 
     Attributes:
-      kv_heads: for each new place of a kv head, the old one.
-      q_heads: the same for query heads; those of one kv head stay together, at its place.
-      channels: for each new place of a kv head, the order of its v channels.
+      kv_heads: for each new index of a kv head, the old one.
+      q_heads: for each new index of a query head, the old one. The query heads of a kv head stay together.
+      channels: for each new index of a kv head, the permutation of its v channels.
     """
 
     kv_heads: Int32[np.ndarray, "kv_heads"]
@@ -116,12 +117,12 @@ class HeadOrder:
 
     @property
     def kv_rows(self) -> Int[np.ndarray, "kv"]:
-        """The permutation of k_proj's rows. Their order within a head is RoPE's and stays."""
+        """The permutation of k_proj's rows. The order within a head is kept, because RoPE depends on it."""
         return _rows(self.kv_heads, np.arange(self.channels.shape[1]))
 
     @property
     def q_rows(self) -> Int[np.ndarray, "q"]:
-        """The permutation of q_proj's rows; the order within a head stays."""
+        """The permutation of q_proj's rows; the order within a head is kept."""
         return _rows(self.q_heads, np.arange(self.channels.shape[1]))
 
     @property
@@ -137,17 +138,20 @@ class HeadOrder:
 
 
 def head_order(energy: Float[np.ndarray, "q"], num_heads: int, num_kv_heads: int) -> HeadOrder:
-    """The order that brings the hottest channels of o_proj's input as near to the end as heads allow.
+    """The order that moves o_proj's input channels with the most energy as near to the end as heads allow.
 
-    The query head of most energy ends last in its group, and its group last; groups are compared by their
-    hottest query head, as it is the one that comes to lie in the tail. A v channel is shared by the query
-    heads of its group, so channels are sorted by the sum over them.
+    A group is a kv head with its query heads. Within a group, query heads are sorted by ascending energy.
+    Groups are sorted by the energy of their largest query head, because that of the last group comes to the
+    very end. A v channel is shared by all query heads of its group, so the channels are
+    sorted by the sum of their energies over these heads.
 
     Args:
-      energy: of each input channel of o_proj, query heads in the original order.
+      energy: energy of each input channel of o_proj, with heads in the original order.
+      num_heads: number of query heads.
+      num_kv_heads: number of kv heads.
 
     Raises:
-      AtomError: the sizes do not divide, or an energy is NaN.
+      AtomError: the numbers do not divide each other, or an energy is NaN.
     """
     if num_heads % num_kv_heads or energy.size % num_heads:
         raise AtomError(
@@ -163,10 +167,10 @@ def head_order(energy: Float[np.ndarray, "q"], num_heads: int, num_kv_heads: int
 
 
 def permute_heads(layer: Mapping[str, np.ndarray], order: HeadOrder, config: ModelConfig) -> FloatParams:
-    """Reorders heads, and v channels within a kv head, through q, k, v and the columns of o_proj.
+    """Reorders heads, and v channels within each kv head, in the rows of q, k, v and the columns of o_proj.
 
     Raises:
-      AtomError: ``order`` is not one of ``config``'s heads, or separates a query head from its kv head.
+      AtomError: ``order`` does not suit the heads of ``config``, or separates query heads from their kv head.
     """
     _check_heads(order, config)
     q, kv = config.q_size, config.kv_size
@@ -177,7 +181,7 @@ def permute_heads(layer: Mapping[str, np.ndarray], order: HeadOrder, config: Mod
 
 
 def _rows(heads: Int[np.ndarray, "heads"], channels: Int[np.ndarray, "*heads head_dim"]) -> np.ndarray:
-    """The permutation of rows for heads in this order, each with its channels in that order."""
+    """The permutation of rows that reorders heads by ``heads``, and channels in each head by ``channels``."""
     return (heads[:, None] * channels.shape[-1] + channels).reshape(-1)
 
 

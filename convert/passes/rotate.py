@@ -1,24 +1,26 @@
-"""Rotating the residual stream and the values of every head, at no run-time cost.
+"""Rotates the residual stream and the values of every head, at no run-time cost.
 
-A rotation spreads a hot channel over all of them, so that a group's scale suits every channel in it (QuaRot,
-arXiv 2404.00456, section 4; SpinQuant, arXiv 2405.16406, section 3.1). The model computes the same as long as
-what writes a space and what reads it are rotated alike:
+A rotation spreads an outlier channel over all channels, so that the scale of a group suits every channel in
+it (QuaRot, arXiv 2404.00456, section 4; SpinQuant, arXiv 2405.16406, section 3.1). The result of the model is
+unchanged if all weights that write or read the rotated channels are rotated in the same way:
 
-- the residual stream, x R: embedding, o_proj and down_proj write it; qkv, gate_up and lm_head read it. An
-  RMSNorm without weights commutes with R, so the weights of each norm are first folded into what reads it.
-- the values of each head, v H: the rows of v_proj write them, the columns of o_proj read them. Attention
-  mixes tokens, not channels, and H is the same for all heads, so query heads may share kv heads.
+- The residual stream becomes x R. The embedding, o_proj and down_proj write it; qkv, gate_up and lm_head read
+  it. An RMSNorm without weights commutes with R, so the weights of each norm are first folded into the
+  linears that read its output.
+- The values of each head become v H. The rows of v_proj write them, and the columns of o_proj read them.
+  Attention mixes tokens and not channels, and H is the same for all heads, so query heads can share kv heads.
 
-The inner channels of the MLP and the keys stay: an activation function or RoPE stands between writer and
-reader, and to rotate them would cost time at every token.
+The inner channels of the MLP and the keys are not rotated. An activation function or RoPE is between the
+weights that write and read them, so a rotation would cost time for every token.
 
-**Tied embeddings are untied.** The last norm's weights g stand between the residual stream and the head, so
-the head reads ``E diag(g) R`` where the embedding is ``E R``; the two are one matrix only if g is constant.
-Untying is exact and takes no time (a step reads the head once and one row of the embedding for each token),
-but the checkpoint holds the matrix twice.
+**Tied embeddings are untied.** The weights g of the last norm are between the residual stream and the head.
+So the rotated head is ``E diag(g) R``, while the rotated embedding is ``E R``; they are equal only if all
+values of g are 1. Untying is exact and costs no time (a step reads the head once and one row of the embedding
+for each token), but the checkpoint holds two matrices.
 
-R is a Hadamard matrix of the largest power of two in the size, Kronecker a Hartley matrix of the odd rest
-(its entries, too, are about equally large), with random signs.
+R is the Kronecker product of a Hadamard matrix, whose size is the largest power of two that divides the
+number of channels, and a Hartley matrix of the remaining odd size (whose entries are also of similar
+magnitude), with random signs.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from atom_jax.config import ModelConfig
 from convert.sources import Source
 
 _EMBEDDING, _LAST_NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-# What reads the residual stream in a layer, by the norm before it.
+# For each norm of a layer, the linears that read its output.
 _READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
@@ -44,7 +46,10 @@ _WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def rotate(x: Float32[np.ndarray, "*lead n"], seed: int = 0) -> Float32[np.ndarray, "*lead n"]:
-    """``x @ R`` for the orthogonal R [n, n] of ``seed``; n of any size, in O(n (log n + odd part)) a row."""
+    """``x @ R`` for the orthogonal matrix R [n, n] that ``seed`` determines.
+
+    n can be any size; a row takes O(n (log n + m)) operations, where m is the odd part of n.
+    """
     size = x.shape[-1]
     odd = size // (size & -size)
     signs = np.random.default_rng(seed).choice(np.array([-1.0, 1.0], np.float32), size)
@@ -58,16 +63,20 @@ def rotate(x: Float32[np.ndarray, "*lead n"], seed: int = 0) -> Float32[np.ndarr
 
 
 def _hartley(size: int) -> Float32[np.ndarray, "n n"]:
-    """The orthogonal, symmetric matrix cos(a) + sin(a), a = 2 pi j k / n."""
+    """The orthogonal, symmetric Hartley matrix (cos(a) + sin(a)) / sqrt(n) with a = 2 pi j k / n."""
     angle = 2 * np.pi / size * (np.outer(np.arange(size), np.arange(size)) % size)
     return ((np.cos(angle) + np.sin(angle)) / math.sqrt(size)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rotated:
-    """A ``Source`` that computes the same as ``original``, rotated: norms of ones, head never tied.
+    """The source ``original``, rotated: an equivalent model with norms of ones and an untied head.
 
-    Its fingerprint is the original's: the recipe of a checkpoint says that it was rotated.
+    The fingerprint is that of the original, because the recipe of a checkpoint says that it was rotated.
+
+    Attributes:
+      original: the source to rotate.
+      seed: seed of the rotation's random signs.
     """
 
     original: Source
@@ -86,7 +95,7 @@ class Rotated:
         return self.original.notes
 
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor of the rotated model; a reader of the residual stream costs a read of its norm, too."""
+        """One tensor of the rotated model. For a linear that reads a norm, the norm is read, too."""
         if name == _EMBEDDING:
             return self._turned(self.original.tensor(name))
         if name == _LAST_NORM:
@@ -129,7 +138,7 @@ class Rotated:
 
 
 def _parts(name: str) -> tuple[str, str, str]:
-    """("model.layers.0", "self_attn.q_proj", "weight") of "model.layers.0.self_attn.q_proj.weight"."""
+    """Splits a name, e.g. into ("model.layers.0", "self_attn.q_proj", "weight")."""
     module, _, kind = name.rpartition(".")
     model, layers, index, rest = module.split(".", 3)
     return f"{model}.{layers}.{index}", rest, kind

@@ -1,1 +1,1 @@
-"""Float weights to integers: to nearest, and by GPTQ."""
+"""Rounds float weights to integers: to nearest, or with GPTQ's error compensation."""

@@ -1,14 +1,14 @@
-"""GPTQ: rounding that makes each input channel take up the error of those before it.
+"""GPTQ for weights with outlier channels: each input channel compensates the errors of those before it.
 
-The method of arXiv 2210.17323 in the equivalent form of QuIP (arXiv 2307.13304, theorem 6): with
-H = M D M^T, M unit upper triangular and D diagonal, the error of a row is
+This is the method of arXiv 2210.17323 in the equivalent form of QuIP (arXiv 2307.13304, theorem 6). With
+H = M D M^T, where M is unit upper triangular and D is diagonal, the squared output error of a row w is
 
     (w - q) H (w - q)^T = sum_i D_i ((w_i - q_i) + sum_{j<i} M_ji (w_j - q_j))^2,
 
-so channel i is rounded from w_i + sum_{j<i} M_ji (w_j - q_j). That is the weight GPTQ reaches by pushing
-errors forward with the Cholesky factor of the inverse of H, but no inverse is computed: H needs a single
-factorization, stable in float32, and what a block of channels takes from the earlier ones is one matmul
-that writes only that block.
+so for channel i the value w_i + sum_{j<i} M_ji (w_j - q_j) is rounded. GPTQ arrives at the same value when it
+pushes errors forward with the Cholesky factor of the inverse of H. Here no inverse is computed: H needs a
+single factorization, which is stable in float32, and the corrections of a block of channels are one matmul
+with the errors of all channels before it.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from convert.groups import check_groups
 from pallas_kernels.qarrays import QuantizedWeight
 from pallas_kernels.rounding import BODY_MAX, TAIL_MAX, fit_scale, pack_weight, round_clip, storage_scale
 
-# Factorizations tried, each with ten times the damping of the one before.
+# Number of factorizations that are tried, each with ten times the damping of the one before.
 MAX_ATTEMPTS = 5
-_PANEL = 64  # rows of the Cholesky factor between two matmuls
-# Of the mean energy, that much of a channel's own: one that is (nearly) never used must not be asked to make
-# up for the others with a huge weight.
+_PANEL = 64  # rows of the Cholesky factor that are computed between two matmuls
+# For the damping, this fraction of the mean energy is added to the energy of each channel. Otherwise a
+# channel that is nearly always zero could get a huge weight to compensate the errors of the others.
 _FLOOR = 1e-4
 
 
 class HessianFactors(NamedTuple):
-    """The damped Hessian as M D M^T.
+    """The factors of the damped Hessian, M D M^T.
 
     Attributes:
-      feedback: the strictly lower part of M^T: what channel i takes of the error of channel j.
-      costs: D, what the squared rounding error of a channel costs.
+      feedback: the strictly lower part of M^T. Entry [i, j] is the part of the error of channel j that is
+        added to channel i.
+      costs: the diagonal of D: the weight of each channel's squared rounding error in the output error.
     """
 
     feedback: Float32[Array, "k k"]
@@ -59,26 +60,32 @@ def gptq(
 ) -> QuantizedWeight:
     """Quantizes ``weight`` so that ``||X (W - Wq)^T||`` is small, given H = X^T X (paper section 4.5).
 
-    The format is that of ``rounding.quantize_weight``. The body is taken backwards, because its channels
-    are stored by ascending energy: the hottest, whose errors cost most, while all the others can still make
-    up for them. The INT8 tail comes last and takes up what is left in fine steps. The scales of a group come
-    from its weights as they are when its first channel is reached. A dead channel (zero row of H) is rounded
-    to nearest: nothing is known about its inputs. The same arguments give the same bits.
+    The format is that of ``pallas_kernels.rounding.quantize_weight``: a body of INT4 groups, then a tail of
+    INT8 outliers. The channels of the body are stored by ascending energy and are rounded in reverse order:
+    errors in the channels with the most energy cost most, so these are rounded while all other channels can
+    still compensate for them. The tail is rounded last, and its fine steps absorb the remaining error. The
+    scale of a group is computed when the first channel of the group is reached, from the corrected weights
+    at that time. A dead channel (with a zero row in H) is rounded to nearest, because nothing is known about
+    its inputs. The same arguments give the same bits.
 
     Args:
-      weight: input channels in stored order, the ``num_outliers`` outliers last.
-      hessian: in the same order; any positive multiple of it gives the same result up to rounding.
-      group_size: channels a group of the body, or None for one group over all of it.
-      clip_w: the fraction of a group's largest magnitude that INT4 spans, or None to search it for each group
-        and row; the tail is not clipped.
-      damping: fraction of each channel's energy added to the diagonal. Relative to its own, not the mean: a
-        few hot channels are the mean, and would damp all others away. Raised tenfold, ``MAX_ATTEMPTS - 1``
-        times at most, while the Hessian is not positive definite in float32.
-      block_size: channels whose errors are exchanged before the next matmul; affects speed only.
+      weight: the weight, with input channels in stored order and the ``num_outliers`` outliers last.
+      hessian: H with channels in the same order. A positive multiple of it gives the same result up to
+        rounding.
+      group_size: number of channels of a group of the body; None for one group over the whole body.
+      num_outliers: number of channels of the tail.
+      clip_w: fraction of a group's largest magnitude that INT4 spans; None to search it for each group and
+        row. The tail is not clipped.
+      damping: fraction of each channel's energy that is added to the diagonal of H. It is a fraction of the
+        channel's own energy and not of the mean, because a few channels with much energy determine the mean,
+        and the compensation in all others would be damped away. While H is not positive definite in float32,
+        the damping is multiplied by ten, at most ``MAX_ATTEMPTS - 1`` times.
+      block_size: number of channels that are rounded between two matmuls; affects only speed.
 
     Raises:
-      AtomError: the body is not made of whole groups (see ``check_groups``); the shapes do not match; weight
-        or Hessian hold NaN or infinity; or no damping tried makes the Hessian positive definite.
+      AtomError: the body is not made of whole groups (see ``check_groups``); the shapes do not match; the
+        weight or the Hessian holds NaN or infinity; or no damping that is tried makes the Hessian positive
+        definite.
     """
     rows, channels = weight.shape
     group_size = check_groups("weight", channels, group_size, num_outliers)
@@ -91,14 +98,18 @@ def gptq(
     order = np.concatenate([np.arange(body)[::-1], np.arange(body, channels)])
     factors = factorize(hessian[order][:, order], damping)
     quantized = _sweep(weight[:, order], factors, clip_w, group_size, num_outliers, block_size)
-    # NaN or infinity in a weight reaches the scale of its group, so this checks input and result.
+    # NaN or infinity in a weight makes the scale of its group not finite, so this checks input and result.
     if not bool(jnp.all(jnp.isfinite(quantized.scales))):
         raise AtomError(f"weight [{rows}, {channels}] holds NaN or infinity, or values too large to quantize")
     return quantized
 
 
 def factorize(hessian: Float32[Array, "k k"], damping: float) -> HessianFactors:
-    """Factors of the Hessian with ``damping``, or the least of its tenfold multiples that is enough.
+    """Factors of the damped Hessian.
+
+    Args:
+      hessian: the Hessian, with channels in the order in which they are rounded.
+      damping: as in ``gptq``; multiplied by ten until the factorization succeeds.
 
     Raises:
       AtomError: no damping tried makes the Hessian positive definite; it may hold NaN or infinity.
@@ -121,19 +132,21 @@ def factorize(hessian: Float32[Array, "k k"], damping: float) -> HessianFactors:
 def _factorize(
     hessian: Float32[Array, "k k"], damping: Float32[Array, ""]
 ) -> tuple[HessianFactors, Bool[Array, ""]]:
-    """The factors, and whether they are usable."""
-    # The scale of H does not matter: bring the diagonal to at most 1, where nothing can overflow.
+    """The factors, and whether they are finite, which they are if the damped Hessian is positive definite."""
+    # The scale of H does not matter, so its diagonal is scaled to at most 1, where nothing can overflow.
     largest = jnp.max(jnp.diagonal(hessian))
     scaled = hessian / jnp.where(largest > 0, largest, 1.0)
     energy = jnp.diagonal(scaled)
     mean = jnp.mean(energy)
-    # The floor is also what makes the diagonal of dead channels positive, with nothing beside it.
+    # A dead channel has only zeros in its row of H; the floor makes its diagonal positive.
     added = damping * (energy + _FLOOR * jnp.where(mean > 0, mean, 1.0))
     damped = scaled + jnp.diag(added)
-    # Factorized as correlations, which float32 can hold however much hotter one channel is than another.
+    # The matrix of correlations is factorized, which is accurate in float32 even if the energies of channels
+    # differ by orders of magnitude.
     size = jnp.sqrt(jnp.diagonal(damped))
     correlations = damped / (size[:, None] * size)
-    # The upper factor with C = R R^T is the lower one of the reversed matrix, reversed.
+    # The upper triangular R with C = R R^T is obtained from the Cholesky factor of C with reversed rows and
+    # columns, by reversing that factor.
     upper_t = _cholesky(correlations[::-1, ::-1])[::-1, ::-1]
     pivots = jnp.diagonal(upper_t)
     feedback = jnp.tril(upper_t * (size / (pivots * size)[:, None]), -1)
@@ -141,10 +154,10 @@ def _factorize(
 
 
 def _cholesky(matrix: Float32[Array, "k k"]) -> Float32[Array, "k k"]:
-    """Upper U with ``matrix = U^T U``; NaN or infinity in it if there is none.
+    """The upper triangular U with ``matrix = U^T U``; it contains NaN or infinity if there is no such U.
 
-    Not LAPACK's: on the CPU that is OpenBLAS, whose threads wait for a core by spinning; beside XLA's own
-    threads a factorization of 5 ms was seen to take 500.
+    LAPACK is not used: on the CPU it is OpenBLAS, whose threads spin while they wait for a core. Together
+    with XLA's own threads, a factorization that needs 5 ms was seen to take 500 ms.
     """
     size = matrix.shape[0]
     padding = -size % _PANEL
@@ -177,9 +190,10 @@ def _sweep(
     num_outliers: int,
     block_size: int,
 ) -> QuantizedWeight:
-    """Quantizes group by group, then the tail. Channel-major inside, so that a channel is contiguous.
+    """Quantizes the body group by group, then the tail.
 
-    The body is given backwards and returned forwards.
+    ``weight`` and ``factors`` have the channels of the body in reverse order; the result has them in stored
+    order. Inside, arrays are transposed to [channels, rows], so that a channel is contiguous.
     """
     rows, channels = weight.shape
     body = channels - num_outliers
@@ -208,19 +222,26 @@ def _quantize_span(
     first: bool,
     block_size: int,
 ) -> tuple[Float32[Array, "k n"], Int8[Array, "size n"], Float32[Array, "n"]]:
-    """Quantizes the ``size`` channels from ``start``, which share a scale.
+    """Quantizes a span of channels that share a scale: a group, or the tail.
 
     Args:
-      errors: w - q of the channels before ``start``, zero from there on.
-      first: whether it is known that there are no channels before.
+      weight: the transposed weight.
+      factors: factors of the Hessian.
+      errors: w - q of all channels before ``start``, and zeros from there on.
+      start: first channel of the span.
+      size: number of channels of the span.
+      clip: as ``clip_w`` of ``gptq``.
+      max_value: largest integer; the smallest is ``-max_value - 1``.
+      first: whether the span is known to be the first, so that no channels are before it.
+      block_size: as in ``gptq``.
 
     Returns:
-      ``errors`` with this span's; the integers; the scale.
+      ``errors`` with those of this span added, the integers of the span, and its scale for each row.
     """
     feedback, costs = factors
 
     def taken(errors: Array, start: Array, size: int) -> Array:
-        """What these channels take from the earlier ones."""
+        """The corrections of ``size`` channels from ``start`` for the errors of all channels before them."""
         rows = lax.dynamic_slice_in_dim(feedback, start, size)
         return jnp.matmul(rows, errors, precision=lax.Precision.HIGHEST)
 
@@ -244,8 +265,9 @@ def _quantize_span(
     whole = taken(errors, start, size)
     updated = lax.dynamic_slice_in_dim(weight, start, size)
     if not first:
-        # The weights as GPTQ has them now: the best ones were nothing more rounded, which is where each
-        # channel takes from the shifts of those before it in the span, too.
+        # The corrected weights as GPTQ has them now, which are optimal if nothing more is rounded. They are
+        # found by forward substitution, because each channel also takes up its share of the corrections of
+        # the channels before it in the span.
         inverse = _unit_lower_inverse(inner_feedback(start, size))
         updated += jnp.matmul(inverse, whole, precision=lax.Precision.HIGHEST)
     scale = fit_scale(updated, lax.dynamic_slice_in_dim(costs, start, size), clip, max_value)
@@ -262,7 +284,7 @@ def _quantize_span(
 
 
 def _unit_lower_inverse(strict: Float32[Array, "b b"]) -> Float32[Array, "b b"]:
-    """Inverse of I + ``strict``, which is strictly lower triangular, by substitution."""
+    """The inverse of I + ``strict`` by forward substitution; ``strict`` is strictly lower triangular."""
     identity = jnp.eye(strict.shape[0])
 
     def row(i: Array, inverse: Array) -> Array:
@@ -279,12 +301,23 @@ def _quantize_block(
     scale: Float32[Array, "n"],
     max_value: int,
 ) -> tuple[Float32[Array, "b n"], Int8[Array, "b n"]]:
-    """Quantizes channels one after the other; ``taken`` lacks only what they take from each other."""
+    """Quantizes the channels of a block one after the other.
+
+    Args:
+      originals: the weights of the block, transposed.
+      taken: corrections of the block's channels for the errors of all channels before the block.
+      feedback: the part of ``HessianFactors.feedback`` among the block's channels.
+      scale: scale of each row.
+      max_value: largest integer; the smallest is ``-max_value - 1``.
+
+    Returns:
+      The errors (weight minus dequantized weight), and the integers.
+    """
     targets = originals + taken
 
     def channel(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         errors, values = state
-        # Errors from channel i on are zero still, and so is the feedback of those channels.
+        # The errors of channel i and later ones are still zero, and so is their feedback.
         target = targets[i] + jnp.matmul(feedback[i], errors, precision=lax.Precision.HIGHEST)
         value = round_clip(target, scale, max_value)
         error = originals[i] - value.astype(jnp.float32) * scale

@@ -1,8 +1,9 @@
-"""The values that the groups of a weight may take: asymmetric grids, chosen by the error they leave.
+"""Fits asymmetric grids: the values, with a scale and a zero point, that the weights of a group can take.
 
-A grid is fitted to the weights of one group and row. The range [min, max], extended to zero, is shrunk by
-each of ``CLIPS``, and the one with the smallest squared error is kept, every channel weighted by its energy
-(the diagonal of X^T X): what rounding adds to the output if the channels do not correlate.
+A grid is fitted to the weights of one group of one row. Their range [min, max], extended to include zero, is
+multiplied by each of ``CLIPS``, and the grid with the smallest squared error is kept. Each channel's error is
+weighted by its energy (the diagonal of X^T X), which gives the error of the output if the channels are
+uncorrelated.
 """
 
 from __future__ import annotations
@@ -18,14 +19,21 @@ from jaxtyping import Array, Float32, Int8
 from pallas_kernels.rounding import storage_scale
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-# Largest first-level integer of a channel (QServe, arXiv 2405.04532, section 4.1): the second rounding, at
-# most half a step of 15 or 16, then ends within INT8.
+# Largest integer of the first level (QServe, arXiv 2405.04532, section 4.1). The second level rounds by at
+# most half a step of 16, so its values stay within INT8.
 PROTECTIVE_RANGE = 119
-_MAX_GROUP_SCALE = 17  # 15 steps of it, those of 4 bits, span INT8
+_MAX_GROUP_SCALE = 17  # 15 such steps, as many as 4 bits have, span INT8
 
 
 class Grid(NamedTuple):
-    """Values ``(q - zero) * scale`` for integers ``low <= q <= high``; float32 arrays of one shape."""
+    """The values ``(q - zero) * scale`` for integers ``low <= q <= high``.
+
+    Attributes:
+      scale: the step between two values.
+      zero: the integer that stands for 0.
+      low: smallest integer.
+      high: largest integer.
+    """
 
     scale: Float32[Array, "*shape"]
     zero: Float32[Array, "*shape"]
@@ -33,7 +41,7 @@ class Grid(NamedTuple):
     high: Float32[Array, "*shape"]
 
     def round(self, x: Float32[Array, "..."]) -> Int8[Array, "..."]:
-        """The integers nearest to ``x``; half to even."""
+        """The integers whose values are nearest to ``x``; ties are rounded to even."""
         q = jnp.round(x * (1.0 / self.scale)) + self.zero
         return jnp.clip(q, self.low, self.high).astype(jnp.int8)
 
@@ -42,7 +50,7 @@ class Grid(NamedTuple):
 
 
 def channel_scales(weight: Float32[Array, "n k"]) -> Float32[Array, "n"]:
-    """First-level scale of each row of a ``TwoLevelWeight``."""
+    """The first-level scale of each row (output channel) of a ``TwoLevelWeight``."""
     return storage_scale(jnp.max(jnp.abs(weight), axis=1), 1.0, PROTECTIVE_RANGE)
 
 
@@ -55,13 +63,15 @@ def fit_groups(
     bits: int = 4,
     two_level: bool = False,
 ) -> Grid:
-    """The grid [groups, n] of every group and row.
+    """Fits the grid of every group and row; its arrays are [groups, n].
 
     Args:
-      energy: weight of each channel's error.
-      bits: of an integer.
-      two_level: the scale of a group is an integer times that of its row, and all values are INT8 multiples
-        of the row's (``TwoLevelWeight``); else it is any number that bfloat16 holds.
+      weight: the weight; K must be whole groups.
+      energy: weight of the squared error of each channel.
+      group_size: number of channels of a group.
+      bits: number of bits of an integer.
+      two_level: whether the scale of a group is an integer times the scale of its row, and all values are
+        INT8 multiples of the row's scale (``TwoLevelWeight``). Otherwise scales are bfloat16 numbers.
     """
     unit = channel_scales(weight)[:, None] if two_level else None
 
@@ -95,7 +105,7 @@ def _fit(
 def _grid(
     low: Float32[Array, "n 1"], high: Float32[Array, "n 1"], unit: Float32[Array, "n 1"] | None, bits: int
 ) -> Grid:
-    """The grid that spans [low, high], which holds zero."""
+    """The grid that spans [low, high], which includes 0; ``unit`` is the row's scale for two levels."""
     least, most = -(1 << bits - 1), (1 << bits - 1) - 1
 
     def zero_of(scale: Array) -> Array:
@@ -106,7 +116,7 @@ def _grid(
         return Grid(scale, zero_of(scale), jnp.full_like(scale, least), jnp.full_like(scale, most))
     steps = jnp.clip(jnp.round((high - low) / (unit * (most - least))), 1, _MAX_GROUP_SCALE)
     zero = zero_of(steps * unit)
-    # Only what stays in INT8: (q - zero) * steps from -128 to 127.
+    # Only integers for which (q - zero) * steps is in INT8, -128 to 127.
     return Grid(
         steps * unit,
         zero,

@@ -1,8 +1,9 @@
-"""Weights of few bits without outliers: grids fitted group by group, then GPTQ on them.
+"""GPTQ for weights without outlier channels: first a grid is fitted to each group, then GPTQ rounds to it.
 
-There is no INT8 tail that has to come last, so channels are rounded in the order of descending energy: the
-hottest, whose errors cost most, while all the others can still make up for them. The grids are fitted first,
-to the original weights, because a group's channels are then no longer neighbours.
+Without an INT8 tail, which must come last, channels are rounded by descending energy: errors in the channels
+with the most energy cost most, so these are rounded while all others can still compensate for them. The
+channels of a group are then not rounded one after the other, so its grid is fitted before, to the original
+weights.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from convert.rounding.grids import Grid, channel_scales, fit_groups
 from pallas_kernels import TwoLevelWeight, WeightOnlyInt4
 from pallas_kernels.rounding import pack_values
 
-_BLOCK = 128  # channels whose errors are exchanged before the next matmul
+_BLOCK = 128  # number of channels that are rounded between two matmuls
 _DAMPING = 0.01
 
 
@@ -31,14 +32,15 @@ def quantize_weight_only(
     hessian: Float32[Array | np.ndarray, "k k"] | None,
     group_size: int | None,
 ) -> WeightOnlyInt4:
-    """Quantizes to INT4 groups, each with a scale and a zero point.
+    """Quantizes a weight to INT4 groups, each with a scale and a zero point.
 
     Args:
-      hessian: mean of x x^T over the inputs, for GPTQ; None rounds to nearest.
-      group_size: None for one group over the whole row.
+      weight: the weight, with input channels in stored order.
+      hessian: mean of x x^T over the inputs x, for GPTQ; None to round to nearest.
+      group_size: number of channels of a group; None for one group over the whole row.
 
     Raises:
-      AtomError: K is not whole groups, or weight or Hessian are not usable (see ``gptq.gptq``).
+      AtomError: K is not whole groups, or the weight or the Hessian is not usable (see ``gptq.gptq``).
     """
     values, grids, group_size = quantize_groups(weight, hessian, group_size)
     return WeightOnlyInt4(pack_values(values), grids.scale, grids.zero.astype(jnp.int8), group_size)
@@ -64,9 +66,13 @@ def quantize_groups(
     bits: int = 4,
     two_level: bool = False,
 ) -> tuple[Int8[Array, "n k"], Grid, int]:
-    """Signed integers of ``bits`` bits, the grid [groups, n] of each group, and the group size.
+    """Fits the grids and rounds the weight to them.
 
-    Arguments and errors are those of ``quantize_weight_only``; ``two_level`` is that of ``fit_groups``.
+    Arguments and errors are those of ``quantize_weight_only``; ``bits`` and ``two_level`` are those of
+    ``fit_groups``.
+
+    Returns:
+      The signed integers of ``bits`` bits, the grids [groups, n], and the group size.
     """
     channels = weight.shape[1]
     group_size = check_groups("weight", channels, group_size, None)
@@ -81,14 +87,14 @@ def quantize_groups(
             weight, _relative(jnp.diagonal(hessian)), group_size, bits=bits, two_level=two_level
         )
         values = _sweep(weight, feedback, order, grids, group_size)
-    # NaN or infinity in a weight reaches the scale of its group.
+    # NaN or infinity in a weight makes the scale of its group not finite.
     if not bool(jnp.all(jnp.isfinite(grids.scale))):
         raise AtomError(f"weight {list(weight.shape)} holds NaN or infinity, or values too large to quantize")
     return values, grids, group_size
 
 
 def _relative(energy: Float32[Array, "k"]) -> Float32[Array, "k"]:
-    """Weights of the channels' errors; a channel that was never used counts a little, too."""
+    """Energies over their mean, plus a little, so that errors in a channel that is always zero count, too."""
     mean = jnp.mean(energy)
     return energy / jnp.where(mean > 0, mean, 1.0) + _DAMPING
 
@@ -110,10 +116,22 @@ def _sweep(
     grids: Grid,
     group_size: int,
 ) -> Int8[Array, "n k"]:
-    """Rounds channel after channel in ``order``, which ``feedback`` is in (see ``convert.rounding.gptq``)."""
+    """Rounds the channels one after the other (see ``convert.rounding.gptq``).
+
+    Args:
+      weight: the weight, with input channels in stored order.
+      feedback: ``HessianFactors.feedback``, with channels in the order in which they are rounded.
+      order: the channels in the order in which they are rounded.
+      grids: the grid of each group, [groups, n].
+      group_size: number of channels of a group.
+
+    Returns:
+      The integers, with input channels in stored order.
+    """
     rows, channels = weight.shape
     padding = -channels % _BLOCK
-    # Channel-major, so that a channel is contiguous; padding channels are zeros that nothing takes from.
+    # Transposed to [channels, rows], so that a channel is contiguous. Padding channels are zeros and
+    # give no corrections to other channels.
     originals = jnp.pad(weight.T[order], ((0, padding), (0, 0)))
     feedback = jnp.pad(feedback, (0, padding))
     groups = jnp.pad(order // group_size, (0, padding))
@@ -128,7 +146,7 @@ def _sweep(
         def channel(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
             errors, values = state
             grid = jax.tree.map(lambda a: a[block_groups[i]], grids)
-            # Errors from channel i on are zero still, and so is the feedback of those channels.
+            # The errors of channel i and later ones are still zero, and so is their feedback.
             target = targets[i] + jnp.matmul(inner[i], errors, precision=lax.Precision.HIGHEST)
             value = grid.round(target)
             return errors.at[i].set(block_originals[i] - grid.value(value)), values.at[i].set(value)

@@ -1,4 +1,4 @@
-"""Round to nearest: a weight in the format of docs/quantization.md without any error compensation."""
+"""Rounds a weight to nearest, without error compensation, to the format with INT8 outlier channels."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def quantize_weight(
     num_outliers: int,
     clip_w: float | None,
 ) -> QuantizedWeight:
-    """``rounding.quantize_weight``, whose arguments these are, with the converter's errors.
+    """``pallas_kernels.rounding.quantize_weight`` with the same arguments, but the converter's errors.
 
     Raises:
-      AtomError: the body is not made of whole groups (see ``check_groups``).
+      AtomError: the channels that are not outliers are not whole groups (see ``check_groups``).
     """
     group_size = check_groups("weight", weight.shape[1], group_size, num_outliers)
     return rounding.quantize_weight(weight, group_size=group_size, num_outliers=num_outliers, clip_w=clip_w)

@@ -1,4 +1,4 @@
-"""The converter's part of each scheme: one module each, of the same name as in ``atom_jax/schemes``."""
+"""How the converter quantizes weights for each scheme: one module each, named as in ``atom_jax/schemes``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ METHODS = MappingProxyType(_found())
 def quantize(
     weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, recipe: Recipe
 ) -> PackedWeight:
-    """The weight as the scheme of the recipe stores it; see ``Method.quantize``."""
+    """The weight quantized for the scheme of the recipe; see ``Method.quantize``."""
     method = METHODS[recipe.format.scheme].quantize
     assert method is not None, f"the linears of {recipe.format.scheme} stay floats"
     return method(weight, hessian, recipe)

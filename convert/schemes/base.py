@@ -1,4 +1,4 @@
-"""How a weight gets into a scheme: the settings of the recipe that matter to it, and the rounding."""
+"""The type that defines how the converter quantizes weights for a scheme."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """The converter's part of a scheme; each is a module of this package, whose ``METHOD`` it is.
+    """The converter's part of a scheme. Each module of this package defines one, as ``METHOD``.
 
     Attributes:
-      quantize: ``(weight [N, K], hessian [K, K], recipe)``, returns the weight as the scheme stores it. The
-        Hessian is the mean of x x^T over the weight's inputs x, None without calibration. Raises AtomError
-        where the weight's channels do not suit the groups. None for a scheme whose linears stay floats.
-      unused: settings of ``Recipe`` that the scheme has no use for, and the one value they have in it.
+      quantize: called with ``(weight [N, K], hessian [K, K], recipe)``; returns the weight in the type of the
+        scheme. The Hessian is the mean of x x^T over the inputs x of the weight, or None without
+        calibration. It raises AtomError if the input channels do not suit the groups. None for a scheme
+        whose linears are not quantized.
+      unused: the settings of ``Recipe`` that the scheme does not use, with the value that each must have.
     """
 
     quantize: Callable[[Float32[Array, "n k"], Float32[Array, "k k"] | None, Recipe], PackedWeight] | None
     unused: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# Of schemes whose weights have no outliers: grids that are searched for each group, or no clipping at all.
+# Unused settings of the schemes without outlier channels. The range of their weights is always searched for
+# each group, or not clipped at all.
 ORDER_KEPT: dict[str, Any] = {"clip_w": 1.0, "reorder": "none", "migrate": False}

@@ -1,4 +1,4 @@
-"""Linears stay as they are."""
+"""bf16: linears are not quantized."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""INT3 groups with zero points, by GPTQ where the recipe says so and there is a Hessian, or to nearest."""
+"""w3a16: INT3 groups with zero points, by GPTQ (if in the recipe, and with a Hessian) or to nearest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""INT4 groups with zero points, by GPTQ where the recipe says so and there is a Hessian, or to nearest."""
+"""w4a16: INT4 groups with zero points, by GPTQ (if in the recipe, and with a Hessian) or to nearest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""INT4 groups and an INT8 tail: by GPTQ where the recipe says so and there is a Hessian, or to nearest."""
+"""w4a4kv4: INT4 groups, INT8 outliers, by GPTQ (if in the recipe, and with a Hessian) or to nearest."""
 
 from __future__ import annotations
 

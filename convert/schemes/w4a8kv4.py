@@ -1,4 +1,4 @@
-"""INT4 in INT8 rows, by GPTQ where the recipe says so and there is a Hessian, or to nearest."""
+"""w4a8kv4: two-level INT4 groups, by GPTQ (if in the recipe, and with a Hessian) or to nearest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""INT8 rows, to nearest."""
+"""w8a8: INT8 weights with one scale for each row, rounded to nearest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where weights come from: safetensors, PyTorch pickles and GGUF, local or on the Hugging Face Hub."""
+"""Opens float checkpoints in safetensors, PyTorch or GGUF files, local or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def open_source(path_or_id: str | Path, *, revision: str | None = None) -> Sourc
       revision: branch, tag or commit, for a model on the Hub or in its cache.
 
     Raises:
-      AtomError: nothing usable is there, the model is of a kind that is not supported, or a tensor is
-        missing or has an unexpected shape or type. The message is one line that names the culprit.
+      AtomError: there is no checkpoint, the model is not supported, or a tensor is missing or has an
+        unexpected shape or type. The message is one line that names the file or tensor.
     """
     path, name = Path(path_or_id), str(path_or_id)
     if path.exists():

@@ -1,8 +1,8 @@
-"""Which models convert: from a Hugging Face ``config.json`` to a ``ModelConfig`` and the tensors it needs.
+"""The supported architectures: turns a Hugging Face ``config.json`` into a ``ModelConfig`` and tensor shapes.
 
-Nothing in a ``config.json`` is trusted. Every value that decides what the model computes is read with its
-type and range checked, and a feature that Atom-JAX does not compute is an error that names it: silently
-converting, say, chunked attention to full attention would give a model that is wrong only on long prompts.
+Nothing in a ``config.json`` is trusted. The type and range of every value that affects the model's output are
+checked, and a feature that Atom-JAX does not support is an error that names it. If, for example, chunked
+attention were silently converted to full attention, the model would be wrong only on long prompts.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ MAX_LAYERS = 4096  # far above any real model; keeps a nonsensical config.json f
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What an architecture fixes, or leaves to ``config.json``.
+    """The properties of an architecture, and which of them depend on ``config.json``.
 
     Attributes:
-      attention_bias: "never", "qkv" (always, and not on o_proj) or "config" (the key decides for q, k, v, o).
-      mlp_bias: whether the key ``mlp_bias`` is read.
-      qk_norm: RMSNorm over head_dim on queries and keys.
-      default_kv_heads: whether a missing ``num_key_value_heads`` means one per query head (Llama 1).
-      windows: which layers have the sliding window: "never", "all" or "config" (``use_sliding_window``, and
-        ``layer_types`` or ``max_window_layers``).
+      attention_bias: which projections have a bias: "never" none, "qkv" always q, k and v but not o, "config"
+        all of q, k, v and o if the key ``attention_bias`` is true.
+      mlp_bias: whether the key ``mlp_bias`` is read; if not, the MLP has no biases.
+      qk_norm: whether queries and keys have an RMSNorm over head_dim.
+      default_kv_heads: whether a missing ``num_key_value_heads`` means one kv head for each query head
+        (Llama 1); if not, the key is required.
+      windows: which layers have a sliding window: "never", "all" or "config" (by the keys
+        ``use_sliding_window``, and ``layer_types`` or ``max_window_layers``).
     """
 
     attention_bias: str = "never"
@@ -44,9 +46,10 @@ FAMILIES: dict[str, Family] = {
     "Qwen2ForCausalLM": Family(attention_bias="qkv", windows="config"),
     "Qwen3ForCausalLM": Family(attention_bias="config", qk_norm=True, windows="config"),
 }
-# A model that was saved without its head: it converts where the head is the embedding.
+# Architecture names of models that were saved without a head; they convert if the head is tied to the
+# embedding.
 HEADLESS = {name.replace("ForCausalLM", "Model"): name for name in FAMILIES}
-# For a config.json that leaves "architectures" out.
+# The architecture by "model_type", for a config.json without "architectures".
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -54,7 +57,7 @@ MODEL_TYPES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
-# What transformers takes where the keys are missing.
+# The values that transformers uses if the keys are missing.
 _DEFAULT_WINDOW = 4096
 _DEFAULT_MAX_WINDOW_LAYERS = 28
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -63,7 +66,13 @@ _REQUIRED = object()
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Typed reads from one JSON object; errors name the file and the key."""
+    """Reads values from a JSON object and checks their types; errors name the file and the key.
+
+    Attributes:
+      data: the JSON object.
+      where: what to call the file in error messages.
+      prefix: the keys of the enclosing objects, for error messages, e.g. "rope_scaling.".
+    """
 
     data: dict[str, Any]
     where: str
@@ -103,7 +112,7 @@ class _Reader:
         return number
 
     def boolean(self, key: str) -> bool:
-        """False where the key is missing or null, as it is to transformers."""
+        """The value; False if the key is missing or null, as in transformers."""
         value = self._get(key, None)
         if value is None:
             return False
@@ -118,7 +127,7 @@ class _Reader:
         return value
 
     def section(self, key: str) -> _Reader | None:
-        """The JSON object under ``key``, or None where it is missing or null."""
+        """A reader of the JSON object under ``key``; None if the key is missing or null."""
         value = self.data.get(key)
         if value is None:
             return None
@@ -137,12 +146,13 @@ def parse_config(hf: dict[str, Any], *, where: str) -> ModelConfig:
     """The ``ModelConfig`` that a Hugging Face ``config.json`` describes.
 
     Args:
-      hf: the parsed JSON object; the spelling before transformers 5 (``rope_theta``, ``rope_scaling``) and
-        the one since (``rope_parameters``) are both read; of both, the former is used, as there.
+      hf: the parsed JSON object. RoPE can have the keys of transformers 4 (``rope_theta``, ``rope_scaling``)
+        or of transformers 5 (``rope_parameters``); if both are present, those of version 4 are used, as in
+        transformers.
       where: what to call the file in error messages.
 
     Raises:
-      AtomError: a key is missing or has an unusable value, or the model is one that Atom-JAX does not run.
+      AtomError: a key is missing or has an unusable value, or Atom-JAX does not support the model.
     """
     if not isinstance(hf, dict):
         raise AtomError(f"{where}: must hold a JSON object, found {_show(hf)}")
@@ -185,16 +195,16 @@ def parse_config(hf: dict[str, Any], *, where: str) -> ModelConfig:
 def with_generation_config(config: ModelConfig, generation: dict[str, Any], *, where: str) -> ModelConfig:
     """``config`` with the end-of-sequence ids of ``generation_config.json`` added after its own.
 
-    Chat models often name the end-of-turn token only there, and generation that misses it never stops.
+    Chat models often name the end-of-turn token only in that file, and without it generation does not stop.
     """
     extra = _token_ids(_Reader(generation, where), "eos_token_id", config.vocab_size)
     return config.replace(eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + extra)))
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor a checkpoint of ``config`` must hold, in the order of the model.
+    """Name and shape of every tensor that a checkpoint of ``config`` must have, in the order of the model.
 
-    Projections are [out, in], as in PyTorch. ``lm_head.weight`` is absent where it is tied to the embedding.
+    Projections are [out, in], as in PyTorch. ``lm_head.weight`` is left out if it is tied to the embedding.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
@@ -231,7 +241,7 @@ def _architecture(reader: _Reader) -> str:
         names = [MODEL_TYPES.get(model_type, model_type)]
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise reader.fail("architectures", f"must be a list of one name, found {_show(names)}")
-    for key in _EXPERT_KEYS:  # before the name, so that Mixtral is told why and not only that
+    for key in _EXPERT_KEYS:  # checked first, so that the error for Mixtral gives the reason
         if reader.data.get(key) is not None and reader.integer(key, minimum=0) > 0:
             raise reader.fail(
                 key, f"is {reader.data[key]}: mixtures of experts ({names[0]}) are not supported"
@@ -255,8 +265,8 @@ def _reject_unsupported(reader: _Reader) -> None:
 
 
 def _windows(reader: _Reader, family: Family, num_layers: int, max_positions: int) -> tuple[int | None, ...]:
-    """The sliding window of each layer, as transformers reads them; empty where no layer loses anything."""
-    if family.windows == "all":  # has no use for the other keys, and transformers ignores them
+    """The sliding window of each layer, read as in transformers; empty if no layer has one that matters."""
+    if family.windows == "all":  # transformers ignores the other keys here
         window = reader.optional_integer("sliding_window", _DEFAULT_WINDOW)
         windows = (window,) * num_layers
     else:
@@ -273,13 +283,13 @@ def _windows(reader: _Reader, family: Family, num_layers: int, max_positions: in
         if window is None and _SLIDING in kinds:
             raise reader.fail("layer_types", f"names {_SLIDING!r}, but no sliding_window is in use")
         windows = tuple(window if kind == _SLIDING else None for kind in kinds)
-    # A window as long as the context hides nothing.
+    # A window that is as long as the context has no effect.
     windows = tuple(None if window is None or window >= max_positions else window for window in windows)
     return windows if any(windows) else ()
 
 
 def _layer_types(reader: _Reader, num_layers: int) -> list[str] | None:
-    """The kind of attention of each layer; None where the configuration does not name them."""
+    """The kind of attention of each layer; None if the configuration has no ``layer_types``."""
     kinds = reader.data.get("layer_types")
     if kinds is None:
         return None
@@ -319,7 +329,7 @@ def _head_dim(reader: _Reader, family: Family, hidden_size: int, num_heads: int)
 
 
 def _token_ids(reader: _Reader, key: str, vocab_size: int) -> tuple[int, ...]:
-    """The token ids under ``key``: an id, a list of ids, or nothing; null and -1 are no ids."""
+    """The token ids under ``key``, which can be an id, a list of ids or missing; null and -1 are left out."""
     value = reader.data.get(key)
     ids = [token_id for token_id in (value if isinstance(value, list) else [value]) if token_id is not None]
     for token_id in ids:

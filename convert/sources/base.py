@@ -1,4 +1,4 @@
-"""What every source of weights has in common: the protocol, and the checks done on any file format."""
+"""The protocol ``Source`` that all file formats implement, and the checks that they share."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from convert.sources.architectures import expected_tensors
 
 
 class Source(Protocol):
-    """A float checkpoint, whatever its file format.
+    """A float checkpoint in any file format.
 
-    Names are the Hugging Face ones ("model.layers.0.self_attn.q_proj.weight").
+    Tensors have their Hugging Face names ("model.layers.0.self_attn.q_proj.weight").
 
     Attributes:
-      config: the architecture; its quantization is left at the default (bf16).
-      shapes: every tensor of the model, in the order of the model. Tensors that the model does not use
-        (rotary tables, an ``lm_head.weight`` that equals the tied embedding) are left out.
-      notes: what was decided where the files leave a choice, each one line for the user.
+      config: the architecture; its format is the default (bf16).
+      shapes: name and shape of every tensor of the model, in the order of the model. Tensors that the model
+        does not use (rotary tables, an ``lm_head.weight`` that equals the tied embedding) are left out.
+      notes: decisions that were made where the files are ambiguous, each as one line for the user.
     """
 
     @property
@@ -39,25 +39,32 @@ class Source(Protocol):
     def notes(self) -> tuple[str, ...]: ...
 
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor as float32, C-contiguous, in memory of its own; nothing of it stays mapped or cached.
+        """One tensor as a C-contiguous float32 array. It owns its memory, and nothing stays mapped or cached.
 
         Raises:
-          AtomError: there is no such tensor, or the file no longer gives it, or it holds NaN or infinity.
+          AtomError: there is no such tensor, it can no longer be read, or it holds NaN or infinity.
         """
         ...
 
     def write_tokenizer(self, out: Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and what belongs to them into the folder ``out``."""
+        """Writes the tokenizer (tokenizer.json and tokenizer_config.json) into the folder ``out``."""
         ...
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the contents of the weight files and the configuration."""
+        """SHA-256 (hex) over the contents of the weight, configuration and tokenizer files."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what its header says about it; as a string, the start of an error message."""
+    """What the header of a file says about a tensor. ``str`` of it is the start of an error message.
+
+    Attributes:
+      name: name of the tensor in the file.
+      file: the file that contains it.
+      dtype: name of its dtype in the file format.
+      shape: shape of the tensor.
+    """
 
     name: str
     file: Path
@@ -74,12 +81,15 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 def untie(
     config: ModelConfig, found: Mapping[str, TensorInfo], equal: Callable[[TensorInfo, TensorInfo], bool]
 ) -> tuple[ModelConfig, list[str]]:
-    """``config``, untied where the checkpoint has an lm_head that is not its embedding, and a note of that.
+    """Unties the embeddings of ``config`` if the checkpoint has an lm_head that differs from the embedding.
 
     Args:
-      config: as config.json says.
-      found: every tensor in its files, by the names of the model.
-      equal: whether two matrices of the same shape and dtype hold the same values.
+      config: the configuration that config.json gives.
+      found: every tensor in the files, by its name in the model.
+      equal: returns whether two matrices of the same shape and dtype have the same values.
+
+    Returns:
+      The configuration, and the notes for ``Source.notes``: one if it was untied, else none.
     """
     head, embedding = found.get(HEAD), found.get(EMBEDDING)
     if not config.tie_word_embeddings or head is None or embedding is None:
@@ -96,7 +106,8 @@ def untie(
 
 _EXPERT = re.compile(r"(^|[._])(experts?|block_sparse_moe|router|exps|gate_inp)([._]|$)")
 _ADAPTER = re.compile(r"(^|\.)(lora_\w+|base_layer|modules_to_save|ia3_\w+|oft_\w+|hada_\w+)(\.|$)")
-# What wrappers of modules add to names: data parallelism, torch.compile, FSDP, activation checkpointing.
+# Parts of names that come from wrappers of modules: data parallelism, torch.compile, FSDP, activation
+# checkpointing.
 _WRAPPERS = {
     "module",
     "_orig_mod",
@@ -105,7 +116,8 @@ _WRAPPERS = {
     "_forward_module",
 }
 _EMBEDDING = "embed_tokens.weight"
-# What stands before the embedding: in a model with its head, in one without, in a module that holds one.
+# The prefix of the embedding's name in a model with a head, in a model without a head, and in a module that
+# contains a model with a head.
 _PREFIXES = ("model.", "", "model.model.")
 _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.\w+_(proj|norm)\.(weight|bias)")
 
@@ -119,17 +131,17 @@ def check_tensors(
 ) -> dict[str, TensorInfo]:
     """The tensors of ``found`` that ``config`` needs, in the order of the model.
 
-    Tensors that it does not need are dropped, unless leaving them out would change what the model computes:
-    experts, and biases or norms inside a layer that the configuration does not have.
+    Other tensors are dropped, except those without which the model would give other results: adapters,
+    experts, and biases or norms in a layer that the configuration does not have. They are errors.
 
     Args:
-      config: what the checkpoint says it is.
-      found: every tensor in its files, by the names of the model.
-      where: file or folder to name when a tensor is missing.
-      dtypes: the dtypes that can be read; None leaves that check to the caller.
+      config: configuration of the checkpoint.
+      found: every tensor in the files, by its name in the model.
+      where: file or folder to name in the error if a tensor is missing.
+      dtypes: the dtypes that can be read; None to check no dtypes here.
 
     Raises:
-      AtomError: a tensor is missing, or has another shape or dtype than it must, or cannot be left out.
+      AtomError: a tensor is missing, has a wrong shape or dtype, or must not be dropped.
     """
     expected = expected_tensors(config)
     for name in found.keys() - expected.keys():
@@ -146,14 +158,14 @@ def check_tensors(
 
 
 def canonical_names(found: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """``found`` by the names of a ``...ForCausalLM``, whatever module it was saved from.
+    """The tensors by their names in a ``...ForCausalLM``, whichever module they were saved from.
 
-    Names of wrappers are taken out, and names are completed (a ``LlamaModel`` calls "layers.0..." what a
-    ``LlamaForCausalLM`` calls "model.layers.0...") or shortened by the prefix that the embedding has. A
-    ``TensorInfo`` keeps the name in the file.
+    The names of wrappers are removed. The prefix of the embedding's name tells whether "model." must be added
+    to all names (a ``LlamaModel`` calls "layers.0..." what a ``LlamaForCausalLM`` calls "model.layers.0...")
+    or removed once. A ``TensorInfo`` keeps the name in the file.
 
     Raises:
-      AtomError: two tensors come to have the same name.
+      AtomError: two tensors would get the same name.
     """
     bare = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in found}
     prefix = next((prefix for prefix in _PREFIXES if prefix + _EMBEDDING in bare.values()), "model.")
@@ -182,11 +194,11 @@ def _reject_meaningful_extra(config: ModelConfig, name: str, info: TensorInfo) -
 
 
 def finite_float32(array: np.ndarray, info: TensorInfo) -> np.ndarray:
-    """``array`` as float32, C-contiguous; copied only where its dtype or layout ask for it.
+    """``array`` as a C-contiguous float32 array, copied only if its dtype or layout requires it.
 
     Raises:
-      AtomError: its shape is not the one in ``info``, or it holds NaN or infinity (a float64 that float32
-        cannot hold counts as infinity).
+      AtomError: the shape is not that of ``info``, or the array holds NaN or infinity, including float64
+        values that are too large for float32.
     """
     if array.shape != info.shape:
         raise AtomError(f"{info} was read with shape {list(array.shape)}")
@@ -199,7 +211,7 @@ def finite_float32(array: np.ndarray, info: TensorInfo) -> np.ndarray:
 
 
 def known(infos: Mapping[str, TensorInfo], name: str, *, where: Path) -> TensorInfo:
-    """``infos[name]``, or the AtomError that a wrong name deserves."""
+    """``infos[name]``; AtomError if there is no such tensor."""
     if name not in infos:
         raise AtomError(f"{where}: there is no tensor {name}")
     return infos[name]
@@ -209,24 +221,24 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint; AtomError also for a pointer in the place of the file."""
+    """The JSON object in a file of a checkpoint; AtomError also if the file is a Git LFS pointer."""
     refuse_pointer(path)
     return read_json(path)
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises AtomError where ``path`` is what git leaves in place of a large file that was not fetched."""
+    """AtomError if ``path`` is a Git LFS pointer, which git leaves in place of a file it did not fetch."""
     try:
         with path.open("rb") as stream:
             start = stream.read(len(_POINTER))
     except OSError:
-        return  # whoever reads the file says why it cannot be read
+        return  # the code that reads the file reports the error
     if start == _POINTER:
         raise AtomError(f"{path}: is a Git LFS pointer and not the file itself; fetch it with 'git lfs pull'")
 
 
 def digest(files: Iterable[Path]) -> str:
-    """SHA-256 (hex) over the contents of ``files`` in the order given, streamed."""
+    """SHA-256 (hex) over the contents of ``files`` in the given order; AtomError if one cannot be read."""
     total = hashlib.sha256()
     for path in files:
         try:

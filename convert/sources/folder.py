@@ -1,4 +1,4 @@
-"""What a folder in the Hugging Face layout holds beside the weights: configuration, index, tokenizer."""
+"""Reads the files of a Hugging Face folder other than the weights: configuration, index, tokenizer."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ CONFIG_FILES = ("config.json", "generation_config.json")
 def load_config(folder: Path) -> ModelConfig:
     """The configuration in ``folder``: config.json, with every end-of-sequence id that the folder names.
 
-    They are those of config.json, of generation_config.json and of the tokenizer, in this order.
+    The end-of-sequence ids are those of config.json, generation_config.json and the tokenizer, in this order.
 
     Raises:
-      AtomError: config.json is missing or unusable, or generation_config.json or the tokenizer is there and
+      AtomError: config.json is missing or unusable, or generation_config.json or the tokenizer exists but is
         unusable.
     """
     path, generation = (folder / name for name in CONFIG_FILES)
@@ -46,7 +46,12 @@ def config_files(folder: Path) -> list[Path]:
 
 
 def notes(folder: Path, taken: list[Path]) -> tuple[str, ...]:
-    """What was decided about a folder whose weights are read from ``taken``: RoPE rule, weights not used."""
+    """The notes for ``Source.notes``: which RoPE rule is used, and which weight files are not.
+
+    Args:
+      folder: folder of the checkpoint.
+      taken: the weight files that are read.
+    """
     path = folder / CONFIG_FILES[0]
     said = rope_notes(read_settings(path), str(path))
     others = unused_weights([path.name for path in folder.iterdir()], [path.name for path in taken])
@@ -63,9 +68,9 @@ def collect(
     """Every tensor in the weight files of ``folder``, by its canonical name (see ``canonical_names``).
 
     Args:
-      folder: where the files are.
-      weights: which they are.
-      describe: gives the tensors of one file.
+      folder: folder of the checkpoint.
+      weights: the weight files in it.
+      describe: returns the tensors of one file, by their names in the file.
 
     Raises:
       AtomError: a file cannot be read, or does not hold what the index says; two tensors have the same name.
@@ -77,7 +82,7 @@ def collect(
             found = describe(folder / file)
             check_shard(index, folder / file, tensors, found)
             infos.update({name: found[name] for name in tensors})
-    for file in weights.files:  # there are none beside an index
+    for file in weights.files:  # empty if there is an index
         found = describe(folder / file)
         for name in sorted(infos.keys() & found.keys()):
             raise AtomError(f"{found[name]} is in {infos[name].file.name}, too, and there is no index")
@@ -86,12 +91,13 @@ def collect(
 
 
 def shards(index: Path) -> dict[str, list[str]]:
-    """The tensors that ``*.index.json`` places in each shard: file name -> tensor names.
+    """The tensors in each shard according to ``*.index.json``, as a dict from file name to tensor names.
 
-    The names come from the checkpoint and are not trusted: a shard is a file of the index's own folder.
+    The file names come from the checkpoint and are not trusted: only files in the folder of the index are
+    accepted.
 
     Raises:
-      AtomError: see ``placed``; or a shard is missing.
+      AtomError: a shard is missing, or as in ``placed``.
     """
     files = placed(index)
     for file, tensors in files.items():
@@ -101,7 +107,7 @@ def shards(index: Path) -> dict[str, list[str]]:
 
 
 def placed(index: Path) -> dict[str, list[str]]:
-    """What ``shards`` returns, whether the shards are there or not.
+    """Like ``shards``, but does not check that the shards exist.
 
     Raises:
       AtomError: the index is malformed, or names a file outside its folder.
@@ -122,7 +128,7 @@ def _is_plain_name(name: str) -> bool:
 
 
 def check_shard(index: Path, shard: Path, tensors: list[str], found: Any) -> None:
-    """Raises AtomError where ``shard`` lacks one of the ``tensors`` that ``index`` places in it."""
+    """AtomError if one of the ``tensors`` that ``index`` places in ``shard`` is not in ``found``."""
     for name in tensors:
         if name not in found:
             raise AtomError(f"{shard}: tensor {name} is missing; {index.name} says that it is here")

@@ -1,4 +1,4 @@
-"""Weights in a GGUF file (llama.cpp), dequantized."""
+"""The source for GGUF files (llama.cpp), whose tensors are dequantized."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from convert.sources.gguf_file import GGUFFile
 
 
 class GGUFSource:
-    """A GGUF file, single or split (a ``Source``): any tensor type that the ``gguf`` package dequantizes."""
+    """A GGUF file, single or split, as a ``Source``; any tensor type that the ``gguf`` package can read."""
 
     def __init__(self, path: Path) -> None:
-        """Reads metadata and the tensor table, and checks every tensor's presence, shape and type.
+        """Reads the metadata and the tensor table, and checks that every tensor exists with the right shape.
 
         Raises:
           AtomError: see ``open_source``.
@@ -58,7 +58,8 @@ class GGUFSource:
 def unpermute(array: np.ndarray, heads: int) -> np.ndarray:
     """Rows [heads * head_dim, ...] from llama.cpp's order back to Hugging Face's.
 
-    llama.cpp rotates the channels 2i and 2i+1 of a head, Hugging Face i and i + head_dim/2.
+    RoPE in llama.cpp rotates the channels 2i and 2i+1 of a head together; in Hugging Face i and
+    i + head_dim/2.
     """
     pairs = array.reshape(heads, -1, 2, *array.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)

@@ -1,4 +1,4 @@
-"""GGUF metadata and tensor names in Hugging Face terms."""
+"""Translates GGUF metadata and tensor names to those of a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from convert.sources.gguf_file import GGUFFile
 from convert.sources.gguf_tokenizer import NO_TOKEN, STOP_TOKENS
 from convert.sources.rope_rules import yarn_scale
 
-# Mistral models have the architecture "llama" in GGUF; ``_window`` tells those with a window.
+# Mistral models also have the architecture "llama" in GGUF; ``_window`` recognizes those with a window.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-# llama.cpp rotates neighbouring channels of these, so their Q and K rows are stored in another order.
+# For these architectures RoPE in llama.cpp rotates neighbouring channels, so the rows of q and k are stored
+# in another order.
 PERMUTED = ("llama",)
 
 _KEYS = {
@@ -50,7 +51,7 @@ _YARN_KEYS = {
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
 }
-# Keys of rope.scaling with the value that they have where they are left out.
+# Keys of rope.scaling with values that have no effect.
 _NEUTRAL = (
     ("attn_factor", 1.0),
     ("yarn_attn_factor", 1.0),
@@ -62,7 +63,7 @@ _LLAMA3_FACTORS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_ma
 
 
 def hf_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor; a name without one is returned as it is."""
+    """The Hugging Face name of a GGUF tensor; an unknown name is returned unchanged."""
     match = _LAYER_NAME.fullmatch(name)
     if match and match[2] in _LAYER_NAMES:
         return f"model.layers.{int(match[1])}.{_LAYER_NAMES[match[2]]}.{match[3]}"
@@ -71,10 +72,11 @@ def hf_name(name: str) -> str:
 
 
 def hf_config(file: GGUFFile) -> dict[str, Any]:
-    """What ``config.json`` would say about the model in ``file``, for ``parse_config``.
+    """The ``config.json`` of the model in ``file``, for ``parse_config``.
 
     Raises:
-      AtomError: the architecture is not supported, or something that has no spelling there is.
+      AtomError: the architecture is not supported, or the file uses a feature that config.json cannot
+        express.
     """
     if file.metadata.get("general.type") == "adapter":
         raise AtomError(
@@ -94,7 +96,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
     }
-    # One kv head per query head is what GGUF, too, assumes where the key is missing.
+    # If the key is missing, GGUF has one kv head for each query head.
     config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
     if arch == "qwen3":
         config.setdefault("head_dim", _even_share(config))
@@ -115,7 +117,7 @@ def _token_id(own: dict[str, Any], key: str) -> Any:
 
 
 def _stop_tokens(own: dict[str, Any]) -> list[int]:
-    """Ids of the tokens that end a turn by their name: many files have no key for them."""
+    """Ids of the tokens that end a text or a turn by their name, because many files have no key for them."""
     tokens = own.get("tokenizer.ggml.tokens")
     return (
         [index for index, token in enumerate(tokens) if token in STOP_TOKENS]
@@ -125,20 +127,20 @@ def _stop_tokens(own: dict[str, Any]) -> list[int]:
 
 
 def _even_share(config: dict[str, Any]) -> Any:
-    """hidden_size / heads, or None where the metadata are no such numbers (parse_config then says so)."""
+    """hidden_size / heads; None if the metadata are not such numbers (``parse_config`` raises the error)."""
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else None
 
 
 def _decimal(value: Any) -> Any:
-    """A float32 as the decimal number it was written from: 1e-05, not 9.999999747378752e-06."""
+    """The shortest decimal number that rounds to a float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _reject_unsupported(file: GGUFFile, own: dict[str, Any], config: dict[str, Any]) -> None:
     head_dim = config.get("head_dim") or _even_share(config)
     if head_dim is None:
-        return  # the metadata that it comes from are unusable, and parse_config names them
+        return  # parse_config raises the error for the unusable metadata
     if own.get("attention.value_length", head_dim) != head_dim:
         raise AtomError(
             f"{file.path}: attention.value_length {own['attention.value_length']} differs from the "
@@ -152,12 +154,12 @@ def _reject_unsupported(file: GGUFFile, own: dict[str, Any], config: dict[str, A
 
 
 def _window(file: GGUFFile, arch: str, own: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """What says that there is a sliding window. Of the models called "llama", only Mistral's have one."""
+    """The keys of config.json for a sliding window, if any. A "llama" file with one is a Mistral model."""
     key = "attention.sliding_window"
     window, context = own.get(key, 0), config.get("max_position_embeddings")
     if isinstance(window, bool) or not isinstance(window, int) or window < 0:
         raise AtomError(f"{file.path}: {key} must be an integer, at least 0, found {window!r:.40}")
-    if window == 0 or (isinstance(context, int) and window >= context):  # hides nothing
+    if window == 0 or (isinstance(context, int) and window >= context):  # no effect
         return {}
     if arch != "llama" or f"{key}_pattern" in own:
         raise AtomError(
@@ -168,7 +170,7 @@ def _window(file: GGUFFile, arch: str, own: dict[str, Any], config: dict[str, An
 
 
 def _rope(file: GGUFFile, own: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """The ``rope_parameters`` section."""
+    """The section ``rope_parameters`` of config.json."""
     theta = {"rope_theta": _decimal(own.get("rope.freq_base", 10000.0))}
     kind = own.get("rope.scaling.type", "linear" if "rope.scale_linear" in own else "none")
     scaling = _scaling(file, own, kind)
@@ -187,7 +189,7 @@ def _rope(file: GGUFFile, own: dict[str, Any], config: dict[str, Any]) -> dict[s
 
 
 def _yarn(scaling: dict[str, Any]) -> dict[str, Any]:
-    """YaRN, whose rule in llama.cpp is that of transformers, times ``attn_factor``."""
+    """YaRN: llama.cpp computes it as transformers does, and multiplies by ``attn_factor``."""
     rules: dict[str, Any] = {"rope_type": "yarn"}
     rules |= {name: scaling[key] for key, name in _YARN_KEYS.items() if key in scaling}
     weight, factor = scaling.get("yarn_attn_factor", scaling.get("attn_factor", 1.0)), rules.get("factor")
@@ -197,7 +199,7 @@ def _yarn(scaling: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(file: GGUFFile, own: dict[str, Any], kind: Any) -> dict[str, Any]:
-    """The keys ``rope.scaling.*``; AtomError for one that would change the rule in a way that is unknown."""
+    """The values of ``rope.scaling.*`` by key; AtomError for a key that is not supported with this kind."""
     prefix = "rope.scaling."
     scaling = {
         key.removeprefix(prefix): _decimal(value) for key, value in own.items() if key.startswith(prefix)
@@ -212,10 +214,11 @@ def _scaling(file: GGUFFile, own: dict[str, Any], kind: Any) -> dict[str, Any]:
 
 
 def _llama3(file: GGUFFile, theta: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """Recovers Llama 3's rule from ``rope_freqs.weight``, the divisor of each rotary frequency.
+    """Recovers the parameters of Llama 3's RoPE rule from ``rope_freqs.weight``.
 
-    The divisors do not determine the rule in general. All published models share its constants, so the rule
-    is rebuilt from those with the largest divisor as its factor, and must give the same divisors.
+    That tensor has the divisor of each rotary frequency, from which the parameters do not follow in general.
+    But all published models share the constants ``_LLAMA3_FACTORS``. So the rule is computed with these, and
+    with the largest divisor as the factor; if it does not give the same divisors, that is an error.
     """
     tensor = file.tensors["rope_freqs.weight"]
     divisors = file.read("rope_freqs.weight")
@@ -234,7 +237,7 @@ def _llama3(file: GGUFFile, theta: Any, config: dict[str, Any]) -> dict[str, Any
 
 
 def llama3_divisors(theta: float, head_dim: int, factor: float) -> np.ndarray:
-    """What each of the ``head_dim / 2`` rotary frequencies is divided by (Llama 3.1 model card)."""
+    """The divisor of each of the ``head_dim / 2`` rotary frequencies (Llama 3.1 model card)."""
     low, high = _LLAMA3_FACTORS["low_freq_factor"], _LLAMA3_FACTORS["high_freq_factor"]
     wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     turns = _LLAMA3_FACTORS["original_max_position_embeddings"] / wavelengths

@@ -1,4 +1,4 @@
-"""Reads a GGUF file, single or split: metadata, a table of tensors, and tensors dequantized one by one."""
+"""Reads a GGUF file, single or split: metadata, tensor table, and dequantized tensors one by one."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from atom_jax.errors import AtomError, one_line
 from convert.sources.base import refuse_pointer
 from convert.sources.layout import shard_set
 
-_CHUNK_BYTES = 1 << 24  # dequantizing takes a few times its output; done in pieces of about this many bytes
+_CHUNK_BYTES = 1 << 24  # tensors are dequantized in pieces of this size: it takes several times their memory
 
 
 class _CheckedReader(GGUFReader):
-    """A ``GGUFReader`` that refuses to read past the end of the file.
+    """A ``GGUFReader`` that raises ValueError instead of reading past the end of the file.
 
-    The library slices, so a file that was cut short, or whose lengths are wrong, gives it empty arrays and
-    it fails much later, or counts through a bogus length. Plain arrays instead of ``np.memmap`` slices also
-    make parsing a vocabulary several times faster.
+    The library takes slices of the file. In a truncated file, or one with wrong lengths, these are empty, and
+    the library fails much later, or loops over a wrong length. Plain arrays instead of slices of
+    ``np.memmap`` also make parsing a vocabulary several times faster.
     """
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: str | None = None) -> np.ndarray:
@@ -40,9 +40,13 @@ class _CheckedReader(GGUFReader):
 
 @dataclasses.dataclass(frozen=True)
 class GGUFTensor:
-    """One entry of the tensor table; ``shape`` is in PyTorch's order ([out, in]), not GGUF's.
+    """One entry of the tensor table.
 
-    ``file`` is the part that it lies in.
+    Attributes:
+      file: the file, or the part of a split file, that contains the tensor.
+      kind: type of the tensor.
+      shape: shape in PyTorch's order ([out, in]), which is the reverse of GGUF's.
+      offset: position of the tensor in the file, in bytes.
     """
 
     file: Path
@@ -59,11 +63,13 @@ class GGUFTensor:
 
 @dataclasses.dataclass(frozen=True)
 class GGUFFile:
-    """A parsed GGUF file. Holds no mapping: tensors are read from the file when asked for.
+    """The parsed header of a GGUF file. The file is not mapped; ``read`` reads a tensor from it.
 
     Attributes:
-      path: the file, or the first part of a split one, which has the metadata.
+      path: the file, or the first part of a split file, which has the metadata.
       parts: all files, in order.
+      metadata: the metadata by key.
+      tensors: the tensor table, by name.
     """
 
     path: Path
@@ -76,8 +82,8 @@ class GGUFFile:
         """Parses the header of ``path`` or, where it is a part of a split file, of all parts.
 
         Raises:
-          AtomError: a file is no GGUF file, is damaged or cut short, or holds a tensor of a type that cannot
-            be dequantized; a part is missing or belongs to something else.
+          AtomError: a file is not a GGUF file, is damaged or truncated, or has a tensor of a type that cannot
+            be dequantized; or a part is missing or belongs to another file.
         """
         parts = shard_set(path)
         found = [_parse(part) for part in parts]
@@ -93,10 +99,10 @@ class GGUFFile:
         return cls(parts[0], tuple(parts), metadata, tensors)
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor ``name`` dequantized: float32, of its ``shape``, in memory of its own.
+        """The dequantized tensor ``name`` as a float32 array of its ``shape``, which owns its memory.
 
         Raises:
-          AtomError: the file no longer gives it.
+          AtomError: the tensor can no longer be read.
         """
         tensor = self.tensors[name]
         rows = math.prod(tensor.shape[:-1])
@@ -119,7 +125,7 @@ class GGUFFile:
 
 
 def _parse(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    """Metadata and tensor table of one file, checked against its size; AtomError as in ``GGUFFile.open``."""
+    """Metadata and tensor table of one file, checked against its size; errors as in ``GGUFFile.open``."""
     refuse_pointer(path)
     try:
         reader = _CheckedReader(path)
@@ -134,7 +140,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
             for item in reader.tensors
         }
         size, swapped = reader.data.size, reader.byte_order == "S"
-    except Exception as error:  # the reader raises whatever a damaged header leads it to
+    except Exception as error:  # a damaged header can make the reader raise anything
         raise AtomError(f"{path}: is not a complete GGUF file: {one_line(error)}") from error
     if swapped:
         raise AtomError(f"{path}: is a big-endian GGUF file: not supported")
@@ -144,9 +150,9 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
 
 
 def _check_parts(parts: Sequence[Path], metadata: Sequence[Mapping[str, Any]]) -> None:
-    """AtomError where files are not what their names say: parts of one split file, in order, or whole."""
+    """AtomError unless the metadata and the names agree: parts of one split file in order, or one file."""
     for number, (part, found) in enumerate(zip(parts, metadata, strict=True)):
-        count = found.get("split.count", 1) or 1  # 0 is what a file that was merged again says
+        count = found.get("split.count", 1) or 1  # a merged file has 0
         if count != len(parts):
             raise AtomError(
                 f"{part}: split.count is {count!r:.40}, but by its name it is one of {len(parts)} files; the "
@@ -157,15 +163,15 @@ def _check_parts(parts: Sequence[Path], metadata: Sequence[Mapping[str, Any]]) -
 
 
 def _dequantize(raw: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    """Rows of bytes to rows of float32 (or float64, which the library leaves to us)."""
+    """Dequantizes rows of bytes to rows of float32; float64, which the library lacks, stays float64."""
     if kind == GGMLQuantizationType.F64:
         return raw.view(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):  # bad scales are reported with the tensor's name
+    with np.errstate(over="ignore", invalid="ignore"):  # reported later, with the tensor's name
         return dequantize(raw, kind)
 
 
 def _check(path: Path, name: str, tensor: GGUFTensor, file_size: int) -> None:
-    """Raises AtomError where ``tensor`` does not lie inside the file or cannot be dequantized."""
+    """AtomError if ``tensor`` is empty, is not completely inside the file or cannot be dequantized."""
     where = f"{path}: tensor {name} {list(tensor.shape)}"
     if not tensor.shape or min(tensor.shape) < 1:
         raise AtomError(f"{where} is empty")

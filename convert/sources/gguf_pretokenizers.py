@@ -1,8 +1,9 @@
-"""How byte-level BPE tokenizers in GGUF cut text before merging, by the name that the file gives.
+"""The pre-tokenizers of byte-level BPE tokenizers in GGUF files: how text is split before merging, by name.
 
-A GGUF file has the merges of its tokenizer, but of the rules only a name (``tokenizer.ggml.pre``), which
-llama.cpp gave them when it converted the model. The rules are those of the models' own tokenizers, as far as
-they are known, else llama.cpp's. Left out are names of encoders and of rules that are no regular expressions.
+A GGUF file contains the merges of its tokenizer, but not the rules of its pre-tokenizer. It has only their
+name (``tokenizer.ggml.pre``), which llama.cpp chose when it converted the model. The rules here are those of
+the models' own tokenizers if they are known, else those of llama.cpp. Names of encoder models, and of rules
+that are not regular expressions, are left out.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class PreTokenizer:
-    """How one family of byte-level BPE tokenizers cuts text before merging.
+    """How one family of byte-level BPE tokenizers splits text before merging.
 
     Attributes:
-      patterns: regular expressions, applied in turn; every match becomes a piece of its own.
-      nfc: whether text is brought into Unicode form C first.
-      ignore_merges: whether a piece that is a token is taken whole, without merging up to it.
-      add_bos: whether a beginning-of-sequence token is added where the metadata do not say.
+      patterns: regular expressions, applied one after the other; every match becomes a piece of its own.
+      nfc: whether text is first normalized to Unicode form NFC.
+      ignore_merges: whether a piece that is in the vocabulary becomes that token, without regard to merges.
+      add_bos: whether a beginning-of-sequence token is added if the metadata do not say whether to add it.
     """
 
     patterns: tuple[str, ...]
@@ -34,8 +35,8 @@ _ENGLISH_SUFFIXES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?"
 _CONTRACTIONS = _ENGLISH_SUFFIXES + rf"|{_WORD}\p{{L}}+|"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_SENTENCE = r" ?[^(\s|.,!?…。，、।۔،)]+"  # up to a mark that ends a clause, or a space
-# Letters that have case, but for those of some blocks, as DeepSeek's first tokenizers list them.
+_SENTENCE = r" ?[^(\s|.,!?…。，、।۔،)]+"  # all up to a space or a mark that ends a clause
+# Letters with case, without those of some Unicode blocks, as in the tokenizers of DeepSeek's first models.
 _NOT_CASED = (
     r"\x{560}-\x{588}\x{10C6}-\x{10FF}\x{1C80}-\x{1C8F}\x{2D00}-\x{2D2F}\x{A790}-\x{A7FF}\x{AB30}-\x{AB6F}"
     r"\x{10570}-\x{105BF}\x{10D50}-\x{10D8F}\x{16E40}-\x{16EBF}\x{1D400}-\x{1DFFF}"
@@ -81,7 +82,7 @@ _DEEPSEEK_V3 = PreTokenizer(
         r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*" + _SPACES,
     )
 )
-# What llama.cpp does with a file that does not say, old ones mostly.
+# The rules of llama.cpp for files without a name, most of which are old.
 _DEFAULT = PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"))
 
 _NAMES: tuple[tuple[PreTokenizer, str], ...] = (

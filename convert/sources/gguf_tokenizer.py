@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, rebuilt with the ``tokenizers`` library (no torch, no llama.cpp)."""
+"""Rebuilds the tokenizer in a GGUF file with the ``tokenizers`` library, without torch or llama.cpp."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from convert.sources.sentencepiece_bpe import SentencePieceBPE, build_sentencepi
 from convert.sources.tokenizer_writer import write_tokenizer_files
 
 _PREFIX = "tokenizer.ggml."
-NO_TOKEN = (-1, 2**32 - 1)  # ids that mean none: the second is -1 without its sign
-# Tokens that end a text or a turn whatever the metadata say, as in llama.cpp; of any type, because files have
-# them as ordinary tokens, too.
+NO_TOKEN = (-1, 2**32 - 1)  # ids that mean "no token"; the second is -1 as an unsigned integer
+# Tokens that end a text or a turn even if the metadata do not say so, as in llama.cpp. Their type is not
+# checked, because some files have them as ordinary tokens.
 STOP_TOKENS = (
     "<|im_end|>",
     "<|eot_id|>",
@@ -35,7 +35,14 @@ STOP_TOKENS = (
 
 @dataclasses.dataclass(frozen=True)
 class _Vocabulary:
-    """The parts of the metadata that both tokenizer models use, checked."""
+    """The parts of the metadata that both kinds of tokenizers use, checked.
+
+    Attributes:
+      where: what to call the file in error messages.
+      metadata: the metadata of the file.
+      tokens: the text of each token, by id.
+      types: the type (``gguf.TokenType``) of each token, by id.
+    """
 
     where: str
     metadata: dict[str, Any]
@@ -43,7 +50,7 @@ class _Vocabulary:
     types: list[int]
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """``tokenizer.ggml.<key>``, or ``default``; AtomError where it is not a ``kind``."""
+        """The value of ``tokenizer.ggml.<key>``, else ``default``; AtomError if it is not a ``kind``."""
         value = self.metadata.get(_PREFIX + key)
         if value is None:
             return default
@@ -55,7 +62,7 @@ class _Vocabulary:
         return [token for token, kind in zip(self.tokens, self.types, strict=True) if kind in types]
 
     def special(self, name: str) -> tuple[str, int] | None:
-        """The token, and its id, that ``<name>_token_id`` points to."""
+        """The token that ``<name>_token_id`` names, and its id; None if there is none."""
         index = self.get(f"{name}_token_id", int)
         if index is None or index in NO_TOKEN:
             return None
@@ -70,7 +77,7 @@ def write_tokenizer(metadata: dict[str, Any], out: Path, *, where: str) -> None:
     """Writes tokenizer.json and tokenizer_config.json for the tokenizer in GGUF ``metadata``.
 
     Raises:
-      AtomError: the file has no tokenizer, or one of a kind that is not supported.
+      AtomError: the file has no tokenizer, or its tokenizer is not supported.
     """
     vocabulary = _vocabulary(metadata, where)
     tokenizer = build_tokenizer(metadata, where=where)
@@ -95,7 +102,7 @@ def build_tokenizer(metadata: dict[str, Any], *, where: str) -> Tokenizer:
         )
     try:
         tokenizer = builders[model](vocabulary)
-        # In the order of their ids, and neither normalized nor split: they are matched as they are written.
+        # In the order of their ids. They are matched exactly as they are written, before normalization.
         tokenizer.add_special_tokens(
             [
                 AddedToken(token, special=True, normalized=False)
@@ -131,7 +138,7 @@ def _vocabulary(metadata: dict[str, Any], where: str) -> _Vocabulary:
 
 
 def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
-    """GPT-2's kind: byte-level BPE with the merges in the file."""
+    """The tokenizer model "gpt2": byte-level BPE with the merges in the file."""
     name = vocabulary.get("pre", str, "default")
     if name not in PRE_TOKENIZERS:
         raise AtomError(
@@ -149,13 +156,13 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
 def byte_level_tokenizer(
     ids: dict[str, int], merges: list[tuple[str, str]], rules: PreTokenizer, around: Any
 ) -> Tokenizer:
-    """The tokenizer without special tokens.
+    """A byte-level BPE tokenizer without special tokens.
 
     Args:
-      ids: token -> id.
-      merges: pairs of tokens, first the one that is joined first.
-      rules: how text is cut.
-      around: post-processor that adds special tokens, or None.
+      ids: id of each token.
+      merges: pairs of tokens that are joined, in the order of their priority.
+      rules: how text is split before merging.
+      around: post-processor that adds special tokens around a text; None for none.
     """
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=rules.ignore_merges))
     if rules.nfc:
@@ -171,7 +178,7 @@ def byte_level_tokenizer(
 
 
 def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
-    """Llama 1, 2 and Mistral: SentencePiece BPE, whose merge order is that of the tokens' scores."""
+    """The tokenizer model "llama" (Llama 1, 2, Mistral): SentencePiece BPE, which merges by token scores."""
     scores = vocabulary.get("scores", list, [])
     if len(scores) != len(vocabulary.tokens):
         raise AtomError(f"{vocabulary.where}: {_PREFIX}scores must be a list of {len(vocabulary.tokens)}")
@@ -196,7 +203,12 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
 def _added_around(
     vocabulary: _Vocabulary, *, add_bos: bool
 ) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:
-    """BOS and EOS, each where the metadata (for BOS, else ``add_bos``) say that it is added."""
+    """The BOS and EOS tokens to add around a text; None for a token that is not added.
+
+    Args:
+      vocabulary: the metadata, which say which of them are added.
+      add_bos: whether BOS is added if the metadata do not say.
+    """
     bos = vocabulary.special("bos") if vocabulary.get("add_bos_token", bool, add_bos) else None
     eos = vocabulary.special("eos") if vocabulary.get("add_eos_token", bool, False) else None
     return bos, eos

@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face Hub, downloaded into its usual cache or found there."""
+"""Finds checkpoints on the Hugging Face Hub and downloads them into its usual cache."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _TIMEOUT = 10.0  # seconds for the one small request that lists the files
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """What a URL on the Hub points to.
+    """The model that a URL of the Hub points to.
 
     Attributes:
-      url: as it was given, for errors.
-      repo_id: ``org/name``.
-      revision: branch, tag or commit, or None.
+      url: the URL as the user gave it, for error messages.
+      repo_id: id of the model, ``org/name``.
+      revision: branch, tag or commit in the URL; None if it has none.
     """
 
     url: str
@@ -34,7 +34,7 @@ class Address:
     revision: str | None
 
     def revision_or(self, revision: str | None) -> str | None:
-        """The revision in the URL, or else ``revision``; AtomError if they differ."""
+        """The revision in the URL, or ``revision`` if it has none; AtomError if both are given and differ."""
         if None not in (revision, self.revision) and revision != self.revision:
             raise AtomError(f"{self.url}: names another revision than the one asked for, {revision}")
         return self.revision or revision
@@ -44,10 +44,10 @@ def parse_url(text: str) -> Address | None:
     """The model that a URL of the Hub points to: ``https://huggingface.co/org/name``, ``.../tree/revision``.
 
     Returns:
-      None if ``text`` is no URL.
+      The model; None if ``text`` is not a URL.
 
     Raises:
-      AtomError: it is a URL of something else.
+      AtomError: ``text`` is a URL, but not of a model on the Hub.
     """
     scheme, colon, rest = text.partition("://")
     if not colon:
@@ -72,17 +72,22 @@ def parse_url(text: str) -> Address | None:
 
 
 def is_repo_id(text: str) -> bool:
-    """Whether ``text`` is spelled like ``organisation/name``."""
+    """Whether ``text`` has the form ``organisation/name``."""
     return _REPO_ID.fullmatch(text) is not None and ".." not in text and "--" not in text
 
 
 def download(repo_id: str, revision: str | None) -> Path:
     """The folder in the Hub's cache that holds ``repo_id``: weights in one format, configuration, tokenizer.
 
-    Without a network a copy that was downloaded before is used.
+    If the Hub cannot be reached, a copy that is already in the cache is used.
+
+    Args:
+      repo_id: id of the model, ``org/name``.
+      revision: branch, tag or commit; None for the default branch.
 
     Raises:
-      AtomError: the Hub cannot be reached, or knows no such model, or the model has no usable weights.
+      AtomError: the Hub has no such model, the model has no usable weights, or the Hub cannot be reached and
+        there is no copy in the cache.
     """
     import huggingface_hub
     from huggingface_hub import errors
@@ -92,7 +97,7 @@ def download(repo_id: str, revision: str | None) -> Path:
         info = huggingface_hub.HfApi().model_info(repo_id, revision=revision, timeout=_TIMEOUT)
     except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise AtomError(f"{where}: the Hub does not give this model: {one_line(error)}") from error
-    except Exception as error:  # offline mode, and every error that the HTTP library of the day has
+    except Exception as error:  # offline mode, and any error of the HTTP library
         return _cached(huggingface_hub, repo_id, revision, where, error)
     commit = info.sha or revision
 
@@ -118,15 +123,17 @@ def _cached(hub: Any, repo_id: str, revision: str | None, where: str, reason: Ex
 def wanted_files(files: list[str], where: str, fetch: Callable[[list[str]], Path]) -> list[str]:
     """The files of a model to download: the weights that ``find_weights`` takes, configuration, tokenizer.
 
-    Only the top folder is read: repositories keep other formats and precisions in sub-folders.
+    Only files of the top folder are used, because repositories have other formats and precisions in
+    sub-folders.
 
     Args:
-      files: all files of the model.
-      where: what to call it in errors.
-      fetch: downloads files of these names and gives their folder: an index is read before the shards.
+      files: names of all files of the model.
+      where: what to call the model in error messages.
+      fetch: downloads the files of the given names and returns their folder. It is used for an index, which
+        must be read to know the shards.
 
     Raises:
-      AtomError: the model has neither, or its index cannot be used.
+      AtomError: the model has no usable weights, or its index cannot be used.
     """
     top = [name for name in files if "/" not in name]
     weights = find_weights(top, where)
@@ -138,20 +145,25 @@ def wanted_files(files: list[str], where: str, fetch: Callable[[list[str]], Path
     wanted = set(weights.files)
     if weights.index is not None:
         wanted |= {weights.index, *placed(fetch([weights.index]) / weights.index)}
-    # In the order of the list, and nothing that is not in it: the names in an index are not trusted.
+    # Only names in the list of files are returned, because the names in an index are not trusted.
     return [name for name in top if name in wanted or name in CONFIG_FILES or name in TOKENIZER_FILES]
 
 
 def is_cached_repo(folder: Path) -> bool:
-    """Whether ``folder`` is that of a model in the Hub's cache (``models--org--name``)."""
+    """Whether ``folder`` is the folder of a model in the Hub's cache (``models--org--name``)."""
     return (folder / "snapshots").is_dir() and not (folder / "config.json").exists()
 
 
 def cached_snapshot(folder: Path, revision: str | None) -> Path:
-    """The snapshot of a model's ``folder`` in the Hub's cache; what ``main`` was last is taken by default.
+    """The snapshot of a revision in a model's folder of the Hub's cache.
+
+    Args:
+      folder: the folder of the model in the cache.
+      revision: branch, tag or (start of a) commit; None for the branch ``main`` as it was last downloaded,
+        or for the only snapshot if ``main`` was not downloaded.
 
     Raises:
-      AtomError: the revision was not downloaded, or there is nothing to tell which one is meant.
+      AtomError: the revision was not downloaded, or it is None and not clear which snapshot is meant.
     """
     snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
     by_name = {path.name: path for path in snapshots}

@@ -1,4 +1,4 @@
-"""Which files hold the weights of a model, judged by their names: in a folder, or in a list from the Hub."""
+"""Finds the weight files of a model by their names, in a folder or in a list of files from the Hub."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ FileFormat = Literal["safetensors", "torch"]
 _FILE_SUFFIXES: dict[FileFormat, str] = {"safetensors": ".safetensors", "torch": ".bin"}
 _INDEXES: dict[FileFormat, str] = {"safetensors": SAFETENSORS_INDEX, "torch": TORCH_INDEX}
 _SINGLES: dict[FileFormat, str] = {"safetensors": SAFETENSORS_SINGLE, "torch": TORCH_SINGLE}
-# Not the weights of a model: adapters, and what trainers leave beside them.
+# Files that are not the weights of a model: adapters, and other files that training programs write.
 _OTHER = re.compile(r"(adapter|optimizer|scheduler|scaler|training_args|random_states|rng_state).*")
-# By their names alone the weights of a model, in any format.
+# Files that are certainly weights of a model by their names, in any format.
 _WEIGHTS = re.compile(r".*\.(safetensors|gguf)|pytorch_model.*\.bin|consolidated.*\.pth")
-# name-00001-of-00003.safetensors; what stands after the numbers is a variant ("fp16").
+# E.g. name-00001-of-00003.safetensors. There can be a variant between the numbers and the suffix ("fp16").
 _SHARD = re.compile(r"(?P<stem>.*?)(?P<number>\d+)-of-(?P<count>\d+)(?P<rest>\D.*)")
 _MOST_SHARDS = 10_000  # far above any real model
 
@@ -32,9 +32,9 @@ class WeightFiles:
     """The weight files of one model, in one folder.
 
     Attributes:
-      format: of all of them.
-      index: the file that says which shards there are and what they hold, if there is one.
-      files: their names, sorted; empty where there is an index.
+      format: format of all files.
+      index: name of the file that lists the shards and the tensors in each; None if there is none.
+      files: names of the weight files, sorted; empty if there is an index.
     """
 
     format: FileFormat
@@ -43,18 +43,19 @@ class WeightFiles:
 
 
 def find_weights(names: Iterable[str], where: str) -> WeightFiles | None:
-    """The weights among the ``names`` of a folder.
+    """Chooses the weight files of a model among the files of a folder.
 
-    Those that transformers takes come first, in its order: of safetensors, then of PyTorch, the usual name of
-    a single file, then the usual index. Then, again by format, come those that it does not look for: the
-    usual names of shards, the only index, whatever other weights there are.
+    First it looks for the files that transformers loads, in the same order: for safetensors and then for
+    PyTorch, the usual name of a single file, then the usual index. If there are none, it looks for files that
+    transformers does not find, again first for safetensors: shards with the usual names, then an index if it
+    is the only one, then any other weight files.
 
     Args:
-      names: of the files in the folder itself.
-      where: what to call the folder in errors.
+      names: names of the files in the folder, without those in sub-folders.
+      where: what to call the folder in error messages.
 
     Returns:
-      None if there are no weights in either format.
+      The weight files; None if there are none in either format.
 
     Raises:
       AtomError: shards are missing, or there are several sets of shards.
@@ -73,9 +74,9 @@ def find_weights(names: Iterable[str], where: str) -> WeightFiles | None:
 
 
 def unused_weights(names: Iterable[str], taken: Collection[str]) -> list[str]:
-    """The weights among the ``names`` of a folder that are not those ``taken``, sorted.
+    """The weight files among the ``names`` of a folder that are not in ``taken``, sorted.
 
-    A ``.bin`` or ``.pth`` counts only by a usual name: such files hold many other things.
+    A ``.bin`` or ``.pth`` file counts only if it has a usual name, because such files can hold other data.
     """
     return sorted(
         name for name in set(names) - set(taken) if _WEIGHTS.fullmatch(name) and not _OTHER.fullmatch(name)
@@ -83,7 +84,7 @@ def unused_weights(names: Iterable[str], taken: Collection[str]) -> list[str]:
 
 
 def reject_adapter(names: Iterable[str], where: str) -> None:
-    """AtomError where ``names``, a folder without weights, are those of an adapter (LoRA)."""
+    """AtomError if ``names``, the files of a folder without weights, are those of an adapter (LoRA)."""
     for name in sorted(names):
         if name == ADAPTER_CONFIG or name.startswith("adapter_model."):
             raise AtomError(
@@ -93,7 +94,7 @@ def reject_adapter(names: Iterable[str], where: str) -> None:
 
 
 def _find_unusual(names: Collection[str], kind: FileFormat, where: str) -> WeightFiles | None:
-    """Weights in the format ``kind`` that transformers does not look for."""
+    """Weight files in the format ``kind`` with names that transformers does not look for; None if none."""
     suffix = _FILE_SUFFIXES[kind]
     weights = sorted(name for name in names if name.endswith(suffix) and not _OTHER.fullmatch(name))
     indexes = sorted(name for name in names if name.endswith(f"{suffix}.index.json"))
@@ -104,7 +105,7 @@ def _find_unusual(names: Collection[str], kind: FileFormat, where: str) -> Weigh
         return WeightFiles(kind, indexes[0], ())
     files = shards or weights
     if kind == "torch" and not shards and any(name.endswith(".gguf") for name in names):
-        return None  # what llama.cpp leaves beside a model (imatrix.bin)
+        return None  # the .bin is a file of llama.cpp (imatrix.bin)
     if not files:
         return None
     _check_complete(files, where)
@@ -112,10 +113,10 @@ def _find_unusual(names: Collection[str], kind: FileFormat, where: str) -> Weigh
 
 
 def weights_of_file(path: Path) -> WeightFiles | None:
-    """The weights to which the file at ``path`` belongs: itself, or all shards of its set.
+    """The weight files to which the file at ``path`` belongs: the file alone, or all shards of its set.
 
     Returns:
-      None if it is of neither format.
+      The weight files; None if the suffix is that of neither format.
 
     Raises:
       AtomError: shards are missing.
@@ -127,7 +128,7 @@ def weights_of_file(path: Path) -> WeightFiles | None:
 
 
 def shard_set(path: Path) -> list[Path]:
-    """All shards of the set to which the file at ``path`` belongs by its name, in order; else it alone.
+    """All shards of the set to which ``path`` belongs by its name, in order; else ``path`` alone.
 
     Raises:
       AtomError: shards are missing.
@@ -143,7 +144,7 @@ def shard_set(path: Path) -> list[Path]:
 
 
 def _check_complete(files: Collection[str], where: str) -> None:
-    """AtomError where ``files`` are shards of several sets, or of one that is not complete."""
+    """AtomError if ``files`` are shards of several sets, or of a set that is not complete."""
     numbers: dict[_Shards, set[int]] = {}
     for name in files:
         if (match := _SHARD.fullmatch(name)) and (shard := _shard(name)):
@@ -162,7 +163,14 @@ def _check_complete(files: Collection[str], where: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Shards:
-    """What the names of one set of shards have in common."""
+    """A set of shards, given by what their names have in common.
+
+    Attributes:
+      stem: the part of the names before the numbers.
+      width: number of digits of the numbers.
+      count: number of shards.
+      rest: the part of the names after the numbers.
+    """
 
     stem: str
     width: int
@@ -174,7 +182,7 @@ class _Shards:
 
 
 def _shard(name: str) -> _Shards | None:
-    """The set that a shard of this name belongs to; None for other names."""
+    """The set of shards that a file of this name belongs to; None if it is not the name of a shard."""
     match = _SHARD.fullmatch(name)
     if match is None or not 1 <= int(match["number"]) <= int(match["count"]) <= _MOST_SHARDS:
         return None

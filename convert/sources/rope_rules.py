@@ -1,4 +1,4 @@
-"""RoPE rules in a Hugging Face ``config.json``, with the precedence and the defaults of transformers."""
+"""Reads the RoPE rule of a Hugging Face ``config.json``, with transformers' precedence and defaults."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _ROPE_KEYS = frozenset(
         *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"),
         *("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
         *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-        "finetuned",  # says how the model was trained
+        "finetuned",  # only describes the training
     )
 )
 
 
 def rope_section(hf: dict[str, Any]) -> str:
-    """The key of ``hf`` that has the RoPE rule: as in transformers, ``rope_scaling`` unless it is empty."""
+    """The key of ``hf`` with the RoPE rule: ``rope_scaling`` unless it is empty, as in transformers."""
     return "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
 
 
 def rope_notes(hf: dict[str, Any], where: str) -> list[str]:
-    """What a user should know about which of two rules in ``hf`` is used."""
+    """A note for the user about which rule is used, if ``hf`` has two different rules; else an empty list."""
     scaling, parameters = hf.get("rope_scaling"), hf.get("rope_parameters")
     if not (isinstance(scaling, dict) and isinstance(parameters, dict) and scaling and parameters):
         return []
@@ -41,7 +41,15 @@ def rope_notes(hf: dict[str, Any], where: str) -> list[str]:
 
 
 def rope_config(reader: Reader, max_positions: int) -> RopeConfig:
-    """Rotary embedding from ``rope_scaling``, or else ``rope_parameters``, and ``rope_theta``."""
+    """The RoPE configuration from ``rope_scaling``, or else ``rope_parameters``, and ``rope_theta``.
+
+    Args:
+      reader: reader of config.json.
+      max_positions: the model's ``max_position_embeddings``.
+
+    Raises:
+      AtomError: a key has an unusable value, or is unknown, or the rule is not supported.
+    """
     rules = reader.section(rope_section(reader.data)) or dataclasses.replace(reader, data={})
     for part in (reader, rules):
         fraction = part.data.get("partial_rotary_factor")
@@ -61,7 +69,7 @@ def rope_config(reader: Reader, max_positions: int) -> RopeConfig:
 
 
 def _original_length(reader: Reader, rules: Reader, max_positions: int) -> int:
-    """The context before it was extended; in transformers the one outside the section comes first."""
+    """The context length before extension; a value outside the section has precedence, as in transformers."""
     name = "original_max_position_embeddings"
     parts = (part for part in (reader, rules) if part.data.get(name) is not None)
     return next((part.integer(name) for part in parts), max_positions)
@@ -83,9 +91,9 @@ def _linear(reader: Reader, rules: Reader, theta: float, max_positions: int) -> 
 
 
 def _dynamic(reader: Reader, rules: Reader, theta: float, max_positions: int) -> RopeConfig:
-    """Dynamic NTK changes the frequencies only of sequences longer than ``max_position_embeddings``.
+    """Dynamic NTK is the plain rule up to ``max_position_embeddings``.
 
-    No sequence here is longer.
+    It changes the frequencies only for longer sequences, which are not supported here.
     """
     _factor(rules)
     return RopeConfig(theta=theta)
@@ -113,7 +121,7 @@ def _yarn(reader: Reader, rules: Reader, theta: float, max_positions: int) -> Ro
         factor = _factor(rules)
 
     def optional(key: str) -> float | None:
-        """A number; null and 0 are none."""
+        """The number under ``key``; None if it is missing, null or 0."""
         return rules.positive(key) if rules.data.get(key) else None
 
     fast, slow = optional("beta_fast") or 32.0, optional("beta_slow") or 1.0
@@ -139,5 +147,5 @@ def _yarn(reader: Reader, rules: Reader, theta: float, max_positions: int) -> Ro
 
 
 def yarn_scale(factor: float, weight: float = 1.0) -> float:
-    """What YaRN multiplies cos and sin by for a context that is ``factor`` times as long (equation 22)."""
+    """YaRN's attention factor for a context that is ``factor`` times as long (equation 22)."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1.0 else 1.0

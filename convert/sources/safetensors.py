@@ -1,4 +1,4 @@
-"""Weights in safetensors files: one file, or shards."""
+"""The source for weights in safetensors files: one file, or shards."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from convert.sources.base import (
 from convert.sources.layout import WeightFiles
 
 _DTYPE_NAMES = ("F64", "F32", "F16", "BF16")
-_COMPARED_AT_ONCE = 1 << 22  # values compared at once
+_COMPARED_AT_ONCE = 1 << 22  # number of values, to bound memory
 
 
 class SafetensorsSource:
-    """A folder of safetensors files (a ``Source``).
+    """A folder of safetensors files, as a ``Source``.
 
-    A file is opened for one tensor at a time and read with pread, not mapped: the pages of a mapped file
-    count as resident memory, and converting would end up holding the whole checkpoint.
+    A file is opened for one tensor at a time and read with pread. It is not mapped, because the pages of a
+    mapped file count as resident memory, and in the end a conversion would hold the whole checkpoint.
     """
 
     def __init__(self, folder: Path, weights: WeightFiles) -> None:
-        """Reads configuration and headers, and checks every tensor's presence, shape and dtype.
+        """Reads configuration and headers; checks that every tensor exists with the right shape and dtype.
 
         Raises:
           AtomError: see ``open_source``.
@@ -73,7 +73,7 @@ class SafetensorsSource:
 def _equal(one: TensorInfo, other: TensorInfo) -> bool:
     """Whether two matrices hold the same values, a block of rows at a time."""
     if one.dtype not in _DTYPE_NAMES:
-        return False  # check_tensors refuses it
+        return False  # check_tensors raises the error
     rows = max(1, _COMPARED_AT_ONCE // max(1, one.shape[-1]))
     try:
         with (
@@ -90,7 +90,7 @@ def _equal(one: TensorInfo, other: TensorInfo) -> bool:
 
 
 def _header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors in ``path``; the library checks their offsets against the file's size."""
+    """The tensors in ``path``, by name. The library checks their offsets against the size of the file."""
     refuse_pointer(path)
     try:
         with safe_open(path, framework="np", backend="pread") as file:

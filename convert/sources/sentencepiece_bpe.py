@@ -1,4 +1,4 @@
-"""SentencePiece's BPE with the ``tokenizers`` library, from the vocabulary in a .model or a GGUF file."""
+"""Builds SentencePiece BPE tokenizers with the ``tokenizers`` library, from a vocabulary with scores."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 from gguf import TokenType
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-SPACE = "\u2581"  # SentencePiece's visible space
+SPACE = "\u2581"  # the character that stands for a space in SentencePiece's tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceBPE:
-    """A vocabulary and what is done to text before it.
+    """A vocabulary, and the normalization of text before it is tokenized.
 
     Attributes:
-      tokens: by id.
-      types: of each token; GGUF numbers them as SentencePiece does.
-      scores: of each token; the higher, the earlier it is joined.
-      unknown: the token for what has no other, if there is one.
-      prefix: whether a space comes before the text (``add_dummy_prefix``). It comes after a special token,
-        too, as in llama.cpp and in the tokenizer.json of Llama 2.
-      charsmap: SentencePiece's compiled character map, a Unicode normalization; empty for none.
-      strip_spaces: whether spaces at either end are removed and others made single
+      tokens: text of each token, by id.
+      types: type of each token, by id; GGUF and SentencePiece use the same numbers.
+      scores: score of each token, by id; tokens with higher scores are merged first.
+      unknown: the token for text that no other token covers; None if there is none.
+      prefix: whether a space is added before a text (``add_dummy_prefix``). It is also added after a special
+        token, as in llama.cpp and in the tokenizer.json of Llama 2.
+      charsmap: SentencePiece's compiled character map for Unicode normalization; empty for none.
+      strip_spaces: whether spaces at both ends are removed and several spaces are replaced by one
         (``remove_extra_whitespaces``).
-      isolated: tokens that are found in the text before anything is joined (user-defined ones).
+      isolated: user-defined tokens, which are found in the text before any merge.
     """
 
     tokens: list[str]
@@ -40,7 +40,7 @@ class SentencePieceBPE:
 
 
 def build_sentencepiece(vocabulary: SentencePieceBPE) -> Tokenizer:
-    """The tokenizer without special tokens; an exception of ``tokenizers`` if the vocabulary is unusable."""
+    """The tokenizer without special tokens; ``tokenizers`` raises Exception for an unusable vocabulary."""
     ids = first_ids(vocabulary.tokens)
     tokenizer = Tokenizer(
         models.BPE(
@@ -49,7 +49,7 @@ def build_sentencepiece(vocabulary: SentencePieceBPE) -> Tokenizer:
             unk_token=vocabulary.unknown,
             fuse_unk=True,
             byte_fallback=all(f"<0x{byte:02X}>" in ids for byte in range(256)),
-            # An isolated token is a piece of its own and is taken whole: its parts may be no tokens.
+            # An isolated token is a piece of its own, and its parts may not be in the vocabulary.
             ignore_merges=bool(vocabulary.isolated),
         )
     )
@@ -72,12 +72,12 @@ def build_sentencepiece(vocabulary: SentencePieceBPE) -> Tokenizer:
 
 
 def first_ids(tokens: list[str]) -> dict[str, int]:
-    """Token -> id; of a token that occurs twice, the first id."""
+    """The id of each token; the first id if a token occurs more than once."""
     return {token: index for index, token in reversed(list(enumerate(tokens)))}
 
 
 def _merges(vocabulary: SentencePieceBPE) -> list[tuple[str, str]]:
-    """Every way to join two tokens into a third, best score of the third first."""
+    """All pairs of tokens that join to a third token, sorted by descending score of the third."""
     mergeable = {
         token: (index, score)
         for index, (token, kind, score) in enumerate(
@@ -95,7 +95,7 @@ def _merges(vocabulary: SentencePieceBPE) -> list[tuple[str, str]]:
 
 
 def template(bos: tuple[str, int] | None, eos: tuple[str, int] | None) -> Any:
-    """The post-processor that puts ``bos`` and ``eos`` (token and id) around a text; None for neither."""
+    """The post-processor that adds ``bos`` and ``eos`` (token, id) around a text; None if both are None."""
     if bos is None and eos is None:
         return None
     # "$A:0" and ":1" are the two texts of a pair; the numbers are their type ids.

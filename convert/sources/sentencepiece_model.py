@@ -1,4 +1,4 @@
-"""Reads ``tokenizer.model`` (SentencePiece) and checks what is built from it against SentencePiece itself."""
+"""Builds a tokenizer from ``tokenizer.model`` (SentencePiece) and checks it against SentencePiece itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from atom_jax.errors import AtomError, one_line
 from convert.sources.base import refuse_pointer
 from convert.sources.sentencepiece_bpe import SentencePieceBPE, build_sentencepiece
 
-# Everything in which pipelines differ: spaces, line ends, bytes, letters that a normalization changes.
+# Texts with what pipelines often treat differently: spaces, line ends, bytes, letters that normalization
+# changes.
 _PROBES = (
     "x\n  y",
     "  leading and trailing  ",
@@ -28,12 +29,12 @@ _PROBES = (
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceModel:
-    """What a .model file says: the pipeline without special tokens, and which tokens are special.
+    """The contents of a .model file: the pipeline without special tokens, and the special tokens.
 
     Attributes:
-      tokenizer: gives SentencePiece's ids for text without special tokens.
-      control: ids and tokens that stand for no text.
-      named: "bos_token", "eos_token", "unk_token" and "pad_token", those that there are.
+      tokenizer: the pipeline, which gives SentencePiece's ids for text without special tokens.
+      control: the tokens that do not stand for text, by id.
+      named: the tokens that the model has of "bos_token", "eos_token", "unk_token" and "pad_token".
     """
 
     tokenizer: Tokenizer
@@ -45,10 +46,10 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     """The tokenizer in the SentencePiece model ``path``.
 
     Raises:
-      AtomError: the file is no SentencePiece model, or one of a kind that is not supported, or the tokenizer
-        built from it gives other ids than SentencePiece.
+      AtomError: the file is not a SentencePiece model or not of a supported kind, or the tokenizer built from
+        it gives other ids than SentencePiece.
     """
-    # Only here: no other checkpoint needs them.
+    # Imported here, because no other kind of tokenizer needs them.
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
 
@@ -58,7 +59,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
         content = path.read_bytes()
         proto.ParseFromString(content)
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-    except Exception as error:  # protobuf's and SentencePiece's own types
+    except Exception as error:  # exceptions of protobuf and of SentencePiece
         raise AtomError(f"{path}: is not a SentencePiece model: {one_line(error)}") from error
     _reject_unsupported(path, proto)
     pieces = list(proto.pieces)

@@ -1,8 +1,9 @@
-"""The tokenizer of a folder in the Hugging Face layout.
+"""Reads the tokenizer of a folder in the Hugging Face layout.
 
-``tokenizer.json`` is the truth where there is one. Without it the pipeline is built from ``tokenizer.model``
-(SentencePiece) or from ``vocab.json`` and ``merges.txt`` (byte-level BPE). No code of a checkpoint is run,
-and no class of transformers is asked: those that are named after a model build pipelines of their own.
+If there is a ``tokenizer.json``, its pipeline is used. Otherwise the pipeline is built from
+``tokenizer.model`` (SentencePiece) or from ``vocab.json`` and ``merges.txt`` (byte-level BPE). No code of a
+checkpoint is run. The tokenizer classes of transformers are not used, because those named after a model build
+pipelines of their own.
 """
 
 from __future__ import annotations
@@ -42,23 +43,28 @@ TOKENIZER_FILES = (
     MERGES_FILE,
     MODEL_FILE,
 )
-# Classes of transformers, without "Fast", whose rules are those of the vocabulary file alone.
+# Classes of transformers, without "Fast", that tokenize by the rules in the vocabulary file alone; and the
+# byte-level ones, with the name of their pre-tokenizer.
 _SENTENCEPIECE_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
 _BYTE_LEVEL_CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
 _ARCHITECTURE_CLASSES = {"Qwen2ForCausalLM": "Qwen2Tokenizer", "Qwen3ForCausalLM": "Qwen2Tokenizer"}
 
 
 def tokenizer_file(folder: Path) -> Path | None:
-    """The file that the tokenizer in ``folder`` is read from; None where there is none."""
+    """The file from which the tokenizer in ``folder`` is read; None if the folder has no tokenizer."""
     paths = (folder / name for name in (TOKENIZER_FILE, MODEL_FILE, VOCAB_FILE))
     return next((path for path in paths if path.is_file()), None)
 
 
 def folder_tokenizer(folder: Path, config: ModelConfig) -> tuple[Tokenizer, dict[str, Any]]:
-    """The pipeline of the tokenizer in ``folder``, and what ``write_tokenizer_files`` takes beside it.
+    """The pipeline of the tokenizer in ``folder``, and the settings for ``write_tokenizer_files``.
+
+    Args:
+      folder: folder of the checkpoint.
+      config: configuration of the model.
 
     Raises:
-      AtomError: there is no tokenizer, or a file of it is damaged, or it is of a kind that is not supported.
+      AtomError: there is no tokenizer, one of its files is damaged, or it is of a kind that is not supported.
     """
     path = tokenizer_file(folder)
     if path is None:
@@ -69,7 +75,8 @@ def folder_tokenizer(folder: Path, config: ModelConfig) -> tuple[Tokenizer, dict
     if path.name == TOKENIZER_FILE:
         refuse_pointer(path)
         tokenizer = read_tokenizer(folder)
-        # An older file beside newer settings: tokens that it lacks, of those that the model has.
+        # tokenizer.json may be older than the settings: tokens of the settings that it lacks are added if
+        # the model has their ids.
         declared_in, tokens = _declared_tokens(folder, settings)
         missing = {
             index: token
@@ -81,7 +88,7 @@ def folder_tokenizer(folder: Path, config: ModelConfig) -> tuple[Tokenizer, dict
         tokenizer, named = _from_sentencepiece(folder, settings)
     else:
         tokenizer = _from_byte_level(folder, settings, config)
-    # What no file says comes from the model's configuration.
+    # Special tokens that no file names come from the model's configuration.
     ids = {"bos_token": config.bos_token_id, "eos_token": next(iter(config.eos_token_ids), None)}
     named = {name: tokenizer.id_to_token(index) for name, index in ids.items() if index is not None} | named
     special = {name: token_text(settings.get(name, named.get(name))) for name in SPECIAL_TOKENS}
@@ -94,7 +101,7 @@ def folder_tokenizer(folder: Path, config: ModelConfig) -> tuple[Tokenizer, dict
 
 
 def stop_token_id(folder: Path, config: ModelConfig) -> int | None:
-    """The id of the tokenizer's end-of-sequence token, if it has one that the model can give."""
+    """The id of the tokenizer's end-of-sequence token; None if there is none or the model lacks its id."""
     tokenizer, settings = folder_tokenizer(folder, config)
     token = settings["eos_token"]
     index = None if token is None else tokenizer.token_to_id(token)
@@ -102,7 +109,7 @@ def stop_token_id(folder: Path, config: ModelConfig) -> int | None:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with special_tokens_map.json where transformers reads that, too."""
+    """tokenizer_config.json, with special_tokens_map.json if transformers reads that, too."""
     settings = read_settings(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
     if "added_tokens_decoder" not in settings and (folder / MAP_FILE).is_file():
         settings |= read_settings(folder / MAP_FILE)
@@ -121,7 +128,7 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> Any:
 
 
 def _class_name(folder: Path, settings: dict[str, Any], file: str) -> str | None:
-    """The tokenizer class in the settings, without "Fast"; AtomError where it is code of the checkpoint."""
+    """The tokenizer class in the settings, without "Fast"; AtomError if it is code of the checkpoint."""
     auto = settings.get("auto_map")
     name = settings.get("tokenizer_class")
     if auto:
@@ -133,7 +140,10 @@ def _class_name(folder: Path, settings: dict[str, Any], file: str) -> str | None
 
 
 def _from_sentencepiece(folder: Path, settings: dict[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
-    """From tokenizer.model; BOS is added and EOS is not unless tokenizer_config.json says otherwise."""
+    """The tokenizer in tokenizer.model, and its special tokens by name.
+
+    BOS is added to a text and EOS is not, unless tokenizer_config.json says otherwise.
+    """
     name = _class_name(folder, settings, MODEL_FILE)
     if name is not None and name not in _SENTENCEPIECE_CLASSES:
         raise AtomError(
@@ -153,7 +163,7 @@ def _from_sentencepiece(folder: Path, settings: dict[str, Any]) -> tuple[Tokeniz
 
 
 def _from_byte_level(folder: Path, settings: dict[str, Any], config: ModelConfig) -> Tokenizer:
-    """From vocab.json and merges.txt, cut as the tokenizer class (or else the model's own) cuts text."""
+    """The tokenizer in vocab.json and merges.txt; its class or the architecture says how text is split."""
     name = _class_name(folder, settings, VOCAB_FILE) or _ARCHITECTURE_CLASSES.get(config.architecture)
     if name not in _BYTE_LEVEL_CLASSES:
         raise AtomError(
@@ -184,7 +194,10 @@ def _named(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def _declared_tokens(folder: Path, settings: dict[str, Any]) -> tuple[Path, dict[int, AddedToken]]:
-    """The tokens that the settings (or added_tokens.json) add to a vocabulary, by id, and that file.
+    """The tokens that the settings, or else added_tokens.json, add to the vocabulary.
+
+    Returns:
+      The file that names them, and the tokens by id.
 
     Raises:
       AtomError: they are malformed.
@@ -202,7 +215,7 @@ def _declared_tokens(folder: Path, settings: dict[str, Any]) -> tuple[Path, dict
                 lstrip=bool(token.get("lstrip", False)),
                 rstrip=bool(token.get("rstrip", False)),
                 single_word=bool(token.get("single_word", False)),
-                normalized=False,  # matched as it is written, whatever the pipeline does to text
+                normalized=False,  # matched as it is written, before normalization
             )
             for index, token in (declared or {}).items()
         }
@@ -212,7 +225,7 @@ def _declared_tokens(folder: Path, settings: dict[str, Any]) -> tuple[Path, dict
 
 
 def _special_names(settings: dict[str, Any]) -> set[str]:
-    """Every token that the settings name as special."""
+    """All tokens that the settings name as special."""
     named = set(_named(settings).values())
     for key in ("additional_special_tokens", "extra_special_tokens"):
         values = settings.get(key) or []
@@ -222,7 +235,7 @@ def _special_names(settings: dict[str, Any]) -> set[str]:
 
 
 def _add_tokens(tokenizer: Tokenizer, path: Path, tokens: dict[int, AddedToken]) -> None:
-    """Adds ``tokens``; AtomError naming ``path`` where one does not get its id."""
+    """Adds ``tokens``; AtomError, which names ``path``, if a token does not get its id."""
     for index, token in tokens.items():
         add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
         add([token])
@@ -234,8 +247,8 @@ def _add_tokens(tokenizer: Tokenizer, path: Path, tokens: dict[int, AddedToken])
 
 
 def _add_special(tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
-    """Makes tokens of the vocabulary special that the settings name, but do not add."""
-    # Adding one again would reset its flags.
+    """Makes those tokens of the vocabulary special that the settings name as special but do not add."""
+    # Tokens that were added are left out, because adding them again would reset their flags.
     named = _special_names(settings) - {t.content for t in tokenizer.get_added_tokens_decoder().values()}
     known = [token for token in sorted(named) if tokenizer.token_to_id(token) is not None]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in known])
@@ -244,7 +257,14 @@ def _add_special(tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
 def _add_around(
     tokenizer: Tokenizer, named: dict[str, str], settings: dict[str, Any], *, add_bos: bool
 ) -> None:
-    """Has BOS and EOS added where the settings (for BOS, else ``add_bos``) say so."""
+    """Sets the post-processor that adds BOS and EOS around a text.
+
+    Args:
+      tokenizer: the tokenizer to change.
+      named: special tokens by name ("bos_token", "eos_token").
+      settings: the settings, which say whether BOS and EOS are added.
+      add_bos: whether BOS is added if the settings do not say.
+    """
 
     def special(name: str, default: bool) -> tuple[str, int] | None:
         wanted = settings.get(f"add_{name}_token")

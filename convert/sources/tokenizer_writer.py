@@ -1,4 +1,4 @@
-"""How a checkpoint's tokenizer is written, and the check that it works."""
+"""Writes the tokenizer of a checkpoint, and checks that it works."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def write_tokenizer_files(tokenizer: Tokenizer, settings: dict[str, Any], out: P
     """Writes tokenizer.json and tokenizer_config.json into the folder ``out`` and reads them back.
 
     Args:
-      tokenizer: the pipeline, special tokens included.
-      settings: special tokens by name, chat template and the like; those that are None are left out.
-      out: made if it is not there.
-      where: the file that the tokenizer comes from, for errors.
+      tokenizer: the pipeline, including special tokens.
+      settings: special tokens by name, the chat template and other settings; those with None are left out.
+      out: folder to write to; created if it does not exist.
+      where: the file that the tokenizer comes from, for error messages.
 
     Raises:
-      AtomError: what was written does not load, encode and decode; nothing is left.
+      AtomError: the written tokenizer cannot be loaded, or does not encode and decode; its files are removed.
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()
     data = {
-        # Of transformers' classes the one that takes the pipeline in tokenizer.json as it is.
+        # The class of transformers that uses the pipeline in tokenizer.json as it is.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],

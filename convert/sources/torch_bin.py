@@ -1,4 +1,4 @@
-"""Weights in PyTorch pickles: pytorch_model.bin, or shards. Needs torch, imported lazily."""
+"""The source for weights in PyTorch pickles: pytorch_model.bin, or shards. torch is imported when needed."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from convert.sources.base import (
 from convert.sources.layout import WeightFiles
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
-# Where training programs put the state dict (Lightning, DeepSpeed, many a script).
+# The keys under which training programs (Lightning, DeepSpeed and others) save the state dict.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
-MIN_TORCH = (2, 6)  # before it, weights_only could be bypassed (CVE-2025-32434)
+MIN_TORCH = (2, 6)  # in older versions, weights_only could be bypassed (CVE-2025-32434)
 
 
 class TorchSource:
-    """A folder of PyTorch pickles (a ``Source``).
+    """A folder of PyTorch pickles, as a ``Source``.
 
-    A shard is loaded again for each tensor: loading maps the file and unpickles only the names (a few
-    milliseconds), while a shard kept open would keep every page that was read from it in memory.
+    A shard is loaded again for each tensor. Loading takes only a few milliseconds, because it maps the file
+    and unpickles only the names. A shard that stays open would keep every page that was read in memory.
     """
 
     def __init__(self, folder: Path, weights: WeightFiles) -> None:
-        """Reads configuration and tensor names, and checks every tensor's presence, shape and dtype.
+        """Reads configuration and headers; checks that every tensor exists with the right shape and dtype.
 
         Raises:
-          AtomError: see ``open_source``; also where torch is not installed.
+          AtomError: see ``open_source``; also if torch is not installed or too old.
         """
         _import_torch(folder)
         self._folder = folder
@@ -59,7 +59,7 @@ class TorchSource:
         tensor = _load(info.file).get(info.name)
         if tensor is None:
             raise AtomError(f"{info} is no longer there")
-        # copy: float32 would stay in the mapped file otherwise
+        # copy, because otherwise a float32 tensor would stay in the mapped file
         tensor = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         return finite_float32(tensor.numpy(), info)
 
@@ -102,19 +102,19 @@ def _describe(path: Path) -> dict[str, TensorInfo]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Name -> tensor for the state dict in ``path``. Only tensors are unpickled, never code (weights_only).
+    """The tensors of the state dict in ``path``, by name. No code is unpickled (weights_only).
 
     Raises:
-      AtomError: the file is damaged, or holds anything but a mapping from names to tensors, or
-        one such mapping under a usual key.
+      AtomError: the file is damaged, or holds neither a dict from names to tensors nor one such dict under a
+        usual key.
     """
     torch = _import_torch(path.parent)
     refuse_pointer(path)
     try:
-        # The format before torch 1.6 is no zip file and cannot be mapped.
+        # Files of torch before 1.6 are not zip files and cannot be mapped.
         mmap = zipfile.is_zipfile(path)
         state = torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
-    except Exception as error:  # torch raises whatever the damaged or hostile pickle provokes
+    except Exception as error:  # a damaged or malicious pickle can make torch raise anything
         raise AtomError(f"{path}: is not a plain tensor checkpoint: {_first_sentence(error)}") from error
     if not isinstance(state, dict):
         raise AtomError(f"{path}: is not a plain tensor checkpoint: it holds a {type(state).__name__}")
@@ -129,7 +129,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _unwrapped(path: Path, state: dict[Any, Any]) -> dict[Any, Any]:
-    """The state dict itself, where a training program saved it beside its own state."""
+    """The state dict: ``state`` itself or, if a training program saved it, one of its values."""
     keys = [key for key in _STATE_KEYS if isinstance(state.get(key), dict)]
     if len(keys) > 1:
         raise AtomError(f"{path}: holds several state dicts ({', '.join(keys)}); save one of them alone")
@@ -137,7 +137,7 @@ def _unwrapped(path: Path, state: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _first_sentence(error: Exception) -> str:
-    """The message without torch's advice on ``weights_only``, which ends in how to switch the check off."""
+    """The message without torch's advice on ``weights_only``, which explains how to turn the check off."""
     text = str(error)
     if "WeightsUnpickler error:" in text:
         text = text.split("WeightsUnpickler error:", 1)[1]

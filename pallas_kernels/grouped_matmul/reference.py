@@ -6,9 +6,8 @@ It needs no array [groups, M, N], and a single product for all groups. The weigh
 x^T); ``pallas_kernels.reference_matmul`` says how the body is unpacked.
 
 Tail: the integers are multiplied in float32, and scales are applied to the sum. Up to 1024 channels every
-  partial
-sum is below 2^24, so that the sum is exact. The sum over a longer tail (w8a8, where it is the whole row) is
-rounded; this costs less than XLA's INT8 product does on a CPU.
+partial sum is below 2^24, so that the sum is exact. The sum over a longer tail (w8a8, where it is the whole
+row) is rounded; this costs less than XLA's INT8 product does on a CPU.
 """
 
 from __future__ import annotations

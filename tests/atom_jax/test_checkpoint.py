@@ -284,7 +284,11 @@ def test_version_1_is_read(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "part"),
-    [({"surprise": 1}, "surprise"), ({"group_size": 48}, "group size 48 is not one of 32, ")],
+    [
+        ({"surprise": 1}, "surprise"),
+        ({"reorder": "sideways"}, "reorder 'sideways' is not one of folded, "),
+        ({"group_size": 48}, "group size 48 is not one of 32, "),
+    ],
 )
 def test_bad_version_1(recipe: dict[str, Any], part: str, damaged: Path) -> None:
     file = damaged / checkpoint.CONFIG_FILE

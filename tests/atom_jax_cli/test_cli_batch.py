@@ -10,11 +10,9 @@ import time
 import pytest
 
 from atom_jax.batch import run_batch
-from atom_jax.checkpoint import TOKENIZER_FOLDER, load_tokenizer
 from tests.atom_jax.command import ROOT, fails, run_json
 from tests.atom_jax.server.fake import FakeEngine, expected
 from tests.convert.tiny import fails as raises
-from tests.convert.tiny import save_tokenizer
 
 
 def line(number, **changes):
@@ -41,14 +39,6 @@ def texts(path):
 
 def answers(count):
     return {f"r{number}": expected([number + 1], 1 + number % 5) for number in range(count)}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / TOKENIZER_FOLDER).mkdir()
-    save_tokenizer(folder / TOKENIZER_FOLDER)
-    return load_tokenizer(folder)
 
 
 @pytest.fixture

@@ -49,11 +49,6 @@ def tiny_options(calibration: Path | None, **changes: Any) -> ConvertOptions:
     return ConvertOptions(**options)
 
 
-def partial(out: Path) -> Path:
-    """Where a conversion into ``out`` works."""
-    return out.with_name(f"{out.name}.partial")
-
-
 def contents(checkpoint: Path) -> dict[str, Any]:
     """Everything in a checkpoint that must not depend on how often its conversion was interrupted."""
     config = read_config(checkpoint)

@@ -23,7 +23,8 @@ from convert.float_model import load_float
 from convert.pipeline import ConvertOptions, convert
 from convert.recipe import make_recipe
 from convert.sources import Source, open_source
-from tests.convert.jobs import TINY_TOKENS, partial, prose, save_text, tiny_options
+from convert.workspace import partial_path
+from tests.convert.jobs import TINY_TOKENS, prose, save_text, tiny_options
 from tests.convert.tiny import fails, save_tiny
 
 
@@ -91,11 +92,11 @@ def test_unusable_calibration_text(
         file.write_bytes(content)
     with fails(file.name, says):
         convert(sources["llama"], out, tiny_options(file))
-    assert not out.exists() and not partial(out).exists()
+    assert not out.exists() and not partial_path(out).exists()
     if name != "short.txt":  # long enough to measure perplexity on
         with fails(file.name, says):
             convert(sources["llama"], out, ConvertOptions(make_recipe("bf16"), eval_text=file))
-    assert not out.exists() and not partial(out).exists()
+    assert not out.exists() and not partial_path(out).exists()
 
 
 def test_fewer_tokens_than_a_window(sources: Mapping[str, Path], text: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def conversions(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "smollm2_gguf", lambda: source)
     monkeypatch.setattr(demo, "VARIANTS", (demo.Variant(demo.ATOM, "tiny", make_recipe("bf16")),))
     monkeypatch.setattr(demo, "EVAL_TOKENS", 128)
-    monkeypatch.setattr(demo, "SEQ_LEN", 64)
+    monkeypatch.setattr(demo, "EVAL_SEQ_LEN", 64)
     return done
 
 

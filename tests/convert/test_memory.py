@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from convert.sources.architectures import expected_tensors, parse_config
-from tests.convert.jobs import partial, save_text
+from convert.workspace import partial_path
+from tests.convert.jobs import save_text
 from tests.convert.tiny import save_tokenizer, tiny_config, write_json
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +101,7 @@ def test_peak_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         for file in source.iterdir():
             file.unlink()
     assert result.returncode == 0, result.stderr
-    assert (out / "config.json").is_file() and not partial(out).exists()
+    assert (out / "config.json").is_file() and not partial_path(out).exists()
     peak = int(result.stdout)
     activations = 4 * CALIBRATION_TOKENS * SIZES["hidden_size"]
     with capsys.disabled():

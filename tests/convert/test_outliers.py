@@ -16,7 +16,8 @@ from convert.passes.outliers import BUDGET, candidates, choose_outliers
 from convert.pipeline import convert
 from convert.recipe import make_recipe
 from convert.sources import open_source
-from tests.convert.jobs import assert_same, contents, partial, save_text, tiny_options
+from convert.workspace import partial_path
+from tests.convert.jobs import assert_same, contents, save_text, tiny_options
 from tests.convert.tiny import fails, save_tiny, save_weights, tiny_config, tiny_tensors
 
 # Candidates are 0, 32 and 64 of the 256 channels of the narrowest linears.
@@ -136,7 +137,7 @@ def test_killed_in_the_middle(killed_at: tuple[str, int], text: Path, tmp_path: 
 
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, options(text), kill)
-    assert partial(out).exists()
+    assert partial_path(out).exists()
     stages: list[str] = []
     convert(source, out, options(text), lambda stage, *_: stages.append(stage))
     assert (STAGE in stages) == (killed_at[0] == STAGE)  # what was chosen is kept
@@ -150,7 +151,7 @@ def test_no_number_fits(tmp_path: Path) -> None:
         convert(
             source, tmp_path / "out", tiny_options(None, auto_outliers=True, recipe=make_recipe("w4a4kv4"))
         )
-    assert not (tmp_path / "out").exists() and not partial(tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not partial_path(tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("scheme", ["bf16", "w8a8", "w4a16", "w4a8kv4"])

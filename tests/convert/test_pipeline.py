@@ -30,13 +30,13 @@ from convert.quantize_layer import LayerStatistics, prepare_layer
 from convert.recipe import Recipe, make_recipe
 from convert.sources import open_source
 from convert.streaming import projections
+from convert.workspace import partial_path
 from tests.convert.jobs import (
     ATOM,
     TINY_TOKENS,
     assert_same,
     contents,
     logits,
-    partial,
     prose,
     save_text,
     tiny_options,
@@ -257,10 +257,12 @@ def test_perplexity_of_the_card(sources: Mapping[str, Path], atom: Path) -> None
 def test_the_same_again_is_done(sources: Mapping[str, Path], text: Path, atom: Path) -> None:
     options = tiny_options(text, eval_text=text, eval_tokens=700)
     times = {file: file.stat().st_mtime_ns for file in atom.rglob("*")}
-    (partial(atom) / "checkpoint").mkdir(parents=True)  # as after a kill between publishing and cleaning up
+    (partial_path(atom) / "checkpoint").mkdir(
+        parents=True
+    )  # as after a kill between publishing and cleaning up
     steps: list[str] = []
     assert convert(sources["llama"], atom, options, lambda *step: steps.append(step[0])) == read_card(atom)
-    assert not steps and not partial(atom).exists()
+    assert not steps and not partial_path(atom).exists()
     assert times == {file: file.stat().st_mtime_ns for file in atom.rglob("*")}
     for other in (
         dataclasses.replace(options, eval_tokens=500),
@@ -319,18 +321,18 @@ def test_unfinished_conversion_with_other_options(sources: Mapping[str, Path], t
 
     with pytest.raises(KeyboardInterrupt):
         convert(sources["llama"], out, ConvertOptions(BF16), interrupt)
-    left = sorted(partial(out).rglob("*"))
+    left = sorted(partial_path(out).rglob("*"))
     for source, options in (
         ("llama", ConvertOptions(changed(gptq=False, num_outliers=0))),
         ("mistral", ConvertOptions(BF16)),
     ):
-        with fails(partial(out), "unfinished conversion"):
+        with fails(partial_path(out), "unfinished conversion"):
             convert(sources[source], out, options)
-        assert sorted(partial(out).rglob("*")) == left
+        assert sorted(partial_path(out).rglob("*")) == left
     steps: list[int] = []
     convert(sources["llama"], out, ConvertOptions(BF16), lambda stage, done, total: steps.append(done))
     assert steps == [2]  # the first layer was written before the interrupt
-    assert not partial(out).exists()
+    assert not partial_path(out).exists()
 
 
 # Recipes that do not suit the model.

@@ -20,8 +20,8 @@ from atom_jax.errors import AtomError
 from convert import pipeline, quantize_model, workspace
 from convert.pipeline import convert
 from convert.recipe import Recipe, make_recipe
-from convert.workspace import Workspace
-from tests.convert.jobs import ATOM, assert_same, contents, partial, save_text, tiny_options
+from convert.workspace import Workspace, partial_path
+from tests.convert.jobs import ATOM, assert_same, contents, save_text, tiny_options
 from tests.convert.tiny import fails, save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +107,7 @@ def test_killed_before_every_step(
         assert out.exists() == (moment > published), all_steps[moment]
         steps.run(lambda out=out: convert(job[0], out, job[1]))
         assert_same(contents(out), expected)
-        assert not partial(out).exists(), all_steps[moment]
+        assert not partial_path(out).exists(), all_steps[moment]
         shutil.rmtree(out)
 
 
@@ -126,7 +126,7 @@ def test_killed_again_and_again(
         assert runs < 20
     assert runs > 2
     assert_same(contents(out), expected)
-    assert not partial(out).exists()
+    assert not partial_path(out).exists()
 
 
 def test_killed_after_publishing_and_out_removed(
@@ -137,11 +137,11 @@ def test_killed_after_publishing_and_out_removed(
     published = steps.run(lambda: convert(job[0], out, job[1])).index("rename out")
     shutil.rmtree(out)
     steps.run(lambda: convert(job[0], out, job[1]), kill_before=published + 1)
-    assert out.exists() and partial(out).exists()
+    assert out.exists() and partial_path(out).exists()
     shutil.rmtree(out)
     steps.run(lambda: convert(job[0], out, job[1]))
     assert_same(contents(out), expected)
-    assert not partial(out).exists()
+    assert not partial_path(out).exists()
 
 
 def test_killed_while_an_error_cleans_up(
@@ -158,7 +158,7 @@ def test_killed_while_an_error_cleans_up(
         raise AtomError("something is wrong with the source")
 
     def remove_half(root: Path, **kwargs: Any) -> None:
-        if root == partial(out):
+        if root == partial_path(out):
             rmtree(root / "checkpoint" / "params" / "layers" / "0000")
             raise Killed
         rmtree(root, **kwargs)
@@ -169,10 +169,10 @@ def test_killed_while_an_error_cleans_up(
         patch.setattr(workspace.shutil, "rmtree", remove_half)
         with pytest.raises(Killed):
             convert(job[0], out, job[1])
-    assert partial(out).exists() and not out.exists()
+    assert partial_path(out).exists() and not out.exists()
     convert(job[0], out, job[1])
     assert_same(contents(out), expected)
-    assert not partial(out).exists()
+    assert not partial_path(out).exists()
 
 
 @pytest.mark.parametrize("kind", ["write_array", "write_tree", "write_json", "write_config", "write_card"])
@@ -211,14 +211,14 @@ def test_full_disk_once(
     last = len(all_writes) - 1 - all_writes[::-1].index(kind)
     fail_at = last
     out = tmp_path / "out"
-    with fails(os.strerror(errno.ENOSPC), partial(out), "the same command goes on"):
+    with fails(os.strerror(errno.ENOSPC), partial_path(out), "the same command goes on"):
         convert(job[0], out, job[1])
-    assert not out.exists() and partial(out).exists()
+    assert not out.exists() and partial_path(out).exists()
     written.clear()
     convert(job[0], out, job[1])
     assert len(written) < len(all_writes) / 2
     assert_same(contents(out), expected)
-    assert not partial(out).exists()
+    assert not partial_path(out).exists()
 
 
 def test_full_disk_before_anything_is_done(
@@ -239,9 +239,9 @@ def test_one_process_at_a_time(job: tuple[Path, Any], tmp_path: Path) -> None:
 
     def second(stage: str, done: int, total: int) -> None:
         if not kept:
-            with fails(partial(out), "another process"):
+            with fails(partial_path(out), "another process"):
                 convert(job[0], out, job[1])
-            kept.extend(partial(out).iterdir())
+            kept.extend(partial_path(out).iterdir())
 
     convert(job[0], out, job[1], second)
     assert kept
@@ -313,8 +313,8 @@ def test_sigkill(moment: str, recipe: Recipe, job: tuple[Path, Any], tmp_path: P
         check=False,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert out.exists() == (moment == "published") and partial(out).exists()
+    assert out.exists() == (moment == "published") and partial_path(out).exists()
     convert(source, out, options)
-    assert not partial(out).exists()
+    assert not partial_path(out).exists()
     convert(source, tmp_path / "uninterrupted", options)
     assert_same(contents(out), contents(tmp_path / "uninterrupted"))

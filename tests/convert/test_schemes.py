@@ -20,9 +20,10 @@ from convert.float_model import load_float
 from convert.pipeline import convert
 from convert.recipe import Recipe, make_recipe
 from convert.sources import open_source
+from convert.workspace import partial_path
 from pallas_kernels import QuantizedWeight, TwoLevelWeight, WeightOnlyInt3, WeightOnlyInt4
 from tests.atom_jax.command import run, run_json
-from tests.convert.jobs import assert_same, contents, logits, partial, save_text, tiny_options
+from tests.convert.jobs import assert_same, contents, logits, save_text, tiny_options
 from tests.convert.tiny import fails, save_tiny
 
 TOKENS = np.random.default_rng(0).integers(3, 260, 64).astype(np.int32)
@@ -125,7 +126,7 @@ def test_resumes(
 
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, options, interrupt)
-    assert partial(out).exists() and not out.exists()
+    assert partial_path(out).exists() and not out.exists()
     stages: list[tuple[str, int]] = []
     convert(source, out, options, lambda stage, done, total: stages.append((stage, done)))
     assert [done for stage, done in stages if stage == "quantize"] == [2]

@@ -83,7 +83,7 @@ def test_tied_embeddings(tmp_path, monkeypatch):
     assert "lm_head.weight" not in open_source(folder).shapes
     tensors = tiny_tensors(tiny_config())
     tensors[HEAD] = tensors[EMBEDDING]  # some checkpoints hold the tied tensor too
-    monkeypatch.setattr("convert.sources.safetensors._BLOCK", 100 * 64)  # compared in three pieces
+    monkeypatch.setattr("convert.sources.safetensors._COMPARED_AT_ONCE", 100 * 64)  # compared in three pieces
     save_weights(folder, tensors, shards=2)
     (folder / "model.safetensors").unlink()
     source = open_source(folder)

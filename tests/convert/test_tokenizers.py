@@ -19,7 +19,7 @@ from convert.pipeline import ConvertOptions, convert
 from convert.recipe import make_recipe
 from convert.sources import open_source
 from convert.sources.sentencepiece_model import read_sentencepiece
-from tests.convert.jobs import partial
+from convert.workspace import partial_path
 from tests.convert.tiny import fails, save_tiny, write_json
 from tests.convert.tokenizers_like import (
     TEXTS,
@@ -154,7 +154,7 @@ def test_custom_code_alone_is_refused(tmp_path: Path, capfd: pytest.CaptureFixtu
     folder = save_sentencepiece(tmp_path, CUSTOM)
     with fails("tokenizer_config.json", "MyTokenizer", "auto_map", "tokenizer.json"):
         convert(folder, tmp_path / "out", FLOAT)
-    assert not (tmp_path / "out").exists() and not partial(tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not partial_path(tmp_path / "out").exists()
     assert capfd.readouterr().out == ""
 
 
@@ -183,7 +183,7 @@ def test_broken_file_fails_the_conversion(
     (folder / file).write_text(content)
     with fails(folder / file, says):
         convert(folder, out, ConvertOptions(make_recipe(scheme)))
-    assert not out.exists() and not partial(out).exists()
+    assert not out.exists() and not partial_path(out).exists()
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_broken_sentencepiece_folder(file: str, content: bytes, says: str, tmp_p
     (folder / file).write_bytes(content)
     with fails(folder / file, says):
         convert(folder, out, FLOAT)
-    assert not out.exists() and not partial(out).exists()
+    assert not out.exists() and not partial_path(out).exists()
 
 
 def test_a_tokenizer_that_gives_no_ids_is_refused(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_tokenizer_that_gives_no_ids_is_refused(tmp_path: Path) -> None:
     write_json(folder / "tokenizer.json", data)
     with fails(folder, "gives no ids"):
         convert(folder, out, FLOAT)
-    assert not out.exists() and not partial(out).exists()
+    assert not out.exists() and not partial_path(out).exists()
 
 
 def test_another_tokenizer_is_another_source(tmp_path: Path) -> None:
