@@ -24,7 +24,7 @@ from pallas_kernels.verification.shapes import MODELS
 from pallas_kernels.verification.verdicts import FAILED, UNCHECKED, Verdicts
 from pallas_kernels.verification.verify import Limits, Progress
 
-_PACKAGES = ("jax", "jaxlib", "flax", "transformers", "orbax-checkpoint")
+_PACKAGES = ("jax", "jaxlib", "flax", "numba", "transformers", "orbax-checkpoint")
 # The report says what each op runs at the shapes of this model's layers.
 TYPICAL = "Llama-3-8B"
 # (number of sequences, tokens of each sequence) in a decode step and in a prefill chunk of a prompt.
@@ -188,9 +188,11 @@ def _ops_by_implementation(lines: list[tuple[str, Line]]) -> dict[str, list[str]
 def _suggestion(schemes: dict[str, dict[str, list[str]]]) -> dict[str, str]:
     """The scheme suggested for this device ("scheme"), and the reason in words ("why")."""
     if jax.default_backend() == "cpu":
+        reference = schemes["w4a4kv4"]["reference"]
+        runs = f"it runs the reference for {', '.join(reference)}" if reference else "every op of it runs a kernel"
         why = (
-            "no GPU kernel applies to a CPU and every op runs the reference; of the quantized schemes only "
-            "this one was timed on a CPU: it generates faster than float there (README.md)"
+            f"{runs} here; of the quantized schemes only this one was timed on a CPU: it generates faster "
+            "than float there (README.md)"
         )
         return {"scheme": "w4a4kv4", "why": why}
     if devices.kernels_here() is None:

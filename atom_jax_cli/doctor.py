@@ -104,12 +104,12 @@ def _schemes(schemes: dict[str, dict[str, list[str]]]) -> Table:
 
 def _show_kernels(facts: dict[str, Any]) -> None:
     if facts["implementation"] is None:
-        _say("kernels: none applies to this device; the reference runs")
+        _say("GPU kernels: none applies to this device")
         return
     if not facts["verify"]:
-        _say("ATOM_JAX_VERIFY=0: kernels are used whatever their verdict")
+        _say("ATOM_JAX_VERIFY=0: GPU kernels are used whatever their verdict")
     if not facts["kernels"]:
-        _say("kernels: not checked yet")
+        _say("GPU kernels: not checked yet")
         return
     table = Table("kernel", "verdict", "calls", title=facts["implementation"], title_justify="left")
     table.add_column("why", overflow="fold")

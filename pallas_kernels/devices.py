@@ -32,15 +32,21 @@ def compute_capability(device: Device) -> str | None:
 
 def not_hopper(device: Device) -> str | None:
     """What a device lacks for the kernels for Hopper GPUs (H100, H200); None if it is such a GPU."""
-    return None if compute_capability(device) == "9.0" else "needs compute capability 9.0"
+    if compute_capability(device) == "9.0":
+        return None
+    return f"needs compute capability 9.0, this is {device.device_kind}"
 
 
 def no_native_kernels(device: Device) -> str | None:
-    """What a device lacks for the kernels that are compiled for the CPU at hand; None if it is one."""
+    """What is missing for the kernels that are compiled for the CPU at hand; None if nothing is.
+
+    They need a CPU, numba, and a jaxlib that calls them in a way they know. Nothing of numba is imported here
+    where it is not installed.
+    """
     if device.platform != "cpu":
-        return "needs a CPU"
+        return f"needs a CPU, this is {device.device_kind}"
     if importlib.util.find_spec("numba") is None:
-        return "needs numba"
+        return "needs numba, which is not installed"
     from pallas_kernels.native import build
 
     return build.unsupported()
@@ -52,7 +58,7 @@ def nothing(device: Device) -> None:
 
 
 # Every implementation that an op may have, the preferred one first, and the predicate that says what a device
-# lacks for it; None if it lacks nothing.
+# lacks for it, as words that follow the implementation's name; None if it lacks nothing.
 IMPLEMENTATIONS: dict[str, Callable[[Device], str | None]] = {
     "mosaic_sm90": not_hopper,
     "native_cpu": no_native_kernels,
@@ -62,6 +68,9 @@ IMPLEMENTATIONS: dict[str, Callable[[Device], str | None]] = {
 
 # Implementations that are chosen only after they gave the results of the reference on this kind of device.
 NEED_VERDICT = frozenset({"mosaic_sm90"})
+# Implementations that can be compiled for a device that is not there. Asked for by name, they are followed on
+# any device; every other implementation raises where the device lacks something.
+CROSS_COMPILED = frozenset({"mosaic_sm90"})
 
 
 def kernels_here() -> str | None:

@@ -27,7 +27,7 @@ import jax
 from jaxtyping import PyTree
 
 from pallas_kernels import devices
-from pallas_kernels.devices import IMPLEMENTATIONS, NEED_VERDICT
+from pallas_kernels.devices import CROSS_COMPILED, IMPLEMENTATIONS, NEED_VERDICT
 from pallas_kernels.qarrays import LayerOf
 from pallas_kernels.roofline import Cost
 from pallas_kernels.tuning.winners import winners
@@ -45,7 +45,7 @@ class Configuration(Protocol):
 
 
 class Unsupported(NotImplementedError):
-    """An implementation that was asked for does not exist, or cannot run the call."""
+    """An implementation that was asked for does not exist, or cannot run here or run the call."""
 
 
 class ImplementationContext(NamedTuple):
@@ -80,19 +80,21 @@ _recorders: list[list[Choice]] = []
 def use_implementation(
     name: str, *, interpret: bool = False, config: Configuration | None = None
 ) -> Iterator[None]:
-    """Within the context every op runs the implementation ``name`` ("reference", "mosaic_sm90") or raises.
+    """Within the context every op runs the implementation ``name`` or raises ``Unsupported``.
 
-    "auto", the default, takes the first implementation that supports the device and the call; the reference
-    is the last one. ``record_choices`` shows what it took. It takes a GPU kernel only if the kernel was
-    compared with the reference on this kind of device (``pallas_kernels.verification``), or without that
-    comparison if ATOM_JAX_VERIFY=0. Another name is followed whatever the device and the result of that
-    comparison are, so that kernels can be compiled for a GPU that is not there.
+    The names are "mosaic_sm90" (kernels for Hopper GPUs), "native_cpu" (kernels for the CPU at hand) and
+    "reference" (``jax.numpy``). "auto", the default, takes the first of them that supports the device and the
+    call. ``record_choices`` shows what it took. It takes a GPU kernel only if the kernel was compared with
+    the reference on this kind of device (``pallas_kernels.verification``), or without that comparison if
+    ATOM_JAX_VERIFY=0. A GPU kernel that is asked for by name is followed whatever the device and the result
+    of that comparison are, so that it can be compiled for a GPU that is not there.
 
     Args:
       name: an implementation, or "auto".
       interpret: run Pallas kernels in GPU interpret mode, on the CPU: slow, for tests.
-      config: what the implementation runs with in place of its own choice. An op whose configurations have
-        another type raises, so that this makes sense only for a single op.
+      config: what the implementation runs with in place of its own choice, e.g. ``NativeConfig("avx2")``.
+        An op whose configurations have another type raises, so that this makes sense only for ops whose
+        configurations have one type.
     """
     with _context(ImplementationContext(name, interpret, config)):
         yield
@@ -123,8 +125,8 @@ def run(op: str, call: AnyCall) -> PyTree:
     """Runs ``op`` on its arguments with the implementation that is chosen here.
 
     Raises:
-      Unsupported: the context asks for an implementation that this op does not have or that does
-        not support this call.
+      Unsupported: the context asks for an implementation that this op does not have, that cannot run on
+        this device, or that does not support this call.
     """
     layers = {name: value for name, value in call._asdict().items() if isinstance(value, LayerOf)}
     cut = call._replace(**{name: value.cut() for name, value in layers.items()})
@@ -178,9 +180,14 @@ def _choose(op: str, call: AnyCall) -> tuple[str, ModuleType, str]:
     """The name of the implementation, its module, and the reason."""
     requested = _context.value.name
     if requested != AUTO:
+        # Before the module is imported, because it may need what is not installed.
+        if requested in IMPLEMENTATIONS and requested not in CROSS_COMPILED:
+            lack = IMPLEMENTATIONS[requested](devices.default_device())
+            if lack is not None:
+                raise Unsupported(f"{op}: {requested} {lack}")
         module = _implementation(op, requested)
         if module is None:
-            available = ", ".join(name for name in IMPLEMENTATIONS if _implementation(op, name))
+            available = ", ".join(name for name in IMPLEMENTATIONS if _has(op, name))
             raise Unsupported(f"{op} has no implementation {requested!r}; it has: {available}")
         reason = _unsupported(module, call)
         if reason is not None:
@@ -191,7 +198,7 @@ def _choose(op: str, call: AnyCall) -> tuple[str, ModuleType, str]:
     for name, lacking in IMPLEMENTATIONS.items():
         lack = lacking(device)
         if lack is not None:
-            reasons.append(f"{name} {lack}, this is {device.device_kind}")
+            reasons.append(f"{name} {lack}")
             continue
         module = _implementation(op, name)
         if module is None:
@@ -211,10 +218,14 @@ def _choose(op: str, call: AnyCall) -> tuple[str, ModuleType, str]:
 
 def _implementation(op: str, name: str) -> ModuleType | None:
     """The module; None if the op has no such implementation."""
-    if name not in IMPLEMENTATIONS:
+    if name not in IMPLEMENTATIONS or not _has(op, name):
         return None
-    module = f"pallas_kernels.{op}.{name}"
-    return importlib.import_module(module) if importlib.util.find_spec(module) else None
+    return importlib.import_module(f"pallas_kernels.{op}.{name}")
+
+
+def _has(op: str, name: str) -> bool:
+    """Whether an op has an implementation of that name; it is not imported."""
+    return importlib.util.find_spec(f"pallas_kernels.{op}.{name}") is not None
 
 
 def _unsupported(module: ModuleType, call: AnyCall) -> str | None:

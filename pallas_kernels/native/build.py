@@ -1,8 +1,9 @@
-"""From functions of Numba to machine code on disk to targets that XLA calls.
+"""Compiles kernels, keeps their machine code on disk, and registers it with XLA.
 
-Numba makes LLVM's code of a kernel, LLVM machine code for the instruction set. It is kept in the user's
-cache under a hash of all it depends on, so that only the first use on a machine compiles: later ones need
-LLVM alone, which loads in a moment, where Numba takes a second.
+Numba translates the functions of a kernel to LLVM's language, and LLVM translates this to machine code for an
+instruction set. The machine code is kept in the user's cache under a hash of everything that it depends on,
+so that only the first use on a machine compiles. Later uses need only LLVM, which is imported much faster
+than Numba.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ import numpy as np
 from pallas_kernels.native.instruction_sets import INSTRUCTION_SETS
 from pallas_kernels.user_cache import user_cache
 
-# The versions whose structs are those of ``frame.py``.
+# The versions of XLA's foreign function interface (FFI) in which the structs are those of ``frame.py``.
 API_VERSIONS = ((0, 3), (0, 4), (0, 5))
 _PACKAGE = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel by its name.
+    """Where the functions of a kernel are.
 
     Attributes:
-      module: holds ``make_block(dot_product)``, which makes the function of Numba that does one block, and
-        perhaps ``prepare``, what is done once before them (``frame.py``). It imports Numba, so it is imported
-        only to compile.
-      name: a short one, for the target of XLA.
+      module: the name of a module that has ``make_block(dot_product)``, which makes the Numba function that
+        computes one block, and perhaps ``prepare``, which runs once before all blocks (see ``frame.py``). It
+        imports Numba, so it is imported only when the kernel is compiled.
+      name: a short name, which becomes part of the name of XLA's target.
     """
 
     module: str
@@ -55,14 +56,21 @@ def call(
     sizes: Sequence[int],
     in_place: Mapping[int, int] | None = None,
 ) -> list[jax.Array]:
-    """Calls a kernel; shapes must have been checked, as it writes to memory whatever they are.
+    """Calls a kernel in the program that is being traced.
+
+    The caller must have checked all shapes: a kernel checks nothing and would write outside of its buffers.
 
     Args:
+      kernel: the kernel.
       instructions: one of ``instruction_sets.available()``.
-      results: what it returns, temporary memory among it.
-      sizes: how many blocks there are, then what else the kernel asks for.
-      in_place: the index of an argument and that of the result which has the same memory. XLA copies an
-        argument before only if it is used after.
+      arguments: the arrays that the kernel reads.
+      results: shapes and types of what it writes. Temporary memory is a result that nobody uses.
+      sizes: the number of blocks, and then the other numbers that the kernel needs.
+      in_place: for arguments that the kernel updates, their index and the index of the result that has the
+        same memory. XLA copies such an argument before the call only if it is used after the call.
+
+    Returns:
+      The results.
     """
     target = _registered(kernel, instructions)
     run = jax.ffi.ffi_call(target, list(results), input_output_aliases=dict(in_place or {}))
@@ -71,26 +79,27 @@ def call(
 
 @functools.cache
 def api_version() -> tuple[int, int]:
-    """Of XLA's foreign function interface in the installed jaxlib."""
-    header = (Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text(encoding="utf-8")
-    found = (re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in ("MAJOR", "MINOR"))
+    """The version of XLA's FFI in the installed jaxlib, major and minor; (-1, -1) if it does not say."""
+    header = Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h"
+    text = header.read_text(encoding="utf-8") if header.exists() else ""
+    found = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
     major, minor = (-1 if number is None else int(number[1]) for number in found)
     return major, minor
 
 
-@functools.cache
 def unsupported() -> str | None:
-    """Why kernels cannot be called in this installation; None if they can."""
-    if api_version() not in API_VERSIONS:
-        known = " and ".join(".".join(map(str, version)) for version in (API_VERSIONS[0], API_VERSIONS[-1]))
-        found = ".".join(map(str, api_version()))
-        return f"knows XLA's foreign function interface between {known}, jaxlib has {found}"
-    return None
+    """What this installation lacks to call kernels; None if it lacks nothing."""
+    version = api_version()
+    if version in API_VERSIONS:
+        return None
+    first, last = (".".join(map(str, each)) for each in (API_VERSIONS[0], API_VERSIONS[-1]))
+    found = "no version that is known" if version == (-1, -1) else ".".join(map(str, version))
+    return f"needs a jaxlib with version {first} to {last} of XLA's FFI, the installed one has {found}"
 
 
 @functools.cache
 def _registered(kernel: Kernel, instructions: str) -> str:
-    """The name of the target, after XLA knows it."""
+    """Registers a kernel with XLA; returns the name of the target."""
     target, address = compiled(kernel, instructions)
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
@@ -99,10 +108,10 @@ def _registered(kernel: Kernel, instructions: str) -> str:
 
 
 def compiled(kernel: Kernel, instructions: str) -> tuple[str, int]:
-    """The symbol of a kernel's handler and its address, from the cache if it was compiled before.
+    """The symbol of a kernel's handler and its address. The machine code is from the cache if it is there.
 
-    The symbol, which is also the name of XLA's target, has the hash in it: programs that call it are cached,
-    too, and must not call another kernel.
+    The symbol, which is also the name of XLA's target, contains the hash, because JAX may keep compiled
+    programs on disk: a program must never call a kernel that was changed after the program was compiled.
     """
     symbol = f"atom_jax_{kernel.name}_{instructions}_{_digest(instructions)[:16]}"
     file = user_cache() / "native" / f"{symbol}.o"
@@ -116,7 +125,7 @@ def compiled(kernel: Kernel, instructions: str) -> tuple[str, int]:
 
 @functools.cache
 def _digest(instructions: str) -> str:
-    """Of all that the code of kernels depends on."""
+    """A hash of everything that the machine code of kernels depends on."""
     sha = hashlib.sha256()
     files = [*_PACKAGE.glob("native/*.py"), *_PACKAGE.glob("*/native_*.py")]
     for file in sorted(files):
@@ -127,13 +136,14 @@ def _digest(instructions: str) -> str:
 
 
 def _features(instructions: str) -> str:
+    """The features of this CPU for LLVM, without those that the instruction set must not use."""
     features = dict(llvm.get_host_cpu_features())
     features |= dict.fromkeys(INSTRUCTION_SETS[instructions].lacks, False)
     return ",".join(f"{'+' if has else '-'}{name}" for name, has in sorted(features.items()))
 
 
-def _compile(kernel: Kernel, instructions: str, target: str) -> bytes:
-    """Machine code with the two symbols ``target`` and ``target``_task."""
+def _compile(kernel: Kernel, instructions: str, symbol: str) -> bytes:
+    """Machine code with two symbols: ``symbol``, the handler, and ``symbol``_task, the task (``frame.py``)."""
     import numba
 
     from pallas_kernels.native.dot_products import DOT_PRODUCTS
@@ -143,18 +153,19 @@ def _compile(kernel: Kernel, instructions: str, target: str) -> bytes:
     block = functions.make_block(DOT_PRODUCTS[instructions])
     prepare = getattr(functions, "prepare", None) or numba.njit(lambda job: None)
     task = make_task(block)
-    # Numba links what it compiles at once, without the task; nothing is called there.
-    llvm.add_symbol(f"{target}_task", 1)
-    handler = make_handler(prepare, f"{target}_task", api_version())
+    # Numba links the handler as soon as it has compiled it, when there is no task yet. That code is never
+    # called, so any address will do.
+    llvm.add_symbol(f"{symbol}_task", 1)
+    handler = make_handler(prepare, f"{symbol}_task", api_version())
     module = llvm.parse_assembly("")
-    for symbol, function in ((target, handler), (f"{target}_task", task)):
-        module.link_in(_module(function, symbol))
+    for name, function in ((symbol, handler), (f"{symbol}_task", task)):
+        module.link_in(_module(function, name))
     module.verify()
     return _target_machine(instructions).emit_object(module)
 
 
 def _module(function: Any, symbol: str) -> llvm.ModuleRef:
-    """The code of a function and all that it calls, with a C function ``symbol`` that calls it."""
+    """LLVM's code of a Numba function and all that it calls, with a C function ``symbol`` that calls it."""
     import numba
 
     options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "error_model": "numpy"}
@@ -182,12 +193,12 @@ def _target_machine(instructions: str) -> llvm.TargetMachine:
     )
 
 
-# Engines own the memory of the code that XLA calls, so they are never freed.
+# Engines own the memory of the machine code. XLA may call it until the process ends, so they are never freed.
 _engines: list[llvm.ExecutionEngine] = []
 
 
 def _load(code: bytes, symbol: str) -> int:
-    """The address of a symbol of machine code that is now in memory."""
+    """Loads machine code into memory; returns the address of a symbol in it."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine(jit=True)
@@ -199,7 +210,10 @@ def _load(code: bytes, symbol: str) -> int:
 
 
 def _write(file: Path, code: bytes) -> None:
-    """Whole or not at all: other processes may read it at once. A cache that cannot be written is none."""
+    """Writes a file whole or not at all, because other processes may read it at the same time.
+
+    Where the cache cannot be written nothing is kept, and the next process compiles again.
+    """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:

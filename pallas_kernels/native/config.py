@@ -9,11 +9,23 @@ from pallas_kernels.native.instruction_sets import available
 
 @dataclasses.dataclass(frozen=True)
 class NativeConfig:
-    """The instruction set, one of ``instruction_sets.INSTRUCTION_SETS``."""
+    """The instruction set that a kernel is compiled for.
+
+    Attributes:
+      instructions: one of ``instruction_sets.available()``.
+
+    Raises:
+      ValueError: this CPU does not have that instruction set.
+    """
 
     instructions: str
 
+    def __post_init__(self) -> None:
+        if self.instructions not in available():
+            found = ", ".join(available())
+            raise ValueError(f"no instruction set {self.instructions!r} on this CPU, which has: {found}")
+
 
 def configs() -> list[NativeConfig]:
-    """Those of this CPU, the best first."""
+    """The configurations that this CPU can run, the best one first."""
     return [NativeConfig(name) for name in available()]

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, *, any_device: bool = False) ->
     device = devices.default_device()
     lack = None if any_device else lacking(device)
     if lack is not None:
-        sys.exit(f"{implementation} {lack}; JAX runs on {device.device_kind}")
+        sys.exit(f"{implementation} {lack}")
     jax.block_until_ready(jnp.zeros((8,)) + 1)
     say({"ready": device.device_kind})
     for check in wanted:

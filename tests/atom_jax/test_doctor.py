@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -14,8 +15,11 @@ import pytest
 import atom_jax
 from atom_jax import compilation_cache, doctor
 from atom_jax.kernel_check import check_kernels
+from atom_jax.schemes import SCHEMES
 from atom_jax_cli.engine import load_engine
 from pallas_kernels import devices, use_implementation
+from pallas_kernels.native import build
+from pallas_kernels.native import config as native_config
 from pallas_kernels.verification import device, verdicts, verify
 from pallas_kernels.verification.checks import all_checks
 from pallas_kernels.verification.verdicts import FAILED, GOOD, UNCHECKED
@@ -118,19 +122,40 @@ class TestLoading:
 class TestDoctor:
     def test_on_a_cpu(self):
         shown = run("doctor").stdout
-        for part in (atom_jax.__version__, jax.__version__, "cpu", "none applies to this device", "w4a4kv4"):
+        for part in (
+            atom_jax.__version__,
+            jax.__version__,
+            importlib.metadata.version("numba"),
+            "native_cpu",
+            "GPU kernels: none applies to this device",
+            "suggested: w4a4kv4: every op of it runs a kernel here",
+        ):
             assert part in shown
+        assert "reference runs" not in shown
         facts = run_json("doctor")
         assert facts["ok"] is True
         assert facts["versions"]["jax"] == jax.__version__
         assert facts["device"]["platform"] == "cpu" and facts["device"]["compute_capability"] is None
         assert facts["kernels"] == [] and facts["implementation"] is None
         assert facts["compilation_cache"]["folder"]
-        assert {op["implementation"] for op in facts["ops"]} == {"reference"}
-        assert all("needs compute capability 9.0, this is cpu" in op["reason"] for op in facts["ops"])
+        assert {op["implementation"] for op in facts["ops"]} == {"native_cpu"}
+        reason = "mosaic_sm90 needs compute capability 9.0, this is cpu"
+        assert {op["reason"] for op in facts["ops"]} == {reason}
+        assert {op["configuration"] for op in facts["ops"]} == {str(native_config.configs()[0])}
         assert {op["step"] for op in facts["ops"]} == {"decode", "prefill"}
-        assert all(scheme["kernels"] == [] for scheme in facts["schemes"].values())
+        # Only INT3 weights have no kernel for the CPU.
+        reference = {name: scheme["reference"] for name, scheme in facts["schemes"].items()}
+        assert reference == dict.fromkeys(SCHEMES, []) | {"w3a16": ["weight_only_matmul"]}
         assert facts["suggested"]["scheme"] == "w4a4kv4"
+
+    def test_on_a_cpu_where_native_kernels_cannot_run(self, monkeypatch):
+        monkeypatch.setattr(build, "api_version", lambda: (9, 1))
+        facts = doctor.examine(check=False)
+        assert {op["implementation"] for op in facts["ops"]} == {"reference"}
+        assert all("native_cpu needs a jaxlib with version" in op["reason"] for op in facts["ops"])
+        assert all(scheme["kernels"] == [] for scheme in facts["schemes"].values())
+        assert "it runs the reference for norm_quantize, grouped_matmul" in facts["suggested"]["why"]
+        assert "the installed one has 9.1" in run("doctor").stdout
 
     @pytest.mark.slow
     def test_names_the_kernels_that_fail(self, tmp_path, monkeypatch):

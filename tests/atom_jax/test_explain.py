@@ -11,6 +11,8 @@ from atom_jax.config import preset
 from atom_jax.errors import AtomError
 from atom_jax.explain import explain
 from bench.models import llama_3_8b
+from pallas_kernels.native import build
+from pallas_kernels.native import config as native_config
 from tests.atom_jax.command import fails, run, run_json
 
 OPS = {
@@ -33,11 +35,30 @@ def calls(lines) -> dict[str, int]:
     return dict(counts)
 
 
-def test_a_decode_step_is_these_ops_and_a_cpu_runs_the_reference():
+def test_a_decode_step_is_these_ops_and_a_cpu_runs_native_kernels():
+    lines = explain(llama_3_8b(), batch=16, seq=1, context=2048)
+    assert calls(lines) == OPS
+    assert {line.implementation for line in lines} == {"native_cpu"}
+    assert {line.reason for line in lines} == {"mosaic_sm90 needs compute capability 9.0, this is cpu"}
+    assert {line.configuration for line in lines} == {str(native_config.configs()[0])}
+
+
+def test_a_cpu_runs_the_reference_where_native_kernels_cannot_run(monkeypatch):
+    monkeypatch.setattr(build, "api_version", lambda: (9, 1))
     lines = explain(llama_3_8b(), batch=16, seq=1, context=2048)
     assert calls(lines) == OPS
     assert {line.implementation for line in lines} == {"reference"}
-    assert all("needs compute capability 9.0" in line.reason for line in lines)
+    assert all("native_cpu needs a jaxlib with version" in line.reason for line in lines)
+    with pytest.raises(AtomError, match=r"native_cpu needs .*, the installed one has 9\.1"):
+        explain(llama_3_8b(), batch=16, seq=1, context=2048, implementation="native_cpu")
+
+
+def test_the_reference_runs_where_it_is_asked_for():
+    lines = explain(llama_3_8b(), batch=16, seq=1, context=2048, implementation="reference")
+    assert calls(lines) == OPS
+    assert {(line.implementation, line.reason, line.configuration) for line in lines} == {
+        ("reference", "requested", "")
+    }
 
 
 def test_bytes_are_those_of_the_weights_and_times_follow():

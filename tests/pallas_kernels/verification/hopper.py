@@ -25,7 +25,7 @@ def hopper(cache: Path, kind: str = DEVICE, capability: str = "9.0") -> Iterator
 
     What is patched here a test must not patch with pytest's monkeypatch, which may end before or after it.
     """
-    gpu = types.SimpleNamespace(device_kind=kind, compute_capability=capability)
+    gpu = types.SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
     with (
         mock.patch.object(devices, "default_device", return_value=gpu),
         mock.patch.dict("os.environ", {"XDG_CACHE_HOME": str(cache)}),
