@@ -189,7 +189,11 @@ def _suggestion(schemes: dict[str, dict[str, list[str]]]) -> dict[str, str]:
     """The scheme suggested for this device ("scheme"), and the reason in words ("why")."""
     if jax.default_backend() == "cpu":
         reference = schemes["w4a4kv4"]["reference"]
-        runs = f"it runs the reference for {', '.join(reference)}" if reference else "every op of it runs a kernel"
+        runs = (
+            f"it runs the reference for {', '.join(reference)}"
+            if reference
+            else "every op of it runs a kernel"
+        )
         why = (
             f"{runs} here; of the quantized schemes only this one was timed on a CPU: it generates faster "
             "than float there (README.md)"

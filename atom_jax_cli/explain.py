@@ -22,7 +22,8 @@ def explain(
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of a prefill chunk of one sequence.")] = 512,
     context: Annotated[int, typer.Option(min=2, help="Tokens a sequence's cache holds.")] = 2048,
     implementation: Annotated[
-        str, typer.Option(help="auto, native_cpu, reference, or mosaic_sm90 to see what a Hopper GPU would run.")
+        str,
+        typer.Option(help="auto, native_cpu, reference, or mosaic_sm90 to see what a Hopper GPU would run."),
     ] = "auto",
     json_output: JsonOption = False,
 ) -> None:

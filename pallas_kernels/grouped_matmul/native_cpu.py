@@ -15,7 +15,7 @@ from pallas_kernels.qarrays import like
 
 _KERNEL = build.Kernel("pallas_kernels.grouped_matmul.native_kernel", "grouped_matmul")
 TAKES_LAYERS = True
-# Of outliers: so many products of INT8 fit an int32.
+# So many products of an outlier with an unsigned weight fit an int32.
 _MOST_CHANNELS = 2**31 // (255 * 127)
 
 
@@ -42,7 +42,7 @@ def run(call: Call, config: NativeConfig) -> Float[Array, "m n"]:
     rows = max(n, ROWS)
     body, outliers = of_fours(x.body), of_fours(x.outliers)
     weights = (with_rows(w.packed, -2), with_rows(w.outliers, -2), with_rows(w.scales, -1))
-    # A group over the whole body grows with it, as the channels that are filled up are zero.
+    # A group that is the whole body grows with the body; the channels that were added are zeros.
     group_size = body.shape[1] if x.group_size == num_body else x.group_size
     sizes = (
         *(-(-rows // ROWS), m, rows, body.shape[1], outliers.shape[1], w.outliers.shape[-1], group_size),

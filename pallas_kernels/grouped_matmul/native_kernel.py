@@ -1,7 +1,7 @@
 """``grouped_matmul`` for the CPU: a block is 16 output channels of all tokens.
 
-Per token and output channel the order of sums is fixed: channels of a group in int32, groups from the first
-to the last and then the outliers in float32, with one rounding each.
+The sums of a token and an output channel are always in the same order: the channels of a group in int32, then
+the groups from the first to the last and at the end the outliers in float32, with one rounding for each.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from typing import Any
 from numba import njit
 
 from pallas_kernels.native.dot_products import DotProduct
-from pallas_kernels.native.frame import buffer, size
-from pallas_kernels.native.memory import load_int8, load_int32, stack, store_int8, store_int32
+from pallas_kernels.native.frame import buffer, layer_of, size
+from pallas_kernels.native.memory import load_int8, stack, store_int8, store_int32
 from pallas_kernels.native.tiles import (
     BLOCK_TOKENS,
     OFFSET_INT4,
     OFFSET_INT8,
     by_token_steps,
+    clear,
     store_result,
     sum_bytes,
     tile_ops,
     unpack_int4,
     unpack_int8,
 )
-from pallas_kernels.native.vectors import LANES, broadcast_float, load_floats, load_ints, store_floats
+from pallas_kernels.native.vectors import LANES, VECTOR_BYTES, load_floats, load_ints
 from pallas_kernels.qarrays import PACK_TILE
 
 # The order of buffers and sizes in ``native_cpu.run``.
@@ -32,14 +33,15 @@ BODY, OUTLIERS, SCALES, LAYER, W_PACKED, W_OUTLIERS, W_SCALES, BIAS, RESIDUAL, O
 _, TOKENS, ROWS, NUM_BODY, NUM_OUTLIERS, W_NUM_OUTLIERS, GROUP_SIZE, HAS_BIAS, HAS_RESIDUAL = range(9)
 
 _ROW_BYTES = PACK_TILE // 2
-_CHUNK = 64  # outliers that are unpacked at once
+# How many outliers are unpacked at a time.
+_CHUNK = 64
 _weights_memory, _chunk_memory = stack(PACK_TILE * LANES), stack(LANES * _CHUNK)
-_tile_memory = stack(4 * LANES * BLOCK_TOKENS)
+_tile_memory = stack(VECTOR_BYTES * BLOCK_TOKENS)
 
 
 @njit
 def prepare(job):
-    """Where the sums of each group and token begin: what the offset of unsigned weights adds, taken off."""
+    """Writes where the sum of each group and token begins: minus what the offset of unsigned weights adds."""
     tokens, num_body, group_size = size(job, TOKENS), size(job, NUM_BODY), size(job, GROUP_SIZE)
     num_outliers, groups = size(job, NUM_OUTLIERS), num_body // max(group_size, 1)
     starts = buffer(job, STARTS)
@@ -60,7 +62,7 @@ def make_block(dot_product: DotProduct) -> Any:
 
         @njit
         def multiply(x, stride, sums, y, starts, scales, group):
-            """Some channels of a group: the first of it begin its sums, the last of it scale them."""
+            """Adds some channels of a group, of which the first begin its sums and the last scale them."""
             weights, channels, first, last, row_scales = group
             tile = begin(starts) if first else load(sums)
             for channel in range(0, channels, 4):
@@ -75,22 +77,17 @@ def make_block(dot_product: DotProduct) -> Any:
     multiply = by_token_steps(make)
 
     @njit
-    def weight(job, array, layer_bytes):
-        """The address of one of the weight's arrays, of the layer that is asked for."""
-        return buffer(job, array) + load_int32(buffer(job, LAYER)) * layer_bytes
-
-    @njit
     def add_body(job, row, token, tokens, scratch, sums, y):
-        """The INT4 groups of 16 rows from ``row`` on, for ``tokens`` tokens from ``token`` on."""
+        """Adds the INT4 groups of 16 rows from ``row`` on, for ``tokens`` tokens from ``token`` on."""
         num_tokens, num_rows, num_body = size(job, TOKENS), size(job, ROWS), size(job, NUM_BODY)
         group_size = size(job, GROUP_SIZE)
         row_bytes = (num_body + PACK_TILE - 1) // PACK_TILE * _ROW_BYTES
-        w_scales = weight(job, W_SCALES, 4 * num_rows * (num_body // max(group_size, 1) + 1))
+        w_scales = layer_of(job, W_SCALES, LAYER, 4 * num_rows * (num_body // max(group_size, 1) + 1))
         channel = 0
         while channel < num_body:
             in_tile = channel % PACK_TILE
             if in_tile == 0:
-                packed = weight(job, W_PACKED, num_rows * row_bytes)
+                packed = layer_of(job, W_PACKED, LAYER, num_rows * row_bytes)
                 packed += row * row_bytes + channel // PACK_TILE * _ROW_BYTES
                 unpack_int4(packed, row_bytes, scratch)
             group = channel // group_size
@@ -113,13 +110,13 @@ def make_block(dot_product: DotProduct) -> Any:
 
     @njit
     def add_outliers(job, row, token, tokens, scratch, sums, y):
-        """The INT8 tail likewise; a last chunk that is not whole is filled up with zeros."""
+        """Adds the INT8 outliers likewise; a last chunk that is not whole is filled up with zeros."""
         num_tokens, num_rows, num_outliers = size(job, TOKENS), size(job, ROWS), size(job, NUM_OUTLIERS)
         stride = size(job, W_NUM_OUTLIERS)
         group = size(job, NUM_BODY) // max(size(job, GROUP_SIZE), 1)
         place = 4 * (group * num_tokens + token)
-        w_scales = weight(job, W_SCALES, 4 * num_rows * (group + 1))
-        w_outliers = weight(job, W_OUTLIERS, num_rows * stride)
+        w_scales = layer_of(job, W_SCALES, LAYER, 4 * num_rows * (group + 1))
+        w_outliers = layer_of(job, W_OUTLIERS, LAYER, num_rows * stride)
         copy = _chunk_memory()
         for channel in range(0, num_outliers, _CHUNK):
             rows = w_outliers + row * stride + channel
@@ -147,6 +144,7 @@ def make_block(dot_product: DotProduct) -> Any:
 
     @njit
     def finish(job, row, token, tokens, y):
+        """Writes the results of 16 rows, with bias and residual."""
         num_rows = size(job, ROWS)
         place = 4 * (token * num_rows + row)
         bias = buffer(job, BIAS) + 4 * row if size(job, HAS_BIAS) else 0
@@ -156,13 +154,12 @@ def make_block(dot_product: DotProduct) -> Any:
     @njit
     def block(job, index):
         num_tokens = size(job, TOKENS)
-        # The last 16 rows may overlap the ones before: both write the same.
+        # The last 16 rows may overlap the 16 before them; both blocks write the same results there.
         row = min(index * LANES, size(job, ROWS) - LANES)
         scratch, sums, y = _weights_memory(), _tile_memory(), _tile_memory()
         for token in range(0, num_tokens, BLOCK_TOKENS):
             tokens = min(BLOCK_TOKENS, num_tokens - token)
-            for position in range(tokens):
-                store_floats(y + 4 * LANES * position, broadcast_float(0.0))
+            clear(y, tokens)
             add_body(job, row, token, tokens, scratch, sums, y)
             add_outliers(job, row, token, tokens, scratch, sums, y)
             finish(job, row, token, tokens, y)

@@ -14,10 +14,11 @@ from pallas_kernels.native import cache as native_cache
 from pallas_kernels.native import config as native_config
 from pallas_kernels.native.cache import PAGE_FORMATS
 from pallas_kernels.native.config import NativeConfig
+from pallas_kernels.native.operands import given
 from pallas_kernels.qarrays import PagedKVCache
 
 _KERNEL = build.Kernel("pallas_kernels.kv_append.native_kernel", "kv_append")
-# Of a block.
+# How many tokens a block has.
 BLOCK_TOKENS = 16
 _ROW_TYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"))
 
@@ -53,16 +54,14 @@ def run(call: Call, config: NativeConfig) -> tuple[Float[Array, "m heads head_di
     if 0 in shape:
         return jnp.zeros(shape, qkv.dtype), cache
 
-    def floats(array: Array | None) -> Array:
-        return jnp.zeros(1, jnp.float32) if array is None else array.astype(jnp.float32)
-
     arrays = {
         name: getattr(cache, name)
         for name in ("k_pages", "v_pages", "k_scales", "v_scales")
         if getattr(cache, name) is not None
     }
     arguments = (
-        *map(floats, (qkv, call.cos, call.sin, call.q_norm, call.k_norm, call.k_mean)),
+        *(given(each, jnp.float32) for each in (qkv, call.cos, call.sin)),
+        *(given(each, jnp.float32) for each in (call.q_norm, call.k_norm, call.k_mean)),
         *(jnp.full(1, call.eps, jnp.float32), call.layer.astype(jnp.int32), call.slots.astype(jnp.int32)),
         *arrays.values(),
     )

@@ -1,7 +1,7 @@
-"""``kv_append`` for the CPU: a block is a few tokens, whose heads are done one after the other.
+"""``kv_append`` for the CPU: a block is a few tokens, whose heads are computed one after the other.
 
-Norm and RoPE are in float32 with one rounding for each operation, sums of squares in 16 lanes. Keys and
-values are quantized as ``rounding.quantize_kv`` says.
+Norm and RoPE are in float32, with one rounding for each operation. A sum of squares is 16 sums, of every 16th
+channel each, which are added at the end. Keys and values are quantized as ``rounding.quantize_kv`` says.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from pallas_kernels.native.vectors import (
     INTS,
     LANES,
     SHORT_BYTES,
+    VECTOR_BYTES,
     add,
     broadcast_float,
     divide,
@@ -55,10 +56,11 @@ from pallas_kernels.native.vectors import (
 )
 from pallas_kernels.rounding import MIN_RANGE
 
-# The order of buffers and sizes in ``native_cpu.run``. Pages and scales are arguments that results share the
-# memory of, so they are written where they are.
+# The order of buffers and sizes in ``native_cpu.run``. Pages and scales are arguments; the results of the
+# same shape have the same memory, so the kernel writes into the arguments.
 QKV, COS, SIN, Q_NORM, K_NORM, K_MEAN, EPS, LAYER, SLOTS, K_PAGES, V_PAGES, K_SCALES, V_SCALES = range(13)
-Q_INT4, Q_FLOAT = V_SCALES + 1, V_PAGES + 1  # the first result: float pages have no scales
+# The queries are the first result. Float pages have no scales, so there are two fewer arguments before it.
+Q_INT4, Q_FLOAT = V_SCALES + 1, V_PAGES + 1
 (
     _,
     TOKENS,
@@ -77,29 +79,30 @@ Q_INT4, Q_FLOAT = V_SCALES + 1, V_PAGES + 1  # the first result: float pages hav
     CENTERS,
 ) = range(15)
 
-_VECTOR_BYTES = 4 * LANES
 _MIN_RANGE, _STEPS, _LARGEST_HALF = np.float32(MIN_RANGE), np.float32(1 / 15), np.float32(65504)
 _ZERO, _ONE, _FIFTEEN = np.float32(0), np.float32(1), np.float32(15)
 _head_memory = stack(4 * MAX_HEAD_DIM)
 
 
 def _bfloat_bits(builder: Builder, values: Value) -> Value:
-    """Rounded to bfloat16, half to even, in the upper 16 bits of each lane."""
+    """Rounds to bfloat16, ties to even; the result is the upper 16 bits of each lane."""
     bits = builder.bitcast(values, INTS)
     odd = builder.and_(builder.lshr(bits, splat(INTS, 16)), splat(INTS, 1))
     rounded = builder.add(builder.add(bits, splat(INTS, 0x7FFF)), odd)
-    # Rounding could carry out of the bits of a NaN.
+    # Rounding could make a number of a NaN, so one of the upper bits of a NaN is set instead.
     is_number = builder.fcmp_ordered("ord", values, values)
     return builder.select(is_number, rounded, builder.or_(bits, splat(INTS, 1 << 22)))
 
 
 @instruction(float32x16(float32x16))
 def _round_to_bfloat(builder: Builder, values: Value) -> Value:
+    """Rounds 16 floats to bfloat16; they stay float32."""
     return builder.bitcast(builder.and_(_bfloat_bits(builder, values), splat(INTS, -0x10000)), FLOATS)
 
 
 @instruction(types.void(ADDRESS, float32x16))
 def _store_bfloats(builder: Builder, address: Value, values: Value) -> None:
+    """Stores 16 floats as bfloat16."""
     shorts = ir.VectorType(I16, LANES)
     upper = builder.lshr(_bfloat_bits(builder, values), splat(INTS, 16))
     builder.store(builder.trunc(upper, shorts), at(builder, address, shorts), align=2)
@@ -107,12 +110,13 @@ def _store_bfloats(builder: Builder, address: Value, values: Value) -> None:
 
 @instruction(float32x16(float32x16))
 def _round_to_half(builder: Builder, values: Value) -> Value:
+    """Rounds 16 floats to float16; they stay float32."""
     return builder.fpext(builder.fptrunc(values, HALVES), FLOATS)
 
 
 @instruction(types.void(ADDRESS, float32x16))
 def _store_half(builder: Builder, address: Value, values: Value) -> None:
-    """The first lane as a float16."""
+    """Stores the first lane as a float16."""
     first = builder.extract_element(values, ir.Constant(I32, 0))
     half = ir.HalfType()
     builder.store(builder.fptrunc(first, half), at(builder, address, half), align=2)
@@ -120,29 +124,29 @@ def _store_half(builder: Builder, address: Value, values: Value) -> None:
 
 @instruction(types.void(ADDRESS, int32x16, int32x16))
 def _store_nibbles(builder: Builder, address: Value, lows: Value, highs: Value) -> None:
-    """16 bytes; the integers are 0 to 15."""
+    """Stores 16 bytes of two 4-bit integers each; all integers are 0 to 15."""
     both = builder.or_(lows, builder.shl(highs, splat(INTS, 4)))
     builder.store(builder.trunc(both, SHORT_BYTES), at(builder, address, SHORT_BYTES), align=1)
 
 
 @njit
 def _norm(source, weight, eps, head_dim, rounds, target):
-    """RMSNorm of a head."""
+    """Writes the RMSNorm of a head to ``target``, rounded to bfloat16 if ``rounds``."""
     squares = broadcast_float(_ZERO)
-    for channel in range(0, 4 * head_dim, _VECTOR_BYTES):
+    for channel in range(0, 4 * head_dim, VECTOR_BYTES):
         x = load_floats(source + channel)
         squares = multiply_add(x, x, squares)
     mean = divide(broadcast_float(sum_lanes(squares)), broadcast_float(np.float32(head_dim)))
     factor = divide(broadcast_float(_ONE), square_root(add(mean, broadcast_float(eps))))
-    for channel in range(0, 4 * head_dim, _VECTOR_BYTES):
+    for channel in range(0, 4 * head_dim, VECTOR_BYTES):
         x = multiply(multiply(load_floats(source + channel), factor), load_floats(weight + channel))
         store_floats(target + channel, _round_to_bfloat(x) if rounds else x)
 
 
 @njit
 def _rotate(source, cos, sin, half, rounds, target):
-    """RoPE of a head."""
-    for channel in range(0, 4 * half, _VECTOR_BYTES):
+    """Writes a head, rotated by RoPE, to ``target``, rounded to bfloat16 if ``rounds``."""
+    for channel in range(0, 4 * half, VECTOR_BYTES):
         first, second = load_floats(source + channel), load_floats(source + 4 * half + channel)
         c, s = load_floats(cos + channel), load_floats(sin + channel)
         one = subtract(multiply(first, c), multiply(second, s))
@@ -153,7 +157,8 @@ def _rotate(source, cos, sin, half, rounds, target):
 
 @njit
 def _center(x, mean, head_dim):
-    for channel in range(0, 4 * head_dim, _VECTOR_BYTES):
+    """Subtracts the mean of the keys from a head, in its place."""
+    for channel in range(0, 4 * head_dim, VECTOR_BYTES):
         store_floats(x + channel, subtract(load_floats(x + channel), load_floats(mean + channel)))
 
 
@@ -162,7 +167,7 @@ def _scale_and_zero(x, channels):
     """The scale of a group, which is a float16, and its zero point, in every lane."""
     zero = broadcast_float(_ZERO)
     high, minus_low = zero, zero
-    for channel in range(0, 4 * channels, _VECTOR_BYTES):
+    for channel in range(0, 4 * channels, VECTOR_BYTES):
         values = load_floats(x + channel)
         high, minus_low = maximum(high, values), maximum(minus_low, subtract(zero, values))
     high, minus_low = broadcast_float(largest_lane(high)), broadcast_float(largest_lane(minus_low))
@@ -175,14 +180,18 @@ def _scale_and_zero(x, channels):
 
 @njit
 def _integers(x, scale, zero_point):
-    """16 integers, 0 to 15."""
+    """Quantizes 16 floats to integers from 0 to 15."""
     moved = add(round_even(multiply(x, divide(broadcast_float(_ONE), scale))), zero_point)
     return to_ints(minimum(maximum(moved, broadcast_float(_ZERO)), broadcast_float(_FIFTEEN)))
 
 
 @njit
 def _store_int4(x, head_dim, groups, row, scales, page_size):
-    """Quantizes a head into its ``row``; its scales and zero points are ``page_size`` float16 apart."""
+    """Quantizes a head and stores it at the address ``row``.
+
+    Its scales and then its zero points are stored from the address ``scales`` on, ``page_size`` float16
+    apart.
+    """
     half, stride = head_dim // 2, 2 * page_size
     scale, zero_point = _scale_and_zero(x, head_dim // groups)
     high_scale, high_zero_point = scale, zero_point
@@ -200,7 +209,7 @@ def _store_int4(x, head_dim, groups, row, scales, page_size):
 
 @njit
 def _store_head(job, x, kv_head, slot, pages_array, scales_array):
-    """Stores a head of the token whose slot, counted through all layers, is ``slot``."""
+    """Stores a head of a token in the pages; ``slot`` is the token's slot, counted through all layers."""
     head_dim, page_size, groups = size(job, HEAD_DIM), size(job, PAGE_SIZE), size(job, GROUPS)
     page, offset = slot // page_size, slot % page_size
     place = page * size(job, KV_HEADS) + kv_head
@@ -219,7 +228,7 @@ def _store_head(job, x, kv_head, slot, pages_array, scales_array):
 
 @njit
 def _slot(job, token):
-    """The token's slot, counted through the pages of all layers; -1 for one that is not in the cache."""
+    """The slot of a token, counted through the pages of all layers; -1 if the cache has no such slot."""
     slot, slots = (
         np.int64(load_int32(buffer(job, SLOTS) + 4 * token)),
         size(job, PAGES) * size(job, PAGE_SIZE),
@@ -234,7 +243,7 @@ def _slot(job, token):
 
 @njit
 def _append(job, token, x):
-    """Does a token; ``x`` is memory for a head."""
+    """Rotates the queries of a token, and stores its keys and values; ``x`` is memory for a head."""
     head_dim, heads, kv_heads = size(job, HEAD_DIM), size(job, HEADS), size(job, KV_HEADS)
     stride, half, rounds = 4 * head_dim, head_dim // 2, size(job, ROUNDS)
     row = buffer(job, QKV) + token * (heads + 2 * kv_heads) * stride
@@ -258,14 +267,14 @@ def _append(job, token, x):
         if size(job, ROTATES):
             _rotate(source, cos, sin, half, rounds, x)
             source = x
-        if size(job, CENTERS):  # keys that were rotated
+        if size(job, CENTERS):  # these keys were rotated, so they are in ``x`` and not in the argument
             _center(x, buffer(job, K_MEAN) + head * stride, head_dim)
         _store_head(job, source, head, slot, K_PAGES, K_SCALES)
         _store_head(job, row + (heads + kv_heads + head) * stride, head, slot, V_PAGES, V_SCALES)
 
 
 def make_block(dot_product: DotProduct) -> Any:
-    """See ``native.build.Kernel``; no products of integers here."""
+    """See ``native.build.Kernel``. There are no products of integers, so ``dot_product`` is not used."""
 
     @njit
     def block(job, index):

@@ -143,7 +143,7 @@ def _features(instructions: str) -> str:
 
 
 def _compile(kernel: Kernel, instructions: str, symbol: str) -> bytes:
-    """Machine code with two symbols: ``symbol``, the handler, and ``symbol``_task, the task (``frame.py``)."""
+    """Machine code with two symbols: ``symbol``, which XLA calls, and ``symbol``_task (see ``frame.py``)."""
     import numba
 
     from pallas_kernels.native.dot_products import DOT_PRODUCTS

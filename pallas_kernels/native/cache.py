@@ -1,4 +1,4 @@
-"""What native kernels know of a paged cache."""
+"""Which paged caches the native kernels can read and write."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import jax.numpy as jnp
 
 from pallas_kernels.qarrays import PagedKVCache
 
-# The types of pages; the numbers by which kernels know them.
+# The types of pages, as numbers that a kernel can be given.
 INT4, FLOAT32, BFLOAT16 = range(3)
 PAGE_FORMATS = MappingProxyType(
     {jnp.dtype("uint8"): INT4, jnp.dtype("float32"): FLOAT32, jnp.dtype("bfloat16"): BFLOAT16}
 )
-# Channels of a head that the scratch memory of kernels holds.
+# The scratch memory of the kernels has room for so many channels of a head.
 MAX_HEAD_DIM = 256
 _HEAD_DIM_MULTIPLE = 32
 
 
 def unsupported(cache: PagedKVCache) -> str | None:
-    """Why kernels cannot read or write the cache; None if they can: all shapes agree then."""
+    """Why kernels cannot read or write the cache; None if they can.
+
+    If they can, the shapes of all its arrays agree, so that a kernel does not touch memory outside of them.
+    """
     pages = cache.k_pages
     if pages.dtype not in PAGE_FORMATS or (PAGE_FORMATS[pages.dtype] == INT4) != cache.quantized:
         return f"pages of {pages.dtype}, not INT4, float32 or bfloat16"

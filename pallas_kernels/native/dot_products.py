@@ -1,8 +1,8 @@
-"""Products of four bytes added to an int32, in each instruction set: all in which the matmuls differ.
+"""Products of four bytes, added to an int32: the one thing that matmuls do differently on each CPU.
 
-``multiply(builder, sums, unsigned, signed)`` emits LLVM's code that adds, to each of 16 int32 sums, the
-products of four unsigned bytes with four signed bytes; exact as long as the sum is an int32. The bytes are
-vectors of 16 int32, four bytes each.
+A dot product is a function ``(builder, sums, unsigned, signed)``. It emits LLVM's code that adds, to each of
+16 int32 sums, the products of four unsigned bytes with four signed bytes, and returns the new sums. They are
+exact as long as they fit an int32. The bytes are vectors of 16 int32, each of which holds four bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _avx_vnni(builder: Builder, sums: Value, unsigned: Value, signed: Value) -> 
 
 
 def _generic(builder: Builder, sums: Value, unsigned: Value, signed: Value) -> Value:
-    """Plain vectors of LLVM, which finds the instructions of the CPU for them."""
+    """Operations on LLVM's vectors, for which LLVM finds the instructions of any CPU."""
     wide = ir.VectorType(I32, 4 * LANES)
     products = builder.mul(
         builder.zext(builder.bitcast(unsigned, BYTES), wide),
@@ -47,7 +47,10 @@ def _generic(builder: Builder, sums: Value, unsigned: Value, signed: Value) -> V
 
 
 def _avx2(builder: Builder, sums: Value, unsigned: Value, signed: Value) -> Value:
-    """vpmaddwd: pairs of 16-bit products, added in 32 bits; even and odd pairs of bytes widened apart."""
+    """By vpmaddwd, which adds pairs of products of 16-bit integers in 32 bits.
+
+    The even and the odd bytes are widened to 16 bits and multiplied separately.
+    """
     shorts, half = ir.VectorType(ir.IntType(16), 2 * LANES), ir.VectorType(ir.IntType(16), LANES)
     eight = ir.Constant(shorts, [8] * shorts.count)
     u, s = builder.bitcast(unsigned, shorts), builder.bitcast(signed, shorts)

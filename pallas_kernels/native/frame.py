@@ -1,8 +1,9 @@
-"""What XLA hands to a native kernel, and how its blocks run on XLA's own threads.
+"""The function that XLA calls for a native kernel, and how the kernel's blocks run on XLA's own threads.
 
-The layout of the structs is that of ``xla/ffi/api/c_api.h`` in jaxlib. A kernel is cut into blocks that may
-run in any order and at the same time. The thread that XLA calls and those of its pool take blocks until there
-are none: no thread waits for one that has not begun, so a busy pool costs speed and nothing else.
+XLA calls a handler with the address of a struct, the call frame, whose layout is that of
+``xla/ffi/api/c_api.h`` in jaxlib. A kernel is cut into blocks that may run in any order and at the same time.
+The thread in which XLA calls and the threads of XLA's pool take blocks until there are none left. No thread
+waits for one that has not begun, so a pool that is busy costs speed and nothing else.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pallas_kernels.native.memory import (
     call_function,
     fetch_add,
     load_acquire,
+    load_int32,
     load_int64,
     stack,
     store_int32,
@@ -38,7 +40,9 @@ _SCHEDULE, _NUM_THREADS = 136, 144
 # XLA_FFI_Metadata_Extension, XLA_FFI_Metadata: the version of the API.
 _METADATA, _MAJOR, _MINOR = 24, 24, 28
 
-# A job, on the heap: it is freed by the last who used it, which may be a thread that came too late.
+# A job is one call of a kernel: words on the heap. They are how many users it has, the next block, how many
+# blocks are done, how many there are, the address of the sizes, and the addresses of all buffers. The last
+# user frees it, which may be a thread of the pool that begins only after the kernel has returned.
 _USERS, _NEXT, _DONE, _NUM_BLOCKS, _SIZES, _BUFFERS = 0, 8, 16, 24, 32, 40
 
 _malloc = types.ExternalFunction("malloc", types.int64(types.int64))
@@ -50,27 +54,41 @@ _pool_memory = stack(48)
 
 @njit
 def buffer(job: int, index: int) -> int:
-    """The address of an argument, or, behind the arguments, of a result."""
+    """The address of an argument or of a result; results are numbered after the arguments."""
     return load_int64(job + _BUFFERS + 8 * index)
 
 
 @njit
 def size(job: int, index: int) -> int:
-    """One of the numbers that ``call`` was given."""
+    """One of the ``sizes`` that ``build.call`` was given."""
     return load_int64(load_int64(job + _SIZES) + 8 * index)
 
 
 @njit
+def layer_of(job: int, index: int, layer: int, layer_bytes: int) -> int:
+    """The address of one layer of an argument that is a stack of layers.
+
+    Args:
+      job: the job.
+      index: which argument the stack is.
+      layer: which argument holds the number of the layer, an int32.
+      layer_bytes: the size of a layer.
+    """
+    return buffer(job, index) + load_int32(buffer(job, layer)) * layer_bytes
+
+
+@njit
 def _leave(job: int) -> None:
+    """Says that one user of a job needs it no more; the last one frees it."""
     if fetch_add(job + _USERS, -1) == 1:
         _free(job)
 
 
 def make_task(block: Any) -> Any:
-    """The function that takes blocks of a job until there are none.
+    """Makes the function that runs blocks of a job until there are none left.
 
     Args:
-      block: compiled with ``njit``: ``block(job, index)`` does one block.
+      block: ``block(job, index)``, compiled with ``njit``, which computes one block.
     """
 
     def task(job: int) -> int:
@@ -89,12 +107,12 @@ def make_task(block: Any) -> Any:
 
 
 def make_handler(prepare: Any, task_name: str, api_version: tuple[int, int]) -> Any:
-    """The function that XLA calls with an XLA_FFI_CallFrame.
+    """Makes the function that XLA calls with the address of an XLA_FFI_CallFrame.
 
     Args:
-      prepare: compiled with ``njit``: ``prepare(job)`` runs alone, before the blocks.
-      task_name: the symbol of the task.
-      api_version: of XLA's foreign function interface, which XLA compares with its own.
+      prepare: ``prepare(job)``, compiled with ``njit``, which runs before the blocks, in one thread.
+      task_name: the symbol of the task that ``make_task`` made.
+      api_version: the version of XLA's FFI, major and minor, which XLA compares with its own.
     """
     task_address, (major, minor) = _symbol(task_name), api_version
 
@@ -141,6 +159,7 @@ def make_handler(prepare: Any, task_name: str, api_version: tuple[int, int]) -> 
 
 @njit
 def _pool_arguments(frame: int, arguments: int) -> None:
+    """Writes what the arguments of every function of the pool begin with: size, extension and context."""
     store_int64(arguments, 40)
     store_int64(arguments + 8, 0)
     store_int64(arguments + 16, load_int64(frame + _CONTEXT))
@@ -148,7 +167,7 @@ def _pool_arguments(frame: int, arguments: int) -> None:
 
 @njit
 def _num_threads(frame: int) -> int:
-    """Of XLA's pool; 1 where there is none."""
+    """How many threads XLA's pool has; 1 where there is no pool."""
     arguments = _pool_memory()
     _pool_arguments(frame, arguments)
     store_int64(arguments + 24, arguments + 40)
@@ -159,6 +178,7 @@ def _num_threads(frame: int) -> int:
 
 @njit
 def _schedule(frame: int, task: int, job: int, count: int) -> None:
+    """Hands a task to XLA's pool ``count`` times."""
     arguments = _pool_memory()
     _pool_arguments(frame, arguments)
     store_int64(arguments + 24, task)
@@ -168,7 +188,7 @@ def _schedule(frame: int, task: int, job: int, count: int) -> None:
 
 
 def _symbol(name: str) -> Any:
-    """A function of Numba that returns the address of the C function ``name``."""
+    """Makes a Numba function that returns the address of the C function ``name``."""
 
     @intrinsic
     def address(typing_context: Any) -> Any:

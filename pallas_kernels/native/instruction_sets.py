@@ -1,4 +1,7 @@
-"""The instruction sets that native kernels are compiled for; ``dot_products.py`` has what they are for."""
+"""The instruction sets that native kernels are compiled for.
+
+They are those of x86 that multiply bytes in different ways (``dot_products.py``), and one for any CPU.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ import llvmlite.binding as llvm
 
 @dataclasses.dataclass(frozen=True)
 class InstructionSet:
-    """What a kernel may use.
+    """What a kernel may use of a CPU, by LLVM's names of features.
 
     Attributes:
-      needs: features of the CPU, by LLVM's names.
-      lacks: features that are switched off, so that LLVM does not use them either.
+      needs: features that the CPU must have.
+      lacks: features that LLVM must not use, even if the CPU has them.
     """
 
     needs: tuple[str, ...] = ()

@@ -16,20 +16,21 @@ from numba.extending import intrinsic
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F32 = ir.FloatType()
 ADDRESS = types.int64
-# llvmlite has no types, and those that can be inferred of it are wrong: what emits code, and a value in it.
+# What emits LLVM's code, and a value in that code. Aliases of Any: llvmlite declares no types, and those that
+# a type checker infers from its code are wrong.
 Builder = Any
 Value = Any
 
 
 def instruction(signature: Signature) -> Callable[[Callable[..., Any]], Any]:
-    """Makes a function that emits LLVM IR callable from Numba functions.
+    """Makes a function that emits LLVM's code callable from Numba functions.
 
     Args:
-      signature: result and arguments as Numba types.
+      signature: the types of the result and the arguments in Numba.
 
     Returns:
-      A decorator of ``emit(builder, *arguments)``, whose arguments and result are values of LLVM; the result
-      is None where the signature says void.
+      A decorator of ``emit(builder, *arguments)``. Its arguments and its result are values of LLVM; the
+      result is None where the signature says void.
     """
 
     def decorate(emit: Callable[..., Any]) -> Any:
@@ -48,12 +49,12 @@ def instruction(signature: Signature) -> Callable[[Callable[..., Any]], Any]:
 
 
 def at(builder: Builder, address: Value, element: ir.Type) -> Value:
-    """The pointer to ``element`` that an address is."""
+    """An address as a pointer to ``element``."""
     return builder.inttoptr(address, element.as_pointer())
 
 
 def loader(result: types.Type, element: ir.Type, align: int) -> Any:
-    """``load(address)``: the value there, which is aligned to so many bytes."""
+    """Makes ``load(address)``, which returns the value at an address that is a multiple of ``align``."""
 
     @instruction(result(ADDRESS))
     def load(builder: Builder, address: Value) -> Value:
@@ -63,7 +64,7 @@ def loader(result: types.Type, element: ir.Type, align: int) -> Any:
 
 
 def storer(value: types.Type, element: ir.Type, align: int) -> Any:
-    """``store(address, value)``."""
+    """Makes ``store(address, value)`` for addresses that are multiples of ``align``."""
 
     @instruction(types.void(ADDRESS, value))
     def store(builder: Builder, address: Value, stored: Value) -> None:
@@ -81,13 +82,13 @@ load_float, store_float = loader(types.float32, F32, 4), storer(types.float32, F
 
 @instruction(types.int64(ADDRESS, types.int64))
 def fetch_add(builder: Builder, address: Value, value: Value) -> Value:
-    """Adds to a word that other threads add to; returns what it was."""
+    """Adds to a word, to which other threads may add at the same time; returns its value before."""
     return builder.atomic_rmw("add", at(builder, address, I64), value, "seq_cst")
 
 
 @instruction(types.int64(ADDRESS))
 def load_acquire(builder: Builder, address: Value) -> Value:
-    """A word that other threads write, and with it all that they wrote before it."""
+    """Loads a word that another thread writes; what that thread wrote before it is seen afterwards, too."""
     return builder.load_atomic(at(builder, address, I64), "acquire", 8)
 
 
@@ -98,9 +99,10 @@ def call_function(builder: Builder, function: Value, argument: Value) -> Value:
 
 
 def stack(num_bytes: int) -> Any:
-    """A function of Numba that returns the address of memory on the stack, aligned to 64 bytes.
+    """Makes a Numba function that returns the address of memory on the stack, aligned to 64 bytes.
 
-    It is the kernel's until the function that asked for it returns; each mention of the call is one piece.
+    The memory is there until the function that calls it returns. Each place in the code that calls it gets a
+    piece of memory of its own, which is the same piece each time that the place is reached.
     """
 
     @intrinsic

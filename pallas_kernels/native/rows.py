@@ -1,8 +1,8 @@
-"""Quantization of the rows of an activation: what the kernels of ``quantize`` and its fused forms share.
+"""Quantization of rows: what the kernels of ``quantize``, ``norm_quantize`` and ``silu_quantize`` share.
 
-A block is some rows. A row is quantized group by group, and then its tail. An op differs in how it reads
-channels: it hands ``make_quantize_row`` the function that does. The arithmetic is that of ``rounding.py``,
-operation by operation.
+A block is some rows. A row is quantized group by group, and then its outliers. The ops differ in how they get
+the channels of a row: each hands ``make_quantize_row`` a function that does so. The arithmetic is that of
+``rounding.py``, operation by operation.
 """
 
 from __future__ import annotations
@@ -35,38 +35,38 @@ from pallas_kernels.native.vectors import (
 )
 from pallas_kernels.rounding import BODY_MAX, MIN_AMAX, TAIL_MAX
 
-# The order of sizes in ``rows_call.quantize``; those of an op follow. The buffers are the op's arguments,
-# body, outliers and scales, and the op's other results.
+# The order of sizes in ``rows_call.quantize``; the op's own sizes follow. The buffers are the op's arguments,
+# then body, outliers and scales, and then the op's own results.
 _, ROWS, BLOCK_ROWS, CHANNELS, GROUP_SIZE, NUM_OUTLIERS, CLIP, OWN_SIZES = range(8)
 
 _ONE, _FLOOR = np.float32(1.0), np.float32(MIN_AMAX)
 _BODY_RECIPROCAL, _TAIL_RECIPROCAL = np.float32(1.0 / BODY_MAX), np.float32(1.0 / TAIL_MAX)
-# Channels that an op computes at once.
+# How many channels an op computes at a time.
 _CHUNK = 4096
 _chunk_memory = stack(4 * _CHUNK)
 
 
 @instruction(types.float32(types.int64))
 def float_of_bits(builder: Builder, bits: Value) -> Value:
-    """The float32 whose bits ``rows_call.float_bits`` gave."""
+    """The float32 that has these bits (see ``rows_call.float_bits``)."""
     return builder.bitcast(builder.trunc(bits, I32), F32)
 
 
 @njit
 def load_up_to(address, count):
-    """16 floats, or ``count`` if these are fewer, and zeros."""
+    """Loads 16 floats, or only ``count`` if that is less than 16; the other lanes are zeros."""
     return load_floats(address) if count >= LANES else load_first_floats(address, count)
 
 
 @njit
 def load_ints_up_to(address, count):
-    """16 integers, or ``count`` if these are fewer, and zeros."""
+    """Loads 16 integers, or only ``count`` if that is less than 16; the other lanes are zeros."""
     return load_ints(address) if count >= LANES else load_first_ints(address, count)
 
 
 @njit
 def store_up_to(address, values, count):
-    """Stores 16 floats, or the first ``count``."""
+    """Stores 16 floats, or only the first ``count`` if that is less than 16."""
     if count >= LANES:
         store_floats(address, values)
     else:
@@ -75,6 +75,7 @@ def store_up_to(address, values, count):
 
 @njit
 def _find_largest(largest, values, count):
+    """``larger_magnitude`` of ``largest`` and ``count`` floats at the address ``values``."""
     whole = count - count % LANES
     for channel in range(0, whole, LANES):
         largest = larger_magnitude(largest, load_floats(values + 4 * channel))
@@ -85,7 +86,7 @@ def _find_largest(largest, values, count):
 
 @njit
 def _round(values, count, inverse, top, integers):
-    """``rounding.round_clip``; what is NaN becomes an integer, too."""
+    """``rounding.round_clip`` of ``count`` floats; NaN becomes some integer, and shows in the scale."""
     inverses, low, high = broadcast_float(inverse), broadcast_float(-top - _ONE), broadcast_float(top)
     whole = count - count % LANES
     for channel in range(0, whole, LANES):
@@ -98,14 +99,14 @@ def _round(values, count, inverse, top, integers):
 
 @njit
 def _scale(largest, clip, reciprocal):
-    """``rounding.symmetric_scale``; NaN stays NaN."""
+    """``rounding.symmetric_scale``, which is NaN if a value is NaN."""
     limit = largest_magnitude(largest) * clip
     return (_FLOOR if limit < _FLOOR else limit) * reciprocal
 
 
 @njit
 def _quantize_groups(values, count, group_size, clip, reciprocal, top, integers, scale_place, stride):
-    """Whole groups that lie at ``values``."""
+    """Quantizes ``count`` floats at the address ``values``, which are whole groups."""
     for start in range(0, count, group_size):
         largest = _find_largest(broadcast_int(np.int32(0)), values + 4 * start, group_size)
         scale = _scale(largest, clip, reciprocal)
@@ -115,19 +116,21 @@ def _quantize_groups(values, count, group_size, clip, reciprocal, top, integers,
 
 
 def make_quantize_row(read: Any, first_result: int) -> Any:
-    """``quantize_row(job, row, factor)``.
+    """Makes ``quantize_row(job, row, factor)``, which quantizes a row.
 
     Args:
-      read: compiled with ``njit``: ``read(job, row, channel, count, scratch, factor)`` returns the address of
-        ``count`` float32, the channels of a row from ``channel`` on. It may write them to ``scratch``, which
-        has room for whole vectors. It is always the same floats for the same channels.
+      read: ``read(job, row, channel, count, scratch, factor)``, compiled with ``njit``. It returns the
+        address of ``count`` float32, the channels of a row from ``channel`` on. It may write them to
+        ``scratch``, which has room for whole vectors. Called again for the same channels, it must give the
+        same floats. ``factor`` is that of ``quantize_row``: what the op has computed from the whole row
+        before.
       first_result: index of the buffer of the body.
     """
     body, outliers, scales = range(first_result, first_result + 3)
 
     @njit
     def quantize_long_group(job, row, channel, count, factor, clip, reciprocal, top, integers, scale_place):
-        """A group that the scratch has no room for: its channels are read twice."""
+        """Quantizes a group for which the scratch is too small, so that its channels are read twice."""
         scratch = _chunk_memory()
         largest = broadcast_int(np.int32(0))
         for start in range(0, count, _CHUNK):
@@ -145,7 +148,7 @@ def make_quantize_row(read: Any, first_result: int) -> Any:
     def quantize_part(
         job, row, channel, count, group_size, factor, clip, reciprocal, top, integers, scale_place
     ):
-        """The body or the tail: ``count`` channels from ``channel`` on."""
+        """Quantizes the body or the outliers of a row: ``count`` channels from ``channel`` on."""
         scratch, stride = _chunk_memory(), 4 * size(job, ROWS)
         # As many whole groups at once as the scratch has room for.
         step = group_size if group_size > _CHUNK else _CHUNK // group_size * group_size
@@ -186,7 +189,7 @@ def make_quantize_row(read: Any, first_result: int) -> Any:
 
 
 def make_row_block(do_row: Any) -> Any:
-    """``block(job, index)``, which calls ``do_row(job, row)`` for the rows of a block."""
+    """Makes ``block(job, index)``, which calls ``do_row(job, row)`` for each row of a block."""
 
     @njit
     def block(job, index):

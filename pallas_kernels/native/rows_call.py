@@ -1,4 +1,4 @@
-"""The call of a kernel that quantizes rows (``rows.py``)."""
+"""How an op calls a kernel that quantizes rows (``rows.py``)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,13 @@ from pallas_kernels.native import build
 from pallas_kernels.native.config import NativeConfig
 from pallas_kernels.qarrays import ActivationFormat, QuantizedActivation
 
-# Channels that are worth a thread: they take some microseconds, and to wake a thread takes one.
+# A block has about so many channels. They take some microseconds, and to wake a thread for them takes one.
 _BLOCK_CHANNELS = 16384
 
 
 def float_bits(number: float) -> int:
-    """The bits of a float32, for ``rows.float_of_bits``: a kernel's sizes are integers."""
+    """The bits of a float32, because a kernel's sizes are integers; ``rows.float_of_bits`` is the inverse."""
     return int(np.float32(number).view(np.int32))
-
-
-def given(array: jax.Array | None, dtype: jnp.dtype | type) -> jax.Array:
-    """The argument of a kernel that ``array`` is; something small in the place of one that is not given."""
-    return jnp.zeros(1, dtype) if array is None else array.astype(dtype)
 
 
 def quantize(
@@ -35,15 +30,19 @@ def quantize(
     sizes: Sequence[int] = (),
     results: Sequence[jax.ShapeDtypeStruct] = (),
 ) -> tuple[QuantizedActivation, list[jax.Array]]:
-    """Calls a kernel whose blocks are rows.
+    """Calls a kernel that quantizes rows.
 
     Args:
-      shape: rows, and channels of what is quantized.
-      sizes: the op's own, behind those of ``rows.py``.
-      results: the op's own.
+      kernel: the kernel.
+      config: what it is compiled for.
+      fmt: the format of the quantized rows.
+      shape: how many rows are quantized, and how many channels a row has.
+      arguments: the arrays that the kernel reads.
+      sizes: the numbers of this op, which come after those that ``rows.py`` names.
+      results: the results of this op, which come after the quantized rows.
 
     Returns:
-      The quantized rows and the op's own results.
+      The quantized rows, and the results of this op.
     """
     rows, channels = shape
     num_groups, num_body = fmt.num_groups(channels), channels - fmt.num_outliers

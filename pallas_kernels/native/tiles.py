@@ -1,12 +1,12 @@
-"""Integer products of 16 rows of a weight with a few tokens: what the native matmuls have in common.
+"""Products of 16 rows of an integer weight with a few tokens: what the native matmuls have in common.
 
-Rows of weights are the lanes of vectors. 16 rows are unpacked to unsigned bytes in a scratch, laid out so
-that one vector has four channels of each row; it is multiplied with four channels of each token, broadcast.
-The sum of a row is over its channels in their order, in int32, and does not depend on how many tokens there
-are, so neither do the bits of the product.
+The rows of a weight are the lanes of vectors. 16 rows are unpacked to unsigned bytes in scratch memory, where
+one vector holds four channels of each row. It is multiplied with the same four channels of each token. The
+sum of a row is over its channels in their order, in int32. It does not depend on how many tokens there are,
+and so the bits of the product do not either.
 
-Unsigned weights are q + offset (the instruction sets multiply unsigned with signed bytes), so a sum starts at
-``-offset`` times the sum of the token's channels.
+The instruction sets multiply unsigned with signed bytes. So the unpacked weights are q + offset, and a sum
+begins with ``-offset`` times the sum of the token's channels.
 """
 
 from __future__ import annotations
@@ -19,14 +19,27 @@ from numba import njit, types
 from numba.extending import models, register_model
 
 from pallas_kernels.native.dot_products import DotProduct
-from pallas_kernels.native.memory import ADDRESS, F32, I32, I64, Builder, Value, at, instruction, load_int8
+from pallas_kernels.native.memory import (
+    ADDRESS,
+    F32,
+    I16,
+    I32,
+    I64,
+    Builder,
+    Value,
+    at,
+    instruction,
+    load_int8,
+)
 from pallas_kernels.native.vectors import (
     BYTES,
     FLOATS,
     INTS,
     LANES,
+    VECTOR_BYTES,
     add,
     broadcast,
+    broadcast_float,
     call_llvm,
     float32x16,
     int32x16,
@@ -37,19 +50,18 @@ from pallas_kernels.native.vectors import (
     store_transposed,
 )
 
-# How many tokens are multiplied at once: as many as there are, in steps of these.
+# How many tokens are multiplied at a time: 8 while there are so many, then 4, then 1.
 TOKEN_STEPS = (8, 4, 1)
-# Tokens that share what was unpacked; so many sums are in the scratch.
+# How many tokens are multiplied with a weight that was unpacked once. Scratch memory has room for their sums.
 BLOCK_TOKENS = 64
-# What INT4 and INT8 weights become unsigned by.
+# What is added to INT4 and INT8 weights to make them unsigned.
 OFFSET_INT4, OFFSET_INT8 = 8, 128
 
-_SHORTS = ir.VectorType(ir.IntType(16), 2 * LANES)
-_VECTOR_BYTES = 4 * LANES
+_SHORTS = ir.VectorType(I16, 2 * LANES)
 
 
 class Tile(types.Type):
-    """int32 sums of 16 rows for a number of tokens, a vector each."""
+    """The type of the int32 sums of 16 rows for a number of tokens: a vector for each token."""
 
     def __init__(self, num_tokens: int) -> None:
         self.llvm = ir.ArrayType(INTS, num_tokens)
@@ -66,7 +78,10 @@ register_model(Tile)(_TileModel)
 
 @instruction(types.void(ADDRESS, types.int64, ADDRESS))
 def unpack_int4(builder: Builder, packed: Value, stride: Value, scratch: Value) -> None:
-    """16 rows of 64 packed bytes (a packing tile of 128 channels) as 32 vectors of unsigned bytes, q + 8."""
+    """Unpacks a packing tile (128 channels, 64 bytes) of 16 rows to 32 vectors of unsigned bytes, q + 8.
+
+    ``packed`` is the address of the first row, and the rows are ``stride`` bytes apart.
+    """
     lows, highs = [], []
     for row in range(LANES):
         values = builder.xor(load_row(builder, packed, stride, row), splat(BYTES, 0x88))
@@ -74,19 +89,22 @@ def unpack_int4(builder: Builder, packed: Value, stride: Value, scratch: Value) 
         lows.append(builder.and_(values, splat(BYTES, 15)))
         highs.append(builder.and_(builder.bitcast(shifted, BYTES), splat(BYTES, 15)))
     store_transposed(builder, lows, scratch)
-    store_transposed(builder, highs, builder.add(scratch, ir.Constant(I64, LANES * _VECTOR_BYTES)))
+    store_transposed(builder, highs, builder.add(scratch, ir.Constant(I64, LANES * VECTOR_BYTES)))
 
 
 @instruction(types.void(ADDRESS, types.int64, ADDRESS))
 def unpack_int8(builder: Builder, rows: Value, stride: Value, scratch: Value) -> None:
-    """16 rows of 64 signed bytes as 16 vectors of unsigned bytes, q + 128."""
+    """Unpacks 64 channels, signed bytes, of 16 rows to 16 vectors of unsigned bytes, q + 128.
+
+    ``rows`` is the address of the first row, and the rows are ``stride`` bytes apart.
+    """
     values = [builder.xor(load_row(builder, rows, stride, row), splat(BYTES, 0x80)) for row in range(LANES)]
     store_transposed(builder, values, scratch)
 
 
 @njit
 def sum_bytes(address: int, count: int) -> int:
-    """Of signed bytes."""
+    """The sum of ``count`` signed bytes."""
     total = 0
     for index in range(count):
         total += load_int8(address + index)
@@ -94,17 +112,20 @@ def sum_bytes(address: int, count: int) -> int:
 
 
 class TileOps(NamedTuple):
-    """What is done with the sums of 16 rows for a number of tokens; each is a function of Numba.
+    """What is done with the sums of 16 rows for a number of tokens; each attribute is a function of Numba.
 
     Attributes:
-      begin: ``begin(starts)``: sums that start at an int32 [tokens] each, for all rows.
-      load, store: ``load(sums)``, ``store(sums, tile)``: sums as int32 [tokens, 16] in memory.
-      dot: ``dot(tile, four, x, stride)``: plus the products of four channels of 16 rows with those of the
-        tokens at ``x``, which are ``stride`` bytes apart.
-      rescale: ``rescale(y, tile, row_scales, x_scales)``: y [tokens, 16] plus the sums times the scales of
-        rows (a vector) and of tokens (float32 [tokens]).
-      accumulate: ``accumulate(totals, tile, factors, offsets, x_sums)``: int32 totals [tokens, 16] plus
-        ``factors * (sums - offsets * x_sums)``, with vectors of rows and int32 [tokens] of tokens.
+      begin: ``begin(starts)`` returns sums that begin with the int32 of each token at ``starts`` [tokens], in
+        all rows.
+      load: ``load(sums)`` loads the sums, int32 [tokens, 16], at an address.
+      store: ``store(sums, tile)`` stores them.
+      dot: ``dot(tile, four, x, stride)`` returns the sums plus the products of four channels of 16 rows with
+        the same channels of the tokens, which begin at ``x`` and are ``stride`` bytes apart.
+      rescale: ``rescale(y, tile, row_scales, x_scales)`` adds to y, float32 [tokens, 16], the sums times the
+        scales of rows (a vector) and of tokens (float32 [tokens]).
+      accumulate: ``accumulate(totals, tile, factors, offsets, x_sums)`` adds to the totals, int32 [tokens,
+        16], ``factors * (sums - offsets * x_sums)``. Factors and offsets are vectors, one number for each
+        row; ``x_sums`` is int32 [tokens].
     """
 
     begin: Any
@@ -116,7 +137,7 @@ class TileOps(NamedTuple):
 
 
 def tile_ops(dot_product: DotProduct, num_tokens: int) -> TileOps:
-    """Those for ``num_tokens`` tokens."""
+    """Makes the operations for ``num_tokens`` tokens."""
     tile = Tile(num_tokens)
 
     def each(builder: Builder, emit: Callable[[int], Value]) -> Value:
@@ -132,12 +153,12 @@ def tile_ops(dot_product: DotProduct, num_tokens: int) -> TileOps:
     def number(
         builder: Builder, address: Value, element: ir.Type, token: int, vector: ir.VectorType
     ) -> Value:
-        """A number of 4 bytes of each token, in all lanes."""
+        """The token's number in an array of 4 bytes a token, in all lanes."""
         value = builder.load(at(builder, place(builder, address, 4, token), element), align=4)
         return broadcast(builder, value, vector)
 
     def vector_at(builder: Builder, address: Value, token: int, vector: ir.VectorType) -> Value:
-        return at(builder, place(builder, address, _VECTOR_BYTES, token), vector)
+        return at(builder, place(builder, address, VECTOR_BYTES, token), vector)
 
     @instruction(tile(ADDRESS))
     def begin(builder: Builder, starts: Value) -> Value:
@@ -188,11 +209,11 @@ def tile_ops(dot_product: DotProduct, num_tokens: int) -> TileOps:
 
 
 def by_token_steps(make: Callable[[int], Any]) -> Any:
-    """``run(tokens, x, stride, values, words, *rest)``: a function for any number of tokens.
+    """Makes ``run(tokens, x, stride, sums, y, starts, scales, group)`` for any number of tokens.
 
-    It calls those that ``make(num_tokens)`` makes for ``TOKEN_STEPS``, with addresses of their tokens:
-    ``x``, whose tokens are ``stride`` bytes apart; ``sums`` and ``y`` with a vector a token; ``starts`` and
-    ``scales`` with four bytes a token.
+    It calls the functions that ``make(num_tokens)`` makes for each of ``TOKEN_STEPS``, which have the same
+    parameters but the first. They get the addresses of their own tokens: those of ``x`` are ``stride`` bytes
+    apart, ``sums`` and ``y`` have a vector a token, ``starts`` and ``scales`` four bytes a token.
     """
     many, few, one = map(make, TOKEN_STEPS)
     many_tokens, few_tokens, _ = TOKEN_STEPS
@@ -201,7 +222,7 @@ def by_token_steps(make: Callable[[int], Any]) -> Any:
     def run(tokens, x, stride, sums, y, starts, scales, group):
         token = 0
         while token < tokens:
-            words, vectors, place = 4 * token, _VECTOR_BYTES * token, x + token * stride
+            words, vectors, place = 4 * token, VECTOR_BYTES * token, x + token * stride
             left = tokens - token
             if left >= many_tokens:
                 many(place, stride, sums + vectors, y + vectors, starts + words, scales + words, group)
@@ -217,13 +238,21 @@ def by_token_steps(make: Callable[[int], Any]) -> Any:
 
 
 @njit
-def store_result(y: int, tokens: int, out: int, stride: int, bias: int, residual: int) -> None:
-    """``out = y (+ bias) (+ residual)`` for 16 rows of so many tokens; an address of 0 is none.
+def clear(sums: int, tokens: int) -> None:
+    """Sets the sums of 16 rows for so many tokens to zero; they may be floats or integers."""
+    for token in range(tokens):
+        store_floats(sums + VECTOR_BYTES * token, broadcast_float(0.0))
 
-    ``y`` is [tokens, 16]; tokens of ``out`` and ``residual`` are ``stride`` bytes apart.
+
+@njit
+def store_result(y: int, tokens: int, out: int, stride: int, bias: int, residual: int) -> None:
+    """Computes ``out = y (+ bias) (+ residual)`` for 16 rows and so many tokens.
+
+    Where the address of the bias or the residual is 0, there is none. ``y`` is [tokens, 16]; the tokens of
+    ``out`` and ``residual`` are ``stride`` bytes apart.
     """
     for token in range(tokens):
-        value = load_floats(y + _VECTOR_BYTES * token)
+        value = load_floats(y + VECTOR_BYTES * token)
         if bias != 0:
             value = add(value, load_floats(bias))
         if residual != 0:

@@ -1,4 +1,4 @@
-"""Vectors of 16 lanes for Numba functions: LLVM splits them where the registers of the CPU are narrower."""
+"""Vectors of 16 lanes for functions of Numba. LLVM splits them where the registers of a CPU are narrower."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from pallas_kernels.native.memory import (
 )
 
 LANES = 16
+# The size of a vector of int32 or float32.
+VECTOR_BYTES = 4 * LANES
 
 
 class Vector(types.Type):
@@ -77,7 +79,7 @@ SHORT_BYTES, HALVES = ir.VectorType(I8, LANES), ir.VectorType(ir.HalfType(), LAN
 
 
 def _elementwise(name: str, emit: Callable[..., Value], *arguments: types.Type, result: types.Type) -> Any:
-    """A function of Numba that does the same in every lane."""
+    """Makes a Numba function that does the same in every lane."""
 
     def function(builder: Builder, *values: Value) -> Value:
         return emit(builder, *values)
@@ -98,7 +100,7 @@ add = _floats("add", lambda builder, one, other: builder.fadd(one, other), 2)
 subtract = _floats("subtract", lambda builder, one, other: builder.fsub(one, other), 2)
 multiply = _floats("multiply", lambda builder, one, other: builder.fmul(one, other), 2)
 divide = _floats("divide", lambda builder, one, other: builder.fdiv(one, other), 2)
-# one * other + addend, rounded once: the same bits on every CPU.
+# one * other + addend, which is rounded once, so that it has the same bits on every CPU.
 multiply_add = _floats("multiply_add", _llvm("fma"), 3)
 maximum = _floats("maximum", _llvm("maxnum"), 2)
 minimum = _floats("minimum", _llvm("minnum"), 2)
@@ -106,14 +108,14 @@ absolute = _floats("absolute", _llvm("fabs"), 1)
 square_root = _floats("square_root", _llvm("sqrt"), 1)
 # To the nearest integer, ties to the even one.
 round_even = _floats("round_even", _llvm("roundeven"), 1)
-# Of integers of floats, and back; the floats must be integers that fit.
+# Floats to integers, and back. The floats must be whole numbers that fit an int32.
 to_ints = _elementwise(
     "to_ints", lambda builder, value: builder.fptosi(value, INTS), float32x16, result=int32x16
 )
 to_floats = _elementwise(
     "to_floats", lambda builder, value: builder.sitofp(value, FLOATS), int32x16, result=float32x16
 )
-# An integer more in every lane.
+# Adds one integer to every lane.
 add_int = _elementwise(
     "add_int",
     lambda builder, value, number: builder.add(value, broadcast(builder, number, INTS)),
@@ -134,25 +136,25 @@ broadcast_int = _elementwise(
 
 @instruction(types.void(ADDRESS, int32x16))
 def store_bytes(builder: Builder, address: Value, values: Value) -> None:
-    """The low bytes of 16 integers."""
+    """Stores the low bytes of 16 integers."""
     builder.store(builder.trunc(values, SHORT_BYTES), at(builder, address, SHORT_BYTES), align=1)
 
 
 @instruction(int32x16(ADDRESS))
 def load_bytes(builder: Builder, address: Value) -> Value:
-    """16 signed bytes as integers."""
+    """Loads 16 signed bytes as integers."""
     return builder.sext(builder.load(at(builder, address, SHORT_BYTES), align=1), INTS)
 
 
 @instruction(int32x16(ADDRESS))
 def load_unsigned_bytes(builder: Builder, address: Value) -> Value:
-    """16 unsigned bytes as integers."""
+    """Loads 16 unsigned bytes as integers."""
     return builder.zext(builder.load(at(builder, address, SHORT_BYTES), align=1), INTS)
 
 
 @instruction(float32x16(ADDRESS))
 def load_halves(builder: Builder, address: Value) -> Value:
-    """16 float16 as float32."""
+    """Loads 16 float16 as float32."""
     return builder.fpext(builder.load(at(builder, address, HALVES), align=2), FLOATS)
 
 
@@ -172,20 +174,21 @@ def _first_loader(vector: Vector, suffix: str) -> Any:
     return load_first
 
 
-# ``load_first(address, count)``: zeros in the lanes behind the first, for which nothing is read.
+# ``load_first(address, count)`` loads the first ``count`` lanes. The other lanes are zeros; they are not
+# read.
 load_first_floats, load_first_ints = _first_loader(float32x16, "f32"), _first_loader(int32x16, "i32")
 
 
 @instruction(types.void(ADDRESS, float32x16, types.int64))
 def store_first_floats(builder: Builder, address: Value, values: Value, count: Value) -> None:
-    """The first ``count`` of 16 floats; nothing is written behind them."""
+    """Stores the first ``count`` of 16 floats; nothing is written behind them."""
     mask, place = _first_lanes(builder, count), at(builder, address, FLOATS)
     call_llvm(builder, "llvm.masked.store.v16f32.p0", ir.VoidType(), values, place, mask)
 
 
 @instruction(types.void(ADDRESS, int32x16, types.int64))
 def store_first_bytes(builder: Builder, address: Value, values: Value, count: Value) -> None:
-    """The low bytes of the first ``count`` of 16 integers; nothing is written behind them."""
+    """Stores the low bytes of the first ``count`` of 16 integers; nothing is written behind them."""
     mask, place = _first_lanes(builder, count), at(builder, address, SHORT_BYTES)
     low = builder.trunc(values, SHORT_BYTES)
     call_llvm(builder, "llvm.masked.store.v16i8.p0", ir.VoidType(), low, place, mask)
@@ -193,9 +196,9 @@ def store_first_bytes(builder: Builder, address: Value, values: Value, count: Va
 
 @instruction(float32x16(ADDRESS, int32x16, types.int64))
 def gather(builder: Builder, address: Value, indices: Value, count: Value) -> Value:
-    """The floats at 16 places of an array of ``count``, with the rules of ``jnp.take``.
+    """Loads the floats at 16 places of an array of ``count`` floats, by the rules of ``jnp.take``.
 
-    A negative index counts from the end. Where an index is in no case one of the array, nothing is read and
+    A negative index counts from the end. Where an index is outside of the array even so, nothing is read and
     the lane is NaN.
     """
     length = broadcast(builder, builder.trunc(count, I32), INTS)
@@ -213,9 +216,10 @@ def gather(builder: Builder, address: Value, indices: Value, count: Value) -> Va
 
 @instruction(int32x16(int32x16, float32x16))
 def larger_magnitude(builder: Builder, largest: Value, values: Value) -> Value:
-    """The larger of ``largest`` and the magnitudes of ``values``, which are compared by their bits.
+    """The larger of ``largest`` and the magnitudes of ``values``, as the bits of floats.
 
-    Bits of magnitudes are in the order of the magnitudes, and those of NaN are above all: it is not lost.
+    The bits of magnitudes, taken as integers, are in the order of the magnitudes. Those of NaN are above all
+    others, so that a NaN is not lost.
     """
     magnitudes = builder.and_(builder.bitcast(values, INTS), splat(INTS, 0x7FFFFFFF))
     return call_llvm(builder, "llvm.smax.v16i32", INTS, largest, magnitudes)
@@ -223,13 +227,16 @@ def larger_magnitude(builder: Builder, largest: Value, values: Value) -> Value:
 
 @instruction(types.float32(int32x16))
 def largest_magnitude(builder: Builder, largest: Value) -> Value:
-    """The largest of the 16 of ``larger_magnitude``."""
+    """The largest of 16 magnitudes that ``larger_magnitude`` found, as a float."""
     bits = _fold(builder, largest, lambda *pair: call_llvm(builder, "llvm.smax.v16i32", INTS, *pair))
     return builder.bitcast(bits, F32)
 
 
 def _fold(builder: Builder, values: Value, combine: Callable[[Value, Value], Value]) -> Value:
-    """Lanes i and i + 8, then i and i + 4, and so on: one order on every CPU, so the same bits."""
+    """Combines all lanes: lanes i and i + 8, then i and i + 4, and so on.
+
+    The order is the same on every CPU, and so are the bits of the result.
+    """
     for half in (8, 4, 2, 1):
         lanes = ir.Constant(ir.VectorType(I32, LANES), [lane % half + half for lane in range(LANES)])
         values = combine(values, builder.shuffle_vector(values, values, lanes))
@@ -250,9 +257,10 @@ def largest_lane(builder: Builder, values: Value) -> Value:
 
 @instruction(float32x16(float32x16))
 def exponential(builder: Builder, values: Value) -> Value:
-    """e to the power of each lane, to 2 ulp; 0 below -87, and what exp(88) is above 88.
+    """e to the power of each lane, within 2 ulp; 0 for values below -87, and exp(88) for values above 88.
 
-    2^n times a polynomial of the rest, as in Cephes' expf: only additions and multiplications in one order.
+    Computed as 2^n times a polynomial of the rest, as in expf of the library Cephes: additions and
+    multiplications in one order, so that the bits are the same on every CPU.
     """
 
     def constant(number: float) -> Value:
@@ -275,7 +283,10 @@ def exponential(builder: Builder, values: Value) -> Value:
 
 @instruction(float32x16(float32x16, float32x16, float32x16))
 def clamp(builder: Builder, values: Value, low: Value, high: Value) -> Value:
-    """Within ``low`` and ``high``; ``low`` where a value is NaN. One instruction each, unlike ``maximum``."""
+    """The values, limited to ``low`` and ``high``; ``low`` where a value is NaN.
+
+    Each limit is one instruction, where ``maximum`` and ``minimum`` take several because of NaN.
+    """
     values = builder.select(builder.fcmp_ordered(">", values, low), values, low)
     return builder.select(builder.fcmp_ordered("<", values, high), values, high)
 
@@ -287,9 +298,10 @@ def where_negative(builder: Builder, values: Value, one: Value, other: Value) ->
 
 
 def transpose(builder: Builder, rows: list[Value]) -> list[Value]:
-    """Transposes vectors of 16 lanes by rounds of exchanges between pairs: 16 of them as a whole.
+    """Transposes vectors of 16 lanes, in rounds in which pairs of vectors exchange lanes.
 
-    Fewer, a power of two, are transposed in blocks: of 4 vectors lanes 0 to 3, lanes 4 to 7 and so on.
+    16 vectors are transposed as a whole. Fewer, whose number must be a power of two, are transposed in
+    blocks: of 4 vectors, lanes 0 to 3, lanes 4 to 7 and so on.
     """
     for step in (1, 2, 4, 8)[: len(rows).bit_length() - 1]:
         exchanged = list(rows)
@@ -312,6 +324,6 @@ def store_transposed(builder: Builder, rows: list[Value], address: Value) -> Non
 
 
 def load_row(builder: Builder, address: Value, stride: Value, row: int) -> Value:
-    """64 bytes of a row that lies ``row`` strides behind ``address``."""
+    """Loads 64 bytes of a row that lies ``row`` strides behind ``address``."""
     place = builder.add(address, builder.mul(stride, ir.Constant(I64, row)))
     return builder.load(at(builder, place, BYTES), align=1)

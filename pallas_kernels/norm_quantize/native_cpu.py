@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.native import build, rows_call
 from pallas_kernels.native import config as native_config
 from pallas_kernels.native.config import NativeConfig
+from pallas_kernels.native.operands import given
 from pallas_kernels.nn import rounded
 from pallas_kernels.norm_quantize.call import Call
 from pallas_kernels.qarrays import QuantizedActivation
@@ -17,7 +18,7 @@ _KERNEL = build.Kernel("pallas_kernels.norm_quantize.native_kernel", "norm_quant
 
 
 def unsupported(call: Call) -> str | None:
-    """Why the kernel cannot serve the call: it can serve all."""
+    """None: the kernel can serve every call."""
     return None
 
 
@@ -30,7 +31,7 @@ def run(call: Call, config: NativeConfig) -> tuple[QuantizedActivation, Float[Ar
     """See ``api.norm_quantize``."""
     x, weight, residual, indices, eps, fmt = call
     if residual is not None and not x.dtype == residual.dtype == jnp.float32:
-        # The kernel adds in float32; a sum of another type is rounded to it before it is normed.
+        # The kernel adds in float32. A sum of another type is rounded to that type before it is normalized.
         x, residual = x + residual, None
     x32 = rounded(x.astype(jnp.float32), x.dtype).astype(jnp.float32) if x.dtype != jnp.float32 else x
     quantized, streams = rows_call.quantize(
@@ -41,8 +42,8 @@ def run(call: Call, config: NativeConfig) -> tuple[QuantizedActivation, Float[Ar
         (
             x32,
             weight.astype(jnp.float32),
-            rows_call.given(residual, jnp.float32),
-            rows_call.given(indices, jnp.int32),
+            given(residual, jnp.float32),
+            given(indices, jnp.int32),
         ),
         sizes=(residual is not None, indices is not None, rows_call.float_bits(eps)),
         results=() if residual is None else (jax.ShapeDtypeStruct(x.shape, jnp.float32),),

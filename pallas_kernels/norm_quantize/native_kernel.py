@@ -1,7 +1,6 @@
 """``norm_quantize`` for the CPU: a block is some rows.
 
-The sum of squares of a row has one order, that of ``_sum_squares``, which depends on the number of channels
-only.
+The sum of squares of a row is always in the same order, which depends only on the number of channels.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from pallas_kernels.native.vectors import (
     sum_lanes,
 )
 
-# The order of buffers and own sizes in ``native_cpu.run``; there is a stream only with a residual.
+# The order of buffers and own sizes in ``native_cpu.run``. Only with a residual is there a result STREAM.
 X, WEIGHT, RESIDUAL, INDICES, FIRST_RESULT = range(5)
 STREAM = FIRST_RESULT + 3
 HAS_RESIDUAL, HAS_INDICES, EPS = range(OWN_SIZES, OWN_SIZES + 3)
@@ -45,13 +44,14 @@ _ONE = np.float32(1.0)
 
 @njit
 def _stream(job, row):
-    """The address of the row that is normed."""
+    """The address of the row that is normalized."""
     array = STREAM if size(job, HAS_RESIDUAL) else X
     return buffer(job, array) + 4 * row * size(job, CHANNELS)
 
 
 @njit
 def _add(x, residual, stream, count):
+    """Writes the sum of a row and its residual to ``stream``."""
     for channel in range(0, count, LANES):
         rest, place = count - channel, 4 * channel
         store_up_to(
@@ -61,7 +61,10 @@ def _add(x, residual, stream, count):
 
 @njit
 def _sum_squares(x, count):
-    """In four vectors of sums, so that an addition need not wait for the one before."""
+    """The sum of squares of a row.
+
+    There are four vectors of sums, so that an addition need not wait for the one before it.
+    """
     first = second = third = fourth = broadcast_float(0.0)
     whole = count - count % (4 * LANES)
     for channel in range(0, whole, 4 * LANES):
@@ -78,7 +81,7 @@ def _sum_squares(x, count):
 
 @njit
 def _begin(job, row):
-    """Adds the residual; returns what the row is multiplied with: 1 / sqrt(mean square + eps)."""
+    """Adds the residual to a row; returns the factor of the norm, 1 / sqrt(mean of squares + eps)."""
     channels = size(job, CHANNELS)
     start, stream = 4 * row * channels, _stream(job, row)
     if size(job, HAS_RESIDUAL):
@@ -106,7 +109,7 @@ def _read(job, row, channel, count, scratch, factor):
 
 
 def make_block(dot_product: DotProduct) -> Any:
-    """See ``native.build.Kernel``; there are no integers to multiply."""
+    """See ``native.build.Kernel``. There are no products of integers, so ``dot_product`` is not used."""
     quantize_row = make_quantize_row(_read, FIRST_RESULT)
 
     @njit

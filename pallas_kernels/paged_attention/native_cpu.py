@@ -1,7 +1,8 @@
-"""Attention of one query a sequence, and of chunks, by the native kernel of ``native_kernel.py``.
+"""``paged_attention``, and ``prefill_attention``, by the native kernel of ``native_kernel.py``.
 
-It reads the keys that the queries see and no others, and its bits for a query depend on the query, its
-position and its keys alone: not on the batch, the chunk, the pages' places or the instruction set.
+The kernel reads the keys that the queries see and no others. The bits of its result for a query depend only
+on the query, its position and its keys: not on the batch, the chunk, the places of pages or the instruction
+set.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from pallas_kernels.native import cache as native_cache
 from pallas_kernels.native import config as native_config
 from pallas_kernels.native.cache import PAGE_FORMATS
 from pallas_kernels.native.config import NativeConfig
+from pallas_kernels.native.operands import given
 from pallas_kernels.paged_attention.call import Call
 
 _KERNEL = build.Kernel("pallas_kernels.paged_attention.native_kernel", "paged_attention")
-# Queries times query heads of a kv head that the scratch memory of the kernel holds.
+# The scratch memory of the kernel has room for so many rows: queries times query heads of a kv head.
 MAX_ROWS = 64
 
 
@@ -44,9 +46,8 @@ def run(call: Call, config: NativeConfig) -> Float[Array, "batch seq heads head_
     layers, pages, kv_heads, page_size, _ = cache.k_pages.shape
     row_bytes = cache.k_pages.shape[-1] * cache.k_pages.dtype.itemsize
     queries = min(seq, MAX_ROWS // (num_heads // kv_heads))  # of a block
-    nothing = jnp.zeros(1, jnp.float32)
-    k_scales, v_scales = (nothing if each is None else each for each in (cache.k_scales, cache.v_scales))
-    cos, sin = (nothing, nothing) if key_rope is None else key_rope
+    scales = (given(each, jnp.float16) for each in (cache.k_scales, cache.v_scales))
+    cos, sin = (None, None) if key_rope is None else key_rope
     numbers = [
         jnp.asarray(each, jnp.int32)
         for each in (cache.block_tables, layer, positions, 0 if window is None else window)
@@ -60,8 +61,8 @@ def run(call: Call, config: NativeConfig) -> Float[Array, "batch seq heads head_
         _KERNEL,
         config.instructions,
         (
-            *(q.astype(jnp.float32), cache.k_pages, cache.v_pages, k_scales, v_scales, *numbers),
-            *(cos.astype(jnp.float32), sin.astype(jnp.float32)),
+            *(q.astype(jnp.float32), cache.k_pages, cache.v_pages, *scales, *numbers),
+            *(given(cos, jnp.float32), given(sin, jnp.float32)),
         ),
         [jax.ShapeDtypeStruct(q.shape, jnp.float32)],
         sizes,

@@ -1,10 +1,10 @@
 """Attention for the CPU, of one query or a chunk: a block is some queries of a sequence and one kv head.
 
-Its rows are the queries times the query heads of the kv head; they share the keys and values of a step, 32
-positions that begin at a multiple of 32. The softmax is online: a row keeps its largest score, the sum of
-exponentials and the weighted sum of values, which are made smaller when a step has a larger score. Sums go
-over channels, and over keys from the first to the last; a step of which a row sees nothing does not change
-the row. So the bits of a row do not depend on what else is in its block.
+The rows of a block are its queries times the query heads of the kv head. They share the keys and values of a
+step, which is 32 positions that begin at a multiple of 32. The softmax is online: a row keeps its largest
+score, the sum of exponentials and the weighted sum of values. Both sums are made smaller when a step has a
+larger score. Sums are over channels in their order, and over keys from the first to the last. A step of which
+a row sees no key does not change the row. So the bits of a row do not depend on what else is in its block.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from pallas_kernels.native.vectors import (
     FLOATS,
     INTS,
     LANES,
+    VECTOR_BYTES,
     add,
     broadcast,
     broadcast_float,
@@ -81,11 +82,11 @@ Q, K_PAGES, V_PAGES, K_SCALES, V_SCALES, TABLES, LAYER, POSITIONS, WINDOW, COS, 
     HAS_WINDOW,
 ) = range(15)
 
-# Below every score, and what a key that is not seen has: its exponential is 0 whatever the largest score.
+# The largest score of a row that has seen no key yet, which is below every score; and the score of a key that
+# is not seen, so low that its weight is 0 whatever the largest score is.
 _LOWEST, _UNSEEN = np.float32(-1e30), -3e38
-_VECTOR_BYTES = 4 * LANES
-# A row's state: its largest score in every lane, and 16 partial sums of exponentials.
-_STATE_BYTES = 2 * _VECTOR_BYTES
+# The state of a row: its largest score in every lane, and 16 partial sums of exponentials.
+_STATE_BYTES = 2 * VECTOR_BYTES
 
 assert KEYS == COLUMNS
 # The scratch memory of a block, in bytes: first and last key of each query [queries, 2] int64; the rows'
@@ -112,7 +113,11 @@ def _keep_seen(builder: Builder, scores: Value, first: Value, last: Value) -> Va
 
 @njit
 def _find_ranges(job, memory, sequence, first_query, queries):
-    """Finds the keys of each query; returns the first and the last of all, the last being -1 if none."""
+    """Writes the first and the last key of each query.
+
+    Returns:
+      The first and the last key of all queries; the last is -1 if no query sees a key.
+    """
     window, length = load_int32(buffer(job, WINDOW)), size(job, TABLE) * size(job, PAGE_SIZE)
     lowest, highest = length, -1
     for query in range(queries):
@@ -129,74 +134,76 @@ def _find_ranges(job, memory, sequence, first_query, queries):
 
 @njit
 def _range(memory, query):
-    """The first and the last key that a query sees; none if the last is before the first."""
+    """The first and the last key that a query sees. If the last is before the first, it sees none."""
     return load_int64(memory + _RANGES + 16 * query), load_int64(memory + _RANGES + 16 * query + 8)
 
 
 @njit
 def _row_address(job, array, sequence, query, head):
-    """Of a query or an output, ``head`` being a query head."""
+    """The address of a query or of its result, for the query head ``head``."""
     row = (sequence * size(job, SEQ) + query) * size(job, HEADS) + head
     return buffer(job, array) + 4 * row * size(job, HEAD_DIM)
 
 
 @njit
 def _begin_row(source, head_dim, q, sums, state):
-    """Copies a query, times head_dim**-0.5, and clears what its row keeps."""
+    """Writes a query times head_dim**-0.5 to ``q``, and clears the sums and the state of its row."""
     scale, nothing = broadcast_float(np.float32(1.0 / math.sqrt(head_dim))), broadcast_float(np.float32(0.0))
-    for channel in range(0, 4 * head_dim, _VECTOR_BYTES):
+    for channel in range(0, 4 * head_dim, VECTOR_BYTES):
         store_floats(q + channel, multiply(load_floats(source + channel), scale))
         store_floats(sums + channel, nothing)
     store_floats(state, broadcast_float(_LOWEST))
-    store_floats(state + _VECTOR_BYTES, nothing)
+    store_floats(state + VECTOR_BYTES, nothing)
 
 
 @njit
 def _weigh(scores, first, last, head_dim, sums, state):
-    """Turns a row's scores of a step into weights, of keys ``first`` to ``last`` of the step."""
+    """Turns a row's scores of a step into weights; the row sees keys ``first`` to ``last`` of the step."""
     one = _keep_seen(load_floats(scores), first, last)
-    other = _keep_seen(load_floats(scores + _VECTOR_BYTES), first - LANES, last - LANES)
+    other = _keep_seen(load_floats(scores + VECTOR_BYTES), first - LANES, last - LANES)
     largest = largest_lane(maximum(one, other))
     if largest > load_float(state):
         factor = exponential(subtract(load_floats(state), broadcast_float(largest)))
         store_floats(state, broadcast_float(largest))
-        total = load_floats(state + _VECTOR_BYTES)
-        store_floats(state + _VECTOR_BYTES, multiply(total, factor))
-        for channel in range(0, 4 * head_dim, _VECTOR_BYTES):
+        total = load_floats(state + VECTOR_BYTES)
+        store_floats(state + VECTOR_BYTES, multiply(total, factor))
+        for channel in range(0, 4 * head_dim, VECTOR_BYTES):
             store_floats(sums + channel, multiply(load_floats(sums + channel), factor))
     top, zero = load_floats(state), broadcast_float(np.float32(0.0))
-    # The exponential of a NaN is a number; a score that is none, or infinite, must show in the result.
+    # ``exponential`` makes numbers of NaN and infinity. Zero times such a score is NaN, which must not be
+    # lost.
     one = multiply_add(one, zero, exponential(subtract(one, top)))
     other = multiply_add(other, zero, exponential(subtract(other, top)))
     store_floats(scores, one)
-    store_floats(scores + _VECTOR_BYTES, other)
-    total = load_floats(state + _VECTOR_BYTES)
-    store_floats(state + _VECTOR_BYTES, add(total, add(one, other)))
+    store_floats(scores + VECTOR_BYTES, other)
+    total = load_floats(state + VECTOR_BYTES)
+    store_floats(state + VECTOR_BYTES, add(total, add(one, other)))
 
 
 @njit
 def _finish_row(seen, head_dim, sums, state, target):
-    """Writes the mean of the values; zeros for a query that sees nothing."""
+    """Writes the weighted mean of the values; zeros for a query that sees no key."""
     zero = broadcast_float(np.float32(0.0))
-    total = broadcast_float(sum_lanes(load_floats(state + _VECTOR_BYTES)))
-    for channel in range(0, 4 * head_dim, _VECTOR_BYTES):
-        # Adding 0 makes -0, which a weight of 0 may leave or not, a 0.
+    total = broadcast_float(sum_lanes(load_floats(state + VECTOR_BYTES)))
+    for channel in range(0, 4 * head_dim, VECTOR_BYTES):
+        # A weight of 0 may leave 0 or -0, depending on the step; adding 0 makes both 0.
         mean = add(divide(load_floats(sums + channel), total), zero) if seen else zero
         store_floats(target + channel, mean)
 
 
 @njit
 def _layer(job):
-    """The layer, taken as NumPy and JAX take an index."""
+    """The number of the layer: a negative one counts from the end, one out of range is the nearest."""
     layer, layers = np.int64(load_int32(buffer(job, LAYER))), size(job, LAYERS)
     return min(max(layer + layers if layer < 0 else layer, 0), layers - 1)
 
 
 @njit
 def _unpack(job, memory, sequence, kv_head, position, first, last):
-    """Finds keys ``first`` to ``last`` of the step that begins at ``position``; writes them as floats.
+    """Writes the keys ``first`` to ``last`` of the step that begins at ``position`` as floats.
 
-    Returns the address of the layer's pages of values.
+    Returns:
+      The address of the layer's pages of values.
     """
     head_dim, page_format, row_bytes = size(job, HEAD_DIM), size(job, FORMAT), size(job, ROW_BYTES)
     pages, page_size, kv_heads = size(job, PAGES), size(job, PAGE_SIZE), size(job, KV_HEADS)
@@ -231,7 +238,7 @@ def _unpack(job, memory, sequence, kv_head, position, first, last):
 
 @njit
 def _attend_step(job, memory, sequence, kv_head, queries, position, first, last):
-    """Keys ``first`` to ``last`` of the step that begins at ``position``, for the rows that see any."""
+    """Adds a step's keys ``first`` to ``last`` to the rows that see any; the step begins at ``position``."""
     begin, end = queries, 0
     for query in range(queries):
         seen_first, seen_last = _range(memory, query)
@@ -281,7 +288,7 @@ def _attend_step(job, memory, sequence, kv_head, queries, position, first, last)
 
 
 def make_block(dot_product: DotProduct) -> Any:
-    """See ``native.build.Kernel``; only float products here."""
+    """See ``native.build.Kernel``. There are no products of integers, so ``dot_product`` is not used."""
 
     @njit
     def block(job, index):

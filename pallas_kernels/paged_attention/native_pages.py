@@ -1,8 +1,9 @@
-"""Keys and values of a step from pages to float32, in scratch memory.
+"""Reads the keys and values of a step from pages and writes them as float32 to scratch memory.
 
-A step is 32 keys, of which some exist; keys are numbered within it. Keys are transposed, [head_dim, 32], so
-that the products with a query are sums of vectors of keys; values stay as they are, [32, head_dim]. INT4 is
-dequantized, which is exact: 4 bits times the 11 bits of a float16.
+A step is 32 keys, which are numbered within the step; not all of them need exist. Keys are transposed to
+[head_dim, 32], so that their products with a query are sums of vectors of keys. Values are [32, head_dim], as
+they are in the pages. INT4 is dequantized without rounding: 4 bits times the 11 bits of a float16 fit a
+float32.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pallas_kernels.native.vectors import (
     FLOATS,
     INTS,
     LANES,
+    SHORT_BYTES,
     broadcast,
     broadcast_float,
     call_llvm,
@@ -45,7 +47,7 @@ from pallas_kernels.native.vectors import (
 )
 
 KEYS = 2 * LANES
-# Rows of scales and zero points of a step, at most.
+# A step has at most so many rows of scales and zero points.
 _SCALE_ROWS = 4
 # The memory of a step, in bytes: where the row of each key begins in its page array [32] int64; where its row
 # of the RoPE table begins [32] int64; scales and zero points of the keys and of the values as they are stored
@@ -55,21 +57,28 @@ _TURNS = _ROWS + 8 * KEYS
 _STORED = _TURNS + 8 * KEYS
 _FACTORS = _STORED + 2 * 2 * _SCALE_ROWS * KEYS
 STEP_BYTES = _FACTORS + 4 * 4 * KEYS
-# Bytes from a row of the memory of transposed keys to the next.
+# The bytes from one row of transposed keys to the next.
 _STRIDE = 4 * KEYS
 _WORDS = ir.VectorType(I32, 4)
 
 
 @njit
 def locate(step, table, first_position, first, last, pages, page_size, head, kv_heads, row_bytes):
-    """Finds the keys ``first`` to ``last`` of a step that begins at ``first_position``.
+    """Finds where the keys ``first`` to ``last`` of a step are in an array of pages.
 
-    Lanes without a key get the row of the nearest one, so that reading all lanes is safe.
+    Lanes without a key get the place of the nearest key, so that all lanes can be read.
 
     Args:
+      step: address of the memory of the step, where the places are written.
       table: address of the sequence's block table.
-      pages: how many there are. Numbers of pages are taken as NumPy and JAX take an index.
-      head: the kv head, one of ``kv_heads``.
+      first_position: the position of key 0 of the step.
+      first: the first key.
+      last: the last key.
+      pages: the number of pages of a layer.
+      page_size: the number of tokens of a page.
+      head: the kv head.
+      kv_heads: the number of kv heads.
+      row_bytes: the size of a head of a token.
     """
     key = first
     while key <= last:
@@ -99,7 +108,7 @@ def page_of(table, block, pages):
 def copy_scales(
     step, table, first_position, first, last, pages, page_size, head, kv_heads, groups, k_scales, v_scales
 ):
-    """Scales and zero points of the keys ``first`` to ``last`` of a step."""
+    """Copies the scales and zero points of a step's keys ``first`` to ``last``, and those of their values."""
     key = first
     while key <= last:
         block = (first_position + key) // page_size
@@ -119,7 +128,10 @@ def copy_scales(
 
 @njit
 def _make_factors(step, stored, groups):
-    """x = (q - zero) * scale = q * factor + offset, for each half of a head and each key."""
+    """Writes a factor and an offset for each half of a head and each key.
+
+    They dequantize an integer: (q - zero) * scale = q * factor + offset.
+    """
     for half in range(2):
         group = min(half, groups - 1)
         for lane in range(0, KEYS, LANES):
@@ -131,10 +143,12 @@ def _make_factors(step, stored, groups):
 
 
 def _columns(builder: Builder, base: Value, offsets: Value) -> list[Value]:
-    """The first four words of 16 rows, as four vectors of 16 rows.
+    """Loads the first four words of 16 rows as four vectors, each of which has one word of every row.
 
     Args:
-      offsets: address of where the rows begin after ``base``, in bytes, [16] int64.
+      builder: what emits the code.
+      base: address from which the offsets count.
+      offsets: address of the offsets of the rows, in bytes, [16] int64.
     """
     rows = []
     for lane in range(LANES):
@@ -156,18 +170,20 @@ def _columns(builder: Builder, base: Value, offsets: Value) -> list[Value]:
 
 
 def _store_rows(builder: Builder, address: Value, rows: list[Value]) -> None:
-    """Vectors of 16 keys into consecutive rows of transposed keys."""
+    """Stores vectors of 16 keys into consecutive rows of transposed keys."""
     for index, row in enumerate(rows):
         place = builder.add(address, ir.Constant(I64, index * _STRIDE))
         builder.store(row, at(builder, place, FLOATS), align=64)
 
 
 def _nibbles(builder: Builder, values: Value, shift: int) -> Value:
+    """The four bits from bit ``shift`` on of each lane, as floats."""
     shifted = builder.lshr(values, splat(INTS, shift))
     return builder.sitofp(builder.and_(shifted, splat(INTS, 15)), FLOATS)
 
 
 def _fma(builder: Builder, one: Value, other: Value, addend: Value) -> Value:
+    """one * other + addend, which is rounded once."""
     return call_llvm(builder, "llvm.fma.v16f32", FLOATS, one, other, addend)
 
 
@@ -183,7 +199,7 @@ def _int4_columns(
     lows: Value,
     highs: Value,
 ) -> None:
-    """16 bytes of 16 keys: 16 channels of the low half and 16 of the high half."""
+    """Unpacks 16 bytes of 16 keys: 16 channels of the low half of the head and 16 of the high half."""
     words = _columns(builder, base, offsets)
     for address, shift, factor, offset in (
         (lows, 0, low_factor, low_offset),
@@ -195,13 +211,13 @@ def _int4_columns(
 
 @instruction(types.void(ADDRESS, ADDRESS, ADDRESS))
 def _float32_columns(builder: Builder, base: Value, offsets: Value, rows: Value) -> None:
-    """Four channels of 16 keys."""
+    """Copies four channels of 16 keys."""
     _store_rows(builder, rows, [builder.bitcast(word, FLOATS) for word in _columns(builder, base, offsets)])
 
 
 @instruction(types.void(ADDRESS, ADDRESS, ADDRESS))
 def _bfloat16_columns(builder: Builder, base: Value, offsets: Value, rows: Value) -> None:
-    """Eight channels of 16 keys, two a word."""
+    """Converts eight channels of 16 keys; a word holds two."""
     channels = []
     for word in _columns(builder, base, offsets):
         channels.append(builder.shl(word, splat(INTS, 16)))
@@ -213,7 +229,7 @@ def _bfloat16_columns(builder: Builder, base: Value, offsets: Value, rows: Value
 def _rotate_columns(
     builder: Builder, cos: Value, sin: Value, offsets: Value, firsts: Value, seconds: Value
 ) -> None:
-    """RoPE of four channels of each half of 16 transposed keys."""
+    """Rotates four channels of each half of 16 transposed keys by RoPE, in their place."""
     cosines, sines = _columns(builder, cos, offsets), _columns(builder, sin, offsets)
     turned: tuple[list[Value], list[Value]] = ([], [])
     for channel in range(4):
@@ -231,9 +247,9 @@ def _rotate_columns(
 
 @njit
 def unpack_keys(step, first, last, pages, page_format, row_bytes, groups, keys):
-    """The keys ``first`` to ``last`` of a step, transposed, into ``keys`` [head_dim, 32].
+    """Writes a step's keys ``first`` to ``last``, transposed, to ``keys`` [head_dim, 32].
 
-    Lanes without a key get numbers without meaning.
+    Lanes without a key get numbers that have no meaning.
     """
     if page_format == INT4:
         _make_factors(step, step + _STORED, groups)
@@ -259,7 +275,7 @@ def unpack_keys(step, first, last, pages, page_format, row_bytes, groups, keys):
 
 @njit
 def rotate_keys(step, first_position, first, last, cos, sin, half, keys):
-    """RoPE of transposed keys; ``cos`` and ``sin`` are addresses of tables [keys, half] float32."""
+    """Rotates transposed keys by RoPE; ``cos`` and ``sin`` are tables [positions, half] of float32."""
     for key in range(KEYS):
         position = first_position + min(max(key, first), last)
         store_int64(step + _TURNS + 8 * key, 4 * half * position)
@@ -283,9 +299,8 @@ def _int4_value(
     lows: Value,
     highs: Value,
 ) -> None:
-    """16 bytes of one value: 16 channels of the low half and 16 of the high half."""
-    short = ir.VectorType(ir.IntType(8), LANES)
-    values = builder.zext(builder.load(at(builder, packed, short), align=1), INTS)
+    """Unpacks 16 bytes of one value: 16 channels of the low half of the head and 16 of the high half."""
+    values = builder.zext(builder.load(at(builder, packed, SHORT_BYTES), align=1), INTS)
     for address, shift, factor, offset in (
         (lows, 0, low_factor, low_offset),
         (highs, 4, high_factor, high_offset),
@@ -297,7 +312,7 @@ def _int4_value(
 
 @instruction(float32x16(ADDRESS))
 def _load_bfloats(builder: Builder, address: Value) -> Value:
-    """16 bfloat16 as float32."""
+    """Loads 16 bfloat16 as float32."""
     halves = ir.VectorType(I16, LANES)
     values = builder.zext(builder.load(at(builder, address, halves), align=2), INTS)
     return builder.bitcast(builder.shl(values, splat(INTS, 16)), FLOATS)
@@ -305,7 +320,7 @@ def _load_bfloats(builder: Builder, address: Value) -> Value:
 
 @njit
 def unpack_values(step, first, last, pages, page_format, row_bytes, groups, values):
-    """The values ``first`` to ``last`` of a step into ``values`` [32, head_dim]."""
+    """Writes a step's values ``first`` to ``last`` to ``values`` [32, head_dim]."""
     if page_format == INT4:
         _make_factors(step, step + _STORED + 2 * _SCALE_ROWS * KEYS, groups)
     for key in range(first, last + 1):

@@ -1,4 +1,4 @@
-"""Attention of a chunk's queries by the native kernel of ``paged_attention``, for any number of them."""
+"""``prefill_attention`` by the native kernel of ``paged_attention``, which takes any number of queries."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from pallas_kernels.native import build, rows_call
 from pallas_kernels.native import config as native_config
 from pallas_kernels.native.config import NativeConfig
+from pallas_kernels.native.operands import given
 from pallas_kernels.qarrays import QuantizedActivation
 from pallas_kernels.quantize.call import Call
 
@@ -14,7 +15,7 @@ _KERNEL = build.Kernel("pallas_kernels.quantize.native_kernel", "quantize")
 
 
 def unsupported(call: Call) -> str | None:
-    """Why the kernel cannot serve the call: it can serve all."""
+    """None: the kernel can serve every call."""
     return None
 
 
@@ -31,7 +32,7 @@ def run(call: Call, config: NativeConfig) -> QuantizedActivation:
         config,
         fmt,
         x.shape,
-        (x.astype(jnp.float32), rows_call.given(indices, jnp.int32)),
+        (x.astype(jnp.float32), given(indices, jnp.int32)),
         sizes=(indices is not None,),
     )
     return quantized

@@ -1,4 +1,4 @@
-"""``quantize`` for the CPU: a block is some rows, which are read where they lie unless they are reordered."""
+"""``quantize`` for the CPU: a block is some rows. They are copied only if their channels are reordered."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _read(job, row, channel, count, scratch, factor):
 
 
 def make_block(dot_product: DotProduct) -> Any:
-    """See ``native.build.Kernel``; nothing is multiplied."""
+    """See ``native.build.Kernel``. There are no products of integers, so ``dot_product`` is not used."""
     quantize_row = make_quantize_row(_read, FIRST_RESULT)
 
     @njit

@@ -14,7 +14,7 @@ _KERNEL = build.Kernel("pallas_kernels.silu_quantize.native_kernel", "silu_quant
 
 
 def unsupported(call: Call) -> str | None:
-    """Why the kernel cannot serve the call: it can serve all."""
+    """None: the kernel can serve every call."""
     return None
 
 

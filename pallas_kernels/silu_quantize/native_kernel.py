@@ -28,7 +28,7 @@ GATE_UP, FIRST_RESULT = range(2)
 
 @njit
 def _sigmoid(x):
-    """With e to the power of -|x| only, which does not grow beyond 1."""
+    """1 / (1 + exp(-x)), computed with exp(-|x|), which is never greater than 1."""
     one = broadcast_float(1.0)
     power = exponential(subtract(broadcast_float(0.0), absolute(x)))
     return divide(where_negative(x, power, one), add(one, power))
@@ -48,7 +48,7 @@ def _read(job, row, channel, count, scratch, factor):
 
 
 def make_block(dot_product: DotProduct) -> Any:
-    """See ``native.build.Kernel``; there are no integers to multiply."""
+    """See ``native.build.Kernel``. There are no products of integers, so ``dot_product`` is not used."""
     quantize_row = make_quantize_row(_read, FIRST_RESULT)
 
     @njit

@@ -15,7 +15,7 @@ from pallas_kernels.two_level_matmul.call import Call
 
 _KERNEL = build.Kernel("pallas_kernels.two_level_matmul.native_kernel", "two_level_matmul")
 TAKES_LAYERS = True
-# So many products of INT8 fit an int32, those of the offset of unsigned weights among them.
+# So many products of INT8 fit an int32, together with those of the offset of unsigned weights.
 _MOST_CHANNELS = 2**31 // (2 * 128 * 128)
 
 

@@ -1,7 +1,8 @@
 """``two_level_matmul`` for the CPU: a block is 16 output channels of all tokens.
 
-All sums are of integers, so their order does not matter: ``w8 x = group_scale (q x - zero sum(x))`` for each
-group, added in int32 over the whole row, and then one float scale of the row and one of the token.
+The product of a group is ``group_scale * (q x - zero * sum(x))``. These are added in int32 over the whole
+row, whose sum is then multiplied with one float scale of the row and one of the token. So all sums are of
+integers, and their order does not matter.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from typing import Any
 from numba import njit
 
 from pallas_kernels.native.dot_products import DotProduct
-from pallas_kernels.native.frame import buffer, size
-from pallas_kernels.native.memory import load_float, load_int32, stack, store_int32
+from pallas_kernels.native.frame import buffer, layer_of, size
+from pallas_kernels.native.memory import load_float, stack, store_int32
 from pallas_kernels.native.tiles import (
     BLOCK_TOKENS,
     OFFSET_INT4,
     by_token_steps,
+    clear,
     store_result,
     sum_bytes,
     tile_ops,
@@ -24,6 +26,7 @@ from pallas_kernels.native.tiles import (
 )
 from pallas_kernels.native.vectors import (
     LANES,
+    VECTOR_BYTES,
     add_int,
     broadcast_float,
     load_bytes,
@@ -40,13 +43,13 @@ X, X_SCALES, LAYER, PACKED, SCALES, GROUP_SCALES, ZEROS, BIAS, RESIDUAL, OUT, X_
 _, TOKENS, ROWS, CHANNELS, GROUP_SIZE, HAS_BIAS, HAS_RESIDUAL = range(7)
 
 _ROW_BYTES = PACK_TILE // 2
-_weights_memory, _tile_memory = stack(PACK_TILE * LANES), stack(4 * LANES * BLOCK_TOKENS)
+_weights_memory, _tile_memory = stack(PACK_TILE * LANES), stack(VECTOR_BYTES * BLOCK_TOKENS)
 _starts_memory = stack(4 * BLOCK_TOKENS)
 
 
 @njit
 def prepare(job):
-    """The sum of each group of a token's channels, by which zero points are multiplied."""
+    """Writes the sum of each group of a token's channels, which zero points are multiplied with."""
     tokens, channels, group_size = size(job, TOKENS), size(job, CHANNELS), size(job, GROUP_SIZE)
     for token in range(tokens):
         x = buffer(job, X) + token * channels
@@ -63,7 +66,7 @@ def make_block(dot_product: DotProduct) -> Any:
 
         @njit
         def multiply_group(x, stride, sums, totals, starts, x_sums, group):
-            """Some channels of a group: the first of it begin its sums, the last of it add them up."""
+            """Adds some channels of a group: the first begin its sums, the last add them to the row's."""
             weights, channels, first, last, factors, offsets = group
             tile = begin(starts) if first else load(sums)
             for channel in range(0, channels, 4):
@@ -78,20 +81,15 @@ def make_block(dot_product: DotProduct) -> Any:
     multiply_group = by_token_steps(make)
 
     @njit
-    def weight(job, array, layer_bytes):
-        """The address of one of the weight's arrays, of the layer that is asked for."""
-        return buffer(job, array) + load_int32(buffer(job, LAYER)) * layer_bytes
-
-    @njit
     def add_groups(job, row, token, tokens, scratch, starts, sums, totals):
-        """The groups of 16 rows from ``row`` on, for ``tokens`` tokens from ``token`` on."""
+        """Adds the groups of 16 rows from ``row`` on, for ``tokens`` tokens from ``token`` on."""
         num_tokens, num_rows, num_channels = size(job, TOKENS), size(job, ROWS), size(job, CHANNELS)
         group_size = size(job, GROUP_SIZE)
         row_bytes = (num_channels + PACK_TILE - 1) // PACK_TILE * _ROW_BYTES
         groups = num_channels // group_size
-        packed = weight(job, PACKED, num_rows * row_bytes) + row * row_bytes
-        group_scales = weight(job, GROUP_SCALES, groups * num_rows) + row
-        zeros = weight(job, ZEROS, groups * num_rows) + row
+        packed = layer_of(job, PACKED, LAYER, num_rows * row_bytes) + row * row_bytes
+        group_scales = layer_of(job, GROUP_SCALES, LAYER, groups * num_rows) + row
+        zeros = layer_of(job, ZEROS, LAYER, groups * num_rows) + row
         channel = 0
         while channel < num_channels:
             in_tile = channel % PACK_TILE
@@ -117,12 +115,12 @@ def make_block(dot_product: DotProduct) -> Any:
 
     @njit
     def finish(job, row, token, tokens, totals):
-        """Float scales, which take the place of the integers, and what is added."""
+        """Turns the totals into floats, in their place, and writes the results with bias and residual."""
         num_rows = size(job, ROWS)
-        row_scales = load_floats(weight(job, SCALES, 4 * num_rows) + 4 * row)
+        row_scales = load_floats(layer_of(job, SCALES, LAYER, 4 * num_rows) + 4 * row)
         for index in range(tokens):
             scale = load_float(buffer(job, X_SCALES) + 4 * (token + index))
-            place = totals + 4 * LANES * index
+            place = totals + VECTOR_BYTES * index
             scales = multiply(row_scales, broadcast_float(scale))
             store_floats(place, multiply(to_floats(load_ints(place)), scales))
         out = 4 * (token * num_rows + row)
@@ -133,15 +131,14 @@ def make_block(dot_product: DotProduct) -> Any:
     @njit
     def block(job, index):
         num_tokens = size(job, TOKENS)
-        # The last 16 rows may overlap the ones before: both write the same.
+        # The last 16 rows may overlap the 16 before them; both blocks write the same results there.
         row = min(index * LANES, size(job, ROWS) - LANES)
         scratch, sums, totals, starts = _weights_memory(), _tile_memory(), _tile_memory(), _starts_memory()
-        for position in range(BLOCK_TOKENS):
-            store_int32(starts + 4 * position, 0)
+        for token in range(BLOCK_TOKENS):
+            store_int32(starts + 4 * token, 0)
         for token in range(0, num_tokens, BLOCK_TOKENS):
             tokens = min(BLOCK_TOKENS, num_tokens - token)
-            for position in range(tokens):
-                store_floats(totals + 4 * LANES * position, broadcast_float(0.0))  # and integers of 0
+            clear(totals, tokens)
             add_groups(job, row, token, tokens, scratch, starts, sums, totals)
             finish(job, row, token, tokens, totals)
 

@@ -145,7 +145,7 @@ class TestDoctor:
         assert {op["step"] for op in facts["ops"]} == {"decode", "prefill"}
         # Only INT3 weights have no kernel for the CPU.
         reference = {name: scheme["reference"] for name, scheme in facts["schemes"].items()}
-        assert reference == dict.fromkeys(SCHEMES, []) | {"w3a16": ["weight_only_matmul"]}
+        assert reference == {name: [] for name in SCHEMES} | {"w3a16": ["weight_only_matmul"]}
         assert facts["suggested"]["scheme"] == "w4a4kv4"
 
     def test_on_a_cpu_where_native_kernels_cannot_run(self, monkeypatch):

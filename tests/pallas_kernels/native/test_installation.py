@@ -83,5 +83,7 @@ def test_every_cpu_has_the_generic_instruction_set():
 def test_an_instruction_set_that_this_cpu_does_not_have():
     missing = [name for name in INSTRUCTION_SETS if name not in available()]
     for name in (*missing, "abacus"):
-        with pytest.raises(ValueError, match=f"no instruction set '{name}' on this CPU, which has: .*generic"):
+        with pytest.raises(
+            ValueError, match=f"no instruction set '{name}' on this CPU, which has: .*generic"
+        ):
             NativeConfig(name)
