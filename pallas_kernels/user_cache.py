@@ -1,4 +1,4 @@
-"""The folder of this user for what is made once and kept: compiled programs, verdicts on kernels."""
+"""The folder of this user for what is made once and kept: programs, machine code, verdicts on kernels."""
 
 from __future__ import annotations
 

@@ -117,18 +117,23 @@ def compiled(kernel: Kernel, instructions: str) -> tuple[str, int]:
     file = user_cache() / "native" / f"{symbol}.o"
     try:
         code = file.read_bytes()
-    except FileNotFoundError:
+    except OSError:
         code = _compile(kernel, instructions, symbol)
         _write(file, code)
     return symbol, _load(code, symbol)
+
+
+def sources() -> list[Path]:
+    """The files that the machine code of kernels is made from, with those whose constants are in it."""
+    constants = [_PACKAGE / "qarrays.py", _PACKAGE / "rounding.py"]
+    return sorted([*_PACKAGE.glob("native/*.py"), *_PACKAGE.glob("*/native_*.py"), *constants])
 
 
 @functools.cache
 def _digest(instructions: str) -> str:
     """A hash of everything that the machine code of kernels depends on."""
     sha = hashlib.sha256()
-    files = [*_PACKAGE.glob("native/*.py"), *_PACKAGE.glob("*/native_*.py")]
-    for file in sorted(files):
+    for file in sources():
         sha.update(file.read_bytes())
     versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite", "jaxlib")]
     sha.update(repr((versions, llvm.get_host_cpu_name(), _features(instructions))).encode())
