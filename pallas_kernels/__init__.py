@@ -1,6 +1,7 @@
-"""Quantized operators for 4-bit serving in JAX: arrays, reference implementations, GPU kernels.
+"""Quantized operators for 4-bit serving in JAX: arrays, reference implementations, kernels for GPUs and CPUs.
 
-Usable on its own: it knows jax and nothing of the model, the checkpoint or the engine.
+It can be used on its own: it knows JAX and, for its kernels for CPUs, Numba, but nothing of the model, the
+checkpoint or the engine. ``use_implementation`` says which implementations there are.
 """
 
 from pallas_kernels.dispatch import use_implementation

@@ -1,4 +1,4 @@
-"""Native attention against the reference, and that the bits of a query depend on nothing but its keys."""
+"""Native attention equals the reference, and the bits of a result depend only on the query and its keys."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def make_cache(
 
 
 def rope_tables(cache: PagedKVCache) -> tuple[jax.Array, jax.Array] | None:
+    """Cosines and sines for keys that are stored before RoPE; None for others."""
     if cache.kv_rope == "post":
         return None
     cos, sin = oracle.rope_table(np.arange(cache.max_length), cache.head_dim)
@@ -54,7 +55,7 @@ def make_queries(rng: np.random.Generator, cache: PagedKVCache, seq: int, group:
 
 
 def last_positions(lengths: list[int], seq: int) -> np.ndarray:
-    """Of the last ``seq`` tokens of each sequence, padded behind with -1 where it has fewer."""
+    """The positions of the last ``seq`` tokens of each sequence, followed by -1 where it has fewer."""
     rows = [list(range(max(length - seq, 0), length)) for length in lengths]
     return np.array([row + [-1] * (seq - len(row)) for row in rows], np.int32)
 
@@ -68,7 +69,7 @@ def attend(
     op: Callable[..., jax.Array] = paged_attention,
     layer: int = 1,
 ) -> np.ndarray:
-    """By the kernel for an instruction set, or by the reference if it is None."""
+    """Attention by the kernel for an instruction set, or by the reference if ``instructions`` is None."""
     arguments: dict[str, Any] = {"layer": jnp.int32(layer), "positions": jnp.asarray(positions, jnp.int32)}
     if window is not None:
         arguments["window"] = jnp.int32(window)
@@ -82,7 +83,7 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
 
 
 def assert_like_reference(actual: np.ndarray, expected: np.ndarray, positions: np.ndarray) -> None:
-    """Each sequence on its own; what padding gets must only be finite."""
+    """Compares each sequence on its own; the results of padding must only be finite."""
     assert np.isfinite(actual).all()
     for found, wanted, row in zip(actual, expected, positions, strict=True):
         real = row >= 0
@@ -120,7 +121,7 @@ def test_like_the_reference_with_the_same_bits_on_every_instruction_set(
 
 @pytest.mark.parametrize("seq", [1, 20])
 def test_bfloat16_pages(seq: int):
-    """Against the reference of float32 pages that hold the same numbers: nothing is rounded on the way."""
+    """They give what float32 pages with the same numbers give, so nothing is rounded on the way."""
     rng = np.random.default_rng(1)
     cache = make_cache(rng, LENGTHS, dtype="bfloat16")
     wide = dataclasses.replace(
@@ -162,7 +163,7 @@ def test_any_shape(shape: dict[str, Any], seed: int):
 @pytest.mark.parametrize(("dtype", "kv_rope"), [("int4x2", "post"), ("float32", "pre")])
 @pytest.mark.parametrize("window", [None, 21])
 def test_a_query_has_the_same_bits_alone_and_in_any_chunk(dtype: str, kv_rope: str, window: int | None):
-    """Chunks longer than a block of the kernel, begun anywhere, of one sequence or two."""
+    """Chunks that are longer than a block of the kernel, that begin anywhere, of one sequence or two."""
     rng = np.random.default_rng(2)
     length = 75
     cache = make_cache(rng, [length, length], dtype=dtype, kv_rope=kv_rope)
@@ -201,7 +202,7 @@ def test_the_same_bits_in_any_batch_and_on_any_pages():
 
 
 def test_padding_costs_nothing_and_gets_zeros():
-    """Its table and its query are not looked at; a sequence of padding alone is one as well."""
+    """The query of padding and the table of a sequence that is only padding are not read."""
     rng = np.random.default_rng(4)
     lengths = [40, 40, 40]
     cache = make_cache(rng, lengths)
@@ -240,7 +241,7 @@ def test_a_score_that_is_no_number_shows():
 
 
 def test_large_scores():
-    """Logits of hundreds: later ones that are larger make all that came before vanish."""
+    """Scores of hundreds: a larger one makes the weights of all keys before it vanish."""
     rng = np.random.default_rng(7)
     cache = make_cache(rng, LENGTHS, dtype="float32")
     q, positions = 100 * make_queries(rng, cache, 1, 3), last_positions(LENGTHS, 1)

@@ -1,4 +1,4 @@
-"""Machine code of native kernels is kept on disk, and never used after something that it is made from changed."""
+"""Machine code of native kernels is kept on disk, and not used after one of the sources changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Native kv_append against the reference, in place: with a donated cache nothing copies the pages."""
+"""Native kv_append equals the reference and writes in place: nothing copies the pages of a donated cache."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make_arguments(
     center: bool = False,
     turn: bool = True,
 ) -> dict[str, Any]:
-    """The arguments but the cache; a fifth of the tokens is padding, no two have a slot in common."""
+    """All arguments but the cache. A fifth of the tokens is padding; no two tokens have the same slot."""
     head_dim, slots = cache.head_dim, rng.permutation(PAGES * cache.page_size)[:tokens]
     slots[rng.random(tokens) < 0.2] = -1
     cos, sin = oracle.rope_table(rng.integers(0, 100, tokens) if turn else np.zeros(tokens), head_dim)
@@ -68,7 +68,7 @@ def make_arguments(
 
 
 def append(cache: PagedKVCache, arguments: dict[str, Any], instructions: str | None = BEST) -> Any:
-    """By the kernel for an instruction set, or by the reference if it is None."""
+    """Appends by the kernel for an instruction set, or by the reference if ``instructions`` is None."""
     arguments = dict(arguments)
     qkv, num_heads = arguments.pop("qkv"), arguments.pop("num_heads")
     name = "reference" if instructions is None else "native_cpu"
@@ -77,14 +77,14 @@ def append(cache: PagedKVCache, arguments: dict[str, Any], instructions: str | N
 
 
 def assert_same(actual: Any, expected: Any) -> None:
-    """Bit for bit."""
+    """Compares the bits of all arrays."""
     for found, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert found.dtype == wanted.dtype
         np.testing.assert_array_equal(np.asarray(found).view(np.uint8), np.asarray(wanted).view(np.uint8))
 
 
 def assert_close(actual: tuple[jax.Array, PagedKVCache], expected: tuple[jax.Array, PagedKVCache]) -> None:
-    """Queries and keys behind RoPE or a norm: XLA may round less often. Values are the same to the bit."""
+    """Values must have the same bits. Queries and keys may differ a little, as XLA may round less often."""
     (q, cache), (expected_q, expected_cache) = actual, expected
     assert q.dtype == expected_q.dtype
     tolerance = 1e-6 if q.dtype == jnp.float32 else 4e-3
@@ -117,7 +117,7 @@ def assert_close(actual: tuple[jax.Array, PagedKVCache], expected: tuple[jax.Arr
 def test_what_is_not_turned_is_stored_as_by_the_reference(
     dtype: str, head_dim: int, page_size: int, rows: Any
 ):
-    """The whole cache to the bit, on every instruction set; the mean comes off in float32, exactly too."""
+    """The whole cache has the same bits on every instruction set, also where the mean is subtracted."""
     rng = np.random.default_rng(head_dim)
     cache = make_cache(rng, dtype, "post" if dtype == "int4" else "pre", head_dim, page_size)
     arguments = make_arguments(
@@ -214,7 +214,7 @@ def test_extreme_values(value: float):
 
 
 def copies_of_pages(program: jax.stages.Compiled, cache: PagedKVCache) -> list[str]:
-    """Instructions of a compiled program that make another array of the shape of pages or scales."""
+    """The kinds of instructions in a program whose results have the shape of pages or scales."""
     text = program.as_text()
     assert text is not None
     shapes = {
@@ -225,7 +225,7 @@ def copies_of_pages(program: jax.stages.Compiled, cache: PagedKVCache) -> list[s
 
 
 def step(cache: PagedKVCache, layer: jax.Array, arguments: dict[str, Any]) -> tuple[PagedKVCache, jax.Array]:
-    """One layer's append and attention."""
+    """What one layer does: it appends, and then attends."""
     rows = {name: arguments[name] for name in ("qkv", "slots", "cos", "sin")}
     q, cache = kv_append(rows.pop("qkv"), cache, layer=layer, num_heads=6, **rows)
     positions = jnp.asarray([[3], [40]])
@@ -241,7 +241,7 @@ def scan(cache: PagedKVCache, arguments: dict[str, Any]) -> tuple[PagedKVCache, 
 
 
 def while_loop(cache: PagedKVCache, arguments: dict[str, Any]) -> tuple[PagedKVCache, jax.Array]:
-    """Scans over layers in a loop over tokens, as generating does."""
+    """A loop over tokens in which each step scans over the layers, as in ``generate``."""
 
     def body(carry: tuple[jax.Array, PagedKVCache, jax.Array]) -> tuple[jax.Array, PagedKVCache, jax.Array]:
         index, cache, _ = carry
@@ -266,7 +266,7 @@ def test_a_donated_cache_is_updated_in_place(program: Any, dtype: str):
     with use_implementation("native_cpu"):
         compiled = jax.jit(program, donate_argnums=0).lower(cache, arguments).compile()
         kept = jax.jit(program).lower(cache, arguments).compile()
-    assert "copy" in copies_of_pages(kept, cache)  # a cache that is not donated has to be
+    assert "copy" in copies_of_pages(kept, cache)  # a cache that is not donated has to be copied
     allowed = {"custom-call", "while", "tuple"}
     assert set(copies_of_pages(compiled, cache)) <= allowed
     before = {

@@ -62,7 +62,7 @@ def floats(rows: int, channels: int, seed: int = 0) -> np.ndarray:
 
 
 def assert_near(actual: QuantizedActivation, expected: oracle.Quantized) -> None:
-    """Equal but for the last bits of a norm or SiLU, and integers that these round to the other side."""
+    """Compares to the last bits of a norm or SiLU, which may round an integer to the other side."""
     body, outliers, scales = map(jnp.asarray, (expected.body, expected.outliers, expected.scales))
     nearly_same_activation(actual, QuantizedActivation(body, outliers, scales, expected.group_size))
 
@@ -205,7 +205,7 @@ def test_a_residual_of_another_type():
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 def test_indices_follow_the_rules_of_take(instructions: str):
-    """Negative ones count from the end, and what is not there is NaN, which reaches the scale."""
+    """A negative index counts from the end. One outside of the row gives NaN, which shows in the scale."""
     x = floats(3, 40)
     order = np.arange(40, dtype=np.int32)
     order[3], order[9], order[20] = -1, -40, 5  # there
