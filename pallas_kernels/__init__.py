@@ -4,6 +4,7 @@ Usable on its own: it knows jax and nothing of the model, the checkpoint or the 
 """
 
 from pallas_kernels.dispatch import use_implementation
+from pallas_kernels.float_matmul.api import float_matmul
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.int3 import WeightOnlyInt3
 from pallas_kernels.kv_append.api import kv_append
@@ -37,6 +38,7 @@ __all__ = [
     "TwoLevelWeight",
     "WeightOnlyInt3",
     "WeightOnlyInt4",
+    "float_matmul",
     "grouped_matmul",
     "init_paged_kv_cache",
     "kv_append",
