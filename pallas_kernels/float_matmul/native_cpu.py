@@ -22,7 +22,7 @@ def unsupported(call: Call) -> str | None:
     """Why the kernel cannot serve the call."""
     if call.w.dtype not in _WEIGHT_DTYPES:
         return f"a weight in {call.w.dtype}, not bfloat16 or float32"
-    return None
+    return None if call.w.shape[1] else "a weight without channels"
 
 
 def configs(call: Call) -> list[NativeConfig]:
@@ -35,7 +35,7 @@ def run(call: Call, config: NativeConfig) -> Float[Array, "m n"]:
     x, w, bias, residual, out_dtype = call
     (m, channels), n = x.shape, like(w).shape[0]
     w, layer = stack_and_layer(w)
-    if 0 in (m, channels):
+    if m == 0:
         return jnp.zeros((m, n), out_dtype)
     rows = max(n, ROWS)
     # Channels are multiplied in pairs.
