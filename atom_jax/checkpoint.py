@@ -37,21 +37,25 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from atom_jax.config import ModelConfig, check_choice
+from atom_jax.embedding import Embedding, round_table
 from atom_jax.errors import AtomError, WriteError, one_line
 from atom_jax.files import read_json
 from atom_jax.kernel_check import check_kernels
 from atom_jax.llama import make_params
-from atom_jax.schemes import SCHEMES
+from atom_jax.schemes import SCHEMES, w8a8
 from atom_jax.structure import index_shapes, linear_shapes, vector_shapes
 from atom_jax.tokenizer import wrap_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG_FILE = "config.json"
 CARD_FILE = "quantization.json"
 TOKENIZER_FOLDER = "tokenizer"
+
+# How an embedding and a head in INT8 are stored and multiplied.
+_INT8_ROWS = w8a8.WEIGHT
 
 _SIZES = frozenset(
     ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
@@ -109,7 +113,9 @@ def layer_specs(config: ModelConfig) -> StoredSpecs:
 
 def shared_specs(config: ModelConfig) -> StoredSpecs:
     """Shape and dtype of every array that is stored outside the layers."""
-    table = _spec((config.vocab_size, config.hidden_size), jnp.bfloat16)
+    shape = (config.vocab_size, config.hidden_size)
+    in_int8 = config.format.head_bits == 8
+    table = _INT8_ROWS.stored(shape, config.format) if in_int8 else _spec(shape, jnp.bfloat16)
     specs: StoredSpecs = {"embedding": table, "norm": _spec((config.hidden_size,), jnp.float32)}
     return specs if config.tie_word_embeddings else specs | {"lm_head": table}
 
@@ -138,6 +144,13 @@ def stored_form(tree: Mapping[str, Any], specs: StoredSpecs) -> StoredParams:
         return np.asarray(value).astype(spec.dtype)
 
     return {name: store(tree[name], spec) for name, spec in specs.items()}
+
+
+def stored_shared(tree: Mapping[str, Any], config: ModelConfig) -> StoredParams:
+    """Float parameters outside the layers as they are stored: the tables in INT8 if ``head_bits`` is 8."""
+    specs = shared_specs(config)
+    rounded = {name: round_table(tree[name]) for name, spec in specs.items() if isinstance(spec, Mapping)}
+    return stored_form({**tree, **rounded}, specs)
 
 
 def write_tree(path: Path, tree: StoredParams) -> None:
@@ -270,13 +283,16 @@ def read_config(checkpoint: Path) -> ModelConfig:
         raise AtomError(f"{file}: no such file; is {checkpoint} a converted checkpoint?")
     data = read_json(file)
     version = data.pop("format_version", None)
-    if version == 1:
-        data = _from_version_1(file, data)
-    elif version != FORMAT_VERSION:
+    if version not in range(1, FORMAT_VERSION + 1) or isinstance(version, bool):
         raise AtomError(
-            f"{file}: not an Atom-JAX checkpoint of version 1 or {FORMAT_VERSION} (found {version!r}); "
+            f"{file}: not an Atom-JAX checkpoint of version 1 to {FORMAT_VERSION} (found {version!r}); "
             "convert the original model with 'atom-jax convert'"
         )
+    if version == 1:
+        data = _from_version_1(file, data)
+    if version < 3 and isinstance(data.get("format"), dict):
+        # Before version 3 the embedding and the head were always bfloat16.
+        data["format"] = {**data["format"], "head_bits": 16}
     for name in _SIZES & data.keys():
         if type(data[name]) is not int or data[name] < 1:
             raise AtomError(f"{file}: {name} must be a positive integer, found {data[name]!r}")
@@ -316,23 +332,39 @@ def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
     return wrap_tokenizer(folder)
 
 
-def layer_params(tree: StoredParams, config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:
+def layer_params(tree: StoredParams, config: ModelConfig) -> dict[str, Any]:
     """Stored parameters as those of ``llama.Layer``, on the default device.
 
     Args:
-      tree: parameters of one layer, or of a stack of layers (every array has a leading layer axis), or those
-        outside the layers.
+      tree: parameters of one layer, or of a stack of layers (every array has a leading layer axis).
       config: configuration of the model.
-      dtype: dtype for the arrays that are stored as bfloat16 and not part of a quantized linear.
     """
     weight, shapes = SCHEMES[config.format.scheme].weight, linear_shapes(config)
 
     def revive(name: str, value: Any) -> Any:
         if weight is not None and isinstance(value, Mapping):
             return weight.revive(value, shapes[name], config.format)
-        return jnp.asarray(value, dtype if value.dtype == jnp.bfloat16 else value.dtype)
+        return jnp.asarray(value)
 
     return {name: revive(name, value) for name, value in tree.items()}
+
+
+def shared_params(tree: StoredParams, config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:
+    """Stored parameters outside the layers as those of ``llama.Llama``, on the default device.
+
+    Args:
+      tree: what ``shared_specs`` describes.
+      config: configuration of the model.
+      dtype: dtype of the residual stream.
+    """
+    shape = (config.vocab_size, config.hidden_size)
+
+    def revive(value: Any) -> Any:
+        in_int8 = isinstance(value, Mapping)
+        return _INT8_ROWS.revive(value, shape, config.format) if in_int8 else jnp.asarray(value)
+
+    params = {name: revive(value) for name, value in tree.items()}
+    return {**params, "embedding": Embedding(params["embedding"], dtype)}
 
 
 def default_dtype() -> jnp.dtype:
@@ -349,7 +381,7 @@ def load(path: str | Path, *, dtype: jnp.dtype | None = None) -> Model:
 
     Args:
       path: folder written by ``atom-jax convert``.
-      dtype: dtype of activations and of matrices that are not quantized; None for ``default_dtype()``.
+      dtype: dtype of activations and of a cache that is not quantized; None for ``default_dtype()``.
 
     Raises:
       AtomError: the folder is not a checkpoint, or a part of it is missing, damaged or does not fit the
@@ -365,9 +397,9 @@ def load(path: str | Path, *, dtype: jnp.dtype | None = None) -> Model:
     for layer in range(config.num_layers):
         tree = read_tree(layer_path(path, layer), specs)
         jax.tree.map(lambda stack, value, layer=layer: stack.__setitem__(layer, value), stacked, tree)
-    tree = layer_params(read_tree(shared_path(path), shared_specs(config)), config, dtype)
+    tree = shared_params(read_tree(shared_path(path), shared_specs(config)), config, dtype)
     # Popped one by one, so that no more than one parameter is in host and device memory at the same time.
-    layers = {name: layer_params({name: stacked.pop(name)}, config, dtype)[name] for name in list(stacked)}
+    layers = {name: layer_params({name: stacked.pop(name)}, config)[name] for name in list(stacked)}
     return Model(path, config, make_params(config, {**tree, "layers": layers}))
 
 
@@ -375,8 +407,8 @@ def abstract_params(config: ModelConfig, dtype: jnp.dtype = jnp.bfloat16) -> nnx
     """Shapes of the params that ``load`` returns for ``config``; reads no file and allocates no arrays."""
 
     def build(shared: StoredParams, layers: StoredParams) -> nnx.State:
-        tree = layer_params(shared, config, dtype)
-        return make_params(config, {**tree, "layers": layer_params(layers, config, dtype)})
+        tree = shared_params(shared, config, dtype)
+        return make_params(config, {**tree, "layers": layer_params(layers, config)})
 
     layers = jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct((config.num_layers, *spec.shape), spec.dtype), layer_specs(config)

@@ -62,6 +62,8 @@ class Format:
       kv_groups: number of scales of each head of a token in an INT4 cache: 1 (as in the paper), or 2, one
         for each half of the head's channels.
       kv_rope: whether keys are cached before ("pre") or after ("post") RoPE.
+      head_bits: bits of each value in the embedding and in the head: 8, with a scale for each row and
+        multiplied as in w8a8; 16 means floating point.
       center_keys: whether a stored mean of each key channel is subtracted before the key is rounded to INT4.
 
     Raises:
@@ -76,6 +78,7 @@ class Format:
     kv_bits: Literal[4, 16] = 4
     kv_groups: Literal[1, 2] = 2
     kv_rope: KvRope = "post"
+    head_bits: Literal[8, 16] = 8
     center_keys: bool = True
 
     def __post_init__(self) -> None:
@@ -91,6 +94,7 @@ class Format:
             ("kv_rope", KvRope),
             ("kv_bits", Literal[4, 16]),
             ("kv_groups", Literal[1, 2]),
+            ("head_bits", Literal[8, 16]),
             ("gather_inputs", Literal[True, False]),
             ("center_keys", Literal[True, False]),
         ):

@@ -17,10 +17,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from atom_jax.config import ModelConfig
+from atom_jax.embedding import Table, round_table
 from atom_jax.errors import AtomError
 from atom_jax.llama import merge
 from atom_jax.perplexity import by_rows, exp_of_mean, make_windows, start_windows, targets
 from atom_jax.progress import Progress
+from pallas_kernels import QuantizedWeight
 
 # Tokens of one batch: several windows run together only if they are shorter than this. Larger batches would
 # only cost more memory on a CPU.
@@ -149,13 +151,14 @@ def layer_energies(
 
 
 def match_channels(
-    embedding_a: Shaped[Array | np.ndarray, "vocab hidden"],
-    embedding_b: Shaped[Array | np.ndarray, "vocab_b hidden_b"],
+    embedding_a: Table | np.ndarray,
+    embedding_b: Table | np.ndarray,
 ) -> Int32[np.ndarray, " hidden"]:
     """For each channel of A's residual stream, the channel of B's residual stream that holds the same.
 
     Reordering (``reorder="folded"``) permutes the columns of the embedding and changes nothing else in it.
-    So each column of A is looked up in B by its values, compared as bfloat16, the dtype in checkpoints.
+    So each column of A is looked up in B by its values, compared as they are in checkpoints: in bfloat16, or
+    in INT8 if one of the two is, because the scales of its rows do not depend on the order of the columns.
 
     Raises:
       AtomError: the columns of one embedding are not those of the other, or two columns of one embedding are
@@ -165,10 +168,9 @@ def match_channels(
         raise AtomError(
             f"the embeddings are of shapes {list(embedding_a.shape)} and {list(embedding_b.shape)}"
         )
-    columns_a, columns_b = (
-        np.ascontiguousarray(np.asarray(jnp.asarray(x, jnp.bfloat16)).view(np.uint16).T)
-        for x in (embedding_a, embedding_b)
-    )
+    tables = embedding_a, embedding_b
+    stored = _as_int8 if any(isinstance(table, QuantizedWeight) for table in tables) else _as_bfloat16
+    columns_a, columns_b = (np.ascontiguousarray(stored(table).T) for table in tables)
     if np.array_equal(columns_a, columns_b):
         return np.arange(len(columns_a), dtype=np.int32)
     keys_a, keys_b = ([column.tobytes() for column in columns] for columns in (columns_a, columns_b))
@@ -186,6 +188,15 @@ def match_channels(
     return np.asarray([places[key] for key in keys_a], np.int32)
 
 
+def _as_bfloat16(table: Table | np.ndarray) -> Shaped[np.ndarray, "vocab hidden"]:
+    assert not isinstance(table, QuantizedWeight)
+    return np.asarray(jnp.asarray(table, jnp.bfloat16)).view(np.uint16)
+
+
+def _as_int8(table: Table | np.ndarray) -> Shaped[np.ndarray, "vocab hidden"]:
+    return np.asarray((table if isinstance(table, QuantizedWeight) else round_table(table)).outliers)
+
+
 def _order_or_reason(
     params_a: nnx.State, params_b: nnx.State, config_a: ModelConfig, config_b: ModelConfig
 ) -> tuple[Int32[np.ndarray, " hidden"] | None, str | None]:
@@ -194,7 +205,7 @@ def _order_or_reason(
         return None, f"the models have {config_a.num_layers} and {config_b.num_layers} layers"
     try:
         models = merge(params_a, config_a), merge(params_b, config_b)
-        return match_channels(*(model.embedding.get_value() for model in models)), None
+        return match_channels(*(model.embedding.get_value().table for model in models)), None
     except AtomError as error:
         return None, str(error)
 

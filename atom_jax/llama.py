@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from atom_jax.blocks import BLOCKS, LayerParams, OnInput, Step, make_step
 from atom_jax.config import ModelConfig
-from atom_jax.layers import linear, one_layer
+from atom_jax.embedding import Embedding
+from atom_jax.layers import head_logits, one_layer
 from atom_jax.structure import index_shapes, linear_shapes, vector_shapes
 from pallas_kernels import PagedKVCache
 from pallas_kernels.nn import rms_norm
@@ -83,7 +84,7 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "batch seq hidden"], PagedKVCache, Any]:
         """``hidden``, and the results of ``observe`` on the residual stream after each layer, stacked."""
         step = make_step(positions, cache, self.config)
-        x = jnp.take(self.embedding.get_value(), tokens.reshape(-1), axis=0, mode="clip")
+        x = self.embedding.get_value().rows(tokens.reshape(-1))
         structure, stacked = nnx.split(self.layers)
 
         def body(carry, _):
@@ -99,9 +100,10 @@ class Llama(nnx.Module):
         return x.reshape(*tokens.shape, -1), cache, seen
 
     def logits(self, hidden: Float[Array, "*lead hidden"]) -> Float32[Array, "*lead vocab"]:
-        head = self.embedding if self.config.tie_word_embeddings else self.lm_head
+        tied = self.config.tie_word_embeddings
+        head = self.embedding.get_value().table if tied else self.lm_head.get_value()
         rows = hidden.reshape(-1, hidden.shape[-1])
-        return linear(rows, head.get_value(), None, jnp.float32).reshape(*hidden.shape[:-1], -1)
+        return head_logits(rows, head, self.config).reshape(*hidden.shape[:-1], -1)
 
 
 def make_params(config: ModelConfig, tree: Mapping[str, Any]) -> nnx.State:
@@ -109,11 +111,14 @@ def make_params(config: ModelConfig, tree: Mapping[str, Any]) -> nnx.State:
 
     Args:
       config: configuration of the model.
-      tree: "embedding" [vocab, hidden], "norm" [hidden], "lm_head" [vocab, hidden] unless tied, and
-        "layers": the names of ``linear_shapes``, ``vector_shapes`` and ``index_shapes``, each with a
-        leading layer axis.
+      tree: "embedding" (an ``Embedding``, or a float array [vocab, hidden] that has the dtype of the residual
+        stream), "norm" [hidden], "lm_head" [vocab, hidden] unless tied, and "layers": the names of
+        ``linear_shapes``, ``vector_shapes`` and ``index_shapes``, each with a leading layer axis.
     """
-    return nnx.split(Llama(config, tree))[1]
+    embedding = tree["embedding"]
+    if not isinstance(embedding, Embedding):
+        embedding = Embedding(embedding, embedding.dtype)
+    return nnx.split(Llama(config, {**tree, "embedding": embedding}))[1]
 
 
 @functools.cache

@@ -137,6 +137,14 @@ def convert(
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,
+    head_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of the embedding and of the head: 8 or 16.",
+            show_default=_default("head_bits"),
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
     kv_bits: Annotated[
         int | None, typer.Option(help="4 or 16.", show_default=_default("kv_bits"), rich_help_panel=_CACHE)
     ] = None,
@@ -201,6 +209,7 @@ def convert(
         migrate=migrate,
         reorder=reorder,
         rotate=rotate,
+        head_bits=head_bits,
         kv_bits=kv_bits,
         kv_groups=kv_groups,
         kv_rope=kv_rope,

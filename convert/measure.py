@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
-from atom_jax.checkpoint import layer_params, layer_path, layer_specs, read_tree, shared_path, shared_specs
+from atom_jax.checkpoint import (
+    layer_params,
+    layer_path,
+    layer_specs,
+    read_tree,
+    shared_params,
+    shared_path,
+    shared_specs,
+)
 from atom_jax.config import ModelConfig
 from atom_jax.perplexity import PerplexityResult
 from atom_jax.progress import Progress
@@ -44,10 +52,10 @@ def checkpoint_perplexity(
 
     def layers() -> Iterator[dict[str, Any]]:
         for layer in range(config.num_layers):
-            yield layer_params(read_tree(layer_path(checkpoint, layer), specs), config, jnp.float32)
+            yield layer_params(read_tree(layer_path(checkpoint, layer), specs), config)
 
     stored = read_tree(shared_path(checkpoint), shared_specs(config))
-    shared = {name: value.astype(np.float32) for name, value in stored.items()}
+    shared = shared_params(stored, config, jnp.dtype(jnp.float32))
     return streamed_perplexity(
         layers, shared, tokens, config=config, seq_len=window_length(config), progress=progress
     )

@@ -15,8 +15,7 @@ from atom_jax.checkpoint import (
     CARD_FILE,
     TOKENIZER_FOLDER,
     shared_path,
-    shared_specs,
-    stored_form,
+    stored_shared,
     write_config,
     write_tree,
 )
@@ -285,6 +284,6 @@ def _write_shared(
     if order is not None:
         shared = permute_shared(shared, order)
         windows = np.ascontiguousarray(windows[..., order])
-    specs = shared_specs(source.config.replace(format=recipe.format))
-    write_tree(shared_path(workspace.checkpoint), stored_form(shared, specs))
+    stored = stored_shared(shared, source.config.replace(format=recipe.format))
+    write_tree(shared_path(workspace.checkpoint), stored)
     return windows, order

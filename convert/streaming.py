@@ -14,8 +14,9 @@ from jaxtyping import Array, Float32, Int32
 
 from atom_jax.blocks import OnInput, make_step
 from atom_jax.config import ModelConfig
+from atom_jax.embedding import Embedding, head_table
 from atom_jax.kv_cache import init_cache
-from atom_jax.layers import linear
+from atom_jax.layers import head_logits
 from atom_jax.llama import Layer
 from atom_jax.perplexity import PerplexityResult, exp_of_mean, make_windows, sum_nll
 from atom_jax.progress import Progress
@@ -145,24 +146,27 @@ def run_in_place(params: Params, windows: Windows, config: ModelConfig) -> None:
 
 
 def embed(
-    embedding: Float32[np.ndarray, "vocab hidden"], tokens: Int32[np.ndarray, "windows seq"]
+    embedding: Float32[np.ndarray, "vocab hidden"] | Embedding, tokens: Int32[np.ndarray, "windows seq"]
 ) -> Windows:
     """The residual stream before the first layer: the embeddings of the tokens, float32."""
+    if isinstance(embedding, Embedding):
+        rows = embedding.rows(jnp.asarray(tokens.reshape(-1)))
+        return np.array(rows, np.float32).reshape(*tokens.shape, -1)
     return np.ascontiguousarray(embedding[tokens], np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("eps",))
-def _window_nll(shared: Params, x: Array, tokens: Array, length: Array, *, eps: float) -> Float32[Array, ""]:
-    hidden = rms_norm(x, shared["norm"], eps)
-    head = shared.get("lm_head", shared["embedding"])
-    return sum_nll(
-        lambda rows: linear(rows, head, None, jnp.float32), hidden[None], tokens[None], length[None]
-    )
+@functools.partial(jax.jit, static_argnames=("config",))
+def _window_nll(
+    shared: Params, x: Array, tokens: Array, length: Array, *, config: ModelConfig
+) -> Float32[Array, ""]:
+    hidden = rms_norm(x, shared["norm"], config.rms_norm_eps)
+    logits = functools.partial(head_logits, head=head_table(shared), config=config)
+    return sum_nll(logits, hidden[None], tokens[None], length[None])
 
 
 def streamed_perplexity(
     layers: Callable[[], Iterable[Params]],
-    shared: Mapping[str, np.ndarray],
+    shared: Params,
     tokens: Int32[np.ndarray, " tokens"],
     *,
     config: ModelConfig,
@@ -176,7 +180,7 @@ def streamed_perplexity(
 
     Args:
       layers: called for each part of the text; returns an iterable over the parameters of the layers.
-      shared: embedding, norm and lm_head (unless tied), float32.
+      shared: embedding, norm and lm_head (unless tied), float32 arrays or those of ``shared_params``.
       tokens: token ids of the text, at least two.
       config: configuration of the model.
       seq_len: number of tokens of a window.
@@ -205,14 +209,13 @@ def _residual_nll(
     x: Windows,
     windows: Int32[np.ndarray, "windows seq"],
     lengths: Int32[np.ndarray, " windows"],
-    shared: Mapping[str, np.ndarray],
+    shared: Params,
     config: ModelConfig,
 ) -> float:
     """Summed negative log-likelihood (nats) of the windows; arguments as in ``residual_perplexity``."""
     on_device = jax.tree.map(jnp.asarray, dict(shared))
     return sum(
-        float(_window_nll(on_device, *row, eps=config.rms_norm_eps))
-        for row in zip(x, windows, lengths, strict=True)
+        float(_window_nll(on_device, *row, config=config)) for row in zip(x, windows, lengths, strict=True)
     )
 
 
@@ -225,7 +228,7 @@ def residual_perplexity(
     x: Windows,
     windows: Int32[np.ndarray, "windows seq"],
     lengths: Int32[np.ndarray, " windows"],
-    shared: Mapping[str, np.ndarray],
+    shared: Params,
     *,
     config: ModelConfig,
 ) -> PerplexityResult:
@@ -234,7 +237,7 @@ def residual_perplexity(
     Args:
       x: the residual stream after the last layer.
       windows, lengths: the windows of token ids and their lengths, from ``atom_jax.perplexity.make_windows``.
-      shared: embedding, norm and lm_head (unless tied), float32.
+      shared: embedding, norm and lm_head (unless tied), float32 arrays or those of ``shared_params``.
       config: configuration of the model.
 
     Raises:

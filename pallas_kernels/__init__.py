@@ -5,6 +5,7 @@ checkpoint or the engine. ``use_implementation`` says which implementations ther
 """
 
 from pallas_kernels.dispatch import use_implementation
+from pallas_kernels.float_matmul.api import float_matmul
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.int3 import WeightOnlyInt3
 from pallas_kernels.kv_append.api import kv_append
@@ -38,6 +39,7 @@ __all__ = [
     "TwoLevelWeight",
     "WeightOnlyInt3",
     "WeightOnlyInt4",
+    "float_matmul",
     "grouped_matmul",
     "init_paged_kv_cache",
     "kv_append",

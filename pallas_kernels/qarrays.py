@@ -250,7 +250,7 @@ class LayerOf(Generic[Weight]):
 
 
 def at_layer(stack: Shaped[Array, "layers *shape"], layer: Int32[Array, ""]) -> Shaped[Array, "*shape"]:
-    """The array of one layer, whose index is not negative: a GPU would pay for that case in each layer."""
+    """The array of one layer. To allow for a negative index would cost a GPU time in each layer."""
     return lax.dynamic_index_in_dim(stack, layer, keepdims=False, allow_negative_indices=False)
 
 

@@ -17,12 +17,13 @@ def _specs(rows: int, channels: int, group_size: int, num_outliers: int) -> Weig
     }
 
 
+WEIGHT = WeightFormat(
+    QuantizedWeight, _specs, grouped_matmul, QuantizedWeight.activation_format, grouped=False
+)
 SCHEME = Scheme(
     name="w8a8",
     about="SmoothQuant: INT8 weights and activations",
-    weight=WeightFormat(
-        QuantizedWeight, _specs, grouped_matmul, QuantizedWeight.activation_format, grouped=False
-    ),
+    weight=WEIGHT,
     unused={**NO_OUTLIERS, "group_size": None},
     defaults={"kv_bits": 16},
 )

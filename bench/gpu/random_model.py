@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -9,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from atom_jax.checkpoint import shared_specs
 from atom_jax.config import ModelConfig
+from atom_jax.embedding import Embedding, Table, round_table
 from atom_jax.kernel_check import check_kernels
 from atom_jax.llama import make_params
 from atom_jax.structure import linear_shapes, vector_shapes
@@ -55,11 +56,14 @@ def random_params(config: ModelConfig, key: Key[Array, ""], branch_gain: float =
     for name, shape in vector_shapes(config).items():
         full = (config.num_layers, *shape)
         layers[name] = jax.random.uniform(next(keys), full, minval=0.5, maxval=1.5)
-    tree: dict[str, Any] = {"layers": layers}
-    for name, spec in shared_specs(config).items():
-        if name == "norm":
-            tree[name] = jnp.ones(spec.shape, jnp.float32)
-        else:
-            std = 1.0 if name == "embedding" else spec.shape[1] ** -0.5
-            tree[name] = jax.jit(matrix, static_argnums=(1, 2))(next(keys), spec.shape, std)
+
+    @functools.partial(jax.jit, static_argnames=("std",))
+    def table(key: Key[Array, ""], std: float) -> Table:
+        floats = matrix(key, (config.vocab_size, config.hidden_size), std)
+        return round_table(floats) if format.head_bits == 8 else floats
+
+    tree: dict[str, Any] = {"layers": layers, "norm": jnp.ones(config.hidden_size, jnp.float32)}
+    tree["embedding"] = Embedding(table(next(keys), 1.0), jnp.dtype(jnp.bfloat16))
+    if not config.tie_word_embeddings:
+        tree["lm_head"] = table(next(keys), config.hidden_size**-0.5)
     return make_params(config, tree)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
-from atom_jax.checkpoint import layer_specs, linear_spec, shared_specs, stored_form
+from atom_jax.checkpoint import layer_specs, linear_spec, shared_params, shared_specs, stored_shared
 from atom_jax.config import ModelConfig, preset
 from atom_jax.errors import AtomError
 from atom_jax.perplexity import make_windows
@@ -203,8 +204,7 @@ class _Ablation:
         config = source.config.replace(format=recipe.format)
         shared, order, calibration = self._start(source, recipe)
         if recipe.format.quantizes_linears:  # rounded as in a checkpoint
-            stored = stored_form(shared, shared_specs(config))
-            shared = {name: value.astype(np.float32) for name, value in stored.items()}
+            shared = shared_params(stored_shared(shared, config), config, jnp.dtype(jnp.float32))
         evaluated = {
             name: embed(shared["embedding"], windows) for name, (windows, _) in self.eval_windows.items()
         }

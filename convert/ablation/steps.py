@@ -54,6 +54,7 @@ _NAIVE: dict[str, Any] = {
     "kv_bits": 16,
     "kv_groups": 1,
     "kv_rope": "pre",
+    "head_bits": 16,
 }
 
 
@@ -80,6 +81,7 @@ def make_steps(group_size: int, num_outliers: int) -> tuple[AblationStep, ...]:
         AblationStep("center-keys", "mean of the keys removed", {"center_keys": True}),
         AblationStep("migrate", "scales migrated", {"migrate": True}),
         AblationStep("clip-search", "clipping of weights searched", {"clip_w": None}),
+        AblationStep("head8", "embedding and head in INT8", {"head_bits": 8}),
         # Alternatives.
         AblationStep("rotated", "rotated first", {"rotate": True}, branch=True),
         AblationStep(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float32, Int32, Key
 
 from atom_jax.blocks import make_step
 from atom_jax.config import ModelConfig
+from atom_jax.embedding import head_table
 from atom_jax.kv_cache import init_cache
 from atom_jax.layers import linear
 from atom_jax.llama import Layer
@@ -47,7 +48,7 @@ def _next_token(
     shared: dict[str, Array], x: Float32[Array, "batch hidden"], key: Key[Array, ""], *, eps: float
 ) -> Int32[Array, " batch"]:
     hidden = rms_norm(x, shared["norm"], eps)
-    logits = linear(hidden, shared.get("lm_head", shared["embedding"]), None, jnp.float32)
+    logits = linear(hidden, head_table(shared), None, jnp.float32)
     # Inverse transform sampling needs one uniform number for each row. ``jax.random.categorical`` draws one
     # for each token of the vocabulary, which takes four times as long on a CPU.
     cumulative = jnp.cumsum(jax.nn.softmax(logits), axis=-1)

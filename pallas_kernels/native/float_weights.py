@@ -24,7 +24,10 @@ from pallas_kernels.native.vectors import (
     float32x16,
     int32x16,
     load_floats,
+    load_row,
     splat,
+    store_transposed,
+    transpose,
 )
 
 VECTOR_BYTES = 4 * LANES
@@ -54,6 +57,27 @@ def store_dequantized(builder: Builder, address: Value, four: Value, offsets: Va
         values = builder.fmul(builder.fsub(builder.sitofp(byte, FLOATS), offsets), scales)
         where = builder.add(address, ir.Constant(I64, VECTOR_BYTES * place))
         builder.store(values, at(builder, where, FLOATS), align=64)
+
+
+@instruction(types.void(ADDRESS, types.int64, ADDRESS))
+def unpack_float32(builder: Builder, lines: Value, stride: Value, floats: Value) -> None:
+    """64 bytes of each of 16 rows of float32, ``stride`` bytes apart, as floats [16 channels, 16 rows]."""
+    store_transposed(builder, [load_row(builder, lines, stride, row) for row in range(LANES)], floats)
+
+
+@instruction(types.void(ADDRESS, types.int64, ADDRESS))
+def unpack_bfloat16(builder: Builder, lines: Value, stride: Value, floats: Value) -> None:
+    """64 bytes of each of 16 rows of bfloat16, as floats [32 channels, 16 rows].
+
+    A bfloat16 is the upper half of a float32; two channels share a word.
+    """
+    rows = [builder.bitcast(load_row(builder, lines, stride, row), INTS) for row in range(LANES)]
+    for index, pairs in enumerate(transpose(builder, rows)):
+        first = builder.shl(pairs, splat(INTS, 16))
+        second = builder.and_(pairs, splat(INTS, -(1 << 16)))
+        for place, values in enumerate((first, second)):
+            where = builder.add(floats, ir.Constant(I64, VECTOR_BYTES * (2 * index + place)))
+            builder.store(values, at(builder, where, INTS), align=64)
 
 
 def make_multiply_floats(num_tokens: int) -> Any:

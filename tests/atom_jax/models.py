@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from atom_jax.config import Format, ModelConfig, preset
+from atom_jax.embedding import Embedding, round_table
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward, make_params
 from atom_jax.structure import linear_shapes, vector_shapes
@@ -56,6 +57,9 @@ def tiny_tree(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
     }
     if not config.tie_word_embeddings:
         tree["lm_head"] = normal(config.vocab_size, config.hidden_size, std=1.0)
+    if config.format.head_bits == 8:
+        tree |= {name: round_table(tree[name]) for name in ("embedding", "lm_head") if name in tree}
+        tree["embedding"] = Embedding(tree["embedding"], jnp.dtype(jnp.float32))
     return tree
 
 

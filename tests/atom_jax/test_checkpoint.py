@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -17,7 +18,9 @@ import pytest
 
 from atom_jax import checkpoint
 from atom_jax.config import ModelConfig, preset
-from atom_jax.llama import make_params
+from atom_jax.embedding import Embedding
+from atom_jax.kv_cache import init_cache
+from atom_jax.llama import make_params, merge
 from pallas_kernels import QuantizedWeight
 from tests.atom_jax.models import tiny_config
 from tests.convert.tiny import fails, save_tokenizer
@@ -25,7 +28,10 @@ from tests.convert.tiny import fails, save_tokenizer
 CONFIGS = {
     "bf16": tiny_config(preset("bf16"), qk_norm=True),
     "groups": tiny_config(
-        preset("w4a4kv4", group_size=32, num_outliers=32, gather_inputs=True, center_keys=False), o_bias=True
+        preset(
+            "w4a4kv4", group_size=32, num_outliers=32, gather_inputs=True, center_keys=False, head_bits=16
+        ),
+        o_bias=True,
     ),
     "centered": tiny_config(preset("w4a4kv4", group_size=32, num_outliers=32, center_keys=True)),
     "windows": tiny_config(preset("bf16"), windows=(None, 64)),
@@ -100,8 +106,14 @@ def test_what_is_written_comes_back(name: str, tmp_path: Path) -> None:
             outliers, scales = value.get("outliers", empty), value["scales"].astype(np.float32)
             tree["layers"][key] = QuantizedWeight(value["packed"], outliers, scales, group)
         else:
-            tree["layers"][key] = value.astype(np.float32) if value.dtype != np.int32 else value
-    tree |= {key: value.astype(np.float32) for key, value in shared.items()}
+            tree["layers"][key] = value
+    for key, value in shared.items():
+        tree[key] = value
+        if isinstance(value, dict):
+            empty, scales = np.zeros((config.vocab_size, 0), np.int8), value["scales"].astype(np.float32)
+            tree[key] = QuantizedWeight(empty, value["outliers"], scales, 0)
+    assert isinstance(tree["embedding"], QuantizedWeight) == (config.format.head_bits == 8)
+    tree["embedding"] = Embedding(tree["embedding"], jnp.dtype(jnp.float32))
     expected = make_params(config, tree)
 
     assert jax.tree.structure(model.params) == jax.tree.structure(expected)
@@ -110,13 +122,27 @@ def test_what_is_written_comes_back(name: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(actual, wanted)
 
 
-def test_dtype_is_that_of_matrices_only(tmp_path: Path) -> None:
-    write(tmp_path, CONFIGS["bf16"])
+@pytest.mark.parametrize("name", ["bf16", "centered"])
+def test_dtype_is_that_of_the_residual_stream(name: str, tmp_path: Path) -> None:
+    """Parameters stay what they are on disk."""
+    config = CONFIGS[name]
+    write(tmp_path, config)
+    tokens = jnp.zeros((1, 3), jnp.int32)
     for dtype in (jnp.bfloat16, jnp.float32):
         params: Any = checkpoint.load(tmp_path, dtype=dtype).params
-        for name in ("qkv_proj", "down_proj"):
-            assert params["layers"][name].get_value().dtype == dtype
-        assert params["embedding"].get_value().dtype == params["lm_head"].get_value().dtype == dtype
+        embedding = params["embedding"].get_value()
+        assert embedding.dtype == dtype
+        rows = embedding.rows(jnp.asarray([3, config.vocab_size + 5]))
+        table = embedding.table.dequantize() if name == "centered" else embedding.table
+        assert rows.dtype == dtype
+        np.testing.assert_array_equal(rows, jnp.asarray(table)[jnp.asarray([3, -1])].astype(dtype))
+        hidden = merge(params, config).hidden(tokens, tokens + jnp.arange(3), init_cache(config, 1, 4))[0]
+        assert hidden.dtype == dtype
+        if name != "bf16":
+            continue
+        for linear in ("qkv_proj", "down_proj"):
+            assert params["layers"][linear].get_value().dtype == jnp.bfloat16
+        assert embedding.table.dtype == params["lm_head"].get_value().dtype == jnp.bfloat16
         for vector in (params["norm"], params["layers"]["q_norm"], params["layers"]["qkv_bias"]):
             assert vector.get_value().dtype == jnp.float32
 
@@ -229,10 +255,12 @@ def formatted(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("edit", "part"),
     [
-        (edited(format_version=3), "not an Atom-JAX checkpoint of version 1 or 2 (found 3)"),
-        (edited(format_version="2"), "not an Atom-JAX checkpoint of version 1 or 2 (found '2')"),
+        (edited(format_version=4), "not an Atom-JAX checkpoint of version 1 to 3 (found 4)"),
+        (edited(format_version=True), "not an Atom-JAX checkpoint of version 1 to 3 (found True)"),
+        (edited(format_version="2"), "not an Atom-JAX checkpoint of version 1 to 3 (found '2')"),
+        (edited(format_version=2, format=[]), "model configuration is not readable"),
         (edited(format_version=1), "model configuration is not readable: no settings under 'quantization'"),
-        (lambda data: {"model_type": "llama"}, "not an Atom-JAX checkpoint of version 1 or 2 (found None)"),
+        (lambda data: {"model_type": "llama"}, "not an Atom-JAX checkpoint of version 1 to 3 (found None)"),
         (edited(surprise=1), "surprise"),
         (lambda data: {k: v for k, v in data.items() if k != "rope"}, "rope"),
         (lambda data: {k: v for k, v in data.items() if k != "hidden_size"}, "hidden_size"),
@@ -263,6 +291,7 @@ def test_bad_configuration(edit: Callable[[dict[str, Any]], Any], part: str, dam
 def version_1(data: dict[str, Any], **recipe: Any) -> dict[str, Any]:
     """The configuration as version 1 wrote it, in which the converter's recipe was not apart."""
     format = dict(data["format"])
+    del format["head_bits"]  # 16 before version 3
     reorder = "per_layer" if format.pop("gather_inputs") else "folded"
     made = {"clip_w": None, "gptq": True, "rotate": False, "migrate": True, "smooth_keys": None}
     settings = {**format, **made, "reorder": reorder, **recipe}
@@ -270,13 +299,23 @@ def version_1(data: dict[str, Any], **recipe: Any) -> dict[str, Any]:
     return {"format_version": 1, **rest, "quantization": settings}
 
 
+def version_2(data: dict[str, Any]) -> dict[str, Any]:
+    """The configuration as version 2 wrote it, whose embedding and head were always bfloat16."""
+    format = {name: value for name, value in data["format"].items() if name != "head_bits"}
+    return {**data, "format_version": 2, "format": format}
+
+
+@pytest.mark.parametrize("before", [version_1, version_2])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_version_1_is_read(name: str, tmp_path: Path) -> None:
+def test_earlier_versions_are_read(
+    name: str, before: Callable[[dict[str, Any]], dict[str, Any]], tmp_path: Path
+) -> None:
     config = CONFIGS[name]
+    config = config.replace(format=dataclasses.replace(config.format, head_bits=16))
     write(tmp_path, config)
     expected = checkpoint.load(tmp_path)
     file = tmp_path / checkpoint.CONFIG_FILE
-    file.write_text(json.dumps(version_1(json.loads(file.read_text()))))
+    file.write_text(json.dumps(before(json.loads(file.read_text()))))
     model = checkpoint.load(tmp_path)
     assert model.config == expected.config == config
     jax.tree.map(np.testing.assert_array_equal, model.params, expected.params)

@@ -56,7 +56,7 @@ def _run(params: nnx.State, window: jax.Array, *, config: ModelConfig) -> tuple[
     positions = jnp.arange(window.size, dtype=jnp.int32)[None]
     cache = init_cache(config, 1, window.size, dtype=jnp.float32)
     step = make_step(positions, cache, config)
-    x, seen = model.embedding.get_value()[window], []
+    x, seen = model.embedding.get_value().rows(window), []
     names = (*linear_shapes(config), *vector_shapes(config))
     for index in range(config.num_layers):
         stacks = {name: model.layers.param(name) for name in names}

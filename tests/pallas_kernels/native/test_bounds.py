@@ -21,6 +21,7 @@ import pytest
 from pallas_kernels import (
     ActivationFormat,
     PagedKVCache,
+    float_matmul,
     grouped_matmul,
     kv_append,
     norm_quantize,
@@ -34,7 +35,7 @@ from pallas_kernels import (
 from pallas_kernels.native.instruction_sets import available
 from pallas_kernels.qarrays import LayerOf
 from tests.pallas_kernels import bridge, oracle, test_grouped_matmul, test_int4_weights
-from tests.pallas_kernels.native import call_frame
+from tests.pallas_kernels.native import call_frame, test_float_matmul
 from tests.pallas_kernels.native.call_frame import KernelCall
 from tests.pallas_kernels.native.test_quantize_rows import SHAPES, floats
 from tests.pallas_kernels.test_ops import KERNELS
@@ -79,6 +80,13 @@ def matmul_runs(matmul: Callable[..., Any], x: Any, w: Any, m: int, n: int) -> I
     for weight in (w, LayerOf(stack, jnp.int32(0)), LayerOf(stack, jnp.int32(2))):
         yield functools.partial(matmul, x, weight, out_dtype=jnp.float32)
     yield functools.partial(matmul, x, w, bias=bias, residual=residual, out_dtype=jnp.float32)
+
+
+def float_matmul_runs() -> Iterator[Run]:
+    for m, n, k in test_float_matmul.CASES:
+        for dtype in (jnp.float32, jnp.bfloat16):
+            x, w = test_float_matmul.operands(m, n, k, dtype)
+            yield from matmul_runs(float_matmul, x, w, m, n)
 
 
 def grouped_matmul_runs() -> Iterator[Run]:
@@ -148,6 +156,7 @@ def kv_append_runs() -> Iterator[Run]:
 
 
 RUNS: dict[str, Callable[[], Iterator[Run]]] = {
+    "float_matmul": float_matmul_runs,
     "grouped_matmul": grouped_matmul_runs,
     "kv_append": kv_append_runs,
     "norm_quantize": norm_quantize_runs,

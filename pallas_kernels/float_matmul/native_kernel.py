@@ -1,0 +1,88 @@
+"""``float_matmul`` for the CPU: a block is 16 output channels of all tokens.
+
+A piece of the weight, 128 channels of 16 rows, becomes float32 with the rows in the lanes of vectors, and all
+tokens of a block share it. Per token and output channel the sums are in one order: within a piece the
+channels at even and those at odd places, then piece by piece.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from pallas_kernels.native.dot_products import DotProduct
+from pallas_kernels.native.float_weights import (
+    VECTOR_BYTES,
+    multiply_any,
+    unpack_bfloat16,
+    unpack_float32,
+)
+from pallas_kernels.native.frame import buffer, size
+from pallas_kernels.native.memory import load_int8, load_int32, stack, store_int8
+from pallas_kernels.native.tiles import BLOCK_TOKENS, store_result
+from pallas_kernels.native.vectors import LANES, broadcast_float, store_floats
+
+# The order of buffers and sizes in ``native_cpu.run``.
+X, LAYER, WEIGHT, BIAS, RESIDUAL, OUT = range(6)
+_, TOKENS, ROWS, CHANNELS, IS_BFLOAT16, HAS_BIAS, HAS_RESIDUAL = range(7)
+
+_PIECE = 128  # channels
+_LINE = 64  # bytes of a row that are unpacked at once
+_floats_memory, _tile_memory = stack(_PIECE * VECTOR_BYTES), stack(VECTOR_BYTES * BLOCK_TOKENS)
+_lines_memory = stack(_LINE * LANES)
+
+
+def make_block(dot_product: DotProduct) -> Any:
+    """See ``native.build.Kernel``; the products are of floats, whatever the instruction set."""
+    multiply = multiply_any()
+
+    @njit
+    def unpack_lines(job, lines, stride, floats):
+        """64 bytes of each of 16 rows, as floats [channels, 16]."""
+        if size(job, IS_BFLOAT16):
+            unpack_bfloat16(lines, stride, floats)
+        else:
+            unpack_float32(lines, stride, floats)
+
+    @njit
+    def unpack(job, row, channel, channels, lines, floats):
+        """So many channels of 16 rows; those that fill up the last line of 64 bytes are zero."""
+        item = 2 if size(job, IS_BFLOAT16) else 4
+        stride = size(job, CHANNELS) * item
+        layer = load_int32(buffer(job, LAYER)) * size(job, ROWS) * stride
+        source = buffer(job, WEIGHT) + layer + row * stride + channel * item
+        for place in range(0, channels * item, _LINE):
+            left = channels * item - place
+            target = floats + place // item * VECTOR_BYTES
+            if left >= _LINE:
+                unpack_lines(job, source + place, stride, target)
+                continue
+            for index in range(LANES * _LINE):
+                line, within = index // _LINE, index % _LINE
+                byte = load_int8(source + place + line * stride + within) if within < left else 0
+                store_int8(lines + index, byte)
+            unpack_lines(job, lines, _LINE, target)
+
+    @njit
+    def block(job, index):
+        num_tokens, num_rows, num_channels = size(job, TOKENS), size(job, ROWS), size(job, CHANNELS)
+        # ``x`` has a channel of zeros more where their number is odd.
+        x_channels = num_channels + num_channels % 2
+        # The last 16 rows may overlap the ones before: both write the same.
+        row = min(index * LANES, num_rows - LANES)
+        lines, floats, y = _lines_memory(), _floats_memory(), _tile_memory()
+        for token in range(0, num_tokens, BLOCK_TOKENS):
+            tokens = min(BLOCK_TOKENS, num_tokens - token)
+            for position in range(tokens):
+                store_floats(y + VECTOR_BYTES * position, broadcast_float(0.0))
+            for channel in range(0, num_channels, _PIECE):
+                unpack(job, row, channel, min(_PIECE, num_channels - channel), lines, floats)
+                x = buffer(job, X) + 4 * (token * x_channels + channel)
+                multiply(tokens, x, 4 * x_channels, y, floats, min(_PIECE, x_channels - channel))
+            out = 4 * (token * num_rows + row)
+            bias = buffer(job, BIAS) + 4 * row if size(job, HAS_BIAS) else 0
+            residual = buffer(job, RESIDUAL) + out if size(job, HAS_RESIDUAL) else 0
+            store_result(y, tokens, buffer(job, OUT) + out, 4 * num_rows, bias, residual)
+
+    return block
