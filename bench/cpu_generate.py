@@ -5,9 +5,9 @@
 
 W4A4KV4 and W8A8 are conversions of SmolLM2 (``atom-jax demo`` makes the first). Each system is a process of
 its own (``bench.cpu``). They take turns within each round, on the same cores, so that other load on the
-machine meets all of them. A time is that of the fastest round, because other load can only make it longer;
-the times of all rounds are saved. Decoding is (time of FEW + N tokens - time of FEW tokens) / N, so that the
-time of prefill is not in it. Prefill is the time to the first token.
+machine meets all of them. A time is that of the fastest round, because other load can only make it longer.
+The times of all rounds are saved, after each of them. Decoding is (time of MANY tokens - time of FEW) /
+(MANY - FEW), so that the time of prefill is not in it. Prefill is the time to the first token.
 
 llama.cpp comes from npm, with its own binary; without node it is left out.
 """
@@ -95,43 +95,26 @@ def systems(w4a4kv4: Path, w8a8: Path | None, cores: int) -> list[System]:
     return found + [llama_cpp.system(folder, model, cores) for model in (gguf, llama_cpp.q4_0(gguf))]
 
 
+# Seconds of the turns of each system and measure, by number of new tokens.
 Times = dict[tuple[str, Measure], dict[int, list[float]]]
 
 
-def measure_rounds(
-    running: dict[System, RunningSystem], rounds: int, end: float
-) -> tuple[Times, list[float]]:
-    """Lets all systems take turns.
+def take_turns(running: dict[System, RunningSystem], number: int, times: Times) -> None:
+    """Lets all systems do one thing after the other; ``times`` gets the seconds.
 
     Args:
       running: the processes.
-      rounds: number of rounds.
-      end: no round begins after this ``time.monotonic()``, except the first.
-
-    Returns:
-      The seconds of each turn, by system and measure and then by number of new tokens; and those of each
-      round.
+      number: of the round: systems that are not frequent rest in the odd ones.
+      times: of the rounds before.
     """
-    prompts = {measure: measure.prompts() for measure in MEASURES}
-    times: Times = {
-        (system.name, measure): {count: [] for count in measure.counts}
-        for system in running
-        for measure in MEASURES
-    }
-    seconds = []
-    for number in range(rounds):
-        started = time.monotonic()
-        if number and started > end:
-            break
-        for measure in MEASURES:
-            for count in measure.counts:
-                for system, process in running.items():
-                    if system.frequent or number % 2 == 0:
-                        answer = process.generate(prompts[measure], count)
-                        times[system.name, measure][count].append(answer["seconds"])
-        seconds.append(time.monotonic() - started)
-        print(f"round {number + 1}: {seconds[-1]:.0f} s", flush=True)
-    return times, seconds
+    for measure in MEASURES:
+        prompts = measure.prompts()
+        for count in measure.counts:
+            for system, process in running.items():
+                if system.frequent or number % 2 == 0:
+                    seconds = process.generate(prompts, count)["seconds"]
+                    counts = times.setdefault((system.name, measure), {})
+                    counts.setdefault(count, []).append(seconds)
 
 
 def shares(row: dict[str, Any], ready: dict[str, Any], limits: dict[str, Any]) -> dict[str, float]:
@@ -154,6 +137,17 @@ def shares(row: dict[str, Any], ready: dict[str, Any], limits: dict[str, Any]) -
     return found
 
 
+def rows(times: Times, ready: dict[str, Any], limits: dict[str, Any]) -> list[dict[str, Any]]:
+    """The result of each system and measure."""
+    found = []
+    for (name, measure), rounds in times.items():
+        seconds = measure.seconds(rounds)
+        row: dict[str, Any] = {"system": name} | dataclasses.asdict(measure)
+        row |= {"seconds": seconds, "tokens_per_second": measure.tokens() / seconds}
+        found.append(row | shares(row, ready[name], limits) | {"seconds_of_rounds": rounds})
+    return found
+
+
 def main(
     w4a4kv4: Annotated[Path, typer.Argument(help="A converted SmolLM2.")],
     w8a8: Annotated[Path | None, typer.Argument(help="Another.")] = None,
@@ -171,25 +165,22 @@ def main(
             for measure in MEASURES:  # compiles, and allocates all memory
                 process.generate(measure.prompts(), measure.counts[0])
             print(f"{time.monotonic() - began:4.0f} s  {system.name} is ready", flush=True)
-        before = limits.measure()
-        times, of_rounds = measure_rounds(running, rounds, began + seconds)
-        most = limits.larger(before, limits.measure())
         ready = {system.name: {"cores": system.cores} | process.ready for system, process in running.items()}
-    rows = []
-    for (name, measure), found in times.items():
-        seconds_each = measure.seconds(found)
-        row: dict[str, Any] = {"system": name} | dataclasses.asdict(measure)
-        row |= {"seconds": seconds_each, "tokens_per_second": measure.tokens() / seconds_each}
-        row["seconds_of_rounds"] = found
-        row |= shares(row, ready[name], most)
-        rows.append(row)
-        print(
-            f"{name:28s} {measure.kind:7s} {measure.batch:2d} x {measure.prompt_tokens:4d} "
-            f"{row['tokens_per_second']:8.1f} tokens/s",
-            flush=True,
-        )
-    results = {"systems": ready, "limits": most, "seconds_of_rounds": of_rounds, "rows": rows}
-    print(record.save("cpu_generate", where, results))
+        results = {"systems": ready, "limits": limits.measure(), "seconds_of_rounds": [], "rows": []}
+        times: Times = {}
+        for number in range(rounds):
+            started = time.monotonic()
+            if number and started > began + seconds:
+                break
+            take_turns(running, number, times)
+            results["limits"] = limits.larger(results["limits"], limits.measure())
+            results["seconds_of_rounds"].append(time.monotonic() - started)
+            results["rows"] = rows(times, ready, results["limits"])
+            path = record.save("cpu_generate", where, results)
+            print(f"{time.monotonic() - began:4.0f} s  round {number + 1} is in {path.name}", flush=True)
+    for row in results["rows"]:
+        what = f"{row['kind']:7s} {row['batch']:2d} x {row['prompt_tokens']:4d}"
+        print(f"{row['system']:28s} {what} {row['tokens_per_second']:8.1f} tokens/s")
 
 
 if __name__ == "__main__":

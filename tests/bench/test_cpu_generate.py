@@ -99,13 +99,17 @@ class TestTimes:
 
         systems = [System("fast", (), 1), System("slow", (), 1, frequent=False)]
         running = {system: Fake(system.name) for system in systems}
-        times, rounds = cpu_generate.measure_rounds(running, 2, float("inf"))  # pyright: ignore[reportArgumentType]
+        times: cpu_generate.Times = {}
+        for number in range(2):
+            cpu_generate.take_turns(running, number, times)  # pyright: ignore[reportArgumentType]
         both = [(name, *rest) for rest in ((2, 17), (2, 64), (3, 1)) for name in ("fast", "slow")]
-        assert turns == [*both, *both[::2]] and len(rounds) == 2
+        assert turns == [*both, *both[::2]]
         assert times["fast", measures[0]] == {17: [17, 17], 64: [64, 64]}
         assert times["slow", measures[1]] == {1: [1]}
-        _, rounds = cpu_generate.measure_rounds(running, 2, 0.0)  # pyright: ignore[reportArgumentType]
-        assert len(rounds) == 1
+        first, *_, last = cpu_generate.rows(times, {"fast": {}, "slow": {}}, {})
+        assert first["system"] == "fast" and first["seconds"] == first["tokens_per_second"] == 1.0
+        assert last["system"] == "slow" and last["seconds_of_rounds"] == {1: [1]}
+        assert last["tokens_per_second"] == 3.0
 
     def test_shares_of_the_limits(self):
         ready = {
