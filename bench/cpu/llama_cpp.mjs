@@ -3,9 +3,9 @@
 //     node llama_cpp.mjs FOLDER_OF_NODE_MODULES MODEL.gguf THREADS
 //
 // Only llama_decode is in the times: no sampling, and a fixed token follows each, since the time of a step does
-// not depend on which one it is. Logits of the last token of each sequence are computed, as sampling needs them.
-// node-llama-cpp's queue of batches is passed by, so that what is one batch is decided here: all prompts
-// in batches of BATCH_TOKENS, then one token of each sequence in one batch.
+// not depend on which one it is. Logits of the last token of each sequence are computed, as sampling needs
+// them. The object behind node-llama-cpp's context is called, not its queue of batches, so that what is one
+// batch is decided here: all prompts in batches of BATCH_TOKENS, then one token of each sequence in one batch.
 
 import path from "node:path";
 import readline from "node:readline";
@@ -81,13 +81,15 @@ async function generate({prompts, new_tokens: newTokens}) {
     return {seconds, cpu_seconds: (used.user + used.system) / 1e6};
 }
 
+llama.logLevel = LlamaLogLevel.error;  // no lines while times are taken
 console.log(JSON.stringify({ready: {
     llama_cpp: llama.llamaCppRelease.release,
     system_info: llama.systemInfo,
     threads: contexts[1]._ctx.getThreads(),
     batch_tokens: BATCH_TOKENS,
-    flash_attention: contexts[1].flashAttention,
-    log: log.filter((line) => /flash.attn|Flash Attention|buffer size|loaded CPU backend|repack/i.test(line))
+    flash_attention: log.some((line) => line.includes("FLASH_ATTN_EXT")),  // an operation of its graph
+    log: log.filter((line) => /loaded CPU backend|model buffer size|KV buffer size|n_seq_max|n_ctx_seq +=/.test(line))
+        .map((line) => line.replace(/ from .*\//, " "))  // no paths of this machine
 }}));
 for await (const line of readline.createInterface({input: process.stdin}))
     console.log(JSON.stringify(await generate(JSON.parse(line))));
