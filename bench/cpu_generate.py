@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from atom_jax.checkpoint import read_config
 from bench import record
 from bench.cpu import limits, llama_cpp
 from bench.cpu.protocol import Prompts, RunningSystem, System
@@ -72,6 +73,9 @@ MEASURES = (
 
 def systems(w4a4kv4: Path, w8a8: Path | None, cores: int) -> list[System]:
     """What is there to be measured on this machine."""
+    for scheme, path in (("w4a4kv4", w4a4kv4), ("w8a8", w8a8)):
+        if path is not None and (found := read_config(path).format.scheme) != scheme:
+            raise SystemExit(f"{path} is {found}, {scheme} is expected")
 
     def worker(name: str, *words: object, cores: int = cores, frequent: bool = True) -> System:
         command = (sys.executable, "-m", "bench.cpu.worker", *map(str, words))
@@ -95,37 +99,36 @@ def systems(w4a4kv4: Path, w8a8: Path | None, cores: int) -> list[System]:
     return found + [llama_cpp.system(folder, model, cores) for model in (gguf, llama_cpp.q4_0(gguf))]
 
 
-# Seconds of the turns of each system and measure, by number of new tokens.
-Times = dict[tuple[str, Measure], dict[int, list[float]]]
+# What each system answered for each measure, by number of new tokens and round: "seconds", "cpu_seconds".
+Answers = dict[tuple[str, Measure], dict[int, list[dict[str, float]]]]
 
 
-def take_turns(running: dict[System, RunningSystem], number: int, times: Times) -> None:
-    """Lets all systems do one thing after the other; ``times`` gets the seconds.
+def take_turns(running: dict[System, RunningSystem], number: int, answers: Answers) -> None:
+    """Lets all systems do one thing after the other.
 
     Args:
       running: the processes.
       number: of the round: systems that are not frequent rest in the odd ones.
-      times: of the rounds before.
+      answers: those of the rounds before; gets those of this one.
     """
     for measure in MEASURES:
         prompts = measure.prompts()
         for count in measure.counts:
             for system, process in running.items():
                 if system.frequent or number % 2 == 0:
-                    seconds = process.generate(prompts, count)["seconds"]
-                    counts = times.setdefault((system.name, measure), {})
-                    counts.setdefault(count, []).append(seconds)
+                    counts = answers.setdefault((system.name, measure), {})
+                    counts.setdefault(count, []).append(process.generate(prompts, count))
 
 
 def shares(row: dict[str, Any], ready: dict[str, Any], limits: dict[str, Any]) -> dict[str, float]:
-    """How near to the limits of the CPU an integer model of Atom-JAX comes; nothing for other systems.
+    """How near to the limits of the CPU an Atom-JAX with native kernels comes; nothing for other systems.
 
     Returns:
       "of_read": bytes of the parameters that a step reads, over those that memory could deliver meanwhile.
       "of_dot": multiplications of weights, over those that the CPU could do meanwhile. Attention is not
       counted, nor, in prefill, the head, which only sees the last token.
     """
-    if ready.get("scheme") not in ("w4a4kv4", "w8a8"):
+    if ready.get("runs") != "native":
         return {}
     products = ready["products_of_a_token"]
     found = {}
@@ -137,14 +140,17 @@ def shares(row: dict[str, Any], ready: dict[str, Any], limits: dict[str, Any]) -
     return found
 
 
-def rows(times: Times, ready: dict[str, Any], limits: dict[str, Any]) -> list[dict[str, Any]]:
+def rows(answers: Answers, ready: dict[str, Any], limits: dict[str, Any]) -> list[dict[str, Any]]:
     """The result of each system and measure."""
     found = []
-    for (name, measure), rounds in times.items():
-        seconds = measure.seconds(rounds)
+    for (name, measure), rounds in answers.items():
+        times = {count: [each["seconds"] for each in of_rounds] for count, of_rounds in rounds.items()}
+        seconds = measure.seconds(times)
+        fastest = min(rounds[measure.counts[-1]], key=lambda each: each["seconds"])
         row: dict[str, Any] = {"system": name} | dataclasses.asdict(measure)
         row |= {"seconds": seconds, "tokens_per_second": measure.tokens() / seconds}
-        found.append(row | shares(row, ready[name], limits) | {"seconds_of_rounds": rounds})
+        row["cores_used"] = fastest["cpu_seconds"] / fastest["seconds"]
+        found.append(row | shares(row, ready[name], limits) | {"seconds_of_rounds": times})
     return found
 
 
@@ -167,20 +173,21 @@ def main(
             print(f"{time.monotonic() - began:4.0f} s  {system.name} is ready", flush=True)
         ready = {system.name: {"cores": system.cores} | process.ready for system, process in running.items()}
         results = {"systems": ready, "limits": limits.measure(), "seconds_of_rounds": [], "rows": []}
-        times: Times = {}
+        answers: Answers = {}
         for number in range(rounds):
             started = time.monotonic()
             if number and started > began + seconds:
                 break
-            take_turns(running, number, times)
+            take_turns(running, number, answers)
             results["limits"] = limits.larger(results["limits"], limits.measure())
             results["seconds_of_rounds"].append(time.monotonic() - started)
-            results["rows"] = rows(times, ready, results["limits"])
+            results["rows"] = rows(answers, ready, results["limits"])
             path = record.save("cpu_generate", where, results)
             print(f"{time.monotonic() - began:4.0f} s  round {number + 1} is in {path.name}", flush=True)
     for row in results["rows"]:
         what = f"{row['kind']:7s} {row['batch']:2d} x {row['prompt_tokens']:4d}"
-        print(f"{row['system']:28s} {what} {row['tokens_per_second']:8.1f} tokens/s")
+        speed = f"{row['tokens_per_second']:8.1f} tokens/s, {row['cores_used']:.2f} cores used"
+        print(f"{row['system']:28s} {what} {speed}")
 
 
 if __name__ == "__main__":

@@ -107,9 +107,10 @@ def products(config: ModelConfig) -> dict[str, int]:
     return {"layers": config.num_layers * layer, "head": config.hidden_size * config.vocab_size}
 
 
-def described(params: Any, config: ModelConfig) -> dict[str, Any]:
+def described(system: str, params: Any, config: ModelConfig) -> dict[str, Any]:
     """What an Atom-JAX system says of itself."""
     return {
+        "runs": system,
         "scheme": config.format.scheme,
         "bytes_of_a_step": step_bytes(params, config),
         "products_of_a_token": products(config),
@@ -127,7 +128,7 @@ def load(system: str, checkpoint: Path | None) -> tuple[Generate, dict[str, Any]
         config, params = load_float(open_source(smollm2_gguf()))
     else:
         return run_transformers(transformers_model(open_source(smollm2_gguf()))), {}
-    return run_atom(params, config), described(params, config)
+    return run_atom(params, config), described(system, params, config)
 
 
 def serve(generate: Generate, ready: dict[str, Any], answers: TextIO) -> None:

@@ -64,6 +64,12 @@ class TestProtocol:
             worker.load(system, checkpoint)
 
 
+def test_another_scheme_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_generate, "read_config", lambda path: tiny_config(preset("bf16")))
+    with pytest.raises(SystemExit, match="is bf16, w4a4kv4 is expected"):
+        cpu_generate.systems(Path("a"), None, 2)
+
+
 def test_products_are_the_elements_of_the_linears():
     config = tiny_config(preset("bf16"))
     layers = tiny_params(config)["layers"]
@@ -95,25 +101,24 @@ class TestTimes:
 
             def generate(self, prompts, count):
                 turns.append((self.name, len(prompts[0]), count))
-                return {"seconds": count}
+                return {"seconds": count, "cpu_seconds": 1.5 * count}
 
         systems = [System("fast", (), 1), System("slow", (), 1, frequent=False)]
         running = {system: Fake(system.name) for system in systems}
-        times: cpu_generate.Times = {}
+        answers: cpu_generate.Answers = {}
         for number in range(2):
-            cpu_generate.take_turns(running, number, times)  # pyright: ignore[reportArgumentType]
+            cpu_generate.take_turns(running, number, answers)  # pyright: ignore[reportArgumentType]
         both = [(name, *rest) for rest in ((2, 17), (2, 64), (3, 1)) for name in ("fast", "slow")]
         assert turns == [*both, *both[::2]]
-        assert times["fast", measures[0]] == {17: [17, 17], 64: [64, 64]}
-        assert times["slow", measures[1]] == {1: [1]}
-        first, *_, last = cpu_generate.rows(times, {"fast": {}, "slow": {}}, {})
+        first, *_, last = cpu_generate.rows(answers, {"fast": {}, "slow": {}}, {})
         assert first["system"] == "fast" and first["seconds"] == first["tokens_per_second"] == 1.0
+        assert first["seconds_of_rounds"] == {17: [17, 17], 64: [64, 64]} and first["cores_used"] == 1.5
         assert last["system"] == "slow" and last["seconds_of_rounds"] == {1: [1]}
         assert last["tokens_per_second"] == 3.0
 
     def test_shares_of_the_limits(self):
         ready = {
-            "scheme": "w4a4kv4",
+            "runs": "native",
             "bytes_of_a_step": 100,
             "products_of_a_token": {"layers": 30, "head": 20},
         }
@@ -123,7 +128,7 @@ class TestTimes:
         assert cpu_generate.shares(decode | {"kind": "prefill"}, ready, most) == {"of_dot": 0.12}
         assert cpu_generate.shares(decode, ready, most | {"dot_ops_per_second": None}) == {"of_read": 0.5}
         assert (
-            cpu_generate.shares(decode, {"scheme": "bf16"}, most)
+            cpu_generate.shares(decode, {"runs": "float"}, most)
             == cpu_generate.shares(decode, {}, most)
             == {}
         )
