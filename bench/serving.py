@@ -1,6 +1,6 @@
 """Serving under load at a fixed memory budget: throughput and latency of each scheme, side by side.
 
-    python -m bench.serving FLOAT W4A4KV4 --memory-gb 0.29 --max-total 192    # converted checkpoints
+    python -m bench.serving FLOAT W8A8 W4A4KV4 --memory-gb 0.29 --max-total 256    # converted checkpoints
     python -m bench.serving --shape llama-2-7b --memory-gb 24                 # random weights, on a GPU
 
 The memory budget is for weights and cache: what the weights leave becomes cache pages. Sizes are those on a

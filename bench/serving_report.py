@@ -65,12 +65,19 @@ def engine_table(found: SavedResult) -> str:
 
 
 def serving_table(found: SavedResult, *, plotted: bool) -> str:
-    """Throughput and latency of each scheme under each load."""
+    """Throughput and latency of each scheme under each load, and the throughput over the first scheme's."""
     asked = found["settings"]
+    first_scheme = found["results"][0]["scheme"]
+    base = {
+        row["load"]: row["tokens_per_second"] for row in found["results"] if row["scheme"] == first_scheme
+    }
     lengths = asked["dataset"] or f"log-normal prompts, totals up to {asked['max_total']} tokens"
     rows = [
-        ("Scheme", "Cache pages", "Load", "Tokens/s", "Running", "First token, s", "Each later one, ms"),
-        ("---", "---:", "---", "---:", "---:", "---:", "---:"),
+        (
+            *("Scheme", "Cache pages", "Load", "Tokens/s", f"Over {first_scheme}", "Running"),
+            *("First token, s", "Each later one, ms"),
+        ),
+        ("---", "---:", "---", "---:", "---:", "---:", "---:", "---:"),
     ]
     for row in found["results"]:
         first, later = row["ttft_seconds"].values(), row["tpot_seconds"].values()
@@ -80,6 +87,7 @@ def serving_table(found: SavedResult, *, plotted: bool) -> str:
                 str(row["num_pages"]),
                 row["load"],
                 f"{row['tokens_per_second']:.1f}",
+                f"{row['tokens_per_second'] / base[row['load']]:.2f}x" if row["load"] in base else "",
                 f"{row['mean_running']:.1f}",
                 " / ".join(f"{value:.1f}" for value in first),
                 " / ".join(f"{1e3 * value:.0f}" for value in later),

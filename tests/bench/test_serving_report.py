@@ -29,7 +29,8 @@ SERVING = {
     "settings": {"dataset": None, "max_total": 192, "requests": 32, "memory_gb": 0.29},
     "results": [
         ROW | {"scheme": "bf16"},
-        ROW | {"scheme": "w4a4kv4", "weight_bytes": 122e6, "num_pages": 364},
+        ROW | {"scheme": "w8a8", "weight_bytes": 164e6, "num_pages": 85},
+        ROW | {"scheme": "w4a4kv4", "weight_bytes": 122e6, "num_pages": 364, "tokens_per_second": 94.12},
         ROW | {"scheme": "w4a4kv4", "weight_bytes": 122e6, "load": "0.8 requests/s"},
     ],
 }
@@ -73,8 +74,11 @@ def test_pages_get_the_tables_of_what_was_measured(docs, tmp_path, capsys):
         ("| Everything that the engine's thread computes in such a step |  | 2.0 ms, 1.0% |", serving),
         ("at once (80.0 tokens/s), over one by one (20.0 tokens/s) | 3x | 4.0x |", serving),
         ("of 1,000 tokens (4.0 s), over the same prompt again (0.50 s) | 5x | 8.0x |", serving),
-        ("0.29 GB for weights (bf16 0.27 GB, w4a4kv4 0.12 GB) and cache.", serving),
-        ("| bf16 | 14 | 4 clients | 47.1 | 3.7 | 0.4 / 1.0 / 2.0 | 76 / 100 / 200 |", serving),
+        ("0.29 GB for weights (bf16 0.27 GB, w8a8 0.16 GB, w4a4kv4 0.12 GB) and cache.", serving),
+        ("| bf16 | 14 | 4 clients | 47.1 | 1.00x | 3.7 | 0.4 / 1.0 / 2.0 | 76 / 100 / 200 |", serving),
+        ("| w8a8 | 85 | 4 clients | 47.1 | 1.00x | 3.7 |", serving),
+        ("| w4a4kv4 | 364 | 4 clients | 94.1 | 2.00x | 3.7 |", serving),
+        ("| w4a4kv4 | 14 | 0.8 requests/s | 47.1 |  | 3.7 |", serving),
         ("| Model | w4a4kv4, 30 layers, 576 channels |", server),
         ("| 2,000 requests from 64 clients | 1500 whole, 500 half sent |", server),
         ("| Free pages before and after | 72, 72 |", server),
