@@ -51,7 +51,7 @@ class Unsupported(NotImplementedError):
 class ImplementationContext(NamedTuple):
     """The arguments of the innermost ``use_implementation``."""
 
-    name: str
+    names: tuple[str, ...]
     interpret: bool
     config: Configuration | None
 
@@ -72,15 +72,15 @@ class Choice(NamedTuple):
 
 
 # A user context of jax is part of jit's cache key: what was traced in another context is not reused.
-_context = jax.make_user_context(ImplementationContext(AUTO, False, None))
+_context = jax.make_user_context(ImplementationContext((AUTO,), False, None))
 _recorders: list[list[Choice]] = []
 
 
 @contextlib.contextmanager
 def use_implementation(
-    name: str, *, interpret: bool = False, config: Configuration | None = None
+    *names: str, interpret: bool = False, config: Configuration | None = None
 ) -> Iterator[None]:
-    """Within the context every op runs the implementation ``name`` or raises ``Unsupported``.
+    """Within the context every op runs the first of ``names`` that can run its call, else ``Unsupported``.
 
     The names are "mosaic_sm90" (kernels for Hopper GPUs), "native_cpu" (kernels for the CPU at hand) and
     "reference" (``jax.numpy``). "auto", the default, takes the first of them that supports the device and the
@@ -90,13 +90,13 @@ def use_implementation(
     of that comparison are, so that it can be compiled for a GPU that is not there.
 
     Args:
-      name: an implementation, or "auto".
+      names: an implementation, or several in the order of preference; or "auto" alone.
       interpret: run Pallas kernels in GPU interpret mode, on the CPU: slow, for tests.
       config: what the implementation runs with in place of its own choice, e.g. ``NativeConfig("avx2")``.
         An op whose configurations have another type raises, so that this makes sense only for ops whose
         configurations have one type.
     """
-    with _context(ImplementationContext(name, interpret, config)):
+    with _context(ImplementationContext(names, interpret, config)):
         yield
 
 
@@ -107,7 +107,7 @@ def interpreting() -> bool:
 
 def automatic() -> bool:
     """Whether the context asks for "auto": the implementation of each op is chosen here."""
-    return _context.value.name == AUTO
+    return _context.value.names == (AUTO,)
 
 
 @contextlib.contextmanager
@@ -178,21 +178,8 @@ def _measured(op: str, name: str, call: AnyCall, offered: list[Configuration]) -
 
 def _choose(op: str, call: AnyCall) -> tuple[str, ModuleType, str]:
     """The name of the implementation, its module, and the reason."""
-    requested = _context.value.name
-    if requested != AUTO:
-        # Before the module is imported, because it may need what is not installed.
-        if requested in IMPLEMENTATIONS and requested not in CROSS_COMPILED:
-            lack = IMPLEMENTATIONS[requested](devices.default_device())
-            if lack is not None:
-                raise Unsupported(f"{op}: {requested} {lack}")
-        module = _implementation(op, requested)
-        if module is None:
-            available = ", ".join(name for name in IMPLEMENTATIONS if _has(op, name))
-            raise Unsupported(f"{op} has no implementation {requested!r}; it has: {available}")
-        reason = _unsupported(module, call)
-        if reason is not None:
-            raise Unsupported(f"{op}: {requested} does not support this call: {reason}")
-        return requested, module, "requested"
+    if not automatic():
+        return _first_of(_context.value.names, op, call)
     device = devices.default_device()
     reasons = []
     for name, lacking in IMPLEMENTATIONS.items():
@@ -214,6 +201,28 @@ def _choose(op: str, call: AnyCall) -> tuple[str, ModuleType, str]:
             return name, module, "; ".join(reasons) or "preferred"
         reasons.append(f"{name}: {reason}")
     raise NotImplementedError(f"{op} has no implementation for this device: {'; '.join(reasons)}")
+
+
+def _first_of(names: tuple[str, ...], op: str, call: AnyCall) -> tuple[str, ModuleType, str]:
+    """The first of the implementations asked for that can run the call."""
+    reasons = []
+    for name in names:
+        # Before the module is imported, because it may need what is not installed.
+        if name in IMPLEMENTATIONS and name not in CROSS_COMPILED:
+            lack = IMPLEMENTATIONS[name](devices.default_device())
+            if lack is not None:
+                reasons.append(f"{op}: {name} {lack}")
+                continue
+        module = _implementation(op, name)
+        if module is None:
+            available = ", ".join(name for name in IMPLEMENTATIONS if _has(op, name))
+            reasons.append(f"{op} has no implementation {name!r}; it has: {available}")
+            continue
+        reason = _unsupported(module, call)
+        if reason is None:
+            return name, module, "; ".join([*reasons, "requested"])
+        reasons.append(f"{op}: {name} does not support this call: {reason}")
+    raise Unsupported("; ".join(reasons))
 
 
 def _implementation(op: str, name: str) -> ModuleType | None:

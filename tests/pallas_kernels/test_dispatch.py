@@ -89,6 +89,21 @@ def test_explicit_choice_that_cannot_be_honoured_raises(on_hopper):
         dispatch.run("an_op", AnOp())
 
 
+def test_the_first_of_several_names_that_can_run_the_call(on_hopper):
+    with use_implementation("mosaic_sm90", "reference"), dispatch.record_choices() as choices:
+        assert dispatch.run("an_op", AnOp()) == 10
+        on_hopper["mosaic_sm90"] = fake_implementation("mosaic_sm90", 10, "too wide")
+        assert dispatch.run("an_op", AnOp()) == 1
+    reasons = ["requested", "an_op: mosaic_sm90 does not support this call: too wide; requested"]
+    assert [choice.reason for choice in choices] == reasons
+    on_hopper["reference"] = fake_implementation("reference", 1, "too long")
+    with (
+        use_implementation("mosaic_sm90", "reference"),
+        pytest.raises(dispatch.Unsupported, match=r"too wide; an_op: reference .*: too long"),
+    ):
+        dispatch.run("an_op", AnOp())
+
+
 def test_unknown_name_raises_and_names_op_and_choices():
     with (
         use_implementation("abacus"),
