@@ -25,8 +25,9 @@ from pallas_kernels.verification.verdicts import FAILED, UNCHECKED, Verdicts
 from pallas_kernels.verification.verify import Limits, Progress
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numba", "transformers", "orbax-checkpoint")
-# The report says what each op runs at the shapes of this model's layers.
+# The report says what each op runs at the shapes of this model's layers and head.
 TYPICAL = "Llama-3-8B"
+_TYPICAL_VOCAB = 128256
 # (number of sequences, tokens of each sequence) in a decode step and in a prefill chunk of a prompt.
 _STEPS = {"decode": (16, 1), "prefill": (1, 512)}
 _CONTEXT_TOKENS = 2048
@@ -157,7 +158,7 @@ def _typical(scheme: str) -> ModelConfig:
     names = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
     return ModelConfig(
         architecture="LlamaForCausalLM",
-        vocab_size=1024,  # no op depends on it
+        vocab_size=_TYPICAL_VOCAB,
         num_layers=1,
         max_position_embeddings=8192,
         format=preset(scheme),
@@ -166,7 +167,7 @@ def _typical(scheme: str) -> ModelConfig:
 
 
 def _choices(scheme: str) -> list[tuple[str, Line]]:
-    """What each op of a layer of ``TYPICAL`` would run on this device, as pairs (step, line)."""
+    """What each op of a layer and the head of ``TYPICAL`` would run on this device, as pairs (step, line)."""
     config = _typical(scheme)
     return [
         (step, line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -12,19 +11,20 @@ from atom_jax.checkpoint import abstract_params, default_dtype
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError, not_one_of
 from atom_jax.kv_cache import init_cache
-from atom_jax.llama import forward
+from atom_jax.llama import merge
 from pallas_kernels.devices import IMPLEMENTATIONS, NEED_VERDICT
-from pallas_kernels.dispatch import AUTO, cost, describe, record_choices, use_implementation
+from pallas_kernels.dispatch import AUTO, Choice, cost, describe, record_choices, use_implementation
 from pallas_kernels.roofline import H200, seconds
 
 
 class Line(NamedTuple):
-    """One op of a layer at one shape.
+    """One op at one shape, in a layer or in the head.
 
     Attributes:
+      part: "layer" or "head".
       op: name of the op.
       shape: its shapes, as text.
-      count: number of calls in one layer.
+      count: number of calls in one layer, or in the head.
       implementation: name of the implementation that runs.
       reason: why the preferred implementation does not run, where it does not.
       configuration: the kernel's configuration, such as tile sizes; empty for the reference.
@@ -32,6 +32,7 @@ class Line(NamedTuple):
       roofline_seconds: the least time of one call on one H200 at its data-sheet rates.
     """
 
+    part: str
     op: str
     shape: str
     count: int
@@ -45,11 +46,11 @@ class Line(NamedTuple):
 def explain(
     config: ModelConfig, *, batch: int, seq: int, context: int, implementation: str = AUTO
 ) -> list[Line]:
-    """The ops of one layer in a step of a model.
+    """The ops of one layer, and those of the head, in a step of a model.
 
     Nothing is computed and no weights are needed: the step is traced with shapes only, and every op reports
     what it chose. Where layers have different sliding windows, the lines are for the layer that sees the
-    largest part of the context.
+    largest part of the context. The head computes the logits of the last token of each sequence.
 
     Args:
       config: configuration of the model.
@@ -69,22 +70,32 @@ def explain(
     cache = jax.eval_shape(lambda: init_cache(config, batch, context, dtype=dtype))
     tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
 
-    def step(*arguments: Any) -> Any:
-        # The function without jit, because a call that jit has already traced would record nothing.
-        return inspect.unwrap(forward)(*arguments, config=config)
+    choices: list[tuple[str, Choice]] = []
+
+    def step(params: Any, tokens: Any, positions: Any, cache: Any) -> Any:
+        # What ``forward`` computes, without jit: a call that jit has already traced would record nothing.
+        model = merge(params, config)
+        with record_choices() as chosen:
+            hidden, _ = model.hidden(tokens, positions, cache)
+        choices.extend(("layer", choice) for choice in chosen)
+        with record_choices() as chosen:
+            logits = model.logits(hidden[:, -1:])
+        choices.extend(("head", choice) for choice in chosen)
+        return logits
 
     try:
-        with use_implementation(implementation), record_choices() as choices:
+        with use_implementation(implementation):
             jax.eval_shape(step, params, tokens, tokens, cache)
     except NotImplementedError as error:
         raise AtomError(str(error)) from error
     lines: dict[Line, int] = {}
-    for choice in choices:
+    for part, choice in choices:
         call = choice.call
         if "window" in call._fields:  # a traced array here, while its cost needs an integer
             call = call._replace(window=config.longest_window)
         work = cost(choice.op, call)
         line = Line(
+            part=part,
             op=choice.op,
             shape=describe(choice.op, call),
             count=1,

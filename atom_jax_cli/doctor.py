@@ -87,14 +87,15 @@ def _device_rows(facts: dict[str, Any]) -> dict[str, Any]:
 def _ops(ops: list[dict[str, Any]]) -> Table:
     from atom_jax.doctor import TYPICAL
 
-    table = Table("step", "op", "shape", "runs", title=f"w4a4kv4, a layer of {TYPICAL}", title_justify="left")
+    title = f"w4a4kv4, a layer and the head of {TYPICAL}"
+    table = Table("step", "part", "op", "shape", "runs", title=title, title_justify="left")
     for op in ops:
-        table.add_row(op["step"], op["op"], op["shape"], op["implementation"])
+        table.add_row(op["step"], op["part"], op["op"], op["shape"], op["implementation"])
     return table
 
 
 def _schemes(schemes: dict[str, dict[str, list[str]]]) -> Table:
-    table = Table("scheme", title="schemes, on the same layer", title_justify="left")
+    table = Table("scheme", title="schemes, on the same layer and head", title_justify="left")
     for column in ("kernels", "reference"):
         table.add_column(column, overflow="fold")
     for scheme, ops in schemes.items():

@@ -44,7 +44,7 @@ def explain(
         print_json({"device": device} | {k: [line._asdict() for line in v] for k, v in steps.items()})
         return
     for step, lines in steps.items():
-        title = f"{step}: one of {config.num_layers} layers on {jax.devices()[0].device_kind}"
+        title = f"{step}: one of {config.num_layers} layers, and the head, on {jax.devices()[0].device_kind}"
         stdout.print(_table(title, lines))
     for reason in dict.fromkeys(line.reason for lines in steps.values() for line in lines):
         stdout.print(f"  {reason}", markup=False, highlight=False)
@@ -52,7 +52,7 @@ def explain(
 
 def _table(title: str, lines: list[Line]) -> Table:
     table = Table(title=title, title_justify="left")
-    for column in ("op", "runs"):
+    for column in ("part", "op", "runs"):
         table.add_column(column, no_wrap=True)
     for column in ("shape", "configuration"):
         table.add_column(column, overflow="fold")
@@ -60,6 +60,7 @@ def _table(title: str, lines: list[Line]) -> Table:
         table.add_column(column, justify="right")
     for line in lines:
         table.add_row(
+            line.part,
             line.op,
             line.implementation,
             line.shape,

@@ -28,16 +28,21 @@ needs_new_jax = pytest.mark.skipif(
 )
 
 
-def calls(lines) -> dict[str, int]:
+# The head in INT8 multiplies what its input is rounded to, and what the rounding leaves.
+HEAD_OPS = {"quantize": 2, "grouped_matmul": 1}
+
+
+def calls(lines, part: str = "layer") -> dict[str, int]:
     counts: collections.Counter[str] = collections.Counter()
     for line in lines:
-        counts[line.op] += line.count
+        if line.part == part:
+            counts[line.op] += line.count
     return dict(counts)
 
 
 def test_a_decode_step_is_these_ops_and_a_cpu_runs_native_kernels():
     lines = explain(llama_3_8b(), batch=16, seq=1, context=2048)
-    assert calls(lines) == OPS
+    assert calls(lines) == OPS and calls(lines, "head") == HEAD_OPS
     assert {line.implementation for line in lines} == {"native_cpu"}
     assert {line.reason for line in lines} == {"mosaic_sm90 needs compute capability 9.0, this is cpu"}
     assert {line.configuration for line in lines} == {str(native_config.configs()[0])}
@@ -85,6 +90,15 @@ def test_the_baselines_have_their_ops(scheme: str, matmul: str):
     assert gate_up.bytes / (28672 * 4096) == pytest.approx(1.0 if scheme == "w8a8" else 0.55, rel=0.06)
 
 
+def test_the_head_computes_the_last_token_of_each_sequence():
+    for seq in (1, 512):
+        lines = explain(llama_3_8b(), batch=4, seq=seq, context=2048)
+        (matmul,) = [line for line in lines if line.part == "head" and line.op == "grouped_matmul"]
+        assert matmul.shape == "M=8 N=128256 K=4096 8-bit"
+    lines = explain(llama_3_8b(preset("bf16")), batch=4, seq=1, context=2048)
+    assert calls(lines, "head") == {"float_matmul": 1}
+
+
 def test_a_chunk_is_prefilled_by_another_attention():
     lines = explain(llama_3_8b(), batch=1, seq=512, context=2048)
     expected = {**OPS, "prefill_attention": 1}
@@ -112,7 +126,7 @@ def test_what_a_hopper_gpu_would_run_can_be_asked_on_a_cpu():
     lines = explain(llama_3_8b(), batch=16, seq=1, context=2048, implementation="mosaic_sm90")
     assert calls(lines) == OPS
     assert {line.implementation for line in lines} == {"mosaic_sm90"}
-    matmuls = [line.configuration for line in lines if line.op == "grouped_matmul"]
+    matmuls = [line.configuration for line in lines if line.op == "grouped_matmul" and line.part == "layer"]
     assert all("block_m=16" in configuration for configuration in matmuls)
 
 
