@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from atom_jax.checkpoint import abstract_params, default_dtype
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError, not_one_of
+from atom_jax.generation import activation_dtype
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward
 from pallas_kernels.devices import IMPLEMENTATIONS, NEED_VERDICT
-from pallas_kernels.dispatch import AUTO, cost, describe, record_choices, use_implementation
+from pallas_kernels.dispatch import AUTO, Choice, cost, describe, record_choices, use_implementation
 from pallas_kernels.roofline import H200, seconds
 
 
@@ -42,6 +44,30 @@ class Line(NamedTuple):
     roofline_seconds: float
 
 
+def step_choices(
+    params: nnx.State, config: ModelConfig, *, batch: int, seq: int, context: int
+) -> list[Choice]:
+    """What runs each op of a step: those of a layer once, as one program serves all layers.
+
+    Nothing is computed: the step is traced with shapes only.
+
+    Args:
+      params: parameters of the model, or their shapes.
+      config, batch, seq, context: as in ``explain``.
+    """
+    dtype = activation_dtype(params, config)
+    cache = jax.eval_shape(lambda: init_cache(config, batch, context, dtype=dtype))
+    tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
+
+    def step(*arguments: Any) -> Any:
+        # The function without jit, because a call that jit has already traced would record nothing.
+        return inspect.unwrap(forward)(*arguments, config=config)
+
+    with record_choices() as choices:
+        jax.eval_shape(step, params, tokens, tokens, cache)
+    return choices
+
+
 def explain(
     config: ModelConfig, *, batch: int, seq: int, context: int, implementation: str = AUTO
 ) -> list[Line]:
@@ -66,16 +92,9 @@ def explain(
         raise not_one_of("implementation", implementation, (AUTO, *IMPLEMENTATIONS))
     dtype = default_dtype() if implementation not in NEED_VERDICT else jnp.bfloat16
     params = abstract_params(config, dtype)
-    cache = jax.eval_shape(lambda: init_cache(config, batch, context, dtype=dtype))
-    tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
-
-    def step(*arguments: Any) -> Any:
-        # The function without jit, because a call that jit has already traced would record nothing.
-        return inspect.unwrap(forward)(*arguments, config=config)
-
     try:
-        with use_implementation(implementation), record_choices() as choices:
-            jax.eval_shape(step, params, tokens, tokens, cache)
+        with use_implementation(implementation):
+            choices = step_choices(params, config, batch=batch, seq=seq, context=context)
     except NotImplementedError as error:
         raise AtomError(str(error)) from error
     lines: dict[Line, int] = {}

@@ -63,6 +63,10 @@ IMPLEMENTATIONS: dict[str, Callable[[Device], str | None]] = {
 # Implementations that are chosen only after they gave the results of the reference on this kind of device.
 NEED_VERDICT = frozenset({"mosaic_sm90"})
 
+# Implementations with which the results for a token do not depend, in any bit, on the other tokens of the call:
+# on their number, their place, the pages of the cache or the number of threads.
+BATCH_INVARIANT = frozenset({"native_cpu"})
+
 
 def kernels_here() -> str | None:
     """The implementation on the default device that needs a verdict; None where there is none."""

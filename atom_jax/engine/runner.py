@@ -19,6 +19,7 @@ from atom_jax.config import ModelConfig
 from atom_jax.engine.buckets import Buckets, Shape
 from atom_jax.engine.logprobs import MAX_LOGPROBS
 from atom_jax.engine.scheduler import Piece, Plan
+from atom_jax.fixed_order import log_softmax
 from atom_jax.generation import activation_dtype
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward
@@ -126,7 +127,7 @@ def _packed_logprobs(
 
     Bits of float32 as int32, so that all fit into one array.
     """
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    logprobs = log_softmax(logits)
     top, ids = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
     chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)
     bits = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.int32)
