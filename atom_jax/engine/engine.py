@@ -296,9 +296,7 @@ def _batch_invariant(model: Model, config: EngineConfig, max_model_len: int) -> 
     choices = [
         choice
         for batch, seq in (decode, prefill)
-        for choice in step_choices(
-            model.params, model.config, batch=batch, seq=seq, context=max_model_len
-        )
+        for choice in step_choices(model.params, model.config, batch=batch, seq=seq, context=max_model_len)
     ]
     return all(choice.implementation in BATCH_INVARIANT for choice in choices)
 

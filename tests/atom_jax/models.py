@@ -12,6 +12,7 @@ from flax import nnx
 from atom_jax.config import Format, ModelConfig, preset
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward, make_params
+from atom_jax.schemes import SCHEMES
 from atom_jax.structure import linear_shapes, vector_shapes
 from convert.rounding.rtn import quantize_weight
 
@@ -75,6 +76,36 @@ def _quantize(weights: np.ndarray, config: ModelConfig) -> Any:
 def tiny_params(config: ModelConfig, seed: int = 0) -> nnx.State:
     """Random parameters on the device."""
     return make_params(config, jax.tree.map(jnp.asarray, tiny_tree(config, seed)))
+
+
+def random_params(config: ModelConfig, seed: int = 0) -> nnx.State:
+    """Parameters of any scheme. Quantized weights are random numbers: there is no float model behind them."""
+    rng = np.random.default_rng(seed)
+    weight = SCHEMES[config.format.scheme].weight
+    tree = tiny_tree(config.replace(format=preset("bf16")), seed)
+    for name in vector_shapes(config).keys() - tree["layers"].keys():
+        tree["layers"][name] = rng.normal(0, 0.2, (config.num_layers, *vector_shapes(config)[name]))
+    for name, shape in linear_shapes(config).items() if weight is not None else ():
+        stored = {
+            part: _random_part(rng, part, (config.num_layers, *spec.shape))
+            for part, spec in weight.stored(shape, config.format).items()
+        }
+        # So that the weights are about as large as those of a float model.
+        largest = 120 if {"outliers", "group_scales"} & stored.keys() else 8
+        stored["scales"] = rng.uniform(0.1, 0.5, stored["scales"].shape).astype(np.float32) / largest
+        if {"packed", "outliers"} <= stored.keys():
+            stored["scales"][:, :-1] *= largest / 8  # all but the outliers are INT4
+        tree["layers"][name] = weight.revive(stored, shape, config.format)
+    return make_params(config, jax.tree.map(_on_device, tree))
+
+
+def _on_device(leaf: Any) -> jax.Array:
+    return jnp.asarray(leaf, jnp.float32 if leaf.dtype == np.float64 else leaf.dtype)
+
+
+def _random_part(rng: np.random.Generator, part: str, shape: tuple[int, ...]) -> np.ndarray:
+    low, high = {"zeros": (-8, 8), "group_scales": (1, 9), "outliers": (-127, 128)}.get(part, (-128, 128))
+    return rng.integers(low, high, shape).astype(np.int8)
 
 
 def ragged_prompts(lengths: list[int], vocab_size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
