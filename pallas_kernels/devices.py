@@ -63,8 +63,8 @@ IMPLEMENTATIONS: dict[str, Callable[[Device], str | None]] = {
 # Implementations that are chosen only after they gave the results of the reference on this kind of device.
 NEED_VERDICT = frozenset({"mosaic_sm90"})
 
-# Implementations with which the results for a token do not depend, in any bit, on the other tokens of the call:
-# on their number, their place, the pages of the cache or the number of threads.
+# Implementations with which the result for a token depends, in every bit, on its own inputs alone: not on the
+# other tokens of the call, on where its pages are or on the number of threads.
 BATCH_INVARIANT = frozenset({"native_cpu"})
 
 

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from atom_jax.checkpoint import Model
-from atom_jax.config import preset
+from atom_jax.config import ModelConfig, preset
 from atom_jax.engine import Completion, Engine, EngineConfig, RequestParams
 from atom_jax.engine.logprobs import MAX_LOGPROBS
+from atom_jax.explain import step_choices
 from atom_jax.generation import generate, stream
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward
 from atom_jax.sampling import SamplingParams
+from pallas_kernels.devices import BATCH_INVARIANT, REFERENCE
 from pallas_kernels.dispatch import use_implementation
+from tests.atom_jax.command import ROOT
 from tests.atom_jax.models import TINY_GROUPS, random_params, tiny_config
 from tests.convert.tiny import tiny_vocabulary
 
@@ -40,20 +48,25 @@ SIZES = EngineConfig(num_pages=14, page_size=8, max_num_seqs=16, max_model_len=3
 BEGINNINGS = np.random.default_rng(0).integers(3, VOCABULARY, (2, 20)).tolist()
 
 
+def make_config(name: str) -> ModelConfig:
+    """A model with q and k norms, of a format of ``FORMATS``."""
+    return tiny_config(
+        FORMATS[name],
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=160,
+        head_dim=32,
+        qk_norm=True,
+    )
+
+
 @pytest.fixture(scope="module")
 def models(folder: Path) -> Callable[[str], Model]:
-    """The model of a format, with q and k norms, made once."""
+    """The model of a format, made once."""
 
     @functools.cache
     def make(name: str) -> Model:
-        config = tiny_config(
-            FORMATS[name],
-            vocab_size=VOCABULARY,
-            hidden_size=256,
-            intermediate_size=160,
-            head_dim=32,
-            qk_norm=True,
-        )
+        config = make_config(name)
         return Model(folder, config, random_params(config))
 
     return make
@@ -138,13 +151,13 @@ def test_a_full_crowd(name: str, models: Callable[[str], Model]) -> None:
     rng = np.random.default_rng(1)
     arrivals = [
         Request(
-            (*BEGINNINGS[number % 2][: 8 * (number % 3)], *rng.integers(3, VOCABULARY, 2).tolist()),
-            RequestParams(int(rng.integers(3, 14)), ignore_eos=True, logprobs=MAX_LOGPROBS),
+            (*BEGINNINGS[0][: 8 * (number % 2)], *rng.integers(3, VOCABULARY, 2).tolist()),
+            RequestParams(int(rng.integers(18, 22)), ignore_eos=True, logprobs=MAX_LOGPROBS),
             0,
         )
         for number in range(24)
     ]
-    engine = Engine(model, dataclasses.replace(SIZES, num_pages=24))
+    engine = Engine(model, dataclasses.replace(SIZES, num_pages=36))
     answers = serve(engine, arrivals)
     assert engine.stats().preemptions > 0 and engine.stats().cached_tokens > 0
     for number, request in enumerate(arrivals):
@@ -153,29 +166,62 @@ def test_a_full_crowd(name: str, models: Callable[[str], Model]) -> None:
     assert serve(engine, arrivals) == answers  # from the prefix cache
 
 
+LENGTHS = np.array([29, 1, 16, 32, 7, 24, 32, 20])
+
+
+def logits(params: nnx.State, config: ModelConfig, rows: list[int], chunk: int) -> list[np.ndarray]:
+    """Logits [length, vocab] of some of 8 prompts of ``LENGTHS`` tokens, computed together in chunks."""
+    tokens = np.random.default_rng(2).integers(3, VOCABULARY, (8, 32)).astype(np.int32)[rows]
+    cache = init_cache(config, len(rows), 32, page_size=8, dtype=jnp.float32)
+    parts = []
+    for start in range(0, 32, chunk):
+        columns = np.arange(start, start + chunk)
+        positions = np.where(columns < LENGTHS[rows][:, None], columns, -1).astype(np.int32)
+        out, cache = forward(params, tokens[:, columns], positions, cache, config=config)
+        parts.append(np.asarray(out))
+    return [row[: LENGTHS[index]] for index, row in zip(rows, np.concatenate(parts, axis=1), strict=True)]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_logits_of_a_batch_and_of_chunks(name: str, models: Callable[[str], Model]) -> None:
     model = models(name)
-    rng = np.random.default_rng(2)
-    lengths = np.array([29, 1, 16, 32, 7, 24, 32, 20])
-    tokens = rng.integers(3, VOCABULARY, (8, 32)).astype(np.int32)
-
-    def logits(rows: list[int], chunk: int) -> np.ndarray:
-        cache = init_cache(model.config, len(rows), 32, page_size=8, dtype=jnp.float32)
-        parts = []
-        for start in range(0, 32, chunk):
-            columns = np.arange(start, start + chunk)
-            positions = np.where(columns < lengths[rows][:, None], columns, -1).astype(np.int32)
-            out, cache = forward(
-                model.params, tokens[rows][:, columns], positions, cache, config=model.config
-            )
-            parts.append(np.asarray(out))
-        return np.concatenate(parts, axis=1)
-
-    whole = logits(list(range(8)), 32)
+    whole = logits(model.params, model.config, list(range(8)), 32)
     for rows, chunk in (([0], 32), ([3], 1), ([2, 3, 5], 8), ([7, 6, 5, 4, 3, 2, 1, 0], 16)):
-        for row, some in zip(rows, logits(rows, chunk), strict=True):
-            np.testing.assert_array_equal(some[: lengths[row]], whole[row, : lengths[row]])
+        for row, some in zip(rows, logits(model.params, model.config, rows, chunk), strict=True):
+            np.testing.assert_array_equal(some, whole[row])
+
+
+def print_logits() -> None:
+    """A line for each format: the bytes of logits, hashed."""
+    for name in FORMATS:
+        config = make_config(name)
+        rows = logits(random_params(config), config, list(range(8)), 32)
+        print(hashlib.sha256(np.concatenate(rows).tobytes()).hexdigest())
+
+
+@pytest.mark.slow
+def test_one_thread_computes_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of another process, which may use one CPU alone."""
+    cpus = os.sched_getaffinity(0)
+    if len(cpus) < 2:
+        pytest.skip("needs two CPUs")
+    script = (
+        f"import os; os.sched_setaffinity(0, [{min(cpus)}]); "
+        "from tests.atom_jax.engine.test_batch_invariance import print_logits; print_logits()"
+    )
+    alone = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    )
+    print_logits()
+    assert alone.stdout == capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_operator_has_such_a_kernel(name: str, models: Callable[[str], Model]) -> None:
+    model = models(name)
+    for batch, seq in ((16, 1), (1, 16)):
+        choices = step_choices(model.params, model.config, batch=batch, seq=seq, context=32)
+        assert {choice.implementation for choice in choices} <= BATCH_INVARIANT
 
 
 @pytest.mark.slow
@@ -211,5 +257,5 @@ def test_deterministic_costs_nothing_where_kernels_see_to_it(models: Callable[[s
     """Else only whole chunks are cached, as every prompt must be cut at the same places."""
     sizes = dataclasses.replace(SIZES, deterministic=True)
     assert cached(Engine(models("w8a8"), sizes)) == 24
-    with use_implementation("reference"):
+    with use_implementation(REFERENCE):
         assert cached(Engine(models("w8a8"), sizes)) == 16
