@@ -1,9 +1,9 @@
 """Sums over a row in an order that depends on its length alone, and what is computed with such sums.
 
 XLA's CPU compiler gives a reduction of floats, and the operations around it, to another library where there
-are enough numbers (4,096 in jax 0.10.2). That library adds in another order and has its own ``exp``, so that the
-last bits of a row depend on how many rows are computed beside it. Here every addition is an operation of its
-own, which the compiler may not reorder.
+are enough numbers (4,096 in jax 0.10.2). That library adds in another order and has its own ``exp``, so that
+the last bits of a row depend on how many rows are computed beside it. Here every addition is an operation of
+its own, which the compiler may not reorder.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from atom_jax.generation import generate, stream
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward
 from atom_jax.sampling import SamplingParams
+from atom_jax.scoring import score
 from pallas_kernels.devices import BATCH_INVARIANT, REFERENCE
 from pallas_kernels.dispatch import use_implementation
 from tests.atom_jax.command import ROOT
@@ -189,6 +190,21 @@ def test_logits_of_a_batch_and_of_chunks(name: str, models: Callable[[str], Mode
     for rows, chunk in (([0], 32), ([3], 1), ([2, 3, 5], 8), ([7, 6, 5, 4, 3, 2, 1, 0], 16)):
         for row, some in zip(rows, logits(model.params, model.config, rows, chunk), strict=True):
             np.testing.assert_array_equal(some, whole[row])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_scores_and_the_engine(name: str, models: Callable[[str], Model]) -> None:
+    """The engine's log-probabilities are those of ``score``, whatever is scored beside them."""
+    model = models(name)
+    params = RequestParams(4, ignore_eos=True, logprobs=0)
+    prompts = [row[:length] for row, length in zip(BEGINNINGS, (20, 9), strict=True)]
+    answers = [Engine(model, SIZES).generate([prompt], params)[0] for prompt in prompts]
+    pairs = [(prompt, answer.token_ids) for prompt, answer in zip(prompts, answers, strict=True)]
+    scored = score(model.params, pairs, config=model.config)
+    for answer, pair, one in zip(answers, pairs, scored, strict=True):
+        assert one == score(model.params, [pair], config=model.config)[0]
+        assert one.is_greedy
+        assert one.log_likelihood == sum(entry.logprob for entry in answer.logprobs)
 
 
 def print_logits() -> None:
