@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from atom_jax.checkpoint import abstract_params, default_dtype
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError, not_one_of
+from atom_jax.generation import activation_dtype
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import merge
 from pallas_kernels.devices import IMPLEMENTATIONS, NEED_VERDICT
 from pallas_kernels.dispatch import AUTO, Choice, cost, describe, record_choices, use_implementation
 from pallas_kernels.roofline import H200, seconds
 
+Part = Literal["layer", "head"]
+
 
 class Line(NamedTuple):
     """One op at one shape, in a layer or in the head.
 
     Attributes:
-      part: "layer" or "head".
+      part: where the op runs.
       op: name of the op.
       shape: its shapes, as text.
       count: number of calls in one layer, or in the head.
@@ -32,7 +36,7 @@ class Line(NamedTuple):
       roofline_seconds: the least time of one call on one H200 at its data-sheet rates.
     """
 
-    part: str
+    part: Part
     op: str
     shape: str
     count: int
@@ -41,6 +45,37 @@ class Line(NamedTuple):
     configuration: str
     bytes: int
     roofline_seconds: float
+
+
+def step_choices(
+    params: nnx.State, config: ModelConfig, *, batch: int, seq: int, context: int
+) -> list[tuple[Part, Choice]]:
+    """What runs each op of a step: those of a layer once, as one program serves all layers, and of the head.
+
+    Nothing is computed: the step is traced with shapes only.
+
+    Args:
+      params: parameters of the model, or their shapes.
+      config, batch, seq, context: as in ``explain``.
+    """
+    dtype = activation_dtype(params, config)
+    cache = jax.eval_shape(lambda: init_cache(config, batch, context, dtype=dtype))
+    tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
+    choices: list[tuple[Part, Choice]] = []
+
+    def step(params: Any, tokens: Any, positions: Any, cache: Any) -> Any:
+        # What ``forward`` computes, without jit: a call that jit has already traced would record nothing.
+        model = merge(params, config)
+        with record_choices() as chosen:
+            hidden, _ = model.hidden(tokens, positions, cache)
+        choices.extend(("layer", choice) for choice in chosen)
+        with record_choices() as chosen:
+            logits = model.logits(hidden[:, -1:])
+        choices.extend(("head", choice) for choice in chosen)
+        return logits
+
+    jax.eval_shape(step, params, tokens, tokens, cache)
+    return choices
 
 
 def explain(
@@ -67,25 +102,9 @@ def explain(
         raise not_one_of("implementation", implementation, (AUTO, *IMPLEMENTATIONS))
     dtype = default_dtype() if implementation not in NEED_VERDICT else jnp.bfloat16
     params = abstract_params(config, dtype)
-    cache = jax.eval_shape(lambda: init_cache(config, batch, context, dtype=dtype))
-    tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
-
-    choices: list[tuple[str, Choice]] = []
-
-    def step(params: Any, tokens: Any, positions: Any, cache: Any) -> Any:
-        # What ``forward`` computes, without jit: a call that jit has already traced would record nothing.
-        model = merge(params, config)
-        with record_choices() as chosen:
-            hidden, _ = model.hidden(tokens, positions, cache)
-        choices.extend(("layer", choice) for choice in chosen)
-        with record_choices() as chosen:
-            logits = model.logits(hidden[:, -1:])
-        choices.extend(("head", choice) for choice in chosen)
-        return logits
-
     try:
         with use_implementation(implementation):
-            jax.eval_shape(step, params, tokens, tokens, cache)
+            choices = step_choices(params, config, batch=batch, seq=seq, context=context)
     except NotImplementedError as error:
         raise AtomError(str(error)) from error
     lines: dict[Line, int] = {}

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32, Key
 
 from atom_jax.errors import AtomError
+from pallas_kernels.fixed_order import below_largest, softmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ def filter_logits(
     k = jnp.where(top_k <= 0, vocab, jnp.minimum(top_k, vocab))
     rank = jnp.arange(vocab)
     descending = jnp.where(rank < k[:, None], descending, -jnp.inf)
-    probabilities = jax.nn.softmax(descending, axis=-1)
+    probabilities = softmax(descending)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     # Rounding may bring the sum to 1 before the last token, but a top_p of 1 must keep every token. A top_p
     # too small for float32 is 0 here, but the most likely token must be kept.
@@ -77,8 +78,7 @@ def sample(
 
     def draw(_):
         # The largest logit becomes 0, which division by a very small temperature cannot make infinite.
-        scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
-        scaled = scaled / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+        scaled = below_largest(logits) / jnp.where(temperature > 0, temperature, 1.0)[:, None]
         filtered = lax.cond(
             jnp.any((top_k > 0) | (top_p < 1.0)),
             lambda x: filter_logits(x, top_k, top_p),

@@ -17,6 +17,7 @@ from atom_jax.generation import bucket
 from atom_jax.llama import merge
 from atom_jax.perplexity import by_rows, hidden_in_chunks
 from atom_jax.progress import Progress
+from pallas_kernels.fixed_order import log_softmax
 
 
 class Scored(NamedTuple):
@@ -50,7 +51,7 @@ def score_batch(
     hidden = jnp.take_along_axis(hidden_in_chunks(model, tokens, lengths), columns[..., None], axis=1)
 
     def scores(hidden: Array, targets: Array) -> tuple[Array, Array]:
-        log = jax.nn.log_softmax(model.logits(hidden), axis=-1)
+        log = log_softmax(model.logits(hidden))
         chosen = jnp.take_along_axis(log, targets[:, None], axis=-1)[:, 0]
         return chosen, jnp.argmax(log, axis=-1) == targets
 

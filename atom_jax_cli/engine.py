@@ -58,7 +58,8 @@ PrefixCachingOption = Annotated[
 DeterministicOption = Annotated[
     bool,
     typer.Option(
-        help="The same answer, bit for bit, whatever is served beside it; slower.", rich_help_panel=_ENGINE
+        help="The same answer, bit for bit, whatever is served beside it; slower on a GPU.",
+        rich_help_panel=_ENGINE,
     ),
 ]
 

@@ -72,6 +72,10 @@ NEED_VERDICT = frozenset({"mosaic_sm90"})
 # any device; every other implementation raises where the device lacks something.
 CROSS_COMPILED = frozenset({"mosaic_sm90"})
 
+# Implementations with which the result for a token depends, in every bit, on its own inputs alone: not on the
+# other tokens of the call, on where its pages are or on the number of threads.
+BATCH_INVARIANT = frozenset({"native_cpu"})
+
 
 def kernels_here() -> str | None:
     """The implementation on the default device that needs a verdict; None where there is none."""

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
+from pallas_kernels.fixed_order import row_sum
+
 
 def rounded(x: Float32[Array, "*s"], dtype: jnp.dtype) -> Float[Array, "*s"]:
     """``x`` rounded to ``dtype``, for certain: XLA goes on in float32 where it sees a cast there and back."""
@@ -17,7 +19,13 @@ def rounded(x: Float32[Array, "*s"], dtype: jnp.dtype) -> Float[Array, "*s"]:
 def rms_norm(x: Float[Array, "*m k"], weight: Float[Array, " k"], eps: float) -> Float[Array, "*m k"]:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, in float32, returned in x's type."""
     x32 = x.astype(jnp.float32)
-    x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    squares = lax.platform_dependent(
+        jnp.square(x32),
+        cpu=row_sum,
+        # A GPU adds up rows in one kernel, and each kernel more in a layer would cost time.
+        default=lambda squares: jnp.sum(squares, axis=-1, keepdims=True),
+    )
+    x32 = x32 * lax.rsqrt(squares / x.shape[-1] + eps)
     return rounded(x32 * weight.astype(jnp.float32), x.dtype)
 
 

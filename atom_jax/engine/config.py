@@ -23,10 +23,12 @@ class EngineConfig:
       token_budget: the most tokens that one step computes, decode and prefill together.
       prefix_caching: keep the pages of ended requests for prompts that begin with the same tokens.
       deterministic: an answer is the same, bit for bit, whatever other requests are served at the same time.
-        Then one decode shape of ``max_num_seqs`` rows and ``max_model_len`` tokens serves every step, prompts
-        share no prefill program, only whole chunks of prompts are cached, and the answer of a preempted
-        request is recomputed token by token. If false, the order of float sums depends on the number of
-        requests, which may decide between two tokens that are almost equally likely.
+        Kernels that are ``BATCH_INVARIANT`` see to that in any case, and the setting changes nothing if all
+        ops of the model run such kernels. Else the order of float sums depends on the number of requests,
+        which may decide between two tokens that are almost equally likely. Then one decode shape of
+        ``max_num_seqs`` rows and ``max_model_len`` tokens serves every step, prompts share no prefill
+        program, only whole chunks of prompts are cached, and the answer of a preempted request is recomputed
+        token by token.
     """
 
     num_pages: int | None = None

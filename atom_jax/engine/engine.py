@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -21,8 +22,10 @@ from atom_jax.engine.scheduler import Plan, Scheduler, most_pages
 from atom_jax.engine.sequence import SequenceState
 from atom_jax.engine.stats import EngineStats
 from atom_jax.errors import AtomError
+from atom_jax.explain import step_choices
 from atom_jax.generation import activation_dtype
 from atom_jax.progress import Progress
+from pallas_kernels.devices import BATCH_INVARIANT
 
 _MAX_MODEL_LEN = 4096
 _MAX_DEFAULT_BYTES = 4 * 2**30
@@ -68,6 +71,8 @@ class Engine:
         if self._num_pages < _most_pages(model, config, self.max_model_len):
             # A request must not be longer than the cache.
             self.max_model_len = min(self.max_model_len, self._num_pages * config.page_size)
+        if config.deterministic and _batch_invariant(model, config, self.max_model_len):
+            config = dataclasses.replace(config, deterministic=False)  # the kernels see to it
         buckets = make_buckets(config, self.max_model_len)
         self._scheduler = Scheduler(
             num_pages=self._num_pages,
@@ -283,6 +288,17 @@ def _completion(outputs: list[Output]) -> Completion:
         logprobs=tuple(entry for output in outputs for entry in output.logprobs),
         finish_reason=reason,
     )
+
+
+def _batch_invariant(model: Model, config: EngineConfig, max_model_len: int) -> bool:
+    """Whether kernels compute every token the same, bit for bit, whatever is computed beside it."""
+    decode, prefill = (config.max_num_seqs, 1), (1, config.token_budget)
+    choices = [
+        choice
+        for batch, seq in (decode, prefill)
+        for _, choice in step_choices(model.params, model.config, batch=batch, seq=seq, context=max_model_len)
+    ]
+    return all(choice.implementation in BATCH_INVARIANT for choice in choices)
 
 
 def _most_pages(model: Model, config: EngineConfig, max_model_len: int) -> int:

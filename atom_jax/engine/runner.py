@@ -25,6 +25,7 @@ from atom_jax.llama import forward
 from atom_jax.progress import Progress
 from atom_jax.sampling import sample
 from pallas_kernels import PagedKVCache
+from pallas_kernels.fixed_order import log_softmax
 
 # In place of a token id: the last token that was chosen for the sequence. The host may not know it yet.
 _ON_DEVICE = -1
@@ -126,7 +127,7 @@ def _packed_logprobs(
 
     Bits of float32 as int32, so that all fit into one array.
     """
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    logprobs = log_softmax(logits)
     top, ids = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
     chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)
     bits = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.int32)

@@ -13,6 +13,8 @@ from atom_jax.config import Format, ModelConfig, preset
 from atom_jax.embedding import Embedding, round_table
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward, make_params
+from atom_jax.schemes import SCHEMES
+from atom_jax.schemes.base import WeightSpecs
 from atom_jax.structure import linear_shapes, vector_shapes
 from convert.rounding.rtn import quantize_weight
 
@@ -79,6 +81,39 @@ def _quantize(weights: np.ndarray, config: ModelConfig) -> Any:
 def tiny_params(config: ModelConfig, seed: int = 0) -> nnx.State:
     """Random parameters on the device."""
     return make_params(config, jax.tree.map(jnp.asarray, tiny_tree(config, seed)))
+
+
+def random_params(config: ModelConfig, seed: int = 0) -> nnx.State:
+    """Parameters of any scheme. Quantized weights are random numbers: there is no float model behind them."""
+    rng = np.random.default_rng(seed)
+    tree = tiny_tree(config.replace(format=preset("bf16")), seed)
+    for name, shape in vector_shapes(config).items():
+        if name not in tree["layers"]:  # vectors that go with a format
+            tree["layers"][name] = rng.normal(0, 0.2, (config.num_layers, *shape))
+    if (weight := SCHEMES[config.format.scheme].weight) is not None:
+        for name, shape in linear_shapes(config).items():
+            stored = _random_weight(rng, weight.stored(shape, config.format), config.num_layers)
+            tree["layers"][name] = weight.revive(stored, shape, config.format)
+    return make_params(config, jax.tree.map(_on_device, tree))
+
+
+def _random_weight(rng: np.random.Generator, specs: WeightSpecs, num_layers: int) -> dict[str, np.ndarray]:
+    """Arrays of ``specs`` that stand for weights about as large as those of ``tiny_tree``."""
+    ranges = {"zeros": (-8, 8), "group_scales": (1, 9), "outliers": (-127, 128)}
+    stored = {
+        name: rng.integers(*ranges.get(name, (-128, 128)), (num_layers, *spec.shape)).astype(np.int8)
+        for name, spec in specs.items()
+        if name != "scales"
+    }
+    scales = rng.uniform(0.1, 0.5, (num_layers, *specs["scales"].shape)).astype(np.float32)
+    scales /= 120 if {"outliers", "group_scales"} & stored.keys() else 8
+    if {"packed", "outliers"} <= stored.keys():
+        scales[:, :-1] *= 120 / 8  # all but the outliers are INT4
+    return stored | {"scales": scales}
+
+
+def _on_device(leaf: Any) -> jax.Array:
+    return jnp.asarray(leaf, jnp.float32 if leaf.dtype == np.float64 else leaf.dtype)
 
 
 def ragged_prompts(lengths: list[int], vocab_size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

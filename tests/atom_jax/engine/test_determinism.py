@@ -1,6 +1,12 @@
-"""An answer does not depend on what it is served with; a 4-bit model shows every bit that differs."""
+"""An answer does not depend on what it is served with; a 4-bit model shows every bit that differs.
+
+The kernels for CPUs see to it themselves (test_batch_invariance.py). With the reference the engine does, by
+the shapes of its programs.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -8,10 +14,18 @@ import pytest
 from atom_jax.checkpoint import Model
 from atom_jax.engine import Engine, EngineConfig, RequestParams
 from atom_jax.sampling import SamplingParams
+from pallas_kernels.devices import REFERENCE
+from pallas_kernels.dispatch import use_implementation
 
 SIZES = EngineConfig(
     num_pages=7, page_size=16, max_num_seqs=4, max_model_len=64, token_budget=36, deterministic=True
 )
+
+
+@pytest.fixture(autouse=True)
+def reference() -> Iterator[None]:
+    with use_implementation(REFERENCE):
+        yield
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -15,8 +16,11 @@ from atom_jax.engine import Engine, EngineConfig
 from atom_jax.server.app import Service
 from atom_jax.server.config import ServerConfig
 from bench.soak_clients import MAX_BODY_KB, MODEL_NAME, soak
+from convert.pipeline import ConvertOptions, convert
+from convert.recipe import make_recipe
 from tests.atom_jax.command import ROOT, fails
 from tests.atom_jax.server.fake import running, until
+from tests.convert.tiny import save_tiny
 
 PROMPT = "the tin"
 
@@ -86,6 +90,36 @@ def test_logprobs_are_those_of_the_greedy_choice(client):
         logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
     ):
         assert top[token] == logprob == max(top.values()) < 0
+
+
+@pytest.mark.slow
+def test_an_answer_is_the_same_from_the_cache_and_in_a_crowd(tmp_path):
+    """Text and log-probabilities, without the engine's deterministic shapes: the kernels see to it.
+
+    The heads are as wide as those kernels need.
+    """
+    recipe = make_recipe("bf16")
+    convert(save_tiny(tmp_path / "original", head_dim=32), tmp_path / "tiny", ConvertOptions(recipe))
+    model = atom_jax.load(tmp_path / "tiny")
+    settings = EngineConfig(num_pages=12, page_size=16, max_num_seqs=8, max_model_len=64, token_budget=40)
+    engine = Engine(model, settings)
+    prompts = [f"{PROMPT} and the ant in {'the inn ' * (number % 3)}{number}" for number in range(12)]
+    with (
+        running(Service(ServerConfig(MODEL_NAME), engine, model.tokenizer)) as (url, _),
+        OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+        ThreadPoolExecutor(len(prompts)) as crowd,
+    ):
+
+        def ask(prompt):
+            answer = complete(client, prompt=prompt, logprobs=5, seed=3, temperature=0.7)
+            return answer.choices[0], answer.usage.prompt_tokens_details.cached_tokens
+
+        alone = [ask(prompt) for prompt in prompts]
+        again = [ask(prompts[-1]) for _ in range(2)]
+        assert again[-1][1] > alone[0][1] == 0
+        assert [choice for choice, _ in again] == 2 * [alone[-1][0]]
+        for _ in range(2):
+            assert [choice for choice, _ in crowd.map(ask, prompts)] == [choice for choice, _ in alone]
 
 
 def test_soak(server):
