@@ -188,6 +188,8 @@ def main(
         what = f"{row['kind']:7s} {row['batch']:2d} x {row['prompt_tokens']:4d}"
         speed = f"{row['tokens_per_second']:8.1f} tokens/s, {row['cores_used']:.2f} cores used"
         print(f"{row['system']:28s} {what} {speed}")
+    if any(row["seconds"] <= 0 for row in results["rows"]):
+        raise SystemExit("64 tokens took less time than 17: other load is too high for so few rounds")
 
 
 if __name__ == "__main__":
