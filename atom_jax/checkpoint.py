@@ -28,7 +28,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from atom_jax.config import ModelConfig, check_choice
+from atom_jax.checkpoint_versions import FORMAT_VERSION, upgraded
+from atom_jax.config import ModelConfig
 from atom_jax.embedding import Embedding, round_table
 from atom_jax.errors import AtomError, WriteError, one_line
 from atom_jax.files import read_json
@@ -49,7 +50,6 @@ from atom_jax.tokenizer import wrap_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT_VERSION = 3
 CONFIG_FILE = "config.json"
 CARD_FILE = "quantization.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -60,10 +60,6 @@ _INT8_ROWS = w8a8.WEIGHT
 _SIZES = frozenset(
     ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 )
-
-# Settings of the converter, which version 1 of config.json contained too.
-_RECIPE_OF_VERSION_1 = frozenset(("clip_w", "gptq", "rotate", "migrate", "smooth_keys"))
-_REORDER_OF_VERSION_1 = Literal["folded", "per_layer", "none"]
 
 # By the name of a parameter: its NumPy array, or for a quantized linear a dict of its arrays by name (see
 # ``atom_jax.schemes``). ``StoredSpecs`` has a ``jax.ShapeDtypeStruct`` in the place of each array.
@@ -283,16 +279,15 @@ def read_config(checkpoint: Path) -> ModelConfig:
         raise AtomError(f"{file}: no such file; is {checkpoint} a converted checkpoint?")
     data = read_json(file)
     version = data.pop("format_version", None)
-    if version not in range(1, FORMAT_VERSION + 1) or isinstance(version, bool):
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise AtomError(
             f"{file}: not an Atom-JAX checkpoint of version 1 to {FORMAT_VERSION} (found {version!r}); "
             "convert the original model with 'atom-jax convert'"
         )
-    if version == 1:
-        data = _from_version_1(file, data)
-    if version < 3 and isinstance(data.get("format"), dict):
-        # Before version 3 the embedding and the head were always bfloat16.
-        data["format"] = {**data["format"], "head_bits": 16}
+    try:
+        data = upgraded(data, version)
+    except AtomError as error:
+        raise AtomError(f"{file}: {error}") from error
     for name in _SIZES & data.keys():
         if type(data[name]) is not int or data[name] < 1:
             raise AtomError(f"{file}: {name} must be a positive integer, found {data[name]!r}")
@@ -302,26 +297,6 @@ def read_config(checkpoint: Path) -> ModelConfig:
     except AtomError as error:
         raise AtomError(f"{file}: {error}") from error
     return config
-
-
-def _from_version_1(file: Path, data: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 of config.json in the form of version 2.
-
-    Version 1 has the format and the converter's recipe in one object; all other files are the same.
-    """
-    data = {"windows": (), **data}
-    settings = data.pop("quantization", None)
-    if not isinstance(settings, dict):
-        raise AtomError(f"{file}: model configuration is not readable: no settings under 'quantization'")
-    settings = {"center_keys": False, "reorder": "folded", **settings}
-    reorder = settings.pop("reorder")
-    try:
-        check_choice("reorder", reorder, _REORDER_OF_VERSION_1)
-    except AtomError as error:
-        raise AtomError(f"{file}: {error}") from error
-    settings["gather_inputs"] = reorder == "per_layer"
-    kept = {name: value for name, value in settings.items() if name not in _RECIPE_OF_VERSION_1}
-    return {**data, "format": kept}
 
 
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:

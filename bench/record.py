@@ -44,13 +44,15 @@ def _gpu() -> dict[str, str] | None:
 
 
 def _commit() -> str | None:
-    """The commit of this tree. In a copy without the history it is the variable ATOM_JAX_COMMIT, if set."""
+    """The commit of this tree: the variable ATOM_JAX_COMMIT if it is set, for copies without the history."""
+    if (given := os.environ.get("ATOM_JAX_COMMIT")) is not None:
+        return given
     describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         run = subprocess.run(describe, capture_output=True, text=True, cwd=RESULTS.parent, check=False)
     except OSError:
-        return os.environ.get("ATOM_JAX_COMMIT")
-    return run.stdout.strip() or os.environ.get("ATOM_JAX_COMMIT")
+        return None
+    return run.stdout.strip() or None
 
 
 def environment() -> dict[str, Any]:

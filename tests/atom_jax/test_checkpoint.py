@@ -111,7 +111,7 @@ def test_what_is_written_comes_back(name: str, tmp_path: Path) -> None:
         tree[key] = value
         if isinstance(value, dict):
             empty, scales = np.zeros((config.vocab_size, 0), np.int8), value["scales"].astype(np.float32)
-            tree[key] = QuantizedWeight(empty, value["outliers"], scales, 0)
+            tree[key] = QuantizedWeight(*map(jnp.asarray, (empty, value["outliers"], scales)), group_size=0)
     assert isinstance(tree["embedding"], QuantizedWeight) == (config.format.head_bits == 8)
     tree["embedding"] = Embedding(tree["embedding"], jnp.dtype(jnp.float32))
     expected = make_params(config, tree)
