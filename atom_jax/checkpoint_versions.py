@@ -1,4 +1,4 @@
-"""How config.json of earlier versions is read. All other files of a checkpoint are the same in all versions."""
+"""How config.json of earlier versions is read. All versions have the same other files."""
 
 from __future__ import annotations
 
