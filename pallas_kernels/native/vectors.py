@@ -323,7 +323,19 @@ def store_transposed(builder: Builder, rows: list[Value], address: Value) -> Non
         builder.store(column, at(builder, place, INTS), align=64)
 
 
+# How many blocks ahead of the one that is computed a weight is fetched from memory. With two threads the next
+# block is that of the other.
+_BLOCKS_AHEAD = 2
+
+
 def load_row(builder: Builder, address: Value, stride: Value, row: int) -> Value:
-    """Loads 64 bytes of a row that lies ``row`` strides behind ``address``."""
+    """64 bytes of a row that lies ``row`` strides behind ``address``.
+
+    The same bytes of a later block are fetched meanwhile. A weight is read once, and without that each thread
+    would wait for memory in each row.
+    """
     place = builder.add(address, builder.mul(stride, ir.Constant(I64, row)))
+    later = builder.add(place, builder.mul(stride, ir.Constant(I64, _BLOCKS_AHEAD * LANES)))
+    arguments = [at(builder, later, I8), *(ir.Constant(I32, number) for number in (0, 3, 1))]
+    call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), *arguments)
     return builder.load(at(builder, place, BYTES), align=1)
