@@ -25,7 +25,7 @@ from pallas_kernels.native.tiles import (
     unpack_int4,
     unpack_int8,
 )
-from pallas_kernels.native.vectors import LANES, VECTOR_BYTES, load_floats, load_ints
+from pallas_kernels.native.vectors import LANES, VECTOR_BYTES, load_floats
 from pallas_kernels.qarrays import PACK_TILE
 
 # The order of buffers and sizes in ``native_cpu.run``.
@@ -58,23 +58,21 @@ def make_block(dot_product: DotProduct) -> Any:
     """See ``native.build.Kernel``."""
 
     def make(num_tokens: int) -> Any:
-        begin, load, store, dot, rescale, _ = tile_ops(dot_product, num_tokens)
+        begin, load, store, multiply, rescale, _ = tile_ops(dot_product, num_tokens)
 
         @njit
-        def multiply(x, stride, sums, y, starts, scales, group):
+        def multiply_group(x, stride, sums, y, starts, scales, group):
             """Adds some channels of a group, of which the first begin its sums and the last scale them."""
             weights, channels, first, last, row_scales = group
-            tile = begin(starts) if first else load(sums)
-            for channel in range(0, channels, 4):
-                tile = dot(tile, load_ints(weights + LANES * channel), x + channel, stride)
+            tile = multiply(begin(starts) if first else load(sums), weights, x, stride, channels)
             if last:
                 rescale(y, tile, row_scales, scales)
             else:
                 store(sums, tile)
 
-        return multiply
+        return multiply_group
 
-    multiply = by_token_steps(make)
+    multiply_group = by_token_steps(make)
 
     @njit
     def add_body(job, row, token, tokens, scratch, sums, y):
@@ -96,7 +94,7 @@ def make_block(dot_product: DotProduct) -> Any:
             place = 4 * (group * num_tokens + token)
             last = in_group + channels == group_size
             row_scales = load_floats(w_scales + 4 * (group * num_rows + row))
-            multiply(
+            multiply_group(
                 tokens,
                 buffer(job, BODY) + token * num_body + channel,
                 num_body,
@@ -131,7 +129,7 @@ def make_block(dot_product: DotProduct) -> Any:
             channels = min(_CHUNK, num_outliers - channel)
             last = channel + channels == num_outliers
             row_scales = load_floats(w_scales + 4 * (group * num_rows + row))
-            multiply(
+            multiply_group(
                 tokens,
                 buffer(job, OUTLIERS) + token * num_outliers + channel,
                 num_outliers,

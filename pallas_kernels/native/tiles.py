@@ -44,6 +44,7 @@ from pallas_kernels.native.vectors import (
     float32x16,
     int32x16,
     load_floats,
+    load_ints,
     load_row,
     splat,
     store_floats,
@@ -119,8 +120,9 @@ class TileOps(NamedTuple):
         all rows.
       load: ``load(sums)`` loads the sums, int32 [tokens, 16], at an address.
       store: ``store(sums, tile)`` stores them.
-      dot: ``dot(tile, four, x, stride)`` returns the sums plus the products of four channels of 16 rows with
-        the same channels of the tokens, which begin at ``x`` and are ``stride`` bytes apart.
+      multiply: ``multiply(tile, weights, x, stride, channels)`` returns the sums plus the products of so many
+        channels of 16 rows, unpacked at ``weights``, with the same channels of the tokens, which begin at
+        ``x`` and are ``stride`` bytes apart.
       rescale: ``rescale(y, tile, row_scales, x_scales)`` adds to y, float32 [tokens, 16], the sums times the
         scales of rows (a vector) and of tokens (float32 [tokens]).
       accumulate: ``accumulate(totals, tile, factors, offsets, x_sums)`` adds to the totals, int32 [tokens,
@@ -131,7 +133,7 @@ class TileOps(NamedTuple):
     begin: Any
     load: Any
     store: Any
-    dot: Any
+    multiply: Any
     rescale: Any
     accumulate: Any
 
@@ -184,6 +186,37 @@ def tile_ops(dot_product: DotProduct, num_tokens: int) -> TileOps:
 
         return each(builder, plus)
 
+    @instruction(tile())
+    def zero(builder: Builder) -> Value:
+        return each(builder, lambda token: splat(INTS, 0))
+
+    @instruction(tile(tile, tile))
+    def plus(builder: Builder, one: Value, other: Value) -> Value:
+        def sum_of(token: int) -> Value:
+            return builder.add(builder.extract_value(one, token), builder.extract_value(other, token))
+
+        return each(builder, sum_of)
+
+    @njit
+    def in_one_sum(tile, weights, x, stride, channels):
+        for channel in range(0, channels, 4):
+            tile = dot(tile, load_ints(weights + LANES * channel), x + channel, stride)
+        return tile
+
+    @njit
+    def in_four_sums(tile, weights, x, stride, channels):
+        """The sum of a single token would wait for each product. Sums of integers may be split."""
+        second, third, fourth = zero(), zero(), zero()
+        whole = channels // 16 * 16
+        for channel in range(0, whole, 16):
+            place, token = weights + LANES * channel, x + channel
+            tile = dot(tile, load_ints(place), token, stride)
+            second = dot(second, load_ints(place + VECTOR_BYTES), token + 4, stride)
+            third = dot(third, load_ints(place + 2 * VECTOR_BYTES), token + 8, stride)
+            fourth = dot(fourth, load_ints(place + 3 * VECTOR_BYTES), token + 12, stride)
+        tile = plus(plus(tile, second), plus(third, fourth))
+        return in_one_sum(tile, weights + LANES * whole, x + whole, stride, channels - whole)
+
     @instruction(types.void(ADDRESS, tile, float32x16, ADDRESS))
     def rescale(builder: Builder, y: Value, sums: Value, row_scales: Value, x_scales: Value) -> None:
         for token in range(num_tokens):
@@ -205,7 +238,8 @@ def tile_ops(dot_product: DotProduct, num_tokens: int) -> TileOps:
             total = builder.add(builder.load(address, align=64), builder.mul(factors, product))
             builder.store(total, address, align=64)
 
-    return TileOps(begin, load, store, dot, rescale, accumulate)
+    multiply = in_four_sums if num_tokens == 1 else in_one_sum
+    return TileOps(begin, load, store, multiply, rescale, accumulate)
 
 
 def by_token_steps(make: Callable[[int], Any]) -> Any:

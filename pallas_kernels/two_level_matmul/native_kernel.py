@@ -62,15 +62,13 @@ def make_block(dot_product: DotProduct) -> Any:
     """See ``native.build.Kernel``."""
 
     def make(num_tokens: int) -> Any:
-        begin, load, store, dot, _, accumulate = tile_ops(dot_product, num_tokens)
+        begin, load, store, multiply, _, accumulate = tile_ops(dot_product, num_tokens)
 
         @njit
         def multiply_group(x, stride, sums, totals, starts, x_sums, group):
             """Adds some channels of a group: the first begin its sums, the last add them to the row's."""
             weights, channels, first, last, factors, offsets = group
-            tile = begin(starts) if first else load(sums)
-            for channel in range(0, channels, 4):
-                tile = dot(tile, load_ints(weights + LANES * channel), x + channel, stride)
+            tile = multiply(begin(starts) if first else load(sums), weights, x, stride, channels)
             if last:
                 accumulate(totals, tile, factors, offsets, x_sums)
             else:
