@@ -24,6 +24,16 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(error) if np.isfinite(error) else np.inf
 
 
+def product_error(actual: np.ndarray, expected: np.ndarray, x: np.ndarray, w: np.ndarray) -> float:
+    """The norm of the error of ``x @ w.T``, relative to that of the product of their absolute values.
+
+    Few sums of numbers that cancel may be far smaller than the numbers, so that their relative error says
+    nothing.
+    """
+    magnitude = np.abs(x).astype(np.float64) @ np.abs(w).astype(np.float64).T
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(magnitude))
+
+
 def pack(values: np.ndarray, tile: int) -> np.ndarray:
     """Byte j of a tile: value j in the low nibble, value j + tile/2 in the high one."""
     out = np.zeros((*values.shape[:-1], values.shape[-1] // 2), np.uint8)
