@@ -13,15 +13,14 @@ from numba import njit
 
 from pallas_kernels.native.dot_products import DotProduct
 from pallas_kernels.native.float_weights import (
-    VECTOR_BYTES,
     multiply_any,
     unpack_bfloat16,
     unpack_float32,
 )
-from pallas_kernels.native.frame import buffer, size
-from pallas_kernels.native.memory import load_int8, load_int32, stack, store_int8
-from pallas_kernels.native.tiles import BLOCK_TOKENS, store_result
-from pallas_kernels.native.vectors import LANES, broadcast_float, store_floats
+from pallas_kernels.native.frame import buffer, layer_of, size
+from pallas_kernels.native.memory import load_int8, stack, store_int8
+from pallas_kernels.native.tiles import BLOCK_TOKENS, clear, store_result
+from pallas_kernels.native.vectors import LANES, VECTOR_BYTES
 
 # The order of buffers and sizes in ``native_cpu.run``.
 X, LAYER, WEIGHT, BIAS, RESIDUAL, OUT = range(6)
@@ -39,7 +38,7 @@ def make_block(dot_product: DotProduct) -> Any:
 
     @njit
     def unpack_lines(job, lines, stride, floats):
-        """64 bytes of each of 16 rows, as floats [channels, 16]."""
+        """Stores 64 bytes of each of 16 rows, as floats [channels, 16]."""
         if size(job, IS_BFLOAT16):
             unpack_bfloat16(lines, stride, floats)
         else:
@@ -47,11 +46,11 @@ def make_block(dot_product: DotProduct) -> Any:
 
     @njit
     def unpack(job, row, channel, channels, lines, floats):
-        """So many channels of 16 rows; those that fill up the last line of 64 bytes are zero."""
+        """Stores so many channels of 16 rows as floats; channels that fill up the last 64 bytes are zero."""
         item = 2 if size(job, IS_BFLOAT16) else 4
         stride = size(job, CHANNELS) * item
-        layer = load_int32(buffer(job, LAYER)) * size(job, ROWS) * stride
-        source = buffer(job, WEIGHT) + layer + row * stride + channel * item
+        weight = layer_of(job, WEIGHT, LAYER, size(job, ROWS) * stride)
+        source = weight + row * stride + channel * item
         for place in range(0, channels * item, _LINE):
             left = channels * item - place
             target = floats + place // item * VECTOR_BYTES
@@ -74,8 +73,7 @@ def make_block(dot_product: DotProduct) -> Any:
         lines, floats, y = _lines_memory(), _floats_memory(), _tile_memory()
         for token in range(0, num_tokens, BLOCK_TOKENS):
             tokens = min(BLOCK_TOKENS, num_tokens - token)
-            for position in range(tokens):
-                store_floats(y + VECTOR_BYTES * position, broadcast_float(0.0))
+            clear(y, tokens)
             for channel in range(0, num_channels, _PIECE):
                 unpack(job, row, channel, min(_PIECE, num_channels - channel), lines, floats)
                 x = buffer(job, X) + 4 * (token * x_channels + channel)

@@ -10,40 +10,30 @@ from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import models, register_model
 
 from pallas_kernels.native.memory import ADDRESS, F32, I64, Builder, Value, at, instruction
-from pallas_kernels.native.vectors import FLOATS, LANES, broadcast, call_llvm
+from pallas_kernels.native.vectors import (
+    FLOATS,
+    LANES,
+    VECTOR_BYTES,
+    Vectors,
+    broadcast,
+    call_llvm,
+    float32x16,
+)
 
 COLUMNS = 2 * LANES
 # How many rows are multiplied at once, at most.
 _MOST_ROWS = 4
-_VECTOR_BYTES = 4 * LANES
-
-
-class FloatTile(types.Type):
-    """A number of rows of 32 floats, two vectors each."""
-
-    def __init__(self, num_rows: int) -> None:
-        self.llvm = ir.ArrayType(FLOATS, 2 * num_rows)
-        super().__init__(f"float32x{COLUMNS}x{num_rows}")
-
-
-class _FloatTileModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, tile: FloatTile) -> None:
-        super().__init__(manager, tile, tile.llvm)
-
-
-register_model(FloatTile)(_FloatTileModel)
 
 
 def _make_multiply(num_rows: int) -> Any:
     """``multiply_matrices`` for ``num_rows`` rows."""
-    tile = FloatTile(num_rows)
+    tile = Vectors(float32x16, 2 * num_rows)
 
     def place(builder: Builder, address: Value, stride: Value, row: int, half: int = 0) -> Value:
         row_address = builder.add(address, builder.mul(stride, ir.Constant(I64, row)))
-        return builder.add(row_address, ir.Constant(I64, half * _VECTOR_BYTES))
+        return builder.add(row_address, ir.Constant(I64, half * VECTOR_BYTES))
 
     @instruction(tile())
     def zeros(builder: Builder) -> Value:
@@ -67,7 +57,7 @@ def _make_multiply(num_rows: int) -> Any:
     def accumulate(builder: Builder, sums: Value, a: Value, stride: Value, b: Value) -> Value:
         """Adds the products of one column of ``a`` with one row of ``b``."""
         halves = [
-            builder.load(at(builder, builder.add(b, ir.Constant(I64, half * _VECTOR_BYTES)), FLOATS), align=4)
+            builder.load(at(builder, builder.add(b, ir.Constant(I64, half * VECTOR_BYTES)), FLOATS), align=4)
             for half in (0, 1)
         ]
         for row in range(num_rows):

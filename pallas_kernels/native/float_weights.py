@@ -11,7 +11,6 @@ from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import models, register_model
 
 from pallas_kernels.native.memory import ADDRESS, F32, I64, Builder, Value, at, instruction
 from pallas_kernels.native.tiles import TOKEN_STEPS
@@ -19,6 +18,8 @@ from pallas_kernels.native.vectors import (
     FLOATS,
     INTS,
     LANES,
+    VECTOR_BYTES,
+    Vectors,
     broadcast,
     call_llvm,
     float32x16,
@@ -30,28 +31,10 @@ from pallas_kernels.native.vectors import (
     transpose,
 )
 
-VECTOR_BYTES = 4 * LANES
-
-
-class FloatTile(types.Type):
-    """float32 sums of 16 rows for a number of tokens, a vector each."""
-
-    def __init__(self, num_tokens: int) -> None:
-        self.llvm = ir.ArrayType(FLOATS, num_tokens)
-        super().__init__(f"float32x16x{num_tokens}")
-
-
-class _FloatTileModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, tile: FloatTile) -> None:
-        super().__init__(manager, tile, tile.llvm)
-
-
-register_model(FloatTile)(_FloatTileModel)
-
 
 @instruction(types.void(ADDRESS, int32x16, float32x16, float32x16))
 def store_dequantized(builder: Builder, address: Value, four: Value, offsets: Value, scales: Value) -> None:
-    """Four unsigned bytes of each row as four vectors of floats, ``(byte - offset) * scale``."""
+    """Stores four unsigned bytes of each row as four vectors of floats, ``(byte - offset) * scale``."""
     for place in range(4):
         byte = builder.and_(builder.lshr(four, splat(INTS, 8 * place)), splat(INTS, 255))
         values = builder.fmul(builder.fsub(builder.sitofp(byte, FLOATS), offsets), scales)
@@ -61,13 +44,13 @@ def store_dequantized(builder: Builder, address: Value, four: Value, offsets: Va
 
 @instruction(types.void(ADDRESS, types.int64, ADDRESS))
 def unpack_float32(builder: Builder, lines: Value, stride: Value, floats: Value) -> None:
-    """64 bytes of each of 16 rows of float32, ``stride`` bytes apart, as floats [16 channels, 16 rows]."""
+    """Stores 64 bytes of each of 16 rows of float32, ``stride`` bytes apart, as floats [16 channels, 16]."""
     store_transposed(builder, [load_row(builder, lines, stride, row) for row in range(LANES)], floats)
 
 
 @instruction(types.void(ADDRESS, types.int64, ADDRESS))
 def unpack_bfloat16(builder: Builder, lines: Value, stride: Value, floats: Value) -> None:
-    """64 bytes of each of 16 rows of bfloat16, as floats [32 channels, 16 rows].
+    """Stores 64 bytes of each of 16 rows of bfloat16, ``stride`` bytes apart, as floats [32 channels, 16].
 
     A bfloat16 is the upper half of a float32; two channels share a word.
     """
@@ -81,12 +64,12 @@ def unpack_bfloat16(builder: Builder, lines: Value, stride: Value, floats: Value
 
 
 def make_multiply_floats(num_tokens: int) -> Any:
-    """``multiply(x, stride, y, weights, channels)``: y [tokens, 16] plus ``weights x``.
+    """Makes ``multiply(x, stride, y, weights, channels)``, which adds ``weights x`` to y [tokens, 16].
 
-    Addresses: ``x`` of the first token's channels (float32, tokens ``stride`` bytes apart), ``weights`` of
-    [channels, 16] float32. The number of channels is even.
+    ``x`` is the address of the first token's channels in float32; tokens are ``stride`` bytes apart.
+    ``weights`` is that of float32 [channels, 16]. The number of channels is even.
     """
-    tile = FloatTile(num_tokens)
+    tile = Vectors(float32x16, num_tokens)
 
     def place(builder: Builder, address: Value, token: int) -> Value:
         return at(builder, builder.add(address, ir.Constant(I64, VECTOR_BYTES * token)), FLOATS)
@@ -134,7 +117,10 @@ def make_multiply_floats(num_tokens: int) -> Any:
 
 
 def multiply_any(make: Callable[[int], Any] = make_multiply_floats) -> Any:
-    """``multiply(tokens, x, stride, y, weights, channels)``: that of ``make``, for any number of tokens."""
+    """Makes ``multiply(tokens, x, stride, y, weights, channels)`` for any number of tokens.
+
+    It calls what ``make(num_tokens)`` makes for each of ``TOKEN_STEPS``.
+    """
     many, few, one = map(make, TOKEN_STEPS)
     many_tokens, few_tokens, _ = TOKEN_STEPS
 

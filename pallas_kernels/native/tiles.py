@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import models, register_model
 
 from pallas_kernels.native.dot_products import DotProduct
 from pallas_kernels.native.memory import (
@@ -37,6 +36,7 @@ from pallas_kernels.native.vectors import (
     INTS,
     LANES,
     VECTOR_BYTES,
+    Vectors,
     add,
     broadcast,
     broadcast_float,
@@ -59,22 +59,6 @@ BLOCK_TOKENS = 64
 OFFSET_INT4, OFFSET_INT8 = 8, 128
 
 _SHORTS = ir.VectorType(I16, 2 * LANES)
-
-
-class Tile(types.Type):
-    """The type of the int32 sums of 16 rows for a number of tokens: a vector for each token."""
-
-    def __init__(self, num_tokens: int) -> None:
-        self.llvm = ir.ArrayType(INTS, num_tokens)
-        super().__init__(f"int32x16x{num_tokens}")
-
-
-class _TileModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, tile: Tile) -> None:
-        super().__init__(manager, tile, tile.llvm)
-
-
-register_model(Tile)(_TileModel)
 
 
 @instruction(types.void(ADDRESS, types.int64, ADDRESS))
@@ -140,7 +124,7 @@ class TileOps(NamedTuple):
 
 def tile_ops(dot_product: DotProduct, num_tokens: int) -> TileOps:
     """Makes the operations for ``num_tokens`` tokens."""
-    tile = Tile(num_tokens)
+    tile = Vectors(int32x16, num_tokens)
 
     def each(builder: Builder, emit: Callable[[int], Value]) -> Value:
         """The tile whose vectors are ``emit(token)``."""

@@ -45,6 +45,23 @@ class _VectorModel(models.PrimitiveModel):
 register_model(Vector)(_VectorModel)
 
 int32x16, float32x16 = Vector("int32x16", I32), Vector("float32x16", F32)
+
+
+class Vectors(types.Type):
+    """Several vectors in one value, which LLVM keeps in registers where they suffice."""
+
+    def __init__(self, vector: Vector, count: int) -> None:
+        self.llvm = ir.ArrayType(vector.llvm, count)
+        super().__init__(f"{vector.name}x{count}")
+
+
+class _VectorsModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, vectors: Vectors) -> None:
+        super().__init__(manager, vectors, vectors.llvm)
+
+
+register_model(Vectors)(_VectorsModel)
+
 INTS, FLOATS, BYTES = int32x16.llvm, float32x16.llvm, ir.VectorType(I8, 4 * LANES)
 
 

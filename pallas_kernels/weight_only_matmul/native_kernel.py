@@ -12,18 +12,17 @@ from typing import Any
 from numba import njit
 
 from pallas_kernels.native.dot_products import DotProduct
-from pallas_kernels.native.float_weights import VECTOR_BYTES, multiply_any, store_dequantized
-from pallas_kernels.native.frame import buffer, size
-from pallas_kernels.native.memory import load_int32, stack
-from pallas_kernels.native.tiles import BLOCK_TOKENS, OFFSET_INT4, store_result, unpack_int4
+from pallas_kernels.native.float_weights import multiply_any, store_dequantized
+from pallas_kernels.native.frame import buffer, layer_of, size
+from pallas_kernels.native.memory import stack
+from pallas_kernels.native.tiles import BLOCK_TOKENS, OFFSET_INT4, clear, store_result, unpack_int4
 from pallas_kernels.native.vectors import (
     LANES,
+    VECTOR_BYTES,
     add_int,
-    broadcast_float,
     load_bytes,
     load_floats,
     load_ints,
-    store_floats,
     to_floats,
 )
 from pallas_kernels.qarrays import PACK_TILE
@@ -42,19 +41,14 @@ def make_block(dot_product: DotProduct) -> Any:
     multiply = multiply_any()
 
     @njit
-    def weight(job, array, layer_bytes):
-        """The address of one of the weight's arrays, of the layer that is asked for."""
-        return buffer(job, array) + load_int32(buffer(job, LAYER)) * layer_bytes
-
-    @njit
     def dequantize(job, row, channel, unpacked, floats):
-        """The tile of 16 rows from ``row`` on that begins at ``channel``, as floats [channels, 16]."""
+        """Stores the tile of 16 rows from ``row`` on that begins at ``channel``, as floats [channels, 16]."""
         num_rows, num_channels, group_size = size(job, ROWS), size(job, CHANNELS), size(job, GROUP_SIZE)
         row_bytes = (num_channels + PACK_TILE - 1) // PACK_TILE * _ROW_BYTES
         groups = num_channels // group_size
-        packed = weight(job, PACKED, num_rows * row_bytes) + row * row_bytes
-        scales = weight(job, SCALES, 4 * groups * num_rows) + 4 * row
-        zeros = weight(job, ZEROS, groups * num_rows) + row
+        packed = layer_of(job, PACKED, LAYER, num_rows * row_bytes) + row * row_bytes
+        scales = layer_of(job, SCALES, LAYER, 4 * groups * num_rows) + 4 * row
+        zeros = layer_of(job, ZEROS, LAYER, groups * num_rows) + row
         unpack_int4(packed + channel // PACK_TILE * _ROW_BYTES, row_bytes, unpacked)
         for place in range(0, min(PACK_TILE, num_channels - channel), 4):
             group = (channel + place) // group_size
@@ -71,8 +65,7 @@ def make_block(dot_product: DotProduct) -> Any:
         unpacked, floats, y = _bytes_memory(), _floats_memory(), _tile_memory()
         for token in range(0, num_tokens, BLOCK_TOKENS):
             tokens = min(BLOCK_TOKENS, num_tokens - token)
-            for position in range(tokens):
-                store_floats(y + VECTOR_BYTES * position, broadcast_float(0.0))
+            clear(y, tokens)
             for channel in range(0, num_channels, PACK_TILE):
                 dequantize(job, row, channel, unpacked, floats)
                 x = buffer(job, X) + 4 * (token * num_channels + channel)
