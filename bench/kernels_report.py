@@ -34,7 +34,8 @@ _INTRO = """\
 # Which GPU kernels are there, and what does their machine code look like?
 
 Every hot op has a Pallas Mosaic GPU kernel for Hopper (`pallas_kernels/<op>/mosaic_sm90.py`). `auto` takes it
-on a GPU of compute capability 9.0 where it supports the call, and the reference where not; `atom-jax explain
+on a GPU of compute capability 9.0 where it supports the call, else the reference (CPUs have
+[kernels of their own](cpu_kernels.md)); `atom-jax explain
 CKPT` prints what would run a checkpoint and with which tiles; `use_implementation("mosaic_sm90")` insists.
 
 This page is written by `make kernels-report`, which compiles each kernel for an H200 on a machine without a
