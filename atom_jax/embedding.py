@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import QuantizedWeight, quantize_int8
+from pallas_kernels.nn import rounded
 
 # Float rows, or INT8 rows with one scale each (``Format.head_bits``).
 Table = Float[Array, "vocab hidden"] | QuantizedWeight
@@ -46,6 +47,7 @@ def head_table(shared: Mapping[str, Any]) -> Table:
     return head.table if isinstance(head, Embedding) else head
 
 
+@jax.jit
 def round_table(table: Float[Array | np.ndarray, "vocab hidden"]) -> QuantizedWeight:
     """The table in INT8. It is rounded to bfloat16 first, which makes it that of a bfloat16 checkpoint."""
-    return quantize_int8(jnp.asarray(table, jnp.bfloat16).astype(jnp.float32))
+    return quantize_int8(rounded(jnp.asarray(table, jnp.float32), jnp.dtype(jnp.bfloat16)))

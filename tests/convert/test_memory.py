@@ -30,6 +30,10 @@ SIZES: dict[str, Any] = {
 }
 LAYERS_A_SHARD = 6
 CALIBRATION_TOKENS = 512
+# Python, JAX, and what XLA compiles.
+RUNTIME_BYTES = 2**30
+# Numba and LLVM, which compile the kernels for the CPU where they were never compiled before.
+COMPILER_BYTES = 200 * 2**20
 
 _DRIVER = """
 import sys
@@ -106,4 +110,4 @@ def test_peak_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     activations = 4 * CALIBRATION_TOKENS * SIZES["hidden_size"]
     with capsys.disabled():
         print(f"\npeak memory {peak / 1e6:.0f} MB of a model of {model_bytes / 1e6:.0f} MB")
-    assert peak < 4 * layer_bytes + activations + 2**30
+    assert peak < 4 * layer_bytes + activations + RUNTIME_BYTES + COMPILER_BYTES
