@@ -118,7 +118,7 @@ def h200() -> Iterator[NamedSharding]:
 def compile_for_h200(
     function: Callable[..., Any],
     *arguments: Any,
-    implementation: str = "mosaic_sm90",
+    implementations: tuple[str, ...] = ("mosaic_sm90",),
     config: Any = None,
     **jit_options: Any,
 ) -> tuple[Any, list[CompiledKernel]]:
@@ -126,7 +126,7 @@ def compile_for_h200(
 
     Args:
       arguments: pytrees of ``jax.ShapeDtypeStruct`` (or arrays, of which only shapes count).
-      implementation, config: of the ops inside; see ``use_implementation``.
+      implementations, config: of the ops inside; see ``use_implementation``.
       jit_options: e.g. ``donate_argnums``.
 
     Returns:
@@ -137,7 +137,7 @@ def compile_for_h200(
     """
     for path in Path(DUMPS).iterdir():
         path.unlink()
-    with h200() as sharding, use_implementation(implementation, config=config):
+    with h200() as sharding, use_implementation(*implementations, config=config):
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments
         )

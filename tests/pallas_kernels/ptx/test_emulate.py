@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -128,7 +129,10 @@ def test_faults_surface_as_themselves(jit):
     ):
         jax.block_until_ready(call(*inputs))
     with emulated():
-        same(jax.block_until_ready(call(*inputs)), reference(case, inputs))
+        found = jax.block_until_ready(call(*inputs))
+    # The reference adds up the squares of a row in another order.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(close, found, reference(case, inputs))
 
 
 def test_outside_the_context_nothing_is_emulated():
