@@ -33,7 +33,7 @@ CALIBRATION_TOKENS = 512
 # Python, JAX, and what XLA compiles.
 RUNTIME_BYTES = 2**30
 # Numba and LLVM, which compile the kernels for the CPU where they were never compiled before.
-COMPILER_BYTES = 200 * 2**20
+COMPILER_BYTES = 256 * 2**20
 
 _DRIVER = """
 import sys
