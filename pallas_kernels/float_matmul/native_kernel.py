@@ -18,8 +18,8 @@ from pallas_kernels.native.float_weights import (
     unpack_float32,
 )
 from pallas_kernels.native.frame import buffer, layer_of, size
-from pallas_kernels.native.memory import load_int8, stack, store_int8
-from pallas_kernels.native.tiles import BLOCK_TOKENS, clear, store_result
+from pallas_kernels.native.memory import stack
+from pallas_kernels.native.tiles import BLOCK_TOKENS, LINE_BYTES, clear, copy_lines, store_results
 from pallas_kernels.native.vectors import LANES, VECTOR_BYTES
 
 # The order of buffers and sizes in ``native_cpu.run``.
@@ -27,9 +27,8 @@ X, LAYER, WEIGHT, BIAS, RESIDUAL, OUT = range(6)
 _, TOKENS, ROWS, CHANNELS, IS_BFLOAT16, HAS_BIAS, HAS_RESIDUAL = range(7)
 
 _PIECE = 128  # channels
-_LINE = 64  # bytes of a row that are unpacked at once
 _floats_memory, _tile_memory = stack(_PIECE * VECTOR_BYTES), stack(VECTOR_BYTES * BLOCK_TOKENS)
-_lines_memory = stack(_LINE * LANES)
+_lines_memory = stack(LINE_BYTES * LANES)
 
 
 def make_block(dot_product: DotProduct) -> Any:
@@ -51,24 +50,21 @@ def make_block(dot_product: DotProduct) -> Any:
         stride = size(job, CHANNELS) * item
         weight = layer_of(job, WEIGHT, LAYER, size(job, ROWS) * stride)
         source = weight + row * stride + channel * item
-        for place in range(0, channels * item, _LINE):
+        for place in range(0, channels * item, LINE_BYTES):
             left = channels * item - place
             target = floats + place // item * VECTOR_BYTES
-            if left >= _LINE:
+            if left >= LINE_BYTES:
                 unpack_lines(job, source + place, stride, target)
                 continue
-            for index in range(LANES * _LINE):
-                line, within = index // _LINE, index % _LINE
-                byte = load_int8(source + place + line * stride + within) if within < left else 0
-                store_int8(lines + index, byte)
-            unpack_lines(job, lines, _LINE, target)
+            copy_lines(source + place, stride, left, lines)
+            unpack_lines(job, lines, LINE_BYTES, target)
 
     @njit
     def block(job, index):
         num_tokens, num_rows, num_channels = size(job, TOKENS), size(job, ROWS), size(job, CHANNELS)
         # ``x`` has a channel of zeros more where their number is odd.
         x_channels = num_channels + num_channels % 2
-        # The last 16 rows may overlap the ones before: both write the same.
+        # The last 16 rows may overlap the 16 before them; both blocks write the same results there.
         row = min(index * LANES, num_rows - LANES)
         lines, floats, y = _lines_memory(), _floats_memory(), _tile_memory()
         for token in range(0, num_tokens, BLOCK_TOKENS):
@@ -78,9 +74,6 @@ def make_block(dot_product: DotProduct) -> Any:
                 unpack(job, row, channel, min(_PIECE, num_channels - channel), lines, floats)
                 x = buffer(job, X) + 4 * (token * x_channels + channel)
                 multiply(tokens, x, 4 * x_channels, y, floats, min(_PIECE, x_channels - channel))
-            out = 4 * (token * num_rows + row)
-            bias = buffer(job, BIAS) + 4 * row if size(job, HAS_BIAS) else 0
-            residual = buffer(job, RESIDUAL) + out if size(job, HAS_RESIDUAL) else 0
-            store_result(y, tokens, buffer(job, OUT) + out, 4 * num_rows, bias, residual)
+            store_results(job, y, row, token, tokens, BIAS, HAS_BIAS)
 
     return block

@@ -12,7 +12,6 @@ from pallas_kernels.reference_matmul import finish
 def run(call: Call, config: None = None) -> Float[Array, "m n"]:
     """See ``api.float_matmul``."""
     x, w, bias, residual, out_dtype = call
-    # The weight is the left operand, because XLA's CPU matmul is fastest so for few rows of x. On a GPU the
-    # order makes no difference.
+    # The weight is the left operand, because XLA's CPU matmul is fastest so for few rows of x.
     y = jnp.matmul(w, x.T, preferred_element_type=jnp.float32).T
     return finish(y, bias, residual, out_dtype)

@@ -8,10 +8,12 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.grouped_matmul.call import Call
 from pallas_kernels.native import build
-from pallas_kernels.native import config as native_config
-from pallas_kernels.native.config import NativeConfig
-from pallas_kernels.native.operands import ROWS, addend, of_fours, stack_and_layer, with_rows
+from pallas_kernels.native.config import NativeConfig, configs
+from pallas_kernels.native.matmul import multiply
+from pallas_kernels.native.operands import of_fours, stack_and_layer, with_rows
 from pallas_kernels.qarrays import like
+
+__all__ = ["configs", "run", "unsupported"]
 
 _KERNEL = build.Kernel("pallas_kernels.grouped_matmul.native_kernel", "grouped_matmul")
 TAKES_LAYERS = True
@@ -27,35 +29,15 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-def configs(call: Call) -> list[NativeConfig]:
-    """The instruction sets of this CPU."""
-    return native_config.configs()
-
-
 def run(call: Call, config: NativeConfig) -> Float[Array, "m n"]:
     """See ``api.grouped_matmul``."""
-    x, w, bias, residual, out_dtype = call
-    (m, num_body), n = x.body.shape, like(w).shape[0]
-    w, layer = stack_and_layer(w)
-    if m == 0:
-        return jnp.zeros((m, n), out_dtype)
-    rows = max(n, ROWS)
+    x, (m, num_body), n = call.x, call.x.body.shape, like(call.w).shape[0]
+    w, layer = stack_and_layer(call.w)
     body, outliers = of_fours(x.body), of_fours(x.outliers)
     weights = (with_rows(w.packed, -2), with_rows(w.outliers, -2), with_rows(w.scales, -1))
     # A group that is the whole body grows with the body; the channels that were added are zeros.
     group_size = body.shape[1] if x.group_size == num_body else x.group_size
-    sizes = (
-        *(-(-rows // ROWS), m, rows, body.shape[1], outliers.shape[1], w.outliers.shape[-1], group_size),
-        *(bias is not None, residual is not None),
-    )
-    out, _ = build.call(
-        _KERNEL,
-        config.instructions,
-        (body, outliers, x.scales, layer, *weights, addend(bias), addend(residual)),
-        (
-            jax.ShapeDtypeStruct((m, rows), jnp.float32),
-            jax.ShapeDtypeStruct(x.scales.shape, jnp.int32),
-        ),
-        sizes,
-    )
-    return out[:, :n].astype(out_dtype)
+    operands = (body, outliers, x.scales, layer, *weights)
+    sizes = (body.shape[1], outliers.shape[1], w.outliers.shape[-1], group_size)
+    starts = jax.ShapeDtypeStruct(x.scales.shape, jnp.int32)
+    return multiply(_KERNEL, config.instructions, call, (m, n), operands, sizes, [starts])

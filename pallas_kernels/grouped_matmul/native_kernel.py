@@ -12,14 +12,16 @@ from numba import njit
 
 from pallas_kernels.native.dot_products import DotProduct
 from pallas_kernels.native.frame import buffer, layer_of, size
-from pallas_kernels.native.memory import load_int8, stack, store_int8, store_int32
+from pallas_kernels.native.memory import stack, store_int32
 from pallas_kernels.native.tiles import (
     BLOCK_TOKENS,
+    LINE_BYTES,
     OFFSET_INT4,
     OFFSET_INT8,
     by_token_steps,
     clear,
-    store_result,
+    copy_lines,
+    store_results,
     sum_bytes,
     tile_ops,
     unpack_int4,
@@ -33,9 +35,7 @@ BODY, OUTLIERS, SCALES, LAYER, W_PACKED, W_OUTLIERS, W_SCALES, BIAS, RESIDUAL, O
 _, TOKENS, ROWS, NUM_BODY, NUM_OUTLIERS, W_NUM_OUTLIERS, GROUP_SIZE, HAS_BIAS, HAS_RESIDUAL = range(9)
 
 _ROW_BYTES = PACK_TILE // 2
-# How many outliers are unpacked at a time.
-_CHUNK = 64
-_weights_memory, _chunk_memory = stack(PACK_TILE * LANES), stack(LANES * _CHUNK)
+_weights_memory, _lines_memory = stack(PACK_TILE * LANES), stack(LANES * LINE_BYTES)
 _tile_memory = stack(VECTOR_BYTES * BLOCK_TOKENS)
 
 
@@ -108,25 +108,22 @@ def make_block(dot_product: DotProduct) -> Any:
 
     @njit
     def add_outliers(job, row, token, tokens, scratch, sums, y):
-        """Adds the INT8 outliers likewise; a last chunk that is not whole is filled up with zeros."""
+        """Adds the INT8 outliers likewise; a last line that is not whole is filled up with zeros."""
         num_tokens, num_rows, num_outliers = size(job, TOKENS), size(job, ROWS), size(job, NUM_OUTLIERS)
         stride = size(job, W_NUM_OUTLIERS)
         group = size(job, NUM_BODY) // max(size(job, GROUP_SIZE), 1)
         place = 4 * (group * num_tokens + token)
         w_scales = layer_of(job, W_SCALES, LAYER, 4 * num_rows * (group + 1))
         w_outliers = layer_of(job, W_OUTLIERS, LAYER, num_rows * stride)
-        copy = _chunk_memory()
-        for channel in range(0, num_outliers, _CHUNK):
+        lines = _lines_memory()
+        for channel in range(0, num_outliers, LINE_BYTES):
             rows = w_outliers + row * stride + channel
-            if stride - channel >= _CHUNK:
+            if stride - channel >= LINE_BYTES:
                 unpack_int8(rows, stride, scratch)
             else:
-                for index in range(LANES * _CHUNK):
-                    line, within = index // _CHUNK, index % _CHUNK
-                    inside = channel + within < stride
-                    store_int8(copy + index, load_int8(rows + line * stride + within) if inside else 0)
-                unpack_int8(copy, _CHUNK, scratch)
-            channels = min(_CHUNK, num_outliers - channel)
+                copy_lines(rows, stride, stride - channel, lines)
+                unpack_int8(lines, LINE_BYTES, scratch)
+            channels = min(LINE_BYTES, num_outliers - channel)
             last = channel + channels == num_outliers
             row_scales = load_floats(w_scales + 4 * (group * num_rows + row))
             multiply_group(
@@ -141,15 +138,6 @@ def make_block(dot_product: DotProduct) -> Any:
             )
 
     @njit
-    def finish(job, row, token, tokens, y):
-        """Writes the results of 16 rows, with bias and residual."""
-        num_rows = size(job, ROWS)
-        place = 4 * (token * num_rows + row)
-        bias = buffer(job, BIAS) + 4 * row if size(job, HAS_BIAS) else 0
-        residual = buffer(job, RESIDUAL) + place if size(job, HAS_RESIDUAL) else 0
-        store_result(y, tokens, buffer(job, OUT) + place, 4 * num_rows, bias, residual)
-
-    @njit
     def block(job, index):
         num_tokens = size(job, TOKENS)
         # The last 16 rows may overlap the 16 before them; both blocks write the same results there.
@@ -160,6 +148,6 @@ def make_block(dot_product: DotProduct) -> Any:
             clear(y, tokens)
             add_body(job, row, token, tokens, scratch, sums, y)
             add_outliers(job, row, token, tokens, scratch, sums, y)
-            finish(job, row, token, tokens, y)
+            store_results(job, y, row, token, tokens, BIAS, HAS_BIAS)
 
     return block

@@ -11,11 +11,12 @@ from jaxtyping import Array, Float
 from pallas_kernels.kv_append.call import Call
 from pallas_kernels.native import build
 from pallas_kernels.native import cache as native_cache
-from pallas_kernels.native import config as native_config
 from pallas_kernels.native.cache import PAGE_FORMATS
-from pallas_kernels.native.config import NativeConfig
+from pallas_kernels.native.config import NativeConfig, configs
 from pallas_kernels.native.operands import given
 from pallas_kernels.qarrays import PagedKVCache
+
+__all__ = ["configs", "run", "unsupported"]
 
 _KERNEL = build.Kernel("pallas_kernels.kv_append.native_kernel", "kv_append")
 # How many tokens a block has.
@@ -39,11 +40,6 @@ def unsupported(call: Call) -> str | None:
         if array is not None and array.shape != shape:
             return f"{name} {array.shape}, expected {shape}"
     return native_cache.unsupported(call.cache)
-
-
-def configs(call: Call) -> list[NativeConfig]:
-    """The instruction sets of this CPU."""
-    return native_config.configs()
 
 
 def run(call: Call, config: NativeConfig) -> tuple[Float[Array, "m heads head_dim"], PagedKVCache]:

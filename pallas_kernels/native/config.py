@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from pallas_kernels.dispatch import AnyCall
 from pallas_kernels.native.instruction_sets import available
 
 
@@ -26,6 +27,6 @@ class NativeConfig:
             raise ValueError(f"no instruction set {self.instructions!r} on this CPU, which has: {found}")
 
 
-def configs() -> list[NativeConfig]:
-    """The configurations that this CPU can run, the best one first."""
+def configs(call: AnyCall) -> list[NativeConfig]:
+    """What this CPU can run a call with, whatever it is: the best instruction set first."""
     return [NativeConfig(name) for name in available()]

@@ -18,6 +18,7 @@ from llvmlite import ir
 from numba import njit, types
 
 from pallas_kernels.native.dot_products import DotProduct
+from pallas_kernels.native.frame import buffer, size
 from pallas_kernels.native.memory import (
     ADDRESS,
     F32,
@@ -29,6 +30,7 @@ from pallas_kernels.native.memory import (
     at,
     instruction,
     load_int8,
+    store_int8,
 )
 from pallas_kernels.native.vectors import (
     BYTES,
@@ -55,6 +57,10 @@ from pallas_kernels.native.vectors import (
 TOKEN_STEPS = (8, 4, 1)
 # How many tokens are multiplied with a weight that was unpacked once. Scratch memory has room for their sums.
 BLOCK_TOKENS = 64
+# How many bytes of a row are unpacked at once.
+LINE_BYTES = 64
+# The place of the number of rows among the numbers of every matmul (``matmul.multiply``).
+ROWS = 2
 # What is added to INT4 and INT8 weights to make them unsigned.
 OFFSET_INT4, OFFSET_INT8 = 8, 128
 
@@ -263,16 +269,36 @@ def clear(sums: int, tokens: int) -> None:
 
 
 @njit
-def store_result(y: int, tokens: int, out: int, stride: int, bias: int, residual: int) -> None:
-    """Computes ``out = y (+ bias) (+ residual)`` for 16 rows and so many tokens.
+def copy_lines(rows: int, stride: int, num_bytes: int, lines: int) -> None:
+    """Copies fewer than 64 bytes of each of 16 rows to lines of 64 bytes, which zeros fill up.
 
-    Where the address of the bias or the residual is 0, there is none. ``y`` is [tokens, 16]; the tokens of
-    ``out`` and ``residual`` are ``stride`` bytes apart.
+    The rows, of which the first begins at ``rows``, are ``stride`` bytes apart.
     """
-    for token in range(tokens):
-        value = load_floats(y + VECTOR_BYTES * token)
-        if bias != 0:
-            value = add(value, load_floats(bias))
-        if residual != 0:
-            value = add(value, load_floats(residual + token * stride))
-        store_floats(out + token * stride, value)
+    for index in range(LANES * LINE_BYTES):
+        line, within = index // LINE_BYTES, index % LINE_BYTES
+        byte = load_int8(rows + line * stride + within) if within < num_bytes else 0
+        store_int8(lines + index, byte)
+
+
+@njit
+def store_results(job: int, y: int, row: int, token: int, tokens: int, bias: int, has_bias: int) -> None:
+    """Writes ``y (+ bias) (+ residual)``, the results of 16 rows from ``row`` on, in the order of ``matmul``.
+
+    Args:
+      job: the job.
+      y: address of float32 [tokens, 16].
+      row: the first row.
+      token: the first token.
+      tokens: how many tokens.
+      bias: which argument the bias is; the residual is the next one, and the result the one after it.
+      has_bias: which number says whether there is a bias; the next one says the same of the residual.
+    """
+    num_rows = size(job, ROWS)
+    for index in range(tokens):
+        place = 4 * ((token + index) * num_rows + row)
+        value = load_floats(y + VECTOR_BYTES * index)
+        if size(job, has_bias):
+            value = add(value, load_floats(buffer(job, bias) + 4 * row))
+        if size(job, has_bias + 1):
+            value = add(value, load_floats(buffer(job, bias + 1) + place))
+        store_floats(buffer(job, bias + 2) + place, value)

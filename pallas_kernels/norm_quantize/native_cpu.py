@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.native import build, rows_call
-from pallas_kernels.native import config as native_config
-from pallas_kernels.native.config import NativeConfig
+from pallas_kernels.native.config import NativeConfig, configs
 from pallas_kernels.native.operands import given
 from pallas_kernels.nn import rounded
 from pallas_kernels.norm_quantize.call import Call
 from pallas_kernels.qarrays import QuantizedActivation
+
+__all__ = ["configs", "run", "unsupported"]
 
 _KERNEL = build.Kernel("pallas_kernels.norm_quantize.native_kernel", "norm_quantize")
 
@@ -20,11 +21,6 @@ _KERNEL = build.Kernel("pallas_kernels.norm_quantize.native_kernel", "norm_quant
 def unsupported(call: Call) -> str | None:
     """None: the kernel can serve every call."""
     return None
-
-
-def configs(call: Call) -> list[NativeConfig]:
-    """The instruction sets of this CPU."""
-    return native_config.configs()
 
 
 def run(call: Call, config: NativeConfig) -> tuple[QuantizedActivation, Float[Array, "m k"]]:

@@ -13,11 +13,12 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.native import build
 from pallas_kernels.native import cache as native_cache
-from pallas_kernels.native import config as native_config
 from pallas_kernels.native.cache import PAGE_FORMATS
-from pallas_kernels.native.config import NativeConfig
+from pallas_kernels.native.config import NativeConfig, configs
 from pallas_kernels.native.operands import given
 from pallas_kernels.paged_attention.call import Call
+
+__all__ = ["configs", "run", "unsupported"]
 
 _KERNEL = build.Kernel("pallas_kernels.paged_attention.native_kernel", "paged_attention")
 # The scratch memory of the kernel has room for so many rows: queries times query heads of a kv head.
@@ -30,11 +31,6 @@ def unsupported(call: Call) -> str | None:
     if group > MAX_ROWS:
         return f"{group} query heads a kv head, at most {MAX_ROWS}"
     return native_cache.unsupported(call.cache)
-
-
-def configs(call: Call) -> list[NativeConfig]:
-    """The instruction sets of this CPU."""
-    return native_config.configs()
 
 
 def run(call: Call, config: NativeConfig) -> Float[Array, "batch seq heads head_dim"]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from pallas_kernels.native import build, rows_call
-from pallas_kernels.native import config as native_config
-from pallas_kernels.native.config import NativeConfig
+from pallas_kernels.native.config import NativeConfig, configs
 from pallas_kernels.native.operands import given
 from pallas_kernels.qarrays import QuantizedActivation
 from pallas_kernels.quantize.call import Call
+
+__all__ = ["configs", "run", "unsupported"]
 
 _KERNEL = build.Kernel("pallas_kernels.quantize.native_kernel", "quantize")
 
@@ -17,11 +18,6 @@ _KERNEL = build.Kernel("pallas_kernels.quantize.native_kernel", "quantize")
 def unsupported(call: Call) -> str | None:
     """None: the kernel can serve every call."""
     return None
-
-
-def configs(call: Call) -> list[NativeConfig]:
-    """The instruction sets of this CPU."""
-    return native_config.configs()
 
 
 def run(call: Call, config: NativeConfig) -> QuantizedActivation:

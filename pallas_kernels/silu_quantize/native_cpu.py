@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from pallas_kernels.native import build, rows_call
-from pallas_kernels.native import config as native_config
-from pallas_kernels.native.config import NativeConfig
+from pallas_kernels.native.config import NativeConfig, configs
 from pallas_kernels.qarrays import QuantizedActivation
 from pallas_kernels.silu_quantize.call import Call
+
+__all__ = ["configs", "run", "unsupported"]
 
 _KERNEL = build.Kernel("pallas_kernels.silu_quantize.native_kernel", "silu_quantize")
 
@@ -16,11 +17,6 @@ _KERNEL = build.Kernel("pallas_kernels.silu_quantize.native_kernel", "silu_quant
 def unsupported(call: Call) -> str | None:
     """None: the kernel can serve every call."""
     return None
-
-
-def configs(call: Call) -> list[NativeConfig]:
-    """The instruction sets of this CPU."""
-    return native_config.configs()
 
 
 def run(call: Call, config: NativeConfig) -> QuantizedActivation:

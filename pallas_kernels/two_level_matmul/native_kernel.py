@@ -19,7 +19,7 @@ from pallas_kernels.native.tiles import (
     OFFSET_INT4,
     by_token_steps,
     clear,
-    store_result,
+    store_results,
     sum_bytes,
     tile_ops,
     unpack_int4,
@@ -121,10 +121,7 @@ def make_block(dot_product: DotProduct) -> Any:
             place = totals + VECTOR_BYTES * index
             scales = multiply(row_scales, broadcast_float(scale))
             store_floats(place, multiply(to_floats(load_ints(place)), scales))
-        out = 4 * (token * num_rows + row)
-        bias = buffer(job, BIAS) + 4 * row if size(job, HAS_BIAS) else 0
-        residual = buffer(job, RESIDUAL) + out if size(job, HAS_RESIDUAL) else 0
-        store_result(totals, tokens, buffer(job, OUT) + out, 4 * num_rows, bias, residual)
+        store_results(job, totals, row, token, tokens, BIAS, HAS_BIAS)
 
     @njit
     def block(job, index):

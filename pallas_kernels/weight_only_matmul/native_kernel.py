@@ -15,7 +15,7 @@ from pallas_kernels.native.dot_products import DotProduct
 from pallas_kernels.native.float_weights import multiply_any, store_dequantized
 from pallas_kernels.native.frame import buffer, layer_of, size
 from pallas_kernels.native.memory import stack
-from pallas_kernels.native.tiles import BLOCK_TOKENS, OFFSET_INT4, clear, store_result, unpack_int4
+from pallas_kernels.native.tiles import BLOCK_TOKENS, OFFSET_INT4, clear, store_results, unpack_int4
 from pallas_kernels.native.vectors import (
     LANES,
     VECTOR_BYTES,
@@ -60,7 +60,7 @@ def make_block(dot_product: DotProduct) -> Any:
     @njit
     def block(job, index):
         num_tokens, num_rows, num_channels = size(job, TOKENS), size(job, ROWS), size(job, CHANNELS)
-        # The last 16 rows may overlap the ones before: both write the same.
+        # The last 16 rows may overlap the 16 before them; both blocks write the same results there.
         row = min(index * LANES, num_rows - LANES)
         unpacked, floats, y = _bytes_memory(), _floats_memory(), _tile_memory()
         for token in range(0, num_tokens, BLOCK_TOKENS):
@@ -71,9 +71,6 @@ def make_block(dot_product: DotProduct) -> Any:
                 x = buffer(job, X) + 4 * (token * num_channels + channel)
                 channels = min(PACK_TILE, num_channels - channel)
                 multiply(tokens, x, 4 * num_channels, y, floats, channels)
-            out = 4 * (token * num_rows + row)
-            bias = buffer(job, BIAS) + 4 * row if size(job, HAS_BIAS) else 0
-            residual = buffer(job, RESIDUAL) + out if size(job, HAS_RESIDUAL) else 0
-            store_result(y, tokens, buffer(job, OUT) + out, 4 * num_rows, bias, residual)
+            store_results(job, y, row, token, tokens, BIAS, HAS_BIAS)
 
     return block
