@@ -19,7 +19,8 @@ from atom_jax.schemes import SCHEMES
 from atom_jax_cli.engine import load_engine
 from pallas_kernels import devices, use_implementation
 from pallas_kernels.native import build
-from pallas_kernels.native import config as native_config
+from pallas_kernels.native.config import NativeConfig
+from pallas_kernels.native.instruction_sets import available
 from pallas_kernels.verification import device, verdicts, verify
 from pallas_kernels.verification.checks import all_checks
 from pallas_kernels.verification.verdicts import FAILED, GOOD, UNCHECKED
@@ -141,7 +142,7 @@ class TestDoctor:
         assert {op["implementation"] for op in facts["ops"]} == {"native_cpu"}
         reason = "mosaic_sm90 needs compute capability 9.0, this is cpu"
         assert {op["reason"] for op in facts["ops"]} == {reason}
-        assert {op["configuration"] for op in facts["ops"]} == {str(native_config.configs()[0])}
+        assert {op["configuration"] for op in facts["ops"]} == {str(NativeConfig(available()[0]))}
         assert {op["step"] for op in facts["ops"]} == {"decode", "prefill"}
         # Only INT3 weights have no kernel for the CPU.
         reference = {name: scheme["reference"] for name, scheme in facts["schemes"].items()}

@@ -12,7 +12,8 @@ from atom_jax.errors import AtomError
 from atom_jax.explain import explain
 from bench.models import llama_3_8b
 from pallas_kernels.native import build
-from pallas_kernels.native import config as native_config
+from pallas_kernels.native.config import NativeConfig
+from pallas_kernels.native.instruction_sets import available
 from tests.atom_jax.command import fails, run, run_json
 
 OPS = {
@@ -45,7 +46,7 @@ def test_a_decode_step_is_these_ops_and_a_cpu_runs_native_kernels():
     assert calls(lines) == OPS and calls(lines, "head") == HEAD_OPS
     assert {line.implementation for line in lines} == {"native_cpu"}
     assert {line.reason for line in lines} == {"mosaic_sm90 needs compute capability 9.0, this is cpu"}
-    assert {line.configuration for line in lines} == {str(native_config.configs()[0])}
+    assert {line.configuration for line in lines} == {str(NativeConfig(available()[0]))}
 
 
 def test_a_cpu_runs_the_reference_where_native_kernels_cannot_run(monkeypatch):
