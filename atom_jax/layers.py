@@ -32,7 +32,7 @@ Activation = Float[Array, "m k"] | QuantizedActivation
 _FORMATS = {scheme.weight.pytree: scheme.weight for scheme in SCHEMES.values() if scheme.weight is not None}
 
 
-def _format(weight: Weight, config: ModelConfig) -> ActivationFormat | None:
+def activation_format(weight: Weight, config: ModelConfig) -> ActivationFormat | None:
     """How the input of ``weight`` is quantized; None if it stays in floating point."""
     weight = like(weight)
     found = _FORMATS.get(type(weight))
@@ -60,7 +60,7 @@ def norm_input(
     config: ModelConfig,
 ) -> Activation:
     """RMSNorm of the residual stream, gathered by ``indices`` if given, in the input format of ``weight``."""
-    if fmt := _format(weight, config):
+    if fmt := activation_format(weight, config):
         return norm_quantize(x, norm, eps=config.rms_norm_eps, fmt=fmt, indices=indices)[0]
     return rms_norm(x, norm, config.rms_norm_eps)
 
@@ -69,14 +69,14 @@ def linear_input(
     x: Float[Array, "m k"], weight: Weight, indices: Int32[Array, " k"] | None, config: ModelConfig
 ) -> Activation:
     """``x``, gathered by ``indices`` if given, in the input format of ``weight``."""
-    if fmt := _format(weight, config):
+    if fmt := activation_format(weight, config):
         return quantize(x, fmt, indices)
     return x
 
 
 def mlp_input(gate_up: Float[Array, "m two_k"], weight: Weight, config: ModelConfig) -> Activation:
     """``silu(gate) * up``, in the input format of ``weight`` (down_proj)."""
-    if fmt := _format(weight, config):
+    if fmt := activation_format(weight, config):
         return silu_quantize(gate_up, fmt)
     return silu_mul(gate_up).astype(gate_up.dtype)
 
@@ -102,7 +102,7 @@ def head_logits(
     A head in INT8 multiplies INT8. To round ``hidden`` once would cost 1% of perplexity, so what the rounding
     leaves is rounded, too, and both are multiplied at once: the head, which is large, is read once.
     """
-    fmt = _format(head, config)
+    fmt = activation_format(head, config)
     if fmt is None:
         return linear(hidden, head, None, jnp.float32)
     rounded = quantize(hidden, fmt)

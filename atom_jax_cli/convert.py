@@ -14,7 +14,11 @@ from convert.recipe import has_setting, make_recipe
 
 _SCHEME = "w4a4kv4"
 # How the settings that the converter chose are called in its messages.
-_SETTINGS = {"group_size": "groups of", "num_outliers": "number of outliers"}
+_SETTINGS = {
+    "group_size": "groups of",
+    "num_outliers": "number of outliers",
+    "refine": "steps of refinement",
+}
 _WEIGHTS, _CACHE, DATA_PANEL = "Weights and activations", "KV cache", "Data and evaluation"
 
 
@@ -137,6 +141,16 @@ def convert(
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,
+    refine: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of training that bring the rounding nearer to the float model.",
+            min=0,
+            show_default="100 for a small model",
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Without refinement, as --refine 0.")] = False,
     head_bits: Annotated[
         int | None,
         typer.Option(
@@ -199,6 +213,10 @@ def convert(
 ) -> None:
     """Convert SRC (safetensors, PyTorch or GGUF) to a checkpoint in the folder OUT."""
     # The converter is imported after this, so that a wrong option is reported at once.
+    if fast and refine:
+        raise AtomError("--fast and --refine contradict each other; leave one out")
+    if fast and has_setting(scheme, "refine"):
+        refine = 0
     auto_outliers = num_outliers == "auto"
     changes = _given(
         group_size=group_size,
@@ -209,6 +227,7 @@ def convert(
         migrate=migrate,
         reorder=reorder,
         rotate=rotate,
+        refine=refine,
         head_bits=head_bits,
         kv_bits=kv_bits,
         kv_groups=kv_groups,
@@ -217,7 +236,7 @@ def convert(
         center_keys=center_keys,
     )
     recipe = make_recipe(scheme, **changes)
-    given = {"group_size": group_size, "num_outliers": num_outliers}
+    given = {"group_size": group_size, "num_outliers": num_outliers, "refine": refine}
     flexible = tuple(name for name, value in given.items() if value is None and has_setting(scheme, name))
 
     from convert.pipeline import ConvertOptions
@@ -244,7 +263,7 @@ def convert(
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         if chosen := card.get("job", {}).get("chosen"):
             settings = ", ".join(f"{_SETTINGS[name]} {value}" for name, value in chosen.items())
-            note(f"chosen to suit every linear: {settings}")
+            note(f"chosen for this model: {settings}")
         if outliers := card.get("outliers"):
             errors = ", ".join(
                 f"{number}: {error:.4f}" for number, error in outliers["relative_error"].items()

@@ -37,6 +37,7 @@ def make_card(
     calibration: dict[str, Any] | None,
     outliers: dict[str, Any] | None,
     relative_error: list[dict[str, float]],
+    refinement: dict[str, Any] | None,
     before: PerplexityResult | None,
     after: PerplexityResult | None,
     notes: tuple[str, ...],
@@ -50,6 +51,7 @@ def make_card(
         if the number was not measured.
       relative_error: for each layer the error of each linear, see
         ``convert.quantize_layer.quantize_layer``.
+      refinement: what ``convert.refine_model.refine_model`` returns; None without a refinement.
       before: perplexity of the float model; None if there is no evaluation text.
       after: perplexity of the checkpoint on the same text.
       notes: the notes of the source.
@@ -59,6 +61,7 @@ def make_card(
         "calibration": calibration,
         "outliers": outliers,
         "relative_error": relative_error,
+        "refinement": refinement,
         "perplexity": None,
         "notes": list(notes),
     }

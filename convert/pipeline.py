@@ -23,6 +23,7 @@ from atom_jax.errors import AtomError
 from atom_jax.progress import StageProgress
 from atom_jax.schemes import SCHEMES
 from atom_jax.text import encode, read_text
+from convert import groups
 from convert.calibrate.texts import Calibration, load_calibration
 from convert.card import Card, make_card, read_card, versions, write_card
 from convert.float_model import read_shared
@@ -34,6 +35,7 @@ from convert.passes.rotate import Rotated
 from convert.quantize_layer import check_recipe, needs_calibration
 from convert.quantize_model import quantize_model
 from convert.recipe import Recipe
+from convert.refine_model import default_steps, refine_model
 from convert.sources import Source, open_source
 from convert.streaming import Windows, embed
 from convert.workspace import Workspace, open_workspace, remove_workspace
@@ -47,7 +49,8 @@ class ConvertOptions:
       recipe: what to do to the model, see ``convert.recipe.make_recipe``.
       calibration: a text or JSONL file, a data set id, or ``calibrate.texts.SAMPLED``; None takes built-in
         English and text sampled from the model.
-      calibration_tokens: number of tokens to calibrate on, rounded down to whole windows.
+      calibration_tokens: number of tokens to calibrate on, rounded down to whole windows. A refinement of the
+        rounding uses more, if the text has them (``_REFINE_TOKENS``).
       seed: seed of the sampled text.
       eval_text: text file on which perplexity is measured before and after, for the accuracy card; None for
         no measurement.
@@ -55,8 +58,9 @@ class ConvertOptions:
       revision: branch, tag or commit of a model on the Hub.
       auto_outliers: whether the number of outliers is measured (``convert.passes.outliers``); the recipe's
         number is then ignored.
-      flexible: names in ``convert.groups.CHOOSABLE`` of the settings that the user did not choose. If the
-        recipe's values do not suit every linear of the model, other values are chosen for these settings.
+      flexible: names in ``CHOOSABLE`` of the settings that the user did not choose. If group size and number
+        of outliers of the recipe do not suit every linear of the model, others are chosen; "refine" is chosen
+        by the size of the model (``convert.refine_model.default_steps``).
 
     Raises:
       AtomError: ``auto_outliers`` is set for a scheme without outliers.
@@ -82,6 +86,12 @@ class ConvertOptions:
         """The recipe's settings by name; the number of outliers is "auto" if it is measured."""
         settings = self.recipe.settings()
         return settings | {"num_outliers": "auto"} if self.auto_outliers else settings
+
+
+# The settings that can be chosen for a model.
+CHOOSABLE = groups.CHOOSABLE | {"refine"}
+# Number of tokens that a refinement uses: with fewer it fits the text and not the model.
+_REFINE_TOKENS = 65536
 
 
 def convert(
@@ -111,7 +121,7 @@ def convert(
     source = open_source(src, revision=options.revision)
     if options.recipe.rotate:
         source = Rotated(source)
-    options = _with_groups(source, options)
+    options = _with_choices(source, options)
     if options.auto_outliers:
         candidates(source.config.replace(format=options.recipe.format))
     else:
@@ -142,15 +152,21 @@ def _convert(
     eval_tokens = None if options.eval_text is None else _eval_tokens(options.eval_text, options, tokenizer)
     if options.auto_outliers:
         calibration = _calibration(source, options, workspace, progress)
-        outliers = _outliers(source, recipe, calibration, workspace, progress)
+        measured = calibration.first(options.calibration_tokens)
+        outliers = _outliers(source, recipe, measured, workspace, progress)
         recipe = recipe.replace(num_outliers=outliers["chosen"])
     if needs_calibration(recipe):
         calibration = calibration or _calibration(source, options, workspace, progress)
     else:
         calibration = None
-    windows, order = _write_shared(source, recipe, calibration, workspace, progress)
+    measured = None if calibration is None else calibration.first(options.calibration_tokens)
+    windows, order = _write_shared(source, recipe, measured, workspace, progress)
     stage = "quantize" if recipe.format.quantizes_linears else "write"
     errors = quantize_model(source, recipe, windows, order, workspace, functools.partial(progress, stage))
+    refinement = None
+    if recipe.refine:
+        assert calibration is not None
+        refinement = refine_model(source, recipe, calibration.tokens, len(windows), workspace, progress)
     config = source.config.replace(format=recipe.format)
     before = after = None
     if eval_tokens is not None:
@@ -163,6 +179,7 @@ def _convert(
         calibration=None if calibration is None else calibration.about,
         outliers=outliers,
         relative_error=errors,
+        refinement=refinement,
         before=before,
         after=after,
         notes=source.notes,
@@ -172,12 +189,15 @@ def _convert(
     return card
 
 
-def _with_groups(source: Source, options: ConvertOptions) -> ConvertOptions:
+def _with_choices(source: Source, options: ConvertOptions) -> ConvertOptions:
     """The options with the flexible settings chosen for the model."""
     recipe = options.recipe
     config = source.config.replace(format=recipe.format)
     format = choose_groups(config, options.flexible, measured_outliers=options.auto_outliers)
-    return dataclasses.replace(options, recipe=dataclasses.replace(recipe, format=format))
+    recipe = dataclasses.replace(recipe, format=format)
+    if "refine" in options.flexible:
+        recipe = recipe.replace(refine=default_steps(source.config))
+    return dataclasses.replace(options, recipe=recipe)
 
 
 def _job(source: Source, options: ConvertOptions) -> dict[str, Any]:
@@ -189,7 +209,7 @@ def _job(source: Source, options: ConvertOptions) -> dict[str, Any]:
         "versions": versions(),
     }
     if options.flexible:
-        job["chosen"] = {name: getattr(options.recipe.format, name) for name in options.flexible}
+        job["chosen"] = {name: options.recipe.settings()[name] for name in options.flexible}
     if options.auto_outliers or needs_calibration(options.recipe):
         job["calibration"] = calibration_job(options.calibration, options.calibration_tokens, options.seed)
     if options.eval_text is not None:
@@ -234,13 +254,17 @@ def _calibration(
         source,
         workspace.checkpoint / TOKENIZER_FOLDER,
         options.calibration,
-        num_tokens=options.calibration_tokens,
+        num_tokens=_calibration_tokens(options),
         seed=options.seed,
         progress=functools.partial(progress, "sample calibration text"),
     )
     workspace.write_array("calibration.npy", calibration.tokens)
     workspace.write_json("calibration.json", calibration.about)
     return calibration
+
+
+def _calibration_tokens(options: ConvertOptions) -> int:
+    return max(options.calibration_tokens, _REFINE_TOKENS if options.recipe.refine else 0)
 
 
 def _outliers(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,8 @@ from convert.passes.keys import even_keys
 from convert.passes.migrate import migrate
 from convert.passes.order import choose_input_orders, fold_order, gather_inputs
 from convert.recipe import Recipe
-from convert.schemes import quantize
+from convert.refine.latent import make_latent
+from convert.schemes import quantize, rounding_target
 from convert.streaming import Windows
 
 
@@ -35,8 +36,8 @@ def needs_inputs(recipe: Recipe) -> bool:
 
 def needs_calibration(recipe: Recipe) -> bool:
     """Whether the recipe needs any activations: those above, or statistics for the outliers or for GPTQ."""
-    calibrated = recipe.gptq or recipe.format.num_outliers > 0 or needs_inputs(recipe)
-    return recipe.format.quantizes_linears and calibrated
+    calibrated = recipe.gptq or recipe.refine or recipe.format.num_outliers > 0 or needs_inputs(recipe)
+    return recipe.format.quantizes_linears and bool(calibrated)
 
 
 def check_recipe(config: ModelConfig, recipe: Recipe) -> None:
@@ -68,6 +69,22 @@ def prepare_layer(
     return layer, statistics
 
 
+class QuantizedLayer(NamedTuple):
+    """A layer after its quantization.
+
+    Attributes:
+      params: the parameters of ``atom_jax.llama.Layer``.
+      errors: for each linear the relative error of its output on the calibration data, ``||X (W - Wq)^T|| /
+        ||X W^T||`` (``||W - Wq|| / ||W||`` without a Hessian).
+      targets: for each linear, by the name of its weight, the float weight from which a refinement of the
+        rounding starts (``convert.refine.latent.make_latent``); empty unless the recipe refines.
+    """
+
+    params: dict[str, Any]
+    errors: dict[str, float]
+    targets: dict[str, Float32[np.ndarray, "n k"]]
+
+
 @jax.jit
 def _relative_error(weight: Array, quantized: PackedWeight, hessian: Array | None) -> Float32[Array, ""]:
     def energy(matrix: Array) -> Array:
@@ -81,7 +98,7 @@ def quantize_layer(
     statistics: LayerStatistics | None,
     config: ModelConfig,
     recipe: Recipe,
-) -> tuple[dict[str, Any], dict[str, float]]:
+) -> QuantizedLayer:
     """Quantizes the linears of a float layer whose residual stream is in its final order.
 
     Args:
@@ -89,10 +106,6 @@ def quantize_layer(
       statistics: statistics of the inputs of its linears; None without calibration.
       config: configuration of the float layer.
       recipe: what to do to the layer.
-
-    Returns:
-      The parameters of ``atom_jax.llama.Layer``, and for each linear the relative error of its output on
-      the calibration data, ``||X (W - Wq)^T|| / ||X W^T||`` (``||W - Wq|| / ||W||`` without a Hessian).
 
     Raises:
       AtomError: a linear cannot be quantized; the message names it.
@@ -104,19 +117,22 @@ def quantize_layer(
     stored = config.replace(format=recipe.format)
     unquantized = vector_shapes(stored).keys() | index_shapes(stored).keys()
     params: dict[str, Any] = {name: jnp.asarray(layer[name]) for name in layer if name in unquantized}
-    errors = {}
+    errors, targets = {}, {}
     for linear in LINEARS:
         name = linear.weight
         weight = jnp.asarray(layer.pop(name))
         hessian = hessians.pop(linear.name, None)
         try:
             params[name] = quantize(weight, hessian, recipe)
+            if recipe.refine:
+                target = rounding_target(weight, params[name], hessian, recipe)
+                targets[name] = np.asarray(make_latent(params[name], target).target)
         except AtomError as error:
             raise AtomError(f"{name}: {error}") from error
         errors[name] = float(_relative_error(weight, params[name], hessian))
         if not math.isfinite(errors[name]):
             raise AtomError(f"{name}: the error of its quantization is not finite; are its inputs?")
-    return params, errors
+    return QuantizedLayer(params, errors, targets)
 
 
 def quantize_on_windows(
@@ -125,7 +141,7 @@ def quantize_on_windows(
     *,
     config: ModelConfig,
     recipe: Recipe,
-) -> tuple[dict[str, Any], dict[str, float]]:
+) -> QuantizedLayer:
     """``quantize_layer`` with the statistics that the recipe needs, measured on ``windows``.
 
     Args:

@@ -63,12 +63,14 @@ def quantize_model(
         params: dict[str, Any] = tree if order is None else permute_residual(tree, order)
         if recipe.format.quantizes_linears:
             try:
-                params, layer_errors = quantize_on_windows(
+                params, layer_errors, targets = quantize_on_windows(
                     params, windows, config=source.config.of_layer(layer), recipe=recipe
                 )
             except AtomError as error:
                 raise AtomError(f"layer {layer}: {error}") from error
             errors.append(layer_errors)
+            if targets:
+                workspace.write_arrays(targets_file(layer), targets)
         write_tree(layer_path(workspace.checkpoint, layer), stored_form(params, layer_specs(config)))
         if windows.size:
             run_in_place(params, windows, config.of_layer(layer))
@@ -79,6 +81,11 @@ def quantize_model(
         workspace.path(_residual_file(layer)).unlink(missing_ok=True)
         progress(layer + 1, num_layers)
     return errors
+
+
+def targets_file(layer: int) -> str:
+    """Where the workspace has the float weights that were rounded, for ``convert.refine``."""
+    return f"targets-{layer:04d}.npz"
 
 
 def _residual_file(layers_done: int) -> str:

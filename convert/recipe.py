@@ -35,6 +35,8 @@ class Recipe:
         a linear smaller.
       smooth_keys: how much the key channels are equalized before they are rounded to INT4: 0 not at all, 1
         fully; None searches what leaves the smallest error, for each kv head.
+      refine: number of training steps that refine the rounding of the weights (``convert.refine``); 0 for
+        none.
 
     Raises:
       AtomError: a value is not supported, or the scheme does not use the setting.
@@ -47,6 +49,7 @@ class Recipe:
     rotate: bool = False
     migrate: bool = True
     smooth_keys: float | None = None
+    refine: int = 0
 
     def __post_init__(self) -> None:
         check_unused(self.format.scheme, METHODS[self.format.scheme].unused, vars(self))
@@ -59,6 +62,8 @@ class Recipe:
             )
         if self.smooth_keys is not None and not 0.0 <= self.smooth_keys <= 1.0:
             raise AtomError(f"smooth_keys must be in [0, 1], found {self.smooth_keys}")
+        if self.refine < 0:
+            raise AtomError(f"refine must not be negative, found {self.refine}")
 
     @property
     def fits_keys(self) -> bool:

@@ -8,9 +8,10 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
@@ -57,6 +58,17 @@ class Workspace:
         path = self.path(name)
         return np.load(path, allow_pickle=False) if path.exists() else None
 
+    def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        _replace(self.path(name), lambda file: _write_arrays(file, arrays))
+
+    def read_arrays(self, name: str) -> dict[str, np.ndarray] | None:
+        """The arrays in a file of the workspace, by name; None if it was not written."""
+        path = self.path(name)
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+
     def publish(self) -> None:
         """Renames the complete checkpoint to OUT, once it is on the disk, and removes the workspace."""
         for folder, _, files in os.walk(self.checkpoint):
@@ -88,11 +100,19 @@ def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _write_array(file: BinaryIO, array: np.ndarray) -> None:
+def _write_array(file: IO[bytes], array: np.ndarray) -> None:
     """Like ``np.save``, but on a full disk the error says so; the error of ``np.save`` does not."""
-    array = np.ascontiguousarray(array)
+    array = np.require(array, requirements="C")  # ``np.ascontiguousarray`` gives a number an axis
     np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-    file.write(array.data)
+    file.write(array.reshape(-1).data)
+
+
+def _write_arrays(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
+    """Like ``np.savez``, but on a full disk the error says so."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                _write_array(member, array)
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ def _run(
     )
     attended = paged_attention(
         q.reshape(*step.positions.shape, config.num_heads, config.head_dim),
-        cache,
+        params.cached(cache),
         layer=layer,
         positions=step.positions,
         key_rope=step.key_rope,

@@ -21,6 +21,8 @@ from pallas_kernels import PagedKVCache, QuantizedActivation
 Producer = Literal["input_norm", "attention", "post_attention_norm", "silu"]
 # Called with the name of a linear and its input; returns the input to multiply instead, or the same one.
 OnInput = Callable[[str, Float[Array, "m k"]], Float[Array, "m k"]]
+# Called with a float cache that has the layer's new keys and values; returns the cache to read instead.
+OnCache = Callable[[PagedKVCache], PagedKVCache]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +104,14 @@ class LayerParams:
       config: configuration of the model.
       dtype: dtype of the residual stream and of the linears' outputs.
       on_input: called with the input of each linear, which it may replace; for float weights only.
+      on_cache: called with the cache before attention reads it, which it may replace; for float caches only.
     """
 
     param: Callable[[str], Any]
     config: ModelConfig
     dtype: jnp.dtype
     on_input: OnInput | None = None
+    on_cache: OnCache | None = None
 
     def project(
         self, name: str, inputs: Activation, residual: Float[Array, "m n"] | None = None
@@ -117,6 +121,13 @@ class LayerParams:
             assert not isinstance(inputs, QuantizedActivation), "on_input is for float weights"
             inputs = self.on_input(name, inputs)
         return linear(inputs, self.param(f"{name}_proj"), self.param(f"{name}_bias"), self.dtype, residual)
+
+    def cached(self, cache: PagedKVCache) -> PagedKVCache:
+        """The cache that attention reads."""
+        if self.on_cache is None:
+            return cache
+        assert not cache.quantized, "on_cache is for float caches"
+        return self.on_cache(cache)
 
 
 @dataclasses.dataclass(frozen=True)

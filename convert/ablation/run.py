@@ -271,7 +271,7 @@ def _layer_params(
     if step.simulated:
         return simulate_layer(tree, windows, config=config, recipe=recipe)
     if recipe.format.quantizes_linears:
-        return quantize_on_windows(tree, windows, config=config, recipe=recipe)[0]
+        return quantize_on_windows(tree, windows, config=config, recipe=recipe).params
     return on_device(tree)
 
 

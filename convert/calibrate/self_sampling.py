@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,8 +25,8 @@ from pallas_kernels.nn import rms_norm
 
 # Short sequences in large batches, because each step may read all layers from the source, once for the whole
 # batch.
-SEQUENCE_LENGTH = 128
-BATCH = 32
+SEQUENCE_LENGTH = 256
+LARGEST_BATCH = 64
 # Bytes of float layers that are kept in memory; the other layers are read again at every step.
 KEEP_BYTES = 512 << 20
 
@@ -57,17 +58,24 @@ def _next_token(
 
 
 def sample_tokens(
-    source: Source, num_tokens: int, seed: int, progress: Progress | None = None
+    source: Source,
+    num_tokens: int,
+    seed: int,
+    progress: Progress | None = None,
+    *,
+    openings: Sequence[Sequence[int]] = ((),),
 ) -> Int32[np.ndarray, "sequences length"]:
-    """Draws at least ``num_tokens`` tokens at temperature 1, in sequences of ``SEQUENCE_LENGTH`` tokens.
+    """Draws at least ``num_tokens`` tokens at temperature 1, in sequences of up to ``SEQUENCE_LENGTH``.
 
-    Each sequence starts with a random token of the vocabulary (as in LLM-QAT, arXiv 2305.17888, section
-    3.1). Layers beyond ``KEEP_BYTES`` are read from the source again at every step.
+    Layers beyond ``KEEP_BYTES`` are read from the source again at every step.
 
     Args:
       source: the float model.
-      num_tokens: number of tokens, rounded up to whole batches of ``BATCH`` sequences.
+      num_tokens: number of tokens, rounded up to whole batches of sequences.
       seed: seed of the random draws.
+      openings: token ids with which the sequences start, in turns; at most half a sequence is used. Where
+        it is empty, a sequence starts with a random token of the vocabulary (as in LLM-QAT, arXiv 2305.17888,
+        section 3.1).
       progress: called with (decode steps done, decode steps in all).
     """
     config = source.config
@@ -85,23 +93,32 @@ def sample_tokens(
             kept[layer], kept_bytes = params, kept_bytes + size
         return params
 
-    rounds = -(-num_tokens // (BATCH * SEQUENCE_LENGTH))
+    length = min(SEQUENCE_LENGTH, config.max_position_embeddings)
+    sequences = -(-num_tokens // length)
+    rounds = -(-sequences // LARGEST_BATCH)
+    batch = -(-sequences // rounds)
     configs = [config.of_layer(layer) for layer in range(config.num_layers)]
     pieces = []
     for piece in range(rounds):
         key = jax.random.fold_in(jax.random.key(seed), piece)
-        token = jax.random.randint(key, (BATCH,), 0, config.vocab_size, jnp.int32)
+        given = np.full((batch, length), -1, np.int32)  # -1 where a token is drawn
+        given[:, 0] = jax.random.randint(key, (batch,), 0, config.vocab_size, jnp.int32)
+        for row in range(batch):
+            opening = openings[(piece * batch + row) % len(openings)][: length // 2]
+            given[row, : len(opening)] = opening
+        token = jnp.asarray(given[:, 0])
         sequence = [token]
-        caches = [init_cache(one_layer, BATCH, SEQUENCE_LENGTH, dtype=jnp.float32) for one_layer in configs]
-        for position in range(SEQUENCE_LENGTH - 1):
+        caches = [init_cache(one_layer, batch, length, dtype=jnp.float32) for one_layer in configs]
+        for position in range(length - 1):
             x = jnp.take(shared["embedding"], token, axis=0)
             for layer in range(config.num_layers):
                 x, caches[layer] = _layer_step(
                     layer_params(layer), x, caches[layer], jnp.int32(position), config=configs[layer]
                 )
-            token = _next_token(shared, x, jax.random.fold_in(key, position + 1), eps=config.rms_norm_eps)
+            drawn = _next_token(shared, x, jax.random.fold_in(key, position + 1), eps=config.rms_norm_eps)
+            token = jnp.where(given[:, position + 1] < 0, drawn, given[:, position + 1])
             sequence.append(token)
             if progress is not None:
-                progress(piece * (SEQUENCE_LENGTH - 1) + position + 1, rounds * (SEQUENCE_LENGTH - 1))
+                progress(piece * (length - 1) + position + 1, rounds * (length - 1))
         pieces.append(np.stack([np.asarray(column) for column in sequence], axis=1))
     return np.concatenate(pieces)

@@ -11,20 +11,22 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from atom_jax.chat import chat_text
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError, did_you_mean
 from atom_jax.progress import Progress
 from atom_jax.text import encode, read_text
+from atom_jax.tokenizer import wrap_tokenizer
 from convert.calibrate.help_topics import help_topics
+from convert.calibrate.openings import OPENINGS
 from convert.calibrate.self_sampling import sample_tokens
 from convert.sources import Source
 
 SEQ_LEN = 512
 # The name that users give in place of a file to calibrate only on text sampled from the model.
 SAMPLED = "sampled"
-# Of the default windows the first and then every fourth are sampled from the model. Of the shares tried, this
-# was the best on average.
-_SAMPLED_EVERY = 4
+# Of the default windows every fourth is English; the others are sampled from the model.
+_ENGLISH_EVERY = 4
 _DATASET_FIELDS = ("text", "content", "document")
 # A name with one of these suffixes is always a file. Any other name that is not a file is taken for the id of
 # a data set, which often has dots.
@@ -50,6 +52,11 @@ class Calibration:
     @property
     def sha256(self) -> str:
         return hashlib.sha256(np.ascontiguousarray(self.tokens, "<i4").tobytes()).hexdigest()
+
+    def first(self, num_tokens: int) -> Calibration:
+        """The first windows, of ``num_tokens`` tokens together but at least one."""
+        count = max(1, num_tokens // self.tokens.shape[1])
+        return dataclasses.replace(self, tokens=self.tokens[:count])
 
     @property
     def about(self) -> dict[str, Any]:
@@ -134,7 +141,8 @@ def load_calibration(
     """Loads the calibration windows.
 
     The default is English text (``help_topics``) mixed with text sampled from the model. The first represents
-    real text; the second also covers what the model knows besides English prose.
+    real text; the second also covers what the model knows besides English prose: it starts with a random
+    token, with words that are typical of other kinds of text (``openings``), or as a conversation.
 
     Args:
       source: the float model.
@@ -152,17 +160,18 @@ def load_calibration(
     if num_windows == 0:
         raise AtomError(f"{num_tokens} calibration tokens are less than one window of {seq_len}")
     if calibration in (None, SAMPLED):
-        num_sampled = num_windows if calibration else len(range(0, num_windows, _SAMPLED_EVERY))
-        tokens = sample_tokens(source, num_sampled * seq_len, seed, progress).reshape(-1)
-        windows = spread_windows(tokens, num_sampled * seq_len, seq_len, "the sampled text")
-        if num_sampled == num_windows:
+        english = [] if calibration else range(1, num_windows, _ENGLISH_EVERY)
+        sampled = (num_windows - len(english)) * seq_len
+        openings = _openings(tokenizer_folder)
+        tokens = sample_tokens(source, sampled, seed, progress, openings=openings).reshape(-1)
+        windows = spread_windows(tokens, sampled, seq_len, "the sampled text")
+        if not english:
             return Calibration(windows, "sampled", f"seed {seed}")
         tokens = _encode(source, tokenizer_folder, help_topics()[0])
-        wanted = (num_windows - num_sampled) * seq_len
-        english = spread_windows(tokens, wanted, seq_len, "Python's help topics")
+        topics = spread_windows(tokens, len(english) * seq_len, seq_len, "Python's help topics")
         # The two kinds are interleaved, because some statistics are measured only on the first few windows.
-        places = np.arange(num_sampled) * (_SAMPLED_EVERY - 1)
-        windows = np.insert(english, np.minimum(places, len(english)), windows, axis=0)
+        places = np.asarray(english[: len(topics)])
+        windows = np.insert(windows, places - np.arange(len(places)), topics, axis=0)
         return Calibration(windows, "mixed", f"Python's help topics, sampled with seed {seed}")
     assert calibration is not None
     path = Path(calibration)
@@ -173,6 +182,25 @@ def load_calibration(
         kind, name = "dataset", calibration
     tokens = _encode(source, tokenizer_folder, text)
     return Calibration(spread_windows(tokens, num_tokens, seq_len, name), kind, name)
+
+
+def _openings(tokenizer_folder: Path) -> list[list[int]]:
+    """How sampled sequences start, in turns: a random token, words of one kind of text, a conversation.
+
+    A model that was trained on conversations also writes what a user says in them (Magpie, arXiv 2406.08464).
+    """
+    tokenizer = wrap_tokenizer(tokenizer_folder)
+    mark = "@user@"
+    try:
+        conversation = chat_text(tokenizer, [{"role": "user", "content": mark}]).partition(mark)[0]
+    except AtomError:  # no chat template, or one that wants something else
+        conversation = ""
+    chat = tokenizer(conversation, add_special_tokens=False).input_ids
+    turns = []
+    for opening in OPENINGS:
+        ids = tokenizer(opening, add_special_tokens=False).input_ids
+        turns += [[], ids, chat or ids]
+    return turns
 
 
 def _encode(source: Source, tokenizer_folder: Path, text: str) -> Int32[np.ndarray, " tokens"]:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int8, Int32
+from jaxtyping import Array, Bool, Float32, Int, Int8, Int32
 
 from atom_jax.errors import AtomError
 from convert.groups import check_groups
@@ -94,14 +94,19 @@ def gptq(
     if damping <= 0.0 or block_size < 1:
         raise AtomError(f"damping {damping} and block size {block_size} must be positive")
     weight, hessian = jnp.asarray(weight, jnp.float32), jnp.asarray(hessian, jnp.float32)
-    body = channels - num_outliers
-    order = np.concatenate([np.arange(body)[::-1], np.arange(body, channels)])
+    order = rounding_order(channels, num_outliers)
     factors = factorize(hessian[order][:, order], damping)
     quantized = _sweep(weight[:, order], factors, clip_w, group_size, num_outliers, block_size)
     # NaN or infinity in a weight makes the scale of its group not finite, so this checks input and result.
     if not bool(jnp.all(jnp.isfinite(quantized.scales))):
         raise AtomError(f"weight [{rows}, {channels}] holds NaN or infinity, or values too large to quantize")
     return quantized
+
+
+def rounding_order(channels: int, num_outliers: int) -> Int[np.ndarray, " k"]:
+    """The channels in the order in which ``gptq`` rounds them: the body from its end, then the tail."""
+    body = channels - num_outliers
+    return np.concatenate([np.arange(body)[::-1], np.arange(body, channels)])
 
 
 def factorize(hessian: Float32[Array, "k k"], damping: float) -> HessianFactors:

@@ -81,7 +81,7 @@ def quantize_groups(
         values, grids = _nearest(weight, group_size, bits, two_level)
     else:
         hessian = jnp.asarray(hessian, jnp.float32)
-        order = jnp.argsort(-jnp.diagonal(hessian), stable=True)
+        order = energy_order(hessian)
         feedback = factorize(hessian[order][:, order], _DAMPING).feedback
         grids = fit_groups(
             weight, _relative(jnp.diagonal(hessian)), group_size, bits=bits, two_level=two_level
@@ -91,6 +91,11 @@ def quantize_groups(
     if not bool(jnp.all(jnp.isfinite(grids.scale))):
         raise AtomError(f"weight {list(weight.shape)} holds NaN or infinity, or values too large to quantize")
     return values, grids, group_size
+
+
+def energy_order(hessian: Float32[Array, "k k"]) -> Int32[Array, " k"]:
+    """The channels in the order in which they are rounded: by descending energy."""
+    return jnp.argsort(-jnp.diagonal(hessian), stable=True)
 
 
 def _relative(energy: Float32[Array, "k"]) -> Float32[Array, "k"]:

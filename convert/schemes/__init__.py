@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from jaxtyping import Array, Float32
 
 from atom_jax.schemes import PackedWeight
+from convert.rounding.compensation import compensated
 from convert.schemes.base import Method
 
 if TYPE_CHECKING:
     from convert.recipe import Recipe
 
-__all__ = ["METHODS", "Method", "quantize"]
+__all__ = ["METHODS", "Method", "quantize", "rounding_target"]
 
 
 def _found() -> dict[str, Method]:
@@ -33,3 +34,16 @@ def quantize(
     method = METHODS[recipe.format.scheme].quantize
     assert method is not None, f"the linears of {recipe.format.scheme} stay floats"
     return method(weight, hessian, recipe)
+
+
+def rounding_target(
+    weight: Float32[Array, "n k"],
+    quantized: PackedWeight,
+    hessian: Float32[Array, "k k"] | None,
+    recipe: Recipe,
+) -> Float32[Array, "n k"]:
+    """What was rounded to ``quantized``: ``weight``, after the compensation of errors if GPTQ rounded it."""
+    order = METHODS[recipe.format.scheme].rounding_order
+    if order is None or hessian is None or not recipe.gptq:
+        return weight
+    return compensated(weight, quantized, hessian, order(hessian, recipe))

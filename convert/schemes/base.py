@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Array, Float32
+import numpy as np
+from jaxtyping import Array, Float32, Int
 
 from atom_jax.schemes import PackedWeight
 
@@ -23,10 +24,13 @@ class Method:
         scheme. The Hessian is the mean of x x^T over the inputs x of the weight, or None without
         calibration. It raises AtomError if the input channels do not suit the groups. None for a scheme
         whose linears are not quantized.
+      rounding_order: called with the Hessian and the recipe; returns the channels in the order in which
+        ``quantize`` rounds them with GPTQ. None for a scheme without GPTQ.
       unused: the settings of ``Recipe`` that the scheme does not use, with the value that each must have.
     """
 
     quantize: Callable[[Float32[Array, "n k"], Float32[Array, "k k"] | None, Recipe], PackedWeight] | None
+    rounding_order: Callable[[Float32[Array, "k k"], Recipe], Int[Array | np.ndarray, " k"]] | None = None
     unused: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

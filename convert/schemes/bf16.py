@@ -6,5 +6,12 @@ from convert.schemes.base import Method
 
 METHOD = Method(
     quantize=None,
-    unused={"clip_w": 0.85, "gptq": False, "reorder": "folded", "rotate": False, "migrate": False},
+    unused={
+        "clip_w": 0.85,
+        "gptq": False,
+        "reorder": "folded",
+        "rotate": False,
+        "migrate": False,
+        "refine": 0,
+    },
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from convert.rounding.group_gptq import quantize_groups
+from convert.rounding.group_gptq import energy_order, quantize_groups
 from convert.schemes.base import ORDER_KEPT, Method
 from pallas_kernels import PACK_TILE, WeightOnlyInt3
 from pallas_kernels.int3 import pack_int3
@@ -25,4 +25,4 @@ def _quantize(
     return WeightOnlyInt3(*pack_int3(padded), grids.scale, grids.zero.astype(jnp.int8), group_size)
 
 
-METHOD = Method(_quantize, unused=ORDER_KEPT)
+METHOD = Method(_quantize, lambda hessian, recipe: energy_order(hessian), unused=ORDER_KEPT)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jaxtyping import Array, Float32
+import numpy as np
+from jaxtyping import Array, Float32, Int
 
-from convert.rounding.gptq import gptq
+from convert.rounding.gptq import gptq, rounding_order
 from convert.rounding.rtn import quantize_weight
 from convert.schemes.base import Method
 from pallas_kernels import QuantizedWeight
@@ -24,4 +25,8 @@ def _quantize(
     return quantize_weight(weight, group_size=group_size, num_outliers=num_outliers, clip_w=clip_w)
 
 
-METHOD = Method(_quantize)
+def _order(hessian: Float32[Array, "k k"], recipe: Recipe) -> Int[np.ndarray, " k"]:
+    return rounding_order(hessian.shape[0], recipe.format.num_outliers)
+
+
+METHOD = Method(_quantize, _order)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from jaxtyping import Array, Float32
 
-from convert.rounding.group_gptq import quantize_two_level
+from convert.rounding.group_gptq import energy_order, quantize_two_level
 from convert.schemes.base import ORDER_KEPT, Method
 from pallas_kernels import TwoLevelWeight
 
@@ -20,4 +20,4 @@ def _quantize(
     return quantize_two_level(weight, hessian if recipe.gptq else None, recipe.format.group_size)
 
 
-METHOD = Method(_quantize, unused=ORDER_KEPT)
+METHOD = Method(_quantize, lambda hessian, recipe: energy_order(hessian), unused=ORDER_KEPT)

@@ -84,12 +84,15 @@ class TestConvert:
     @pytest.mark.parametrize(
         ("options", "flexible"),
         [
-            ("--group-size 64", ("num_outliers",)),
-            ("--num-outliers 64", ("group_size",)),
-            ("--group-size 64 --num-outliers auto", ()),
-            ("--scheme w4a16", ("group_size",)),
-            ("--scheme w8a8", ()),
+            ("--group-size 64", ("num_outliers", "refine")),
+            ("--num-outliers 64", ("group_size", "refine")),
+            ("--group-size 64 --num-outliers auto", ("refine",)),
+            ("--refine 7", ("group_size", "num_outliers")),
+            ("--fast", ("group_size", "num_outliers")),
+            ("--scheme w4a16", ("group_size", "refine")),
+            ("--scheme w8a8", ("refine",)),
             ("--scheme bf16", ()),
+            ("--scheme bf16 --fast", ()),
         ],
     )
     def test_what_is_not_given_is_flexible(self, made, tmp_path, options, flexible):
@@ -97,9 +100,9 @@ class TestConvert:
         assert made[0][2].flexible == flexible
 
     def test_groups_that_were_chosen_are_printed(self, original, tmp_path):
-        options = "--no-gptq --no-migrate --smooth-keys 0 --no-center-keys --calib-tokens 128"
+        options = "--fast --no-gptq --no-migrate --smooth-keys 0 --no-center-keys --calib-tokens 128"
         result = run("convert", original, tmp_path / "out", *options.split())
-        assert "chosen to suit every linear: groups of 64, number of outliers 0" in result.stderr
+        assert "chosen for this model: groups of 64, number of outliers 0" in result.stderr
         card = json.loads((tmp_path / "out" / "quantization.json").read_text())
         assert card["job"]["chosen"] == {"group_size": 64, "num_outliers": 0}
 

@@ -197,7 +197,7 @@ def test_simulation_differs_from_what_is_stored_by_the_rounding_of_outliers(
     recipe = recipes(STEPS)["simulated"]
     quantized = config.replace(format=recipe.format)
     simulated = simulate_layer(tree, windows, config=config, recipe=recipe)
-    stored, _ = quantize_on_windows(tree, windows, config=config, recipe=recipe)
+    stored = quantize_on_windows(tree, windows, config=config, recipe=recipe).params
     assert simulated.keys() == stored.keys() >= linear_shapes(config).keys()
     one = np.asarray(run_simulated(simulated, jnp.asarray(windows), config=quantized)) - expected
     other = np.asarray(run_windows(stored, windows, config=quantized)) - expected

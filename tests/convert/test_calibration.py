@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 
 import atom_jax
+from atom_jax.errors import AtomError
 from atom_jax.text import encode
+from atom_jax.tokenizer import wrap_tokenizer
 from convert.calibrate import self_sampling
 from convert.calibrate.help_topics import help_topics
+from convert.calibrate.openings import OPENINGS
 from convert.calibrate.self_sampling import sample_tokens
 from convert.calibrate.texts import load_calibration, spread_windows
 from convert.float_model import load_float
@@ -147,7 +150,7 @@ def test_dataset_that_cannot_be_read(
 def test_sampled_text(llama: tuple[Source, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     source = llama[0]
     tokens = sample_tokens(source, 3000, seed=1)
-    assert tokens.shape == (32, 128) and tokens.dtype == np.int32
+    assert tokens.shape == (24, 128) and tokens.dtype == np.int32
     assert tokens.min() >= 0 and tokens.max() < source.config.vocab_size
     np.testing.assert_array_equal(sample_tokens(source, 3000, seed=1), tokens)
     assert (sample_tokens(source, 3000, seed=2) != tokens).mean() > 0.5
@@ -170,14 +173,43 @@ def test_sampled_text_is_likely(llama: tuple[Source, Path]) -> None:
 def test_default_is_english_with_sampled_text_in_it(llama: tuple[Source, Path]) -> None:
     source, tokenizer = llama
     calibration = load_calibration(source, tokenizer, None, num_tokens=6 * 128, seed=3)
-    alone = load_calibration(source, tokenizer, "sampled", num_tokens=2 * 128, seed=3)
+    alone = load_calibration(source, tokenizer, "sampled", num_tokens=4 * 128, seed=3)
     assert (calibration.kind, alone.kind) == ("mixed", "sampled")
-    np.testing.assert_array_equal(calibration.tokens[0::4], alone.tokens)
+    np.testing.assert_array_equal(calibration.tokens[[0, 2, 3, 4]], alone.tokens)
     english = encode(tokenizer, help_topics()[0])
-    expected = spread_windows(english, 4 * 128, 128, "")
-    np.testing.assert_array_equal(calibration.tokens[[1, 2, 3, 5]], expected)
+    expected = spread_windows(english, 2 * 128, 128, "")
+    np.testing.assert_array_equal(calibration.tokens[[1, 5]], expected)
     one = load_calibration(source, tokenizer, None, num_tokens=128, seed=3)
     assert one.kind == "sampled" and one.tokens.shape == (1, 128)
+
+
+def test_sampled_sequences_start_at_random_with_a_kind_of_text_and_as_a_conversation(
+    llama: tuple[Source, Path],
+) -> None:
+    source, tokenizer = llama
+    tokens = load_calibration(source, tokenizer, "sampled", num_tokens=12 * 128, seed=3).tokens
+    text = wrap_tokenizer(tokenizer)
+    turn = text.convert_tokens_to_ids("<|turn|>")
+    for number, opening in enumerate(OPENINGS[:4]):
+        ids = text(opening, add_special_tokens=False).input_ids[:64]
+        np.testing.assert_array_equal(tokens[3 * number + 1, : len(ids)], ids)
+        assert tokens[3 * number + 2, 0] == turn, "what the chat template of the tiny model writes first"
+    assert len(set(tokens[0::3, 0])) > 1
+
+
+def test_a_model_without_conversations_starts_more_kinds_of_text(
+    llama: tuple[Source, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, tokenizer = llama
+
+    def fail(*args: Any) -> str:
+        raise AtomError("the model has no chat template")
+
+    monkeypatch.setattr("convert.calibrate.texts.chat_text", fail)
+    tokens = load_calibration(source, tokenizer, "sampled", num_tokens=3 * 128, seed=3).tokens
+    first = wrap_tokenizer(tokenizer)(OPENINGS[0], add_special_tokens=False).input_ids[:64]
+    np.testing.assert_array_equal(tokens[1, : len(first)], first)
+    np.testing.assert_array_equal(tokens[2, : len(first)], first)
 
 
 def test_help_topics_are_cut_in_two() -> None:

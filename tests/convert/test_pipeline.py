@@ -219,7 +219,9 @@ def test_card(sources: Mapping[str, Path], text: Path, atom: Path) -> None:
     source = open_source(sources["llama"])
     card = json.loads((atom / CARD_FILE).read_text())
     assert card == read_card(atom)
-    assert card.keys() == {"job", "calibration", "outliers", "relative_error", "perplexity", "notes"}
+    measured = {"outliers", "relative_error", "refinement", "perplexity"}
+    assert card.keys() == {"job", "calibration", "notes"} | measured
+    assert card["refinement"] is None
     assert card["outliers"] is None
     job = card["job"]
     assert job["architecture"] == "LlamaForCausalLM"

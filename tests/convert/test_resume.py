@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from atom_jax.errors import AtomError
-from convert import pipeline, quantize_model, workspace
+from convert import pipeline, quantize_model, refine_model, workspace
 from convert.pipeline import convert
 from convert.recipe import Recipe, make_recipe
 from convert.workspace import Workspace, partial_path
@@ -43,6 +43,7 @@ class Steps:
             (pipeline, "write_card"),
             (Workspace, "write_json"),
             (Workspace, "write_array"),
+            (Workspace, "write_arrays"),
             (workspace.os, "replace"),
             (workspace.os, "rename"),
             (workspace.shutil, "rmtree"),
@@ -79,7 +80,8 @@ class Steps:
 def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("resume")
     text = save_text(folder / "text.txt")
-    return save_tiny(folder), tiny_options(text, eval_text=text, eval_tokens=300)
+    recipe = ATOM.replace(refine=2)
+    return save_tiny(folder), tiny_options(text, recipe=recipe, eval_text=text, eval_tokens=300)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +121,7 @@ def test_killed_again_and_again(
     runs, ended = 0, False
     while not ended:
         try:
-            steps.run(lambda: convert(job[0], out, job[1]), kill_before=6)
+            steps.run(lambda: convert(job[0], out, job[1]), kill_before=9)
         except pytest.fail.Exception:  # not killed: it came to its end
             ended = True
         runs += 1
@@ -175,7 +177,9 @@ def test_killed_while_an_error_cleans_up(
     assert not partial_path(out).exists()
 
 
-@pytest.mark.parametrize("kind", ["write_array", "write_tree", "write_json", "write_config", "write_card"])
+@pytest.mark.parametrize(
+    "kind", ["write_array", "write_arrays", "write_tree", "write_json", "write_config", "write_card"]
+)
 def test_full_disk_once(
     kind: str,
     job: tuple[Path, Any],
@@ -199,9 +203,10 @@ def test_full_disk_once(
         return write
 
     for owner, names in (
-        (Workspace, ("write_array", "write_json")),
+        (Workspace, ("write_array", "write_arrays", "write_json")),
         (pipeline, ("write_tree", "write_config", "write_card")),
         (quantize_model, ("write_tree",)),
+        (refine_model, ("write_tree",)),
     ):
         for name in names:
             monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))

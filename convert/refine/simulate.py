@@ -1,0 +1,74 @@
+"""A quantized layer in floating point, with gradients: every value is rounded as the kernels round it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float32
+
+from atom_jax.blocks import make_step
+from atom_jax.config import ModelConfig
+from atom_jax.kv_cache import init_cache
+from atom_jax.layers import activation_format
+from atom_jax.llama import Layer
+from atom_jax.schemes import PackedWeight
+from atom_jax.structure import LINEARS
+from convert.refine.straight_through import round_activation, round_heads
+from pallas_kernels import ActivationFormat, PagedKVCache, use_implementation
+
+# By the name of a linear, how its input is rounded; None where it stays in floating point. Hashable.
+InputFormats = tuple[tuple[str, ActivationFormat | None], ...]
+
+
+def input_formats(weights: Mapping[str, PackedWeight], config: ModelConfig) -> InputFormats:
+    """The formats of the inputs of a layer's linears; ``weights`` by the names of parameters."""
+    return tuple((linear.name, activation_format(weights[linear.weight], config)) for linear in LINEARS)
+
+
+def run_rounded(
+    params: Mapping[str, Array],
+    x: Float32[Array, "batch seq hidden"],
+    config: ModelConfig,
+    formats: InputFormats,
+) -> Float32[Array, "batch seq hidden"]:
+    """Runs a layer whose parameters are floats, and rounds inputs of linears and the cache.
+
+    Args:
+      params: parameters of the layer, with the dequantized weights of its linears.
+      x: the residual stream before the layer.
+      config: configuration of the layer, quantized; from ``ModelConfig.of_layer``.
+      formats: from ``input_formats``.
+
+    Returns:
+      The residual stream after the layer.
+    """
+    batch, seq, hidden = x.shape
+    format, by_name = config.format, dict(formats)
+    floats = config.replace(format=dataclasses.replace(format, kv_bits=16, center_keys=False))
+    cache = init_cache(floats, batch, seq, dtype=x.dtype)
+    positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq))
+
+    def on_input(name: str, inputs: Array) -> Array:
+        indices = params.get(f"{name}_indices")
+        ordered = inputs if indices is None else jnp.take(inputs, indices, axis=-1)
+        fmt = by_name[name]
+        return ordered if fmt is None else round_activation(ordered, fmt)
+
+    def on_cache(cache: PagedKVCache) -> PagedKVCache:
+        keys = cache.k_pages
+        if "k_mean" in params:
+            keys = keys - params["k_mean"].reshape(config.num_kv_heads, 1, config.head_dim)
+        return dataclasses.replace(
+            cache,
+            k_pages=round_heads(keys, format.kv_groups),
+            v_pages=round_heads(cache.v_pages, format.kv_groups),
+        )
+
+    with use_implementation("reference"):  # native kernels have no gradients
+        layer = Layer(floats, params)
+        step = make_step(positions, cache, floats)
+        rows = x.reshape(batch * seq, hidden)
+        hooks = on_input, on_cache if format.kv_bits == 4 else None
+        return layer(rows, cache, jnp.int32(0), step, *hooks)[0].reshape(x.shape)
