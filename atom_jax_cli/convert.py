@@ -123,6 +123,15 @@ def convert(
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,
+    turn_channels: Annotated[
+        bool | None,
+        typer.Option(
+            "--turn-channels/--no-turn-channels",
+            help="Make the largest values of each activation channel negative: INT4 has -8, but no 8.",
+            show_default=_default("turn_channels"),
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
     reorder: Annotated[
         str | None,
         typer.Option(
@@ -225,6 +234,7 @@ def convert(
         clip_a=clip_a,
         gptq=gptq,
         migrate=migrate,
+        turn_channels=turn_channels,
         reorder=reorder,
         rotate=rotate,
         refine=refine,

@@ -50,7 +50,7 @@ class ConvertOptions:
       calibration: a text or JSONL file, a data set id, or ``calibrate.texts.SAMPLED``; None takes built-in
         English and text sampled from the model.
       calibration_tokens: number of tokens to calibrate on, rounded down to whole windows. A refinement of the
-        rounding uses more, if the text has them (``_REFINE_TOKENS``).
+        rounding uses ``TRAINING_TOKENS`` of the same text, or as many as it has.
       seed: seed of the sampled text.
       eval_text: text file on which perplexity is measured before and after, for the accuracy card; None for
         no measurement.
@@ -90,8 +90,8 @@ class ConvertOptions:
 
 # The settings that can be chosen for a model.
 CHOOSABLE = groups.CHOOSABLE | {"refine"}
-# Number of tokens that a refinement uses: with fewer it fits the text and not the model.
-_REFINE_TOKENS = 65536
+# Number of tokens that a refinement trains on: with fewer it fits the text and not the model.
+TRAINING_TOKENS = 65536
 
 
 def convert(
@@ -152,21 +152,20 @@ def _convert(
     eval_tokens = None if options.eval_text is None else _eval_tokens(options.eval_text, options, tokenizer)
     if options.auto_outliers:
         calibration = _calibration(source, options, workspace, progress)
-        measured = calibration.first(options.calibration_tokens)
-        outliers = _outliers(source, recipe, measured, workspace, progress)
+        outliers = _outliers(source, recipe, calibration, workspace, progress)
         recipe = recipe.replace(num_outliers=outliers["chosen"])
     if needs_calibration(recipe):
         calibration = calibration or _calibration(source, options, workspace, progress)
     else:
         calibration = None
-    measured = None if calibration is None else calibration.first(options.calibration_tokens)
-    windows, order = _write_shared(source, recipe, measured, workspace, progress)
+    windows, order = _write_shared(source, recipe, calibration, workspace, progress)
     stage = "quantize" if recipe.format.quantizes_linears else "write"
     errors = quantize_model(source, recipe, windows, order, workspace, functools.partial(progress, stage))
     refinement = None
     if recipe.refine:
-        assert calibration is not None
-        refinement = refine_model(source, recipe, calibration.tokens, len(windows), workspace, progress)
+        training = _calibration(source, options, workspace, progress, training=True)
+        refined = refine_model(source, recipe, training.tokens, workspace, progress)
+        refinement = {"text": training.about, **refined}
     config = source.config.replace(format=recipe.format)
     before = after = None
     if eval_tokens is not None:
@@ -244,27 +243,30 @@ def _eval_tokens(text: Path, options: ConvertOptions, tokenizer: Path) -> Int32[
 
 
 def _calibration(
-    source: Source, options: ConvertOptions, workspace: Workspace, progress: StageProgress
+    source: Source,
+    options: ConvertOptions,
+    workspace: Workspace,
+    progress: StageProgress,
+    *,
+    training: bool = False,
 ) -> Calibration:
-    """The calibration windows; made once and kept in the workspace."""
-    tokens, about = workspace.read_array("calibration.npy"), workspace.read_json("calibration.json")
+    """The calibration windows, or those to train on; made once and kept in the workspace."""
+    name = "training" if training else "calibration"
+    tokens, about = workspace.read_array(f"{name}.npy"), workspace.read_json(f"{name}.json")
     if tokens is not None and about is not None:
         return Calibration(tokens, about["kind"], about["name"])
     calibration = load_calibration(
         source,
         workspace.checkpoint / TOKENIZER_FOLDER,
         options.calibration,
-        num_tokens=_calibration_tokens(options),
+        num_tokens=TRAINING_TOKENS if training else options.calibration_tokens,
         seed=options.seed,
-        progress=functools.partial(progress, "sample calibration text"),
+        varied=training,
+        progress=functools.partial(progress, f"sample {name} text"),
     )
-    workspace.write_array("calibration.npy", calibration.tokens)
-    workspace.write_json("calibration.json", calibration.about)
+    workspace.write_array(f"{name}.npy", calibration.tokens)
+    workspace.write_json(f"{name}.json", calibration.about)
     return calibration
-
-
-def _calibration_tokens(options: ConvertOptions) -> int:
-    return max(options.calibration_tokens, _REFINE_TOKENS if options.recipe.refine else 0)
 
 
 def _outliers(

@@ -23,6 +23,7 @@ from convert.passes import Pass
 from convert.passes.keys import even_keys
 from convert.passes.migrate import migrate
 from convert.passes.order import choose_input_orders, fold_order, gather_inputs
+from convert.passes.signs import turn_channels
 from convert.recipe import Recipe
 from convert.refine.latent import make_latent
 from convert.schemes import quantize, rounding_target
@@ -30,8 +31,8 @@ from convert.streaming import Windows
 
 
 def needs_inputs(recipe: Recipe) -> bool:
-    """Whether the recipe needs the activations of single tokens: to migrate scales or to fit the keys."""
-    return recipe.migrate or recipe.fits_keys
+    """Whether the recipe needs the activations of single tokens, as some passes do."""
+    return recipe.migrate or recipe.turn_channels or recipe.fits_keys
 
 
 def needs_calibration(recipe: Recipe) -> bool:
@@ -54,6 +55,7 @@ def passes(config: ModelConfig, recipe: Recipe) -> list[Pass]:
         (fold_order, recipe.reorder != "none"),
         (choose_input_orders, per_layer),
         (migrate, recipe.migrate),
+        (turn_channels, recipe.turn_channels),
         (even_keys, recipe.fits_keys),
         (gather_inputs, per_layer),
     )

@@ -33,6 +33,8 @@ class Recipe:
         channels.
       migrate: whether scales are moved from activations to weights, or back, where that makes the error of
         a linear smaller.
+      turn_channels: whether input channels are multiplied by -1 where that makes their largest values
+        negative, of which INT4 has one more.
       smooth_keys: how much the key channels are equalized before they are rounded to INT4: 0 not at all, 1
         fully; None searches what leaves the smallest error, for each kv head.
       refine: number of training steps that refine the rounding of the weights (``convert.refine``); 0 for
@@ -48,6 +50,7 @@ class Recipe:
     reorder: Reorder = "folded"
     rotate: bool = False
     migrate: bool = True
+    turn_channels: bool = True
     smooth_keys: float | None = None
     refine: int = 0
 

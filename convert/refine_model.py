@@ -58,7 +58,6 @@ def refine_model(
     source: Source,
     recipe: Recipe,
     tokens: Int32[np.ndarray, "windows seq"],
-    seen: int,
     workspace: Workspace,
     progress: StageProgress,
 ) -> dict[str, Any]:
@@ -67,8 +66,7 @@ def refine_model(
     Args:
       source: the float model.
       recipe: its ``refine`` is the number of steps.
-      tokens: token ids of the calibration windows.
-      seen: number of the first windows that the quantization has seen; they are trained on.
+      tokens: token ids of the windows to train on, and to choose the best state by.
       workspace: where the checkpoint and the state of the run are.
       progress: called with (stage, done, total).
 
@@ -82,7 +80,7 @@ def refine_model(
     if states is None:
         states = float_states(source, tokens, functools.partial(progress, "run the float model"))
         workspace.write_array(_TEACHER, states)
-    problem = _problem(source, config, tokens, states, held_out(len(tokens), seen), workspace)
+    problem = _problem(source, config, tokens, states, held_out(len(tokens)), workspace)
     state = start(problem, schedule)
     kept = workspace.read_arrays(_STATE)
     if kept is not None:
@@ -123,11 +121,8 @@ def float_states(source: Source, tokens: Int32[np.ndarray, "windows seq"], progr
     return x
 
 
-def held_out(num_windows: int, seen: int) -> list[int]:
-    """The indices of the windows that are not trained on, spread evenly over those after the first ``seen``.
-
-    At least one window is held out and one is trained on; if the quantization has seen all but one, it is a
-    window that it has seen.
+def held_out(num_windows: int) -> list[int]:
+    """The indices of the windows that are not trained on, spread evenly; at least one.
 
     Raises:
       AtomError: there are fewer than two windows.
@@ -135,8 +130,7 @@ def held_out(num_windows: int, seen: int) -> list[int]:
     if num_windows < 2:
         raise AtomError(f"a refinement needs at least two windows of calibration text, found {num_windows}")
     count = max(1, num_windows // _HELD_OUT_EVERY)
-    first = min(seen, num_windows - count)
-    return [first + (2 * place + 1) * (num_windows - first) // (2 * count) for place in range(count)]
+    return [(2 * place + 1) * num_windows // (2 * count) for place in range(count)]
 
 
 def _problem(

@@ -49,6 +49,8 @@ _NAIVE: dict[str, Any] = {
     "reorder": "none",
     "rotate": False,
     "migrate": False,
+    "turn_channels": False,
+    "refine": 0,
     "smooth_keys": 0.0,
     "center_keys": False,
     "kv_bits": 16,
@@ -81,6 +83,7 @@ def make_steps(group_size: int, num_outliers: int) -> tuple[AblationStep, ...]:
         AblationStep("center-keys", "mean of the keys removed", {"center_keys": True}),
         AblationStep("migrate", "scales migrated", {"migrate": True}),
         AblationStep("clip-search", "clipping of weights searched", {"clip_w": None}),
+        AblationStep("turned", "channels turned round", {"turn_channels": True, "clip_a": 0.875}),
         AblationStep("head8", "embedding and head in INT8", {"head_bits": 8}),
         # Alternatives.
         AblationStep("rotated", "rotated first", {"rotate": True}, branch=True),

@@ -46,13 +46,18 @@ def _layer_step(
 
 @functools.partial(jax.jit, static_argnames=("eps",))
 def _next_token(
-    shared: dict[str, Array], x: Float32[Array, "batch hidden"], key: Key[Array, ""], *, eps: float
+    shared: dict[str, Array],
+    x: Float32[Array, "batch hidden"],
+    key: Key[Array, ""],
+    temperature: float,
+    *,
+    eps: float,
 ) -> Int32[Array, " batch"]:
     hidden = rms_norm(x, shared["norm"], eps)
     logits = linear(hidden, head_table(shared), None, jnp.float32)
     # Inverse transform sampling needs one uniform number for each row. ``jax.random.categorical`` draws one
     # for each token of the vocabulary, which takes four times as long on a CPU.
-    cumulative = jnp.cumsum(jax.nn.softmax(logits), axis=-1)
+    cumulative = jnp.cumsum(jax.nn.softmax(logits / temperature), axis=-1)
     level = jax.random.uniform(key, (x.shape[0], 1)) * cumulative[:, -1:]
     return jnp.sum(cumulative <= level, axis=-1).astype(jnp.int32)
 
@@ -64,8 +69,9 @@ def sample_tokens(
     progress: Progress | None = None,
     *,
     openings: Sequence[Sequence[int]] = ((),),
+    temperature: float = 1.0,
 ) -> Int32[np.ndarray, "sequences length"]:
-    """Draws at least ``num_tokens`` tokens at temperature 1, in sequences of up to ``SEQUENCE_LENGTH``.
+    """Draws at least ``num_tokens`` tokens, in sequences of up to ``SEQUENCE_LENGTH``.
 
     Layers beyond ``KEEP_BYTES`` are read from the source again at every step.
 
@@ -76,6 +82,7 @@ def sample_tokens(
       openings: token ids with which the sequences start, in turns; at most half a sequence is used. Where
         it is empty, a sequence starts with a random token of the vocabulary (as in LLM-QAT, arXiv 2305.17888,
         section 3.1).
+      temperature: what the logits are divided by.
       progress: called with (decode steps done, decode steps in all).
     """
     config = source.config
@@ -115,7 +122,8 @@ def sample_tokens(
                 x, caches[layer] = _layer_step(
                     layer_params(layer), x, caches[layer], jnp.int32(position), config=configs[layer]
                 )
-            drawn = _next_token(shared, x, jax.random.fold_in(key, position + 1), eps=config.rms_norm_eps)
+            own = jax.random.fold_in(key, position + 1)
+            drawn = _next_token(shared, x, own, temperature, eps=config.rms_norm_eps)
             token = jnp.where(given[:, position + 1] < 0, drawn, given[:, position + 1])
             sequence.append(token)
             if progress is not None:

@@ -12,6 +12,7 @@ METHOD = Method(
         "reorder": "folded",
         "rotate": False,
         "migrate": False,
+        "turn_channels": False,
         "refine": 0,
     },
 )

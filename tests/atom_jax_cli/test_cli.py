@@ -40,13 +40,13 @@ class TestConvert:
     def test_options_that_are_not_given_keep_the_defaults_of_the_library(self, made, tmp_path):
         card = run_json("convert", "SRC", tmp_path / "out")
         assert card == {"made": str(tmp_path / "out")}
-        want = ConvertOptions(make_recipe("w4a4kv4"), flexible=("group_size", "num_outliers"))
+        want = ConvertOptions(make_recipe("w4a4kv4"), flexible=("group_size", "num_outliers", "refine"))
         assert made == [("SRC", tmp_path / "out", want)]
 
     def test_all_options(self, made, tmp_path, text):
         options = "--scheme w4a4kv4 --group-size 32 --num-outliers 64 --clip-w 0.8 --clip-a 0.7 --no-gptq "
         options += (
-            "--no-migrate --smooth-keys 0.3 --no-center-keys "
+            "--no-migrate --no-turn-channels --refine 9 --smooth-keys 0.3 --no-center-keys "
             "--reorder per_layer --kv-bits 16 --kv-rope pre --calib org/data --calib-tokens 1024 --seed 3 "
         )
         options += f"--eval-text {text} --eval-tokens 77 --revision main"
@@ -60,6 +60,8 @@ class TestConvert:
             clip_a=0.7,
             gptq=False,
             migrate=False,
+            turn_channels=False,
+            refine=9,
             reorder="per_layer",
             kv_bits=16,
             kv_rope="pre",
@@ -72,7 +74,7 @@ class TestConvert:
     def test_automatic_number_of_outliers(self, made, monkeypatch, tmp_path):
         result = run("convert", "SRC", tmp_path / "out", "--num-outliers", "auto")
         assert made[0][2] == ConvertOptions(
-            make_recipe("w4a4kv4"), auto_outliers=True, flexible=("group_size",)
+            make_recipe("w4a4kv4"), auto_outliers=True, flexible=("group_size", "refine")
         )
         assert "outliers chosen" not in result.stderr  # the card of these tests has none
 
@@ -100,7 +102,10 @@ class TestConvert:
         assert made[0][2].flexible == flexible
 
     def test_groups_that_were_chosen_are_printed(self, original, tmp_path):
-        options = "--fast --no-gptq --no-migrate --smooth-keys 0 --no-center-keys --calib-tokens 128"
+        options = (
+            "--fast --no-gptq --no-migrate --no-turn-channels --smooth-keys 0 --no-center-keys "
+            "--calib-tokens 128"
+        )
         result = run("convert", original, tmp_path / "out", *options.split())
         assert "chosen for this model: groups of 64, number of outliers 0" in result.stderr
         card = json.loads((tmp_path / "out" / "quantization.json").read_text())
@@ -123,6 +128,8 @@ class TestConvert:
             ("--clip-w 1.5", ["clip_w", "1.5"]),
             ("--smooth-keys 1.5", ["smooth_keys", "1.5"]),
             ("--center-keys --kv-rope pre", ["center_keys", "kv_rope 'pre'"]),
+            ("--fast --refine 3", ["--fast", "--refine"]),
+            ("--scheme bf16 --refine 3", ["bf16 has no setting refine"]),
         ],
     )
     def test_unsupported_options(self, made, tmp_path, options, parts):
