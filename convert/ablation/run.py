@@ -26,7 +26,6 @@ from atom_jax.structure import linear_shapes
 from convert.ablation.results import Results, Row, report_of
 from convert.ablation.simulation import run_simulated, simulate_layer
 from convert.ablation.steps import AblationStep, make_steps, recipes
-from convert.ablation.texts import load_texts
 from convert.calibrate.statistics import on_device
 from convert.calibrate.texts import Calibration, load_calibration, window_length
 from convert.card import versions
@@ -40,6 +39,7 @@ from convert.quantize_layer import check_recipe, needs_calibration, quantize_on_
 from convert.recipe import Recipe
 from convert.sources import Source, open_source
 from convert.streaming import Windows, batches, embed, residual_perplexity, run_windows
+from convert.texts import load_texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class AblationOptions:
     Attributes:
       group_size: group size of the steps that have groups; None to choose one that suits the model.
       num_outliers: number of outliers of the steps that have them; None to choose one that suits the model.
-      texts: files on which to measure perplexity; if empty, the texts of ``convert.ablation.texts`` are used.
+      texts: files on which to measure perplexity; if empty, the reported texts of ``convert.texts`` are used.
       eval_tokens: number of tokens of each text to use, from its start.
     """
 

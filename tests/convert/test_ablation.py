@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from convert.ablation.texts import default_texts
 from typer.testing import CliRunner
 
 from atom_jax.structure import linear_shapes
@@ -23,7 +24,6 @@ from convert.ablation.results import RESULTS_FILE, table
 from convert.ablation.run import AblationOptions, ablate
 from convert.ablation.simulation import run_simulated, simulate_layer
 from convert.ablation.steps import FLOAT, AblationStep, bases, make_steps, recipes
-from convert.ablation.texts import default_texts
 from convert.float_model import read_layer
 from convert.pipeline import ConvertOptions, convert
 from convert.quantize_layer import quantize_on_windows
