@@ -1,8 +1,8 @@
 """Texts to measure models on: two sets of five kinds, none of which has a source in common with calibration.
 
 ``REPORTED`` is what the project reports on: in the demo, the ablation, ``atom-jax compare`` and the tests of
-SmolLM2. ``SELECTION`` is for choosing recipes and is reported nowhere, so that no recipe is fitted to the texts
-it is reported on. SOURCES.toml says where each text comes from and under which licence.
+SmolLM2. ``SELECTION`` is for choosing recipes and is reported nowhere, so that no recipe is fitted to the
+texts it is reported on. SOURCES.toml says where each text comes from and under which licence.
 """
 
 from __future__ import annotations
@@ -27,6 +27,19 @@ SOURCES_FILE = FOLDER / "SOURCES.toml"
 _MOST_CHARACTERS_PER_TOKEN = 16
 
 
+def text_digests(which: str = REPORTED) -> dict[str, str]:
+    """The sha256 of each text of a set, by the name of the text.
+
+    Args:
+      which: ``REPORTED`` or ``SELECTION``.
+    """
+    try:
+        sources = tomllib.loads(SOURCES_FILE.read_text(encoding="utf-8"))["texts"][which]
+    except OSError as error:
+        raise AtomError(f"{SOURCES_FILE}: {error.strerror}; install atom-jax again") from error
+    return {name: entry["sha256"] for name, entry in sources.items()}
+
+
 def evaluation_texts(which: str = REPORTED) -> dict[str, str]:
     """The texts of a set by their names: prose, code, dialogue, lists, french. Each has about 9,000 tokens.
 
@@ -36,17 +49,16 @@ def evaluation_texts(which: str = REPORTED) -> dict[str, str]:
     Raises:
       AtomError: a file is missing, or its sha256 is not the one in SOURCES.toml.
     """
-    try:
-        sources = tomllib.loads(SOURCES_FILE.read_text(encoding="utf-8"))["texts"][which]
-        found = {}
-        for name, entry in sources.items():
-            path = FOLDER / which / f"{name}.txt"
+    found = {}
+    for name, expected in text_digests(which).items():
+        path = FOLDER / which / f"{name}.txt"
+        try:
             data = path.read_bytes()
-            if (digest := hashlib.sha256(data).hexdigest()) != entry["sha256"]:
-                raise AtomError(f"{path}: is damaged: its sha256 is {digest}, expected {entry['sha256']}")
-            found[name] = data.decode("utf-8")
-    except OSError as error:
-        raise AtomError(f"{error.filename}: {error.strerror}; install atom-jax again") from error
+        except OSError as error:
+            raise AtomError(f"{path}: {error.strerror}; install atom-jax again") from error
+        if (digest := hashlib.sha256(data).hexdigest()) != expected:
+            raise AtomError(f"{path}: is damaged: its sha256 is {digest}, expected {expected}")
+        found[name] = data.decode("utf-8")
     return found
 
 
