@@ -59,10 +59,8 @@ def demo(
 
 def _table(results: list[VariantResult]) -> Table:
     texts = list(results[0].ratio.texts)
-    table = Table(
-        caption=f"perplexity over that of float, on {len(texts)} texts ({results[0].tokens} tokens) and their "
-        "geometric mean"
-    )
+    tokens = results[0].tokens
+    table = Table(caption=f"perplexity over float's: mean of {len(texts)} texts and each ({tokens} tokens)")
     table.add_column("SmolLM2-135M-Instruct")
     for heading in ("x float", *texts, "on disk", "converted in"):
         table.add_column(heading, justify="right")

@@ -39,9 +39,8 @@ def markdown(environment: dict[str, Any], report: dict[str, Any]) -> str:
     tokens = {text["tokens"] for text in job["texts"].values()}
     texts = f"{' or '.join(f'{number:,}' for number in sorted(tokens))} tokens of each text"
     windows, length = calibration["windows"]
-    of_float = ", ".join(
-        f"{value:.2f} on *{name}*" for name, value in report["steps"][0]["perplexity"].items()
-    )
+    first = report["steps"][0]["perplexity"]
+    of_float = ", ".join(f"{value:.2f} on *{name}*" for name, value in first.items())
     lines = [
         f"SmolLM2-135M-Instruct; {texts}; calibrated on {windows * length:,} tokens ({calibration['kind']}). "
         f"Perplexity of float: {of_float}. "

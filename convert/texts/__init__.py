@@ -62,25 +62,35 @@ def evaluation_texts(which: str = REPORTED) -> dict[str, str]:
     return found
 
 
-def load_texts(
-    files: Sequence[Path], tokenizer_folder: Path, num_tokens: int | None
-) -> dict[str, Int32[np.ndarray, " tokens"]]:
-    """The first ``num_tokens`` tokens of each text, by the name of the text.
-
-    Args:
-      files: the text files; if empty, the texts are those of ``evaluation_texts``.
-      tokenizer_folder: folder with tokenizer.json.
-      num_tokens: largest number of tokens of each text; None for all.
+def read_texts(files: Sequence[Path]) -> dict[str, str]:
+    """The texts in ``files`` by the names of the files, or those of ``evaluation_texts`` if there are none.
 
     Raises:
-      AtomError: a file cannot be read, is too short, or has the same name as another.
+      AtomError: a file cannot be read, or has the same name as another.
     """
     texts: dict[str, str] = {} if files else evaluation_texts()
     for file in files:
         if file.name in texts:
             raise AtomError(f"{file}: another text is called {file.name}, too; rename one of them")
         texts[file.name] = read_text(file)
-    longest = None if num_tokens is None else _MOST_CHARACTERS_PER_TOKEN * num_tokens
+    return texts
+
+
+def load_texts(
+    files: Sequence[Path], tokenizer_folder: Path, num_tokens: int
+) -> dict[str, Int32[np.ndarray, " tokens"]]:
+    """The first ``num_tokens`` tokens of each text, by the name of the text.
+
+    Args:
+      files: the text files; if empty, the texts are those of ``evaluation_texts``.
+      tokenizer_folder: folder with tokenizer.json.
+      num_tokens: largest number of tokens of each text.
+
+    Raises:
+      AtomError: a file cannot be read, is too short, or has the same name as another.
+    """
+    longest = _MOST_CHARACTERS_PER_TOKEN * num_tokens
+    texts = read_texts(files)
     tokens = {name: encode(tokenizer_folder, text[:longest])[:num_tokens] for name, text in texts.items()}
     for name, ids in tokens.items():
         if ids.size < 2:
