@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from convert.texts.questions import Question
 
 # A country is asked for only if it has that many inhabitants.
-_POPULATION = 8_000_000
+_POPULATION = 15_000_000
 _CONTINENTS = {
     "AF": ("Africa",),
     "AS": ("Asia",),
@@ -139,6 +139,8 @@ _PHRASINGS = {
 }
 # Names that cannot stand behind "a".
 _WITHOUT_ARTICLE = ("grass", "snow", "blood", "coal", "milk", "chocolate", "spinach")
+# Always asked for in the first phrasing: many try a model with the capital of France.
+_FAMOUS = "France"
 # Countries that stand behind "the".
 _WITH_ARTICLE = (
     *("Democratic Republic of the Congo", "Dominican Republic", "Netherlands", "Philippines"),
@@ -208,6 +210,8 @@ def candidates(countries_json: bytes) -> list[Question]:
         phrasings = itertools.cycle(_PHRASINGS[topic])
         for word, answers in table.items():
             phrasing = next(phrasings)
+            if word == _FAMOUS:
+                phrasing = _PHRASINGS[topic][0]
             if word in _WITHOUT_ARTICLE or word.startswith("the "):
                 phrasing = phrasing.replace(" a {}", " {}")
             named = f"the {word}" if word in _WITH_ARTICLE else word

@@ -35,7 +35,7 @@ from convert.texts.questions import (
 )
 
 COUNT = 200
-# Asked by whoever tries a model for the first time.
+# What many try a model with.
 FIRST = "What is the capital of France?"
 
 
