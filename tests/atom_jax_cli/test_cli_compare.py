@@ -72,7 +72,7 @@ def test_is_the_fidelity_of_the_library(checkpoint, quantized, text):
     assert (got["tokens"], got["top1_agreement"]) == (want.tokens, want.top1_agreement)
     shown = run("compare", checkpoint, quantized, "--text", text, *OPTIONS)
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.stdout.splitlines()]
-    (row,) = [row for row in rows if row[0] == text.name]
+    (row,) = [row for row in rows if row[:1] == [text.name]]
     assert row[1:4] == [
         f"{want.perplexity_a:.2f}",
         f"{want.perplexity_b:.2f}",
