@@ -62,7 +62,9 @@ def test_ratios_are_to_the_first_variant(conversions, monkeypatch, tmp_path):
     first, second = prepare(tmp_path / "demo")
     for text, ratio in second.ratio.texts.items():
         assert ratio.value == pytest.approx(second.perplexity[text] / first.perplexity[text])
-    assert second.ratio.mean.low < second.ratio.mean.value < second.ratio.mean.high
+    mean = second.ratio.mean
+    assert mean.low is not None and mean.high is not None
+    assert mean.low < mean.value < mean.high
 
 
 def test_damaged_results_are_measured_again_and_time_is_not_invented(conversions, tmp_path):
