@@ -3,7 +3,7 @@
 from atom_jax.checkpoint import Model, load
 from atom_jax.config import Format, ModelConfig, RopeConfig, preset
 from atom_jax.errors import AtomError
-from atom_jax.fidelity import Fidelity, compare
+from atom_jax.fidelity import Comparison, Fidelity, compare, compare_texts
 from atom_jax.generation import GenerateOutput, generate, stream
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward, make_params
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AtomError",
+    "Comparison",
     "Fidelity",
     "Format",
     "GenerateOutput",
@@ -23,6 +24,7 @@ __all__ = [
     "RopeConfig",
     "SamplingParams",
     "compare",
+    "compare_texts",
     "forward",
     "generate",
     "init_cache",

@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,9 +19,10 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 from atom_jax.config import ModelConfig
 from atom_jax.embedding import Table, round_table
 from atom_jax.errors import AtomError
+from atom_jax.intervals import Ratios, perplexity_ratios
 from atom_jax.llama import merge
 from atom_jax.perplexity import by_rows, exp_of_mean, make_windows, start_windows, targets
-from atom_jax.progress import Progress
+from atom_jax.progress import Progress, StageProgress
 from pallas_kernels import QuantizedWeight
 
 # Tokens of one batch: several windows run together only if they are shorter than this. Larger batches would
@@ -29,35 +30,8 @@ from pallas_kernels import QuantizedWeight
 _BATCH_TOKENS = 512
 
 
-@dataclasses.dataclass(frozen=True)
-class Fidelity:
-    """What ``compare`` measures of model B against model A.
-
-    Attributes:
-      perplexity_a: perplexity of model A, as ``perplexity`` measures it.
-      perplexity_b: the same for model B.
-      kl_divergence: KL(A || B) of the predicted distributions, in nats, averaged over the scored tokens.
-      top1_agreement: fraction of the scored tokens for which both models predict the same most likely token.
-      layer_snr_db: signal-to-noise ratio in decibels after each layer, over the scored tokens: the energy of
-        A's residual stream over the energy of B's difference from it. It is infinite where there is no
-        difference; None if the streams cannot be compared.
-      no_snr: the reason why the residual streams of the two models cannot be compared; None if they can.
-      tokens: number of scored tokens, which are all but the first of each window.
-      seconds: time of the measurement, compilation included.
-    """
-
-    perplexity_a: float
-    perplexity_b: float
-    kl_divergence: float
-    top1_agreement: float
-    layer_snr_db: tuple[float, ...] | None
-    no_snr: str | None
-    tokens: int
-    seconds: float
-
-
-class _Sums(NamedTuple):
-    """Values of each row, or their sums over the scored tokens of some windows.
+class Sums(NamedTuple):
+    """Values of each token, or their sums over the scored tokens of each window.
 
     Attributes:
       nll_a: negative log-likelihood (nats) of the target under model A.
@@ -66,10 +40,76 @@ class _Sums(NamedTuple):
       agreed: whether both models predict the same most likely token; as a sum, the number of such tokens.
     """
 
-    nll_a: Float32[Array, "*rows"]
-    nll_b: Float32[Array, "*rows"]
-    kl: Float32[Array, "*rows"]
-    agreed: Shaped[Array, "*rows"]
+    nll_a: Shaped[Array | np.ndarray, "*rows"]
+    nll_b: Shaped[Array | np.ndarray, "*rows"]
+    kl: Shaped[Array | np.ndarray, "*rows"]
+    agreed: Shaped[Array | np.ndarray, "*rows"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fidelity:
+    """What ``compare`` measures of model B against model A.
+
+    Attributes:
+      sums: sums over the scored tokens of each window, float64.
+      scored: number of scored tokens of each window, which are all but the first.
+      layer_snr_db: signal-to-noise ratio in decibels after each layer, over the scored tokens: the energy of
+        A's residual stream over the energy of B's difference from it. It is infinite where there is no
+        difference; None if the streams cannot be compared.
+      no_snr: the reason why the residual streams of the two models cannot be compared; None if they can.
+      seconds: time of the measurement, compilation included.
+
+    Raises:
+      AtomError: the output of a model is not finite.
+    """
+
+    sums: Sums
+    scored: Int32[np.ndarray, " windows"]
+    layer_snr_db: tuple[float, ...] | None
+    no_snr: str | None
+    seconds: float
+
+    def __post_init__(self) -> None:
+        for nll, name in ((self.sums.nll_a, "model A"), (self.sums.nll_b, "model B")):
+            exp_of_mean(float(nll.sum()), self.tokens, name)
+
+    @property
+    def tokens(self) -> int:
+        """Number of scored tokens."""
+        return int(self.scored.sum())
+
+    @property
+    def perplexity_a(self) -> float:
+        """Perplexity of model A, as ``perplexity`` measures it."""
+        return exp_of_mean(float(self.sums.nll_a.sum()), self.tokens, "model A")
+
+    @property
+    def perplexity_b(self) -> float:
+        """The same for model B."""
+        return exp_of_mean(float(self.sums.nll_b.sum()), self.tokens, "model B")
+
+    @property
+    def kl_divergence(self) -> float:
+        """KL(A || B) of the predicted distributions, in nats, averaged over the scored tokens."""
+        return float(self.sums.kl.sum()) / self.tokens
+
+    @property
+    def top1_agreement(self) -> float:
+        """Fraction of the scored tokens for which both models predict the same most likely token."""
+        return float(self.sums.agreed.sum()) / self.tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What ``compare_texts`` measures of model B against model A.
+
+    Attributes:
+      texts: the result of ``compare`` on each text, by its name.
+      ratios: the perplexity of B over that of A on each text, and their geometric mean, with intervals.
+    """
+
+    texts: dict[str, Fidelity]
+    ratios: Ratios
 
 
 @functools.partial(jax.jit, static_argnames=("config", "residuals"))
@@ -99,22 +139,28 @@ def window_sums(
     *,
     config_a: ModelConfig,
     config_b: ModelConfig,
-) -> _Sums:
-    """Sums over tokens 1..length-1 of each row, from the distributions that the two models' heads predict."""
+) -> Sums:
+    """Sums over tokens 1..length-1 of each row, from the distributions that the two models' heads predict.
+
+    Returns:
+      ``Sums`` of shape [batch].
+    """
     model_a, model_b = merge(params_a, config_a), merge(params_b, config_b)
 
     following, scored = targets(tokens, lengths)
 
-    def scores(hidden_a: Array, hidden_b: Array, targets: Array) -> _Sums:
+    def scores(hidden_a: Array, hidden_b: Array, targets: Array) -> Sums:
         log_a = jax.nn.log_softmax(model_a.logits(hidden_a), axis=-1)
         log_b = jax.nn.log_softmax(model_b.logits(hidden_b), axis=-1)
         nll_a, nll_b = (-jnp.take_along_axis(log, targets[:, None], axis=-1)[:, 0] for log in (log_a, log_b))
         kl = jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
-        return _Sums(nll_a, nll_b, kl, jnp.argmax(log_a, axis=-1) == jnp.argmax(log_b, axis=-1))
+        return Sums(nll_a, nll_b, kl, jnp.argmax(log_a, axis=-1) == jnp.argmax(log_b, axis=-1))
 
     rows = tokens.size
     each = by_rows(scores, hidden_a.reshape(rows, -1), hidden_b.reshape(rows, -1), following)
-    return jax.tree.map(lambda x: jnp.sum(jnp.where(scored, x.astype(jnp.float32), 0.0)), each)
+    return jax.tree.map(
+        lambda x: jnp.sum(jnp.where(scored, x.astype(jnp.float32), 0.0).reshape(tokens.shape), axis=1), each
+    )
 
 
 @jax.jit
@@ -249,7 +295,7 @@ def compare(
     started = time.perf_counter()
     order, no_snr = _order_or_reason(params_a, params_b, config_a, config_b)
     batch = min(max(1, _BATCH_TOKENS // seq_len), len(windows))
-    sums = np.zeros(len(_Sums._fields))
+    sums: list[np.ndarray] = []
     energies = np.zeros((config_a.num_layers, 2))
     for start in range(0, len(windows), batch):
         missing = max(0, start + batch - len(windows))  # the last batch is padded with windows of length 0
@@ -258,31 +304,75 @@ def compare(
         states = functools.partial(window_states, residuals=order is not None)
         hidden_a, residuals_a = states(params_a, some, counts, config=config_a)
         hidden_b, residuals_b = states(params_b, some, counts, config=config_b)
-        sums += np.asarray(
-            window_sums(
-                params_a, params_b, hidden_a, hidden_b, some, counts, config_a=config_a, config_b=config_b
-            ),
-            np.float64,
+        found = window_sums(
+            params_a, params_b, hidden_a, hidden_b, some, counts, config_a=config_a, config_b=config_b
         )
+        sums.append(np.asarray(found, np.float64)[:, : batch - missing])
         if order is not None:
             assert residuals_a is not None and residuals_b is not None
             energies += np.asarray(layer_energies(residuals_a, residuals_b, order, counts), np.float64)
         if progress is not None:
             progress(int(lengths[: start + batch].sum()), int(lengths.sum()))
-    scored = int((lengths - 1).sum())
-    perplexity_a, perplexity_b = (
-        exp_of_mean(float(nll), scored, f"model {name}") for name, nll in zip("AB", sums, strict=False)
-    )
-    kl, agreed = sums[2:] / scored
     return Fidelity(
-        perplexity_a=perplexity_a,
-        perplexity_b=perplexity_b,
-        kl_divergence=float(kl),
-        top1_agreement=float(agreed),
+        sums=Sums(*np.concatenate(sums, axis=1)),
+        scored=lengths - 1,
         layer_snr_db=None if order is None else tuple(_decibels(*pair) for pair in energies),
         no_snr=no_snr,
-        tokens=scored,
         seconds=time.perf_counter() - started,
+    )
+
+
+def compare_texts(
+    params_a: nnx.State,
+    params_b: nnx.State,
+    texts: Mapping[str, Sequence[int] | np.ndarray],
+    *,
+    config_a: ModelConfig,
+    config_b: ModelConfig,
+    seq_len: int = 512,
+    max_tokens: int | None = None,
+    progress: StageProgress | None = None,
+) -> Comparison:
+    """``compare`` on several texts, and the ratios of the perplexities with their intervals.
+
+    Args:
+      params_a: parameters of model A.
+      params_b: parameters of model B.
+      texts: token ids of each text, by its name.
+      config_a: configuration of model A.
+      config_b: configuration of model B.
+      seq_len: number of tokens of a window.
+      max_tokens: use only that many tokens from the start of each text; None for all.
+      progress: called with (name of the text, tokens done, tokens of the text).
+
+    Raises:
+      AtomError: as ``compare``.
+    """
+
+    def report(name: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(name, done, total)
+
+    found = {
+        name: compare(
+            params_a,
+            params_b,
+            tokens,
+            config_a=config_a,
+            config_b=config_b,
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+            progress=functools.partial(report, name),
+        )
+        for name, tokens in texts.items()
+    }
+    return Comparison(
+        texts=found,
+        ratios=perplexity_ratios(
+            {name: text.sums.nll_a for name, text in found.items()},
+            {name: text.sums.nll_b for name, text in found.items()},
+            {name: text.scored for name, text in found.items()},
+        ),
     )
 
 

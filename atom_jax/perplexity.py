@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int32, Shaped
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
@@ -209,14 +209,33 @@ def perplexity(
     """
     windows, lengths = make_windows(tokens, config=config, seq_len=seq_len, max_tokens=max_tokens)
     started = time.perf_counter()
-    total = 0.0
+    total = windows_nll(params, windows, lengths, config=config, progress=progress).sum()
+    scored = int((lengths - 1).sum())
+    value = exp_of_mean(float(total), scored, "the model")
+    return PerplexityResult(value, scored, time.perf_counter() - started)
+
+
+def windows_nll(
+    params: nnx.State,
+    windows: Int32[np.ndarray, "windows seq"],
+    lengths: Int32[np.ndarray, " windows"],
+    *,
+    config: ModelConfig,
+    progress: Progress | None = None,
+) -> Float64[np.ndarray, " windows"]:
+    """Summed negative log-likelihood (nats) of each window, one window at a time.
+
+    Args:
+      params: parameters from ``load`` or ``make_params``.
+      windows: token ids, from ``make_windows``.
+      lengths: number of tokens of each window, from ``make_windows``.
+      config: configuration of the model.
+      progress: called with (tokens done, tokens in all) after each window.
+    """
+    found = np.zeros(len(windows))
     for row in range(len(windows)):
         one = slice(row, row + 1)
-        total += float(
-            window_nll(params, jnp.asarray(windows[one]), jnp.asarray(lengths[one]), config=config)
-        )
+        found[row] = window_nll(params, jnp.asarray(windows[one]), jnp.asarray(lengths[one]), config=config)
         if progress is not None:
             progress(int(lengths[: row + 1].sum()), int(lengths.sum()))
-    scored = int((lengths - 1).sum())
-    value = exp_of_mean(total, scored, "the model")
-    return PerplexityResult(value, scored, time.perf_counter() - started)
+    return found

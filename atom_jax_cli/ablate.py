@@ -48,7 +48,7 @@ def ablate(
         list[Path] | None,
         typer.Option(
             help="Text to measure perplexity on, may be repeated.",
-            show_default="Python's help and one of its modules",
+            show_default="the five reported texts",
             rich_help_panel=DATA_PANEL,
         ),
     ] = None,

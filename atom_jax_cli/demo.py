@@ -58,11 +58,15 @@ def demo(
 
 
 def _table(results: list[VariantResult]) -> Table:
-    table = Table(caption=f"perplexity over {results[0].tokens} tokens of Python's help")
+    texts = list(results[0].ratio.texts)
+    tokens = results[0].tokens
+    table = Table(caption=f"perplexity over float's: mean of {len(texts)} texts and each ({tokens} tokens)")
     table.add_column("SmolLM2-135M-Instruct")
-    for heading in ("perplexity", "on disk", "converted in"):
+    for heading in ("x float", *texts, "on disk", "converted in"):
         table.add_column(heading, justify="right")
     for result in results:
+        ratios = [result.ratio.mean, *(result.ratio.texts[text] for text in texts)]
         seconds = "resumed" if result.seconds is None else f"{result.seconds:.0f} s"
-        table.add_row(result.label, f"{result.perplexity:.2f}", format_bytes(result.size), seconds)
+        shown = (f"{ratio.value:.{2 if ratio.value < 100 else 0}f}" for ratio in ratios)
+        table.add_row(result.label, *shown, format_bytes(result.size), seconds)
     return table

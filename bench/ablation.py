@@ -36,10 +36,14 @@ def markdown(environment: dict[str, Any], report: dict[str, Any]) -> str:
     """The table in Markdown, after a line on texts, machine and versions."""
     heading, rows = table(report)
     job, calibration = report["job"], report["calibration"]
-    texts = ", ".join(f"{text['tokens']:,} tokens of *{name}*" for name, text in job["texts"].items())
+    tokens = {text["tokens"] for text in job["texts"].values()}
+    texts = f"{' or '.join(f'{number:,}' for number in sorted(tokens))} tokens of each text"
     windows, length = calibration["windows"]
+    first = report["steps"][0]["perplexity"]
+    of_float = ", ".join(f"{value:.2f} on *{name}*" for name, value in first.items())
     lines = [
         f"SmolLM2-135M-Instruct; {texts}; calibrated on {windows * length:,} tokens ({calibration['kind']}). "
+        f"Perplexity of float: {of_float}. "
         f"{environment['cpu']}, jax {environment['versions']['jax']}, commit {environment['commit']}.",
         "",
         table_row(*heading),

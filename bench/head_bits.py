@@ -26,7 +26,7 @@ from atom_jax.llama import merge
 from atom_jax.perplexity import exp_of_mean, hidden_in_chunks, make_windows, sum_nll
 from bench.markdown import table_row, with_table
 from bench.record import DOCS, environment, save
-from convert.ablation.texts import load_texts
+from convert.texts import load_texts
 
 FLOAT = "both in bfloat16"
 # Embedding in INT8, head in INT8, input of the head rounded once.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Float64, Int32
 
 from atom_jax.blocks import OnInput, make_step
 from atom_jax.config import ModelConfig
@@ -201,46 +201,27 @@ def streamed_perplexity(
             run_in_place(params, x, config.of_layer(index))
             if progress is not None:
                 progress(done * config.num_layers + index + 1, len(starts) * config.num_layers)
-        nll += _residual_nll(x, windows[part], lengths[part], shared, config)
-    return _result(nll, lengths, config)
-
-
-def _residual_nll(
-    x: Windows,
-    windows: Int32[np.ndarray, "windows seq"],
-    lengths: Int32[np.ndarray, " windows"],
-    shared: Params,
-    config: ModelConfig,
-) -> float:
-    """Summed negative log-likelihood (nats) of the windows; arguments as in ``residual_perplexity``."""
-    on_device = jax.tree.map(jnp.asarray, dict(shared))
-    return sum(
-        float(_window_nll(on_device, *row, config=config)) for row in zip(x, windows, lengths, strict=True)
-    )
-
-
-def _result(nll: float, lengths: Int32[np.ndarray, " windows"], config: ModelConfig) -> PerplexityResult:
+        nll += float(residual_nll(x, windows[part], lengths[part], shared, config=config).sum())
     scored = int((lengths - 1).sum())
     return PerplexityResult(exp_of_mean(nll, scored, config.architecture), scored, 0.0)
 
 
-def residual_perplexity(
+def residual_nll(
     x: Windows,
     windows: Int32[np.ndarray, "windows seq"],
     lengths: Int32[np.ndarray, " windows"],
     shared: Params,
     *,
     config: ModelConfig,
-) -> PerplexityResult:
-    """The perplexity of ``windows``, from their residual stream after the last layer.
+) -> Float64[np.ndarray, " windows"]:
+    """Summed negative log-likelihood (nats) of each window, from its residual stream after the last layer.
 
     Args:
       x: the residual stream after the last layer.
       windows, lengths: the windows of token ids and their lengths, from ``atom_jax.perplexity.make_windows``.
       shared: embedding, norm and lm_head (unless tied), float32 arrays or those of ``shared_params``.
       config: configuration of the model.
-
-    Raises:
-      AtomError: the model's output is not finite, or gives a perplexity beyond float64.
     """
-    return _result(_residual_nll(x, windows, lengths, shared, config), lengths, config)
+    on_device = jax.tree.map(jnp.asarray, dict(shared))
+    rows = zip(x, windows, lengths, strict=True)
+    return np.array([float(_window_nll(on_device, *row, config=config)) for row in rows])

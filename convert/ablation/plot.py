@@ -7,10 +7,13 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from atom_jax.intervals import Estimate
 from convert.ablation.results import full_label
 
 PLOT_FILE = "ablation.png"
-_HEIGHT = 0.8  # height of all bars of a step together; steps are 1 apart
+_HEIGHT = 0.7  # of the bar of a step; steps are 1 apart
 
 
 def can_plot() -> bool:
@@ -21,7 +24,8 @@ def can_plot() -> bool:
 def plot(report: dict[str, Any], path: Path) -> None:
     """Draws each step's perplexity over that of the float model, on a logarithmic scale.
 
-    Each text has a bar, and the paper's result is a mark.
+    The bar is the geometric mean over the texts, with its interval. Each text is a dot, and the paper's
+    result is a mark.
 
     Args:
       report: what ``convert.ablation.run.ablate`` returns.
@@ -34,11 +38,25 @@ def plot(report: dict[str, Any], path: Path) -> None:
     texts = list(report["job"]["texts"])
     figure = figures.Figure(figsize=(9, 0.8 + 0.42 * len(rows)))
     axes = figure.subplots()
-    height = _HEIGHT / len(texts)
-    for index, text in enumerate(texts):
-        places = [step + (index + 0.5) * height - _HEIGHT / 2 for step in range(len(rows))]
-        bars = axes.barh(places, [row["ratio"][text] for row in rows], height=0.9 * height, label=text)
-        axes.bar_label(bars, [f"{row['ratio'][text]:.2f}" for row in rows], padding=3, fontsize=7)
+    means = [Estimate(**row["ratio"]["mean"]) for row in rows]
+    # An interval that is not known has no length.
+    ends = [[mean.value - (mean.low or mean.value), (mean.high or mean.value) - mean.value] for mean in means]
+    axes.barh(
+        range(len(rows)),
+        [mean.value for mean in means],
+        xerr=np.transpose(ends).clip(min=0),
+        height=_HEIGHT,
+        color="lightsteelblue",
+        label=f"geometric mean of {len(texts)} texts",
+    )
+    for text in texts:
+        axes.scatter(
+            [row["ratio"]["texts"][text]["value"] for row in rows],
+            range(len(rows)),
+            s=14,
+            label=text,
+            zorder=2,
+        )
     paper = [(row["paper"] / report["paper"]["float"], y) for y, row in enumerate(rows) if row["paper"]]
     if paper:
         axes.scatter(*zip(*paper, strict=True), color="black", marker="|", s=160, zorder=3)

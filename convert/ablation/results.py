@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from atom_jax.errors import AtomError
+from atom_jax.intervals import Estimate, perplexity_ratios
 from convert.ablation.steps import FLOAT, PAPER_MODEL, AblationStep, bases
 from convert.calibrate.texts import Calibration
 from convert.recipe import Recipe
@@ -29,6 +30,7 @@ class Row:
       recipe: settings of its recipe, as ``make_recipe`` takes them.
       simulated: as ``AblationStep.simulated``.
       perplexity: perplexity on each text, by the name of the text.
+      nll: summed negative log-likelihood (nats) of each window of each text.
       bits_per_weight: stored bits for each weight of the layers' linears, scales and padding included.
       bytes: size of all parameters in a checkpoint.
       seconds: time of the step.
@@ -38,6 +40,7 @@ class Row:
     recipe: dict[str, Any]
     simulated: bool
     perplexity: dict[str, float]
+    nll: dict[str, list[float]]
     bits_per_weight: float
     bytes: int
     seconds: float
@@ -73,6 +76,11 @@ class Results:
                 f"{self.path}: is the ablation of another model, or with another text, option or version; "
                 "remove it or choose another folder"
             )
+
+    @property
+    def scored(self) -> dict[str, list[int]]:
+        """For each text the number of scored tokens of each of its windows."""
+        return {name: text["scored"] for name, text in self._data["job"]["texts"].items()}
 
     def get(self, step: AblationStep, recipe: Recipe) -> Row | None:
         """The row of a step; None if it has not been measured with this recipe."""
@@ -134,9 +142,10 @@ def report_of(
 
     Returns:
       A dict with ``job``; ``calibration``, about the calibration windows; ``paper``, the model and the float
-      perplexity of the paper's numbers; and ``steps``. Each step has the fields of its row and, for each
-      text, ``ratio``, its perplexity over that of the first step, and ``change``, its perplexity over that
-      of the step named in ``after``, minus 1. A step that is not possible has ``error`` instead.
+      perplexity of the paper's numbers; and ``steps``. Each step has the fields of its row; ``ratio``, its
+      perplexity over that of the first step; and ``change``, its perplexity over that of the step named in
+      ``after``. Both are ``atom_jax.intervals.Ratios``: the geometric mean over the texts and the ratio on
+      each text, with intervals. A step that is not possible has ``error`` instead.
     """
     found = {step.name: results.get(step, wanted[step.name]) for step in steps}
     rows = []
@@ -153,19 +162,21 @@ def report_of(
         if row is None or first is None:
             rows.append(about | {"error": misfits[step.name]})
             continue
-        change = None if before is None else _over(row.perplexity, before.perplexity, less=1.0)
-        ratio = _over(row.perplexity, first.perplexity)
-        rows.append(about | dataclasses.asdict(row) | {"ratio": ratio, "change": change})
+        change = None if before is None else perplexity_ratios(before.nll, row.nll, results.scored)
+        rows.append(
+            about
+            | dataclasses.asdict(row)
+            | {
+                "ratio": dataclasses.asdict(perplexity_ratios(first.nll, row.nll, results.scored)),
+                "change": None if change is None else dataclasses.asdict(change),
+            }
+        )
     return {
         "job": job,
         "calibration": results.calibration,
         "paper": {"model": PAPER_MODEL, "float": FLOAT.paper},
         "steps": rows,
     }
-
-
-def _over(values: Mapping[str, float], others: Mapping[str, float], less: float = 0.0) -> dict[str, float]:
-    return {name: value / others[name] - less for name, value in values.items()}
 
 
 def full_label(row: dict[str, Any]) -> str:
@@ -177,30 +188,42 @@ def full_label(row: dict[str, Any]) -> str:
 def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The report as a table of text: the heading, and a row of cells for each step."""
     texts = list(report["job"]["texts"])
-    heading = ["step"]
-    for text in texts:
-        heading += [text, "x float", "change"]
-    heading += ["bits/weight", f"{report['paper']['model']} (paper)"]
+    paper = f"{report['paper']['model']} (paper)"
+    heading = ["step", "x float", "95%", "change", *texts, "bits/weight", paper]
     rows = []
     for row in report["steps"]:
         if "error" in row:
             rows.append([full_label(row), f"not possible: {row['error']}"] + [""] * (len(heading) - 2))
             continue
-        cells = [full_label(row)]
-        for text in texts:
-            change = "" if row["change"] is None else _change(row["change"][text])
-            cells += [_number(row["perplexity"][text]), _number(row["ratio"][text]), change]
-        rows.append([*cells, f"{row['bits_per_weight']:.2f}", _paper(row, report["paper"]["float"])])
+        ratio, change = row["ratio"], row["change"]
+        rows.append(
+            [
+                full_label(row),
+                _number(ratio["mean"]["value"]),
+                "" if change is None else _interval(Estimate(**ratio["mean"])),
+                "" if change is None else _change(Estimate(**change["mean"])),
+                *(_number(ratio["texts"][text]["value"]) for text in texts),
+                f"{row['bits_per_weight']:.2f}",
+                _paper(row, report["paper"]["float"]),
+            ]
+        )
     return heading, rows
 
 
 def _paper(row: dict[str, Any], reference: float) -> str:
-    return "" if row["paper"] is None else f"{row['paper']} ({_number(row['paper'] / reference)}x)"
+    return "" if row["paper"] is None else f"{row['paper']} ({_number(row['paper'] / reference, 3)}x)"
 
 
-def _change(value: float) -> str:
-    return f"{value:+.1%}" if value < 1 else f"x{_number(value + 1)}"
+def _interval(ratio: Estimate) -> str:
+    return "" if ratio.low is None or ratio.high is None else f"{_number(ratio.low)} to {_number(ratio.high)}"
 
 
-def _number(value: float) -> str:
-    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+def _change(ratio: Estimate) -> str:
+    """The change in percent, or as a factor from 2 on; in brackets if no change is in its interval."""
+    shown = f"{ratio.value - 1:+.1%}" if ratio.value < 2 else f"x{_number(ratio.value)}"
+    return shown if ratio.excludes_one else f"({shown})"
+
+
+def _number(value: float, digits: int = 4) -> str:
+    """A number with so many digits, or all before the point if they are more: 1.236, 12.36, 123.6, 12360."""
+    return f"{value:.{max(0, digits - len(str(int(value))))}f}"

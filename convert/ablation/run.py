@@ -20,13 +20,12 @@ from jaxtyping import Int32
 from atom_jax.checkpoint import layer_specs, linear_spec, shared_params, shared_specs, stored_shared
 from atom_jax.config import ModelConfig, preset
 from atom_jax.errors import AtomError
-from atom_jax.perplexity import make_windows
+from atom_jax.perplexity import exp_of_mean, make_windows
 from atom_jax.progress import StageProgress
 from atom_jax.structure import linear_shapes
 from convert.ablation.results import Results, Row, report_of
 from convert.ablation.simulation import run_simulated, simulate_layer
 from convert.ablation.steps import AblationStep, make_steps, recipes
-from convert.ablation.texts import load_texts
 from convert.calibrate.statistics import on_device
 from convert.calibrate.texts import Calibration, load_calibration, window_length
 from convert.card import versions
@@ -39,7 +38,8 @@ from convert.pipeline import calibration_job
 from convert.quantize_layer import check_recipe, needs_calibration, quantize_on_windows
 from convert.recipe import Recipe
 from convert.sources import Source, open_source
-from convert.streaming import Windows, batches, embed, residual_perplexity, run_windows
+from convert.streaming import Windows, batches, embed, residual_nll, run_windows
+from convert.texts import load_texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class AblationOptions:
     Attributes:
       group_size: group size of the steps that have groups; None to choose one that suits the model.
       num_outliers: number of outliers of the steps that have them; None to choose one that suits the model.
-      texts: files on which to measure perplexity; if empty, the texts of ``convert.ablation.texts`` are used.
+      texts: files on which to measure perplexity; if empty, the reported texts of ``convert.texts`` are used.
       eval_tokens: number of tokens of each text to use, from its start.
     """
 
@@ -141,11 +141,18 @@ def _job(source: Source, options: AblationOptions, texts: dict[str, np.ndarray])
             name: {
                 "tokens": tokens.size,
                 "sha256": hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(),
+                "scored": (_eval_windows(tokens, source.config)[1] - 1).tolist(),
             }
             for name, tokens in texts.items()
         },
         "versions": versions(),
     }
+
+
+def _eval_windows(
+    tokens: Int32[np.ndarray, " tokens"], config: ModelConfig
+) -> tuple[Int32[np.ndarray, "windows seq"], Int32[np.ndarray, " windows"]]:
+    return make_windows(tokens, config=config, seq_len=window_length(config), max_tokens=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,12 +197,7 @@ class _Ablation:
     @functools.cached_property
     def eval_windows(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """The windows of each evaluation text and their lengths, by the name of the text."""
-        config = self.source.config
-        seq_len = window_length(config)
-        return {
-            name: make_windows(tokens, config=config, seq_len=seq_len, max_tokens=None)
-            for name, tokens in self.texts.items()
-        }
+        return {name: _eval_windows(tokens, self.source.config) for name, tokens in self.texts.items()}
 
     def measure(self, step: AblationStep, recipe: Recipe) -> Row:
         """Measures a step: quantizes layer by layer, and runs all windows through each quantized layer."""
@@ -223,15 +225,19 @@ class _Ablation:
                 if not np.isfinite(stream).all():
                     raise AtomError(f"step {step.name}: the output of layer {layer} is not finite")
             self.progress(step.name, layer + 1, config.num_layers)
-        perplexity = {
-            name: residual_perplexity(x, *self.eval_windows[name], shared, config=config).perplexity
+        nll = {
+            name: residual_nll(x, *self.eval_windows[name], shared, config=config)
             for name, x in evaluated.items()
         }
         return Row(
             name=step.name,
             recipe=recipe.settings(),
             simulated=step.simulated,
-            perplexity=perplexity,
+            perplexity={
+                name: exp_of_mean(sums.sum(), sum(self.results.scored[name]), f"step {step.name}")
+                for name, sums in nll.items()
+            },
+            nll={name: sums.tolist() for name, sums in nll.items()},
             bits_per_weight=_bits_per_weight(config, simulated=step.simulated),
             bytes=_stored_bytes([shared_specs(config), *[layer_specs(config)] * config.num_layers]),
             seconds=time.perf_counter() - started,

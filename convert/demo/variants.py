@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -10,23 +11,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int32
-
 from atom_jax.checkpoint import CARD_FILE, CONFIG_FILE, TOKENIZER_FOLDER, load
 from atom_jax.errors import AtomError, WriteError
-from atom_jax.perplexity import perplexity
+from atom_jax.intervals import Ratios, perplexity_ratios
+from atom_jax.perplexity import exp_of_mean, make_windows, windows_nll
 from atom_jax.progress import StageProgress
-from atom_jax.text import encode
-from convert.calibrate.help_topics import help_topics
 from convert.card import versions
 from convert.demo.smollm2 import SHA256, smollm2_gguf
 from convert.pipeline import ConvertOptions, convert
 from convert.recipe import Recipe, make_recipe
+from convert.texts import load_texts, text_digests
 from convert.workspace import partial_path
 
 EVAL_SEQ_LEN = 512
-EVAL_TOKENS = 2048
+EVAL_TOKENS = 1024  # of each text
 # Half of the converter's default, because calibration takes half of the demo's time, and fewer tokens cost
 # little accuracy here.
 CALIBRATION_TOKENS = 4096
@@ -73,21 +71,40 @@ ATOM = VARIANTS[-1].name
 
 
 @dataclasses.dataclass(frozen=True)
+class Measured:
+    """What is measured of one variant alone.
+
+    Attributes:
+      nll: for each evaluation text the summed negative log-likelihood (nats) of each of its windows.
+      scored: for each evaluation text the number of scored tokens of each window.
+      size: size of the checkpoint in bytes on disk.
+      seconds: time of the conversion; None if an earlier, interrupted run did a part of it.
+    """
+
+    nll: dict[str, list[float]]
+    scored: dict[str, list[int]]
+    size: int
+    seconds: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class VariantResult:
     """The measurements of one variant.
 
     Attributes:
       name: name of the variant.
       label: description for tables.
-      perplexity: perplexity on ``eval_tokens``.
-      tokens: number of tokens that the perplexity was measured on.
+      perplexity: perplexity on each evaluation text, by the name of the text.
+      ratio: the perplexities over those of the first variant, the float model.
+      tokens: number of scored tokens of all texts.
       size: size of the checkpoint in bytes on disk.
       seconds: time of the conversion; None if an earlier, interrupted run did a part of it.
     """
 
     name: str
     label: str
-    perplexity: float
+    perplexity: dict[str, float]
+    ratio: Ratios
     tokens: int
     size: int
     seconds: float | None
@@ -108,7 +125,22 @@ def prepare(folder: Path, progress: StageProgress) -> list[VariantResult]:
     for variant in VARIANTS:
         if results.get(variant) is None or not (folder / variant.name / CONFIG_FILE).is_file():
             results.put(variant, _measure(variant, folder / variant.name, progress))
-    return [VariantResult(**results.get(variant)) for variant in VARIANTS]
+    measured = [Measured(**results.get(variant)) for variant in VARIANTS]
+    return [_result(variant, own, measured[0]) for variant, own in zip(VARIANTS, measured, strict=True)]
+
+
+def _result(variant: Variant, own: Measured, first: Measured) -> VariantResult:
+    return VariantResult(
+        name=variant.name,
+        label=variant.label,
+        perplexity={
+            text: exp_of_mean(sum(nll), sum(own.scored[text]), variant.label) for text, nll in own.nll.items()
+        },
+        ratio=perplexity_ratios(first.nll, own.nll, own.scored),
+        tokens=sum(sum(scored) for scored in own.scored.values()),
+        size=own.size,
+        seconds=own.seconds,
+    )
 
 
 class _Results:
@@ -128,6 +160,7 @@ class _Results:
             "recipe": variant.recipe.settings(),
             "model": SHA256,
             "tokens": tokens,
+            "texts": text_digests(),
             "versions": versions(),
         }
 
@@ -135,14 +168,14 @@ class _Results:
         entry = self._entries.get(variant.name)
         return entry["result"] if entry is not None and entry["key"] == self._key(variant) else None
 
-    def put(self, variant: Variant, result: VariantResult) -> None:
+    def put(self, variant: Variant, result: Measured) -> None:
         self._entries[variant.name] = {"key": self._key(variant), "result": dataclasses.asdict(result)}
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self._entries, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, self._path)
 
 
-def _measure(variant: Variant, out: Path, progress: StageProgress) -> VariantResult:
+def _measure(variant: Variant, out: Path, progress: StageProgress) -> Measured:
     def report(stage: str, done: int, total: int) -> None:
         progress(f"{variant.name}: {stage}", done, total)
 
@@ -155,15 +188,21 @@ def _measure(variant: Variant, out: Path, progress: StageProgress) -> VariantRes
     _convert(gguf, out, options, report)
     seconds = time.perf_counter() - started if untouched else None
     model = load(out)
-    measured = perplexity(
-        model.params,
-        eval_tokens(out),
-        config=model.config,
-        seq_len=EVAL_SEQ_LEN,
-        progress=lambda done, total: report("measure perplexity", done, total),
-    )
+    nll, scored = {}, {}
+    for name, tokens in load_texts([], out / TOKENIZER_FOLDER, EVAL_TOKENS).items():
+        windows, lengths = make_windows(
+            tokens, config=model.config, seq_len=EVAL_SEQ_LEN, max_tokens=EVAL_TOKENS
+        )
+        nll[name] = windows_nll(
+            model.params,
+            windows,
+            lengths,
+            config=model.config,
+            progress=functools.partial(report, f"measure perplexity on {name}"),
+        ).tolist()
+        scored[name] = (lengths - 1).tolist()
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return VariantResult(variant.name, variant.label, measured.perplexity, measured.tokens, size, seconds)
+    return Measured(nll, scored, size, seconds)
 
 
 def _convert(gguf: Path, out: Path, options: ConvertOptions, progress: StageProgress) -> None:
@@ -181,9 +220,3 @@ def _convert(gguf: Path, out: Path, options: ConvertOptions, progress: StageProg
         for path in old:
             shutil.rmtree(path)
         convert(gguf, out, options, progress)
-
-
-def eval_tokens(checkpoint: Path) -> Int32[np.ndarray, " tokens"]:
-    """The first ``EVAL_TOKENS`` tokens of the help topics that calibration does not use."""
-    text = help_topics()[1][: 16 * EVAL_TOKENS]  # only the needed part is tokenized
-    return encode(checkpoint / TOKENIZER_FOLDER, text)[:EVAL_TOKENS]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -18,7 +17,7 @@ from atom_jax import compare, perplexity, preset
 from atom_jax.blocks import make_step
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
-from atom_jax.fidelity import Fidelity, match_channels
+from atom_jax.fidelity import Fidelity, compare_texts, match_channels
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import Layer, make_params, merge
 from atom_jax.structure import linear_shapes, vector_shapes
@@ -104,16 +103,15 @@ def expected(
         "perplexity_b": math.exp(np.mean(nll_b)),
         "kl_divergence": np.mean(kl),
         "top1_agreement": np.mean(agreed),
-        "layer_snr_db": (10 * np.log10(energies[:, 0] / energies[:, 1])).tolist(),
+        "layer_snr_db": tuple(10 * np.log10(energies[:, 0] / energies[:, 1])),
         "tokens": len(kl),
     }
 
 
 def assert_equal(result: Fidelity, want: dict[str, Any]) -> None:
     assert result.layer_snr_db is not None
-    got = dataclasses.asdict(result) | {"layer_snr_db": list(result.layer_snr_db)}
     for name, value in want.items():
-        assert got[name] == pytest.approx(value, rel=2e-4), name
+        assert getattr(result, name) == pytest.approx(value, rel=2e-4), name
     assert 0 < result.top1_agreement < 1  # or the test would prove little
 
 
@@ -266,3 +264,35 @@ def test_output_that_overflows(params: nnx.State) -> None:
             config_b=CONFIG,
             seq_len=SEQ,
         )
+
+
+def test_sums_are_those_of_each_window(
+    params: nnx.State, noisy: nnx.State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of two, the last half empty: each window is the same as alone."""
+    monkeypatch.setattr("atom_jax.fidelity._BATCH_TOKENS", 2 * SEQ)
+    options: dict[str, Any] = {"config_a": CONFIG, "config_b": CONFIG, "seq_len": SEQ}
+    result = compare(params, noisy, IDS[: 2 * SEQ + 11], **options)
+    assert result.scored.tolist() == [SEQ - 1, SEQ - 1, 10]
+    for index, start in enumerate(range(0, 2 * SEQ + 11, SEQ)):
+        alone = compare(params, noisy, IDS[start : min(start + SEQ, 2 * SEQ + 11)], **options)
+        for sums, want in zip(result.sums, alone.sums, strict=True):
+            assert sums[index] == pytest.approx(want[0], rel=1e-5)
+
+
+def test_several_texts(params: nnx.State, noisy: nnx.State) -> None:
+    options: dict[str, Any] = {"config_a": CONFIG, "config_b": CONFIG, "seq_len": SEQ}
+    texts = {"first": IDS[: 2 * SEQ], "second": IDS[SEQ:]}
+    seen: list[tuple[str, int, int]] = []
+    result = compare_texts(
+        params, noisy, texts, max_tokens=70, progress=lambda *done: seen.append(done), **options
+    )
+    assert {name for name, *_ in seen} == set(texts) and ("second", 70, 70) in seen
+    log_ratios = []
+    for name, ids in texts.items():
+        alone = compare(params, noisy, ids, max_tokens=70, **options)
+        assert result.texts[name].kl_divergence == alone.kl_divergence
+        ratio = alone.perplexity_b / alone.perplexity_a
+        assert result.ratios.texts[name].value == pytest.approx(ratio)
+        log_ratios.append(math.log(ratio))
+    assert result.ratios.mean.value == pytest.approx(math.exp(np.mean(log_ratios)))

@@ -23,7 +23,6 @@ from convert.ablation.results import RESULTS_FILE, table
 from convert.ablation.run import AblationOptions, ablate
 from convert.ablation.simulation import run_simulated, simulate_layer
 from convert.ablation.steps import FLOAT, AblationStep, bases, make_steps, recipes
-from convert.ablation.texts import default_texts
 from convert.float_model import read_layer
 from convert.pipeline import ConvertOptions, convert
 from convert.quantize_layer import quantize_on_windows
@@ -168,10 +167,20 @@ def test_report(report: dict[str, Any], options: AblationOptions) -> None:
     for name in MEASURED:
         row, base = found[name], found.get(found[name]["after"] or "")
         assert row["perplexity"].keys() == {"text.txt", "other.txt"}
+        assert row["ratio"]["texts"].keys() == row["perplexity"].keys()
         for text, perplexity in row["perplexity"].items():
-            assert row["ratio"][text] == perplexity / found["float"]["perplexity"][text]
+            scored = report["job"]["texts"][text]["scored"]
+            assert len(row["nll"][text]) == len(scored) and sum(scored) == 300 - len(scored)
+            assert perplexity == pytest.approx(math.exp(sum(row["nll"][text]) / sum(scored)))
+            over_float = perplexity / found["float"]["perplexity"][text]
+            assert row["ratio"]["texts"][text]["value"] == pytest.approx(over_float)
             if base is not None:
-                assert row["change"][text] == perplexity / base["perplexity"][text] - 1
+                over_base = perplexity / base["perplexity"][text]
+                assert row["change"]["texts"][text]["value"] == pytest.approx(over_base)
+        values = [text["value"] for text in row["ratio"]["texts"].values()]
+        mean = row["ratio"]["mean"]
+        assert mean["value"] == pytest.approx(math.sqrt(math.prod(values)))
+        assert mean["low"] <= mean["value"] <= mean["high"]
     assert found["float"]["change"] is None
     assert (found["stored"]["after"], found["rotated"]["after"]) == ("simulated", "stored")
     assert [name for name, row in found.items() if row["simulated"]] == ["simulated"]
@@ -209,7 +218,7 @@ def test_simulation_differs_from_what_is_stored_by_the_rounding_of_outliers(
 
 def test_table(report: dict[str, Any]) -> None:
     heading, cells = table(report)
-    assert heading[:4] == ["step", "text.txt", "x float", "change"]
+    assert heading[:6] == ["step", "x float", "95%", "change", "text.txt", "other.txt"]
     assert heading[-1] == "Llama-7B (paper)"
     assert [row[0] for row in cells] == [
         "float",
@@ -219,8 +228,10 @@ def test_table(report: dict[str, Any]) -> None:
         "or: groups of 128",
     ]
     assert cells[1][-1] == "11.34 (2.00x)"
-    assert cells[0][2] == "1.00" and cells[0][3] == ""
-    assert cells[2][3].endswith("%") and cells[2][3][0] in "+-"
+    assert cells[0][1:4] == ["1.000", "", ""]
+    assert " to " in cells[2][2]
+    change = cells[2][3].strip("()")
+    assert change.endswith("%") and change[0] in "+-"
     assert cells[4][1].startswith("not possible:")
     assert {len(row) for row in cells} == {len(heading)}
 
@@ -310,13 +321,6 @@ def test_folder_that_cannot_be_used(source: Path, options: AblationOptions, tmp_
         ablate(source, tmp_path, options, steps=STEPS)
 
 
-def test_default_texts_are_different_and_long() -> None:
-    texts = default_texts()
-    assert list(texts) == ["prose", "code"]
-    assert all(len(text) > 40_000 for text in texts.values())
-    assert "    def " in texts["code"] and "    def __init__" not in texts["prose"][:1000]
-
-
 # The command.
 
 
@@ -336,7 +340,7 @@ def test_command(source: Path, options: AblationOptions, tmp_path: Path, monkeyp
     shown = CliRunner().invoke(app, args)
     assert shown.exit_code == 0, shown.output
     assert "Llama-7B (paper)" in shown.stdout and "…" not in shown.stdout
-    assert f"{got['steps'][0]['perplexity']['text.txt']:.0f} " in shown.stdout
+    assert "1.000" in shown.stdout
     assert "pip install 'atom-jax[bench]'" in shown.stderr
 
     refused = CliRunner().invoke(app, [*args, "--text", str(tmp_path / "no.txt")])

@@ -37,8 +37,11 @@ def prepare(folder):
 def test_second_run_does_nothing_and_another_recipe_starts_again(conversions, monkeypatch, tmp_path):
     folder = tmp_path / "demo"
     (first,) = prepare(folder)
-    assert (first.label, first.tokens) == ("tiny", 126)
-    assert first.perplexity > 1
+    assert (first.label, first.tokens) == ("tiny", 5 * 126)
+    assert list(first.perplexity) == ["prose", "code", "dialogue", "lists", "french"]
+    assert first.ratio.texts.keys() == first.perplexity.keys()
+    assert all(perplexity > 1 for perplexity in first.perplexity.values())
+    assert first.ratio.mean.value == 1.0
     assert first.seconds is not None
     assert first.size == sum(
         file.stat().st_size for file in (folder / demo.ATOM).rglob("*") if file.is_file()
@@ -50,6 +53,18 @@ def test_second_run_does_nothing_and_another_recipe_starts_again(conversions, mo
     monkeypatch.setattr(demo, "VARIANTS", (other,))
     prepare(folder)
     assert atom_jax.load(folder / demo.ATOM).config.format.kv_rope == "pre"
+
+
+def test_ratios_are_to_the_first_variant(conversions, monkeypatch, tmp_path):
+    recipe = make_recipe("w4a4kv4", group_size=32, num_outliers=32)
+    monkeypatch.setattr(demo, "VARIANTS", (*demo.VARIANTS, demo.Variant("small", "4 bits", recipe)))
+    monkeypatch.setattr(demo, "CALIBRATION_TOKENS", 256)
+    first, second = prepare(tmp_path / "demo")
+    for text, ratio in second.ratio.texts.items():
+        assert ratio.value == pytest.approx(second.perplexity[text] / first.perplexity[text])
+    mean = second.ratio.mean
+    assert mean.low is not None and mean.high is not None
+    assert mean.low < mean.value < mean.high
 
 
 def test_damaged_results_are_measured_again_and_time_is_not_invented(conversions, tmp_path):
@@ -76,5 +91,6 @@ def test_command(conversions, tmp_path):
     shown = CliRunner().invoke(app, args)
     assert shown.exit_code == 0, shown.output
     assert "> the\n" + got["answer"]["text"] in shown.stdout
-    assert f"{got['variants'][0]['perplexity']:.2f}" in shown.stdout
+    assert got["variants"][0]["ratio"]["mean"]["value"] == 1.0
+    assert "x float" in shown.stdout and "french" in shown.stdout
     assert len(conversions) == 1
