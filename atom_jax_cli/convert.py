@@ -123,15 +123,6 @@ def convert(
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,
-    turn_channels: Annotated[
-        bool | None,
-        typer.Option(
-            "--turn-channels/--no-turn-channels",
-            help="Make the largest values of each activation channel negative: INT4 has -8, but no 8.",
-            show_default=_default("turn_channels"),
-            rich_help_panel=_WEIGHTS,
-        ),
-    ] = None,
     reorder: Annotated[
         str | None,
         typer.Option(
@@ -155,7 +146,7 @@ def convert(
         typer.Option(
             help="Steps of training that bring the rounding nearer to the float model.",
             min=0,
-            show_default="100 for a small model",
+            show_default="60 for a small model, else 0",
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,
@@ -205,6 +196,15 @@ def convert(
             rich_help_panel=_CACHE,
         ),
     ] = None,
+    exact_sink: Annotated[
+        bool | None,
+        typer.Option(
+            "--exact-sink/--no-exact-sink",
+            help="Round the first token's key without an error; needs --center-keys.",
+            show_default=_default("exact_sink"),
+            rich_help_panel=_CACHE,
+        ),
+    ] = None,
     calib: CalibrationOption = None,
     calib_tokens: CalibrationTokensOption = 8192,
     seed: SeedOption = 0,
@@ -234,7 +234,6 @@ def convert(
         clip_a=clip_a,
         gptq=gptq,
         migrate=migrate,
-        turn_channels=turn_channels,
         reorder=reorder,
         rotate=rotate,
         refine=refine,
@@ -244,6 +243,7 @@ def convert(
         kv_rope=kv_rope,
         smooth_keys=smooth_keys,
         center_keys=center_keys,
+        exact_sink=exact_sink,
     )
     recipe = make_recipe(scheme, **changes)
     given = {"group_size": group_size, "num_outliers": num_outliers, "refine": refine}

@@ -23,16 +23,16 @@ from convert.passes import Pass
 from convert.passes.keys import even_keys
 from convert.passes.migrate import migrate
 from convert.passes.order import choose_input_orders, fold_order, gather_inputs
-from convert.passes.signs import turn_channels
 from convert.recipe import Recipe
 from convert.refine.latent import make_latent
 from convert.schemes import quantize, rounding_target
+from convert.sink import exact_sink
 from convert.streaming import Windows
 
 
 def needs_inputs(recipe: Recipe) -> bool:
     """Whether the recipe needs the activations of single tokens, as some passes do."""
-    return recipe.migrate or recipe.turn_channels or recipe.fits_keys
+    return recipe.migrate or recipe.fits_keys
 
 
 def needs_calibration(recipe: Recipe) -> bool:
@@ -55,7 +55,6 @@ def passes(config: ModelConfig, recipe: Recipe) -> list[Pass]:
         (fold_order, recipe.reorder != "none"),
         (choose_input_orders, per_layer),
         (migrate, recipe.migrate),
-        (turn_channels, recipe.turn_channels),
         (even_keys, recipe.fits_keys),
         (gather_inputs, per_layer),
     )
@@ -158,4 +157,9 @@ def quantize_on_windows(
     statistics = None
     if needs_calibration(recipe):
         statistics = layer_statistics(tree, windows, config, with_inputs=needs_inputs(recipe))
-    return quantize_layer(tree, statistics, config, recipe)
+    quantized = quantize_layer(tree, statistics, config, recipe)
+    if not (recipe.exact_sink and recipe.format.center_keys):
+        return quantized
+    stored = config.replace(format=recipe.format)
+    k_mean = exact_sink(quantized.params, windows[:, 0], config=stored)
+    return quantized._replace(params={**quantized.params, "k_mean": k_mean})

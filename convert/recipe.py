@@ -33,10 +33,10 @@ class Recipe:
         channels.
       migrate: whether scales are moved from activations to weights, or back, where that makes the error of
         a linear smaller.
-      turn_channels: whether input channels are multiplied by -1 where that makes their largest values
-        negative, of which INT4 has one more.
       smooth_keys: how much the key channels are equalized before they are rounded to INT4: 0 not at all, 1
         fully; None searches what leaves the smallest error, for each kv head.
+      exact_sink: whether the mean that is subtracted from keys is moved so that the key of the first token
+        is rounded without an error (``convert.sink``); only with ``Format.center_keys``.
       refine: number of training steps that refine the rounding of the weights (``convert.refine``); 0 for
         none.
 
@@ -50,8 +50,8 @@ class Recipe:
     reorder: Reorder = "folded"
     rotate: bool = False
     migrate: bool = True
-    turn_channels: bool = True
     smooth_keys: float | None = None
+    exact_sink: bool = True
     refine: int = 0
 
     def __post_init__(self) -> None:

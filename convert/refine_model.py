@@ -37,13 +37,14 @@ from convert.refine.latent import Latent
 from convert.refine.low_rank import LayerFactors
 from convert.refine.simulate import input_formats
 from convert.refine.train import Problem, RefinedLayer, Schedule, TrainingState, residual_bytes, start, train
+from convert.sink import exact_sink
 from convert.sources import Source
-from convert.streaming import Windows, embed, run_in_place
+from convert.streaming import Windows, embed, run_in_place, run_windows
 from convert.workspace import Workspace
 
 _STATE, _TEACHER = "refine.npz", "teacher.npy"
 # SmolLM2-135M has 106 million weights in its layers; a step takes five seconds on two cores.
-_DEFAULT_STEPS, _MOST_WEIGHTS = 100, 400_000_000
+_DEFAULT_STEPS, _MOST_WEIGHTS = 60, 400_000_000
 # Of so many windows one is held out.
 _HELD_OUT_EVERY = 16
 
@@ -93,8 +94,13 @@ def refine_model(
         progress=functools.partial(progress, "refine"),
     )
     specs = layer_specs(config)
+    first = jnp.asarray(problem.embed(tokens[:, :1])[:, 0])
     for index, (layer, factors) in enumerate(zip(problem.layers, state.best, strict=True)):
         params = layer.others | rounded_weights(layer, factors)
+        own = config.of_layer(index)
+        if recipe.exact_sink and recipe.format.center_keys:
+            params["k_mean"] = exact_sink(params, first, config=own)
+            first = run_windows(params, first[:, None], config=own)[:, 0]
         write_tree(layer_path(workspace.checkpoint, index), stored_form(params, specs))
         progress("write", index + 1, config.num_layers)
     return {

@@ -60,7 +60,6 @@ VARIANTS = (
             gptq=False,
             reorder="none",
             migrate=False,
-            turn_channels=False,
             center_keys=False,
             kv_bits=16,
         ),

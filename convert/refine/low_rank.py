@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ class LayerState(NamedTuple):
     adam: optax.OptState
 
 
-def initial_state(shapes: dict[str, tuple[int, int]], rank: int, key: Key[Array, ""]) -> LayerState:
+def initial_state(shapes: dict[str, tuple[int, ...]], rank: int, key: Key[Array, ""]) -> LayerState:
     """A state that changes nothing yet; ``shapes`` are those of the weights, by the names of linears."""
     factors = {}
     for linear in LINEARS:
@@ -80,6 +80,7 @@ def update(
       latents: the weights, by the names of linears.
       rate: about how far a step moves a weight, in steps of its rounding.
     """
+    directions: Any
     directions, adam = _ADAM.update(gradients, state.adam)
     factors = {}
     for name, (left, right) in state.factors.items():

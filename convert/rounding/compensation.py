@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float32, Int
 
 from atom_jax.schemes import PackedWeight
@@ -13,7 +14,7 @@ def compensated(
     weight: Float32[Array, "n k"],
     quantized: PackedWeight,
     hessian: Float32[Array, "k k"],
-    order: Int[Array, " k"],
+    order: Int[Array | np.ndarray, " k"],
     damping: float = 0.01,
 ) -> Float32[Array, "n k"]:
     """``w_i + sum_j M_ji (w_j - q_j)`` over the channels j before i, see ``convert.rounding.gptq``.
@@ -37,7 +38,7 @@ def _add_corrections(
     weight: Float32[Array, "n k"],
     value: Float32[Array, "n k"],
     feedback: Float32[Array, "k k"],
-    order: Int[Array, " k"],
+    order: Int[Array | np.ndarray, " k"],
 ) -> Float32[Array, "n k"]:
     corrections = (weight - value)[:, order] @ feedback.T
     return weight.at[:, order].add(corrections)

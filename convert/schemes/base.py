@@ -36,9 +36,4 @@ class Method:
 
 # Unused settings of the schemes without outlier channels. The range of their weights is always searched for
 # each group, or not clipped at all.
-ORDER_KEPT: dict[str, Any] = {
-    "clip_w": 1.0,
-    "reorder": "none",
-    "migrate": False,
-    "turn_channels": False,
-}
+ORDER_KEPT: dict[str, Any] = {"clip_w": 1.0, "reorder": "none", "migrate": False}

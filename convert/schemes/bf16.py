@@ -12,7 +12,6 @@ METHOD = Method(
         "reorder": "folded",
         "rotate": False,
         "migrate": False,
-        "turn_channels": False,
         "refine": 0,
     },
 )

@@ -46,7 +46,7 @@ class TestConvert:
     def test_all_options(self, made, tmp_path, text):
         options = "--scheme w4a4kv4 --group-size 32 --num-outliers 64 --clip-w 0.8 --clip-a 0.7 --no-gptq "
         options += (
-            "--no-migrate --no-turn-channels --refine 9 --smooth-keys 0.3 --no-center-keys "
+            "--no-migrate --refine 9 --smooth-keys 0.3 --no-center-keys "
             "--reorder per_layer --kv-bits 16 --kv-rope pre --calib org/data --calib-tokens 1024 --seed 3 "
         )
         options += f"--eval-text {text} --eval-tokens 77 --revision main"
@@ -60,7 +60,6 @@ class TestConvert:
             clip_a=0.7,
             gptq=False,
             migrate=False,
-            turn_channels=False,
             refine=9,
             reorder="per_layer",
             kv_bits=16,
@@ -102,10 +101,7 @@ class TestConvert:
         assert made[0][2].flexible == flexible
 
     def test_groups_that_were_chosen_are_printed(self, original, tmp_path):
-        options = (
-            "--fast --no-gptq --no-migrate --no-turn-channels --smooth-keys 0 --no-center-keys "
-            "--calib-tokens 128"
-        )
+        options = "--fast --no-gptq --no-migrate --smooth-keys 0 --no-center-keys --calib-tokens 128"
         result = run("convert", original, tmp_path / "out", *options.split())
         assert "chosen for this model: groups of 64, number of outliers 0" in result.stderr
         card = json.loads((tmp_path / "out" / "quantization.json").read_text())

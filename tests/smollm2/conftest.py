@@ -45,7 +45,6 @@ RECIPES = {
         clip_a=1.0,
         gptq=False,
         migrate=False,
-        turn_channels=False,
         center_keys=False,
         kv_bits=16,
     ),

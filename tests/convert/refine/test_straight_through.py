@@ -61,7 +61,7 @@ def test_values_are_those_of_the_kernels(fmt):
 def test_gradients_are_those_of_the_formula(fmt):
     x = jnp.asarray(rows(1))
     weights = jnp.asarray(np.random.default_rng(2).normal(size=x.shape).astype(np.float32))
-    found = jax.grad(lambda x: jnp.sum(round_activation(x, fmt) * weights))(x)
+    found = jax.grad(lambda x: jnp.vdot(round_activation(x, fmt), weights))(x)
     expected = jax.grad(lambda x: jnp.sum(written_out(x, fmt) * weights))(x)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -70,4 +70,4 @@ def test_gradients_are_those_of_the_formula(fmt):
 def test_heads_are_rounded_as_in_the_cache_and_pass_their_gradient(groups):
     heads = jnp.asarray(np.random.default_rng(3).normal(size=(5, 2, 16)).astype(np.float32))
     np.testing.assert_array_equal(round_heads(heads, groups), dequantize_kv(*quantize_kv(heads, groups)))
-    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(round_heads(x, groups) * heads))(heads), heads)
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.vdot(round_heads(x, groups), heads))(heads), heads)
