@@ -35,7 +35,7 @@ from convert.passes.rotate import Rotated
 from convert.quantize_layer import check_recipe, needs_calibration
 from convert.quantize_model import quantize_model
 from convert.recipe import Recipe
-from convert.refine_model import default_steps, refine_model
+from convert.refine_model import check_windows, default_steps, refine_model
 from convert.sources import Source, open_source
 from convert.streaming import Windows, embed
 from convert.workspace import Workspace, open_workspace, remove_workspace
@@ -158,12 +158,15 @@ def _convert(
         calibration = calibration or _calibration(source, options, workspace, progress)
     else:
         calibration = None
+    training = None
+    if recipe.refine:
+        training = _calibration(source, options, workspace, progress, training=True)
+        check_windows(training.tokens)
     windows, order = _write_shared(source, recipe, calibration, workspace, progress)
     stage = "quantize" if recipe.format.quantizes_linears else "write"
     errors = quantize_model(source, recipe, windows, order, workspace, functools.partial(progress, stage))
     refinement = None
-    if recipe.refine:
-        training = _calibration(source, options, workspace, progress, training=True)
+    if training is not None:
         refined = refine_model(source, recipe, training.tokens, workspace, progress)
         refinement = {"text": training.about, **refined}
     config = source.config.replace(format=recipe.format)

@@ -127,14 +127,14 @@ def float_states(source: Source, tokens: Int32[np.ndarray, "windows seq"], progr
     return x
 
 
-def held_out(num_windows: int) -> list[int]:
-    """The indices of the windows that are not trained on, spread evenly; at least one.
+def check_windows(tokens: Int32[np.ndarray, "windows seq"]) -> None:
+    """AtomError if there are fewer than two windows: one to train on, and one to choose the best state by."""
+    if len(tokens) < 2:
+        raise AtomError(f"a refinement needs at least two windows of calibration text, found {len(tokens)}")
 
-    Raises:
-      AtomError: there are fewer than two windows.
-    """
-    if num_windows < 2:
-        raise AtomError(f"a refinement needs at least two windows of calibration text, found {num_windows}")
+
+def held_out(num_windows: int) -> list[int]:
+    """The indices of the windows that are not trained on, spread evenly; at least one."""
     count = max(1, num_windows // _HELD_OUT_EVERY)
     return [(2 * place + 1) * num_windows // (2 * count) for place in range(count)]
 
