@@ -221,7 +221,7 @@ def test_full_disk_once(
     assert not out.exists() and partial_path(out).exists()
     written.clear()
     convert(job[0], out, job[1])
-    assert len(written) < len(all_writes) / 2
+    assert len(written) < 0.6 * len(all_writes)  # all after the last file of JSON is the refinement
     assert_same(contents(out), expected)
     assert not partial_path(out).exists()
 
