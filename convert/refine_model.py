@@ -130,7 +130,10 @@ def float_states(source: Source, tokens: Int32[np.ndarray, "windows seq"], progr
 def check_windows(tokens: Int32[np.ndarray, "windows seq"]) -> None:
     """AtomError if there are fewer than two windows: one to train on, and one to choose the best state by."""
     if len(tokens) < 2:
-        raise AtomError(f"a refinement needs at least two windows of calibration text, found {len(tokens)}")
+        raise AtomError(
+            f"a refinement needs at least two windows of calibration text, found {len(tokens)}: "
+            "give more text, or convert without it (--fast)"
+        )
 
 
 def held_out(num_windows: int) -> list[int]:
