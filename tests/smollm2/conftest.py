@@ -81,11 +81,13 @@ def checkpoint(gguf: Path, shared: Path) -> Callable[[str], Path]:
     """Converts under one of RECIPES, once. What is sampled for the first recipe serves others, too: it
     depends on the model and the seed alone, and takes half a minute."""
 
-    def sample_once(source: Source, num_tokens: int, seed: int, report: Any = None) -> np.ndarray:
+    def sample_once(
+        source: Source, num_tokens: int, seed: int, report: Any = None, **options: Any
+    ) -> np.ndarray:
         file = shared / f"sampled-{num_tokens}-{seed}.npy"
         with locked(file):
             if not file.exists():
-                np.save(file, sample_tokens(source, num_tokens, seed, report))
+                np.save(file, sample_tokens(source, num_tokens, seed, report, **options))
             return np.load(file)
 
     def make(name: str) -> Path:
