@@ -324,6 +324,11 @@ def layer_params(tree: StoredParams, config: ModelConfig) -> dict[str, Any]:
     return {name: revive(name, value) for name, value in tree.items()}
 
 
+def load_layer(checkpoint: Path, layer: int, config: ModelConfig) -> dict[str, Any]:
+    """The ``layer_params`` of one layer of a checkpoint of this configuration."""
+    return layer_params(read_tree(layer_path(checkpoint, layer), layer_specs(config)), config)
+
+
 def shared_params(tree: StoredParams, config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:
     """Stored parameters outside the layers as those of ``llama.Llama``, on the default device.
 

@@ -10,15 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
-from atom_jax.checkpoint import (
-    layer_params,
-    layer_path,
-    layer_specs,
-    read_tree,
-    shared_params,
-    shared_path,
-    shared_specs,
-)
+from atom_jax.checkpoint import load_layer, read_tree, shared_params, shared_path, shared_specs
 from atom_jax.config import ModelConfig
 from atom_jax.perplexity import PerplexityResult
 from atom_jax.progress import Progress
@@ -48,11 +40,10 @@ def checkpoint_perplexity(
     checkpoint: Path, config: ModelConfig, tokens: Int32[np.ndarray, " tokens"], progress: Progress
 ) -> PerplexityResult:
     """Perplexity of a converted checkpoint on ``tokens``; see ``convert.streaming.streamed_perplexity``."""
-    specs = layer_specs(config)
 
     def layers() -> Iterator[dict[str, Any]]:
         for layer in range(config.num_layers):
-            yield layer_params(read_tree(layer_path(checkpoint, layer), specs), config)
+            yield load_layer(checkpoint, layer, config)
 
     stored = read_tree(shared_path(checkpoint), shared_specs(config))
     shared = shared_params(stored, config, jnp.dtype(jnp.float32))

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from atom_jax.checkpoint import (
-    layer_params,
     layer_path,
     layer_specs,
+    load_layer,
     read_tree,
     shared_params,
     shared_path,
@@ -25,7 +25,7 @@ from atom_jax.checkpoint import (
 from atom_jax.config import ModelConfig
 from atom_jax.embedding import head_table
 from atom_jax.errors import AtomError
-from atom_jax.progress import StageProgress
+from atom_jax.progress import Progress, StageProgress
 from atom_jax.schemes import PackedWeight
 from atom_jax.structure import LINEARS, linear_shapes
 from convert.calibrate.statistics import on_device
@@ -117,7 +117,7 @@ def rounded_weights(layer: RefinedLayer, factors: LayerFactors) -> dict[str, Pac
     return {f"{name}_proj": layer.latents[name].rounded(own.change) for name, own in factors.items()}
 
 
-def float_states(source: Source, tokens: Int32[np.ndarray, "windows seq"], progress: Any) -> Windows:
+def float_states(source: Source, tokens: Int32[np.ndarray, "windows seq"], progress: Progress) -> Windows:
     """The float model's residual stream after its last layer, for all windows."""
     config = source.config
     x = embed(read_shared(source)["embedding"], tokens)
@@ -154,7 +154,7 @@ def _problem(
     shared = shared_params(stored, config, jnp.dtype(jnp.float32))
     floats = read_shared(source)
     layers = [_read_layer(layer, config, workspace) for layer in range(config.num_layers)]
-    weights = layer_params(read_tree(layer_path(workspace.checkpoint, 0), layer_specs(config)), config)
+    weights = {linear.weight: layers[0].latents[linear.name].quantized for linear in LINEARS}
     return Problem(
         layers=layers,
         configs=[config.of_layer(layer) for layer in range(config.num_layers)],
@@ -173,7 +173,7 @@ def _as_float(table: Any) -> jax.Array:
 
 
 def _read_layer(layer: int, config: ModelConfig, workspace: Workspace) -> RefinedLayer:
-    params = layer_params(read_tree(layer_path(workspace.checkpoint, layer), layer_specs(config)), config)
+    params = load_layer(workspace.checkpoint, layer, config)
     targets = workspace.read_arrays(targets_file(layer))
     assert targets is not None, "quantize_model writes them if the recipe refines"
     latents = {

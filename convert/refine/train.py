@@ -212,23 +212,20 @@ def _copy(factors: list[LayerFactors]) -> list[LayerFactors]:
     return jax.tree.map(jnp.copy, factors)
 
 
-def _step(
-    problem: Problem, layers: list[LayerState], batch: list[int], rate: Float32[Array, ""]
-) -> Float32[Array, ""]:
-    """One step; ``layers`` is updated in place. Returns the divergence before it."""
+def _step(problem: Problem, layers: list[LayerState], batch: list[int], rate: Float32[Array, ""]) -> None:
+    """One step; ``layers`` is updated in place."""
     x, pulls = jnp.asarray(problem.embed(problem.tokens[batch])), []
     for layer, state, config in zip(problem.layers, layers, problem.configs, strict=True):
         x, pull = _forward_and_pull(layer, state.factors, x, config=config, formats=problem.formats)
         pulls.append(pull)
     expected = jnp.asarray(problem.teacher_states[batch])
-    loss, gradient = divergence(x, problem.student, expected, problem.teacher)
+    _, gradient = divergence(x, problem.student, expected, problem.teacher)
     for index in reversed(range(len(layers))):
         gradients, gradient = _pull(pulls.pop(), gradient)
         layers[index] = update(layers[index], gradients, problem.layers[index].latents, rate)
         # It is faster to wait: XLA's CPU threads spin, and programs that run at the same time slow each other
         # down.
         jax.block_until_ready(layers[index])
-    return loss
 
 
 def held_out_divergence(problem: Problem, factors: Sequence[LayerFactors], windows: int) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int
 
 from atom_jax.schemes import PackedWeight
-from convert.rounding.gptq import factorize
+from convert.rounding.gptq import DAMPING, factorize
 
 
 def compensated(
@@ -15,7 +15,6 @@ def compensated(
     quantized: PackedWeight,
     hessian: Float32[Array, "k k"],
     order: Int[Array | np.ndarray, " k"],
-    damping: float = 0.01,
 ) -> Float32[Array, "n k"]:
     """``w_i + sum_j M_ji (w_j - q_j)`` over the channels j before i, see ``convert.rounding.gptq``.
 
@@ -24,12 +23,11 @@ def compensated(
       quantized: what GPTQ made of it.
       hessian: the Hessian that GPTQ was given.
       order: the channels in the order in which they were rounded.
-      damping: that of GPTQ.
 
     Raises:
       AtomError: the Hessian cannot be factorized.
     """
-    feedback = factorize(hessian[order][:, order], damping).feedback
+    feedback = factorize(hessian[order][:, order], DAMPING).feedback
     return _add_corrections(weight, quantized.dequantize(), feedback, order)
 
 

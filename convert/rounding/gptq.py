@@ -27,6 +27,8 @@ from convert.groups import check_groups
 from pallas_kernels.qarrays import QuantizedWeight
 from pallas_kernels.rounding import BODY_MAX, TAIL_MAX, fit_scale, pack_weight, round_clip, storage_scale
 
+# Fraction of each channel's energy that is added to it before the Hessian is factorized.
+DAMPING = 0.01
 # Number of factorizations that are tried, each with ten times the damping of the one before.
 MAX_ATTEMPTS = 5
 _PANEL = 64  # rows of the Cholesky factor that are computed between two matmuls
@@ -55,7 +57,7 @@ def gptq(
     group_size: int | None,
     num_outliers: int,
     clip_w: float | None,
-    damping: float = 0.01,
+    damping: float = DAMPING,
     block_size: int = 128,
 ) -> QuantizedWeight:
     """Quantizes ``weight`` so that ``||X (W - Wq)^T||`` is small, given H = X^T X (paper section 4.5).

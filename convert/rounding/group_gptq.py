@@ -18,13 +18,12 @@ from jaxtyping import Array, Float32, Int8, Int32
 
 from atom_jax.errors import AtomError
 from convert.groups import check_groups
-from convert.rounding.gptq import factorize
+from convert.rounding.gptq import DAMPING, factorize
 from convert.rounding.grids import Grid, channel_scales, fit_groups
 from pallas_kernels import TwoLevelWeight, WeightOnlyInt4
 from pallas_kernels.rounding import pack_values
 
 _BLOCK = 128  # number of channels that are rounded between two matmuls
-_DAMPING = 0.01
 
 
 def quantize_weight_only(
@@ -82,7 +81,7 @@ def quantize_groups(
     else:
         hessian = jnp.asarray(hessian, jnp.float32)
         order = energy_order(hessian)
-        feedback = factorize(hessian[order][:, order], _DAMPING).feedback
+        feedback = factorize(hessian[order][:, order], DAMPING).feedback
         grids = fit_groups(
             weight, _relative(jnp.diagonal(hessian)), group_size, bits=bits, two_level=two_level
         )
@@ -101,7 +100,7 @@ def energy_order(hessian: Float32[Array, "k k"]) -> Int32[Array, " k"]:
 def _relative(energy: Float32[Array, "k"]) -> Float32[Array, "k"]:
     """Energies over their mean, plus a little, so that errors in a channel that is always zero count, too."""
     mean = jnp.mean(energy)
-    return energy / jnp.where(mean > 0, mean, 1.0) + _DAMPING
+    return energy / jnp.where(mean > 0, mean, 1.0) + DAMPING
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))

@@ -24,10 +24,16 @@ from atom_jax.config import ModelConfig
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward
 from convert.pipeline import ConvertOptions
-from convert.recipe import make_recipe
+from convert.recipe import Recipe, has_setting, make_recipe
 
 ATOM = make_recipe("w4a4kv4", group_size=32, num_outliers=32)
 TINY_TOKENS = 1024  # 8 windows of the tiny model's 128 positions
+
+
+def tiny_recipe(scheme: str) -> Recipe:
+    """The default recipe of a scheme, with groups and outliers that suit a tiny model."""
+    groups = {name: 32 for name in ("group_size", "num_outliers") if has_setting(scheme, name)}
+    return make_recipe(scheme, **groups)
 
 
 def prose(characters: int) -> str:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atom_jax.checkpoint import layer_params, layer_path, layer_specs, read_config, read_tree
+from atom_jax.checkpoint import load_layer, read_config
 from atom_jax.config import ModelConfig
 from convert.pipeline import convert
 from convert.recipe import Recipe
@@ -22,9 +22,7 @@ from tests.convert.tiny import save_tiny
 
 def layers(checkpoint: Path) -> tuple[list[dict[str, Any]], ModelConfig]:
     config = read_config(checkpoint)
-    specs = layer_specs(config)
-    trees = [read_tree(layer_path(checkpoint, layer), specs) for layer in range(config.num_layers)]
-    return [layer_params(tree, config) for tree in trees], config
+    return [load_layer(checkpoint, layer, config) for layer in range(config.num_layers)], config
 
 
 def converted(folder: Path, recipe: Recipe, family: str = "llama") -> Path:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from atom_jax.schemes import SCHEMES
-from convert.recipe import make_recipe
 from convert.refine.latent import Latent, bounds, integers, make_latent, step_size, with_integers
 from convert.schemes import METHODS, quantize, rounding_target
+from tests.convert.jobs import tiny_recipe
 
 QUANTIZED = [name for name, scheme in SCHEMES.items() if scheme.weight is not None]
 ROWS, CHANNELS = 24, 160
@@ -23,11 +23,6 @@ def weight_and_hessian(seed: int = 0) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(weight, jnp.float32), jnp.asarray(x.T @ x / len(x), jnp.float32)
 
 
-def recipe_of(scheme: str):
-    groups = {} if scheme == "w8a8" else {"group_size": 32}
-    return make_recipe(scheme, **groups, **({"num_outliers": 32} if scheme == "w4a4kv4" else {}))
-
-
 def equal(a, b) -> bool:
     return all(
         bool(jnp.array_equal(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
@@ -37,7 +32,7 @@ def equal(a, b) -> bool:
 @pytest.mark.parametrize("scheme", QUANTIZED)
 def test_integers_are_packed_again_to_the_same_weight(scheme):
     weight, hessian = weight_and_hessian()
-    quantized = quantize(weight, hessian, recipe_of(scheme))
+    quantized = quantize(weight, hessian, tiny_recipe(scheme))
     q = integers(quantized)
     low, high = bounds(quantized)
     assert q.shape == weight.shape and bool(jnp.all((q >= low) & (q <= high)))
@@ -47,7 +42,7 @@ def test_integers_are_packed_again_to_the_same_weight(scheme):
 @pytest.mark.parametrize("scheme", QUANTIZED)
 def test_a_latent_weight_starts_at_the_quantized_one(scheme):
     weight, hessian = weight_and_hessian()
-    recipe = recipe_of(scheme)
+    recipe = tiny_recipe(scheme)
     quantized = quantize(weight, hessian, recipe)
     latent = make_latent(quantized, rounding_target(weight, quantized, hessian, recipe))
     assert equal(latent.rounded(), quantized)
@@ -58,7 +53,7 @@ def test_a_latent_weight_starts_at_the_quantized_one(scheme):
 @pytest.mark.parametrize("scheme", QUANTIZED)
 def test_a_change_of_one_step_moves_every_integer_by_one_within_its_bounds(scheme):
     weight, _ = weight_and_hessian()
-    quantized = quantize(weight, None, recipe_of(scheme).replace(gptq=False))
+    quantized = quantize(weight, None, tiny_recipe(scheme).replace(gptq=False))
     latent = Latent(quantized.dequantize(), quantized)
     zeros = jnp.zeros(weight.shape, jnp.int8)
     step = with_integers(quantized, zeros + 1).dequantize() - with_integers(quantized, zeros).dequantize()
@@ -71,7 +66,7 @@ def test_a_change_of_one_step_moves_every_integer_by_one_within_its_bounds(schem
 
 def test_a_gradient_ignores_the_rounding():
     weight, hessian = weight_and_hessian()
-    quantized = quantize(weight, hessian, recipe_of("w4a4kv4"))
+    quantized = quantize(weight, hessian, tiny_recipe("w4a4kv4"))
     latent = make_latent(quantized, weight)
     gradient = jax.grad(lambda change: jnp.vdot(latent.straight_through(change), weight))(0.3 * weight)
     np.testing.assert_array_equal(gradient, weight)
@@ -81,7 +76,7 @@ def test_a_gradient_ignores_the_rounding():
 def test_gptq_rounded_the_target_to_nearest(scheme):
     """Nearly all: the target is computed again, and a tie or its last bit may fall to the other side."""
     weight, hessian = weight_and_hessian()
-    recipe = recipe_of(scheme)
+    recipe = tiny_recipe(scheme)
     quantized = quantize(weight, hessian, recipe)
     target = rounding_target(weight, quantized, hessian, recipe)
     nearest = Latent(target, quantized).rounded()

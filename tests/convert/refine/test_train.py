@@ -12,21 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atom_jax.checkpoint import layer_params, layer_path, layer_specs, read_config, read_tree
+from atom_jax.checkpoint import load_layer, read_config
 from atom_jax.schemes import SCHEMES
 from convert.pipeline import convert
-from convert.recipe import make_recipe
 from convert.refine.simulate import input_formats, run_rounded
 from convert.refine.train import Schedule
 from convert.refine_model import held_out
 from convert.streaming import run_windows
-from tests.convert.jobs import ATOM, assert_same, contents, save_text, tiny_options
+from tests.convert.jobs import ATOM, assert_same, contents, save_text, tiny_options, tiny_recipe
 from tests.convert.tiny import fails, save_tiny
-
-
-def recipe_of(scheme: str):
-    groups = {} if scheme == "w8a8" else {"group_size": 32}
-    return make_recipe(scheme, **groups, **({"num_outliers": 32} if scheme == "w4a4kv4" else {}))
 
 
 @pytest.mark.parametrize("scheme", [name for name, scheme in SCHEMES.items() if scheme.weight is not None])
@@ -35,9 +29,9 @@ def test_a_simulated_layer_is_the_quantized_one(scheme, family, tmp_path):
     if family != "llama" and scheme not in ("w4a4kv4", "w4a8kv4"):
         pytest.skip("biases and norms of heads do not depend on the scheme")
     src = save_tiny(tmp_path / "src", family)
-    convert(src, tmp_path / "out", tiny_options(save_text(tmp_path / "t.txt"), recipe=recipe_of(scheme)))
+    convert(src, tmp_path / "out", tiny_options(save_text(tmp_path / "t.txt"), recipe=tiny_recipe(scheme)))
     config = read_config(tmp_path / "out")
-    params = layer_params(read_tree(layer_path(tmp_path / "out", 1), layer_specs(config)), config)
+    params = load_layer(tmp_path / "out", 1, config)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 40, config.hidden_size)).astype(np.float32))
     layer = config.of_layer(1)
     floats = {
