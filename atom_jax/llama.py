@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from atom_jax.blocks import BLOCKS, LayerParams, OnCache, OnInput, Step, make_step
+from atom_jax.blocks import BLOCKS, LayerParams, OnCache, OnLinear, Step, make_step
 from atom_jax.config import ModelConfig
 from atom_jax.embedding import Embedding
 from atom_jax.layers import head_logits, one_layer
@@ -40,7 +40,7 @@ class Layer(nnx.Module):
         cache: PagedKVCache,
         layer: Int32[Array, ""],
         step: Step,
-        on_input: OnInput | None = None,
+        on_linear: OnLinear | None = None,
         on_cache: OnCache | None = None,
     ) -> tuple[Float[Array, "m hidden"], PagedKVCache]:
         """The residual stream after the layer, and the cache with this layer's keys and values.
@@ -50,12 +50,12 @@ class Layer(nnx.Module):
           cache: the KV cache of all layers.
           layer: index of the layer in the cache and in the windows of the configuration.
           step: what all layers share in this forward pass.
-          on_input: called with the input of each linear, which it may replace (for calibration and
-            ablations); for float weights only.
+          on_linear: called in the place of each linear (for calibration, refinement and ablations) with its
+            name, its input, and the function that gives its output for an input; for float weights only.
           on_cache: called with the cache before attention reads it, which it may replace; for float caches
             only.
         """
-        params = LayerParams(self.param, self.config, x.dtype, on_input, on_cache)
+        params = LayerParams(self.param, self.config, x.dtype, on_linear, on_cache)
         for block in BLOCKS:
             x, cache = block.run(x, cache, layer, step, params)
         return x, cache

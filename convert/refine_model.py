@@ -33,7 +33,7 @@ from convert.float_model import read_layer, read_shared
 from convert.quantize_model import targets_file
 from convert.recipe import Recipe
 from convert.refine.divergence import Head
-from convert.refine.latent import Latent
+from convert.refine.latent import make_latent
 from convert.refine.low_rank import LayerFactors
 from convert.refine.simulate import input_formats
 from convert.refine.train import Problem, RefinedLayer, Schedule, TrainingState, residual_bytes, start, train
@@ -177,8 +177,7 @@ def _read_layer(layer: int, config: ModelConfig, workspace: Workspace) -> Refine
     targets = workspace.read_arrays(targets_file(layer))
     assert targets is not None, "quantize_model writes them if the recipe refines"
     latents = {
-        linear.name: Latent(jnp.asarray(targets[linear.weight]), params.pop(linear.weight))
-        for linear in LINEARS
+        linear.name: make_latent(params.pop(linear.weight), targets[linear.weight]) for linear in LINEARS
     }
     return RefinedLayer(latents, params)
 

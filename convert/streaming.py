@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Float64, Int32
 
-from atom_jax.blocks import OnInput, make_step
+from atom_jax.blocks import OnLinear, make_step
 from atom_jax.config import ModelConfig
 from atom_jax.embedding import Embedding, head_table
 from atom_jax.kv_cache import init_cache
@@ -59,7 +59,7 @@ def run_layer(
     params: Params,
     x: Float32[Array, "batch seq hidden"],
     config: ModelConfig,
-    on_input: OnInput | None = None,
+    on_linear: OnLinear | None = None,
 ) -> Float32[Array, "batch seq hidden"]:
     """Runs one layer over some windows.
 
@@ -67,7 +67,7 @@ def run_layer(
       params: parameters of the layer, quantized or float as ``config`` says.
       x: the residual stream of the windows before the layer.
       config: configuration of the layer; from ``ModelConfig.of_layer`` if the model has sliding windows.
-      on_input: as in ``atom_jax.llama.Layer``.
+      on_linear: as in ``atom_jax.llama.Layer``.
 
     Returns:
       The residual stream after the layer.
@@ -79,7 +79,7 @@ def run_layer(
     positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq))
     step = make_step(positions, cache, config)
     rows = x.reshape(batch * seq, hidden)
-    return Layer(config, params)(rows, cache, jnp.int32(0), step, on_input)[0].reshape(x.shape)
+    return Layer(config, params)(rows, cache, jnp.int32(0), step, on_linear)[0].reshape(x.shape)
 
 
 def _run_and_see(
@@ -88,9 +88,9 @@ def _run_and_see(
     """``run_layer`` of a float layer; also returns the input of each of its linears, by name."""
     seen = {}
 
-    def record(name: str, inputs: Float32[Array, "tokens k"]) -> Float32[Array, "tokens k"]:
+    def record(name: str, inputs: Array, product: Callable[[Array], Array]) -> Array:
         seen[name] = inputs
-        return inputs
+        return product(inputs)
 
     return run_layer(params, x, config, record), seen
 

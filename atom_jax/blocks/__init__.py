@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from atom_jax.blocks.attention import ATTENTION, make_step
-from atom_jax.blocks.base import Block, LayerParams, Linear, OnCache, OnInput, Step
+from atom_jax.blocks.base import Block, LayerParams, Linear, OnCache, OnLinear, Step
 from atom_jax.blocks.mlp import MLP
 
-__all__ = ["BLOCKS", "Block", "LayerParams", "Linear", "OnCache", "OnInput", "Step", "make_step"]
+__all__ = ["BLOCKS", "Block", "LayerParams", "Linear", "OnCache", "OnLinear", "Step", "make_step"]
 
 BLOCKS = (ATTENTION, MLP)

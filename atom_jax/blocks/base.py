@@ -19,8 +19,11 @@ from pallas_kernels import PagedKVCache, QuantizedActivation
 
 # The operation that produces the input of a linear.
 Producer = Literal["input_norm", "attention", "post_attention_norm", "silu"]
-# Called with the name of a linear and its input; returns the input to multiply instead, or the same one.
-OnInput = Callable[[str, Float[Array, "m k"]], Float[Array, "m k"]]
+# Called in the place of a linear with its name, its input, and the function that gives its output for an
+# input.
+OnLinear = Callable[
+    [str, Float[Array, "m k"], Callable[[Float[Array, "m k"]], Float[Array, "m n"]]], Float[Array, "m n"]
+]
 # Called with a float cache that has the layer's new keys and values; returns the cache to read instead.
 OnCache = Callable[[PagedKVCache], PagedKVCache]
 
@@ -103,24 +106,29 @@ class LayerParams:
       param: returns the value of the parameter of a name; None if the model does not have it.
       config: configuration of the model.
       dtype: dtype of the residual stream and of the linears' outputs.
-      on_input: called with the input of each linear, which it may replace; for float weights only.
+      on_linear: called in the place of each linear (``OnLinear``); for float weights only.
       on_cache: called with the cache before attention reads it, which it may replace; for float caches only.
     """
 
     param: Callable[[str], Any]
     config: ModelConfig
     dtype: jnp.dtype
-    on_input: OnInput | None = None
+    on_linear: OnLinear | None = None
     on_cache: OnCache | None = None
 
     def project(
         self, name: str, inputs: Activation, residual: Float[Array, "m n"] | None = None
     ) -> Float[Array, "m n"]:
         """The output of the linear ``name``: ``inputs @ weight.T``, plus its bias and ``residual`` if any."""
-        if self.on_input is not None:
-            assert not isinstance(inputs, QuantizedActivation), "on_input is for float weights"
-            inputs = self.on_input(name, inputs)
-        return linear(inputs, self.param(f"{name}_proj"), self.param(f"{name}_bias"), self.dtype, residual)
+
+        def product(inputs: Activation) -> Float[Array, "m n"]:
+            weight, bias = self.param(f"{name}_proj"), self.param(f"{name}_bias")
+            return linear(inputs, weight, bias, self.dtype, residual)
+
+        if self.on_linear is None:
+            return product(inputs)
+        assert not isinstance(inputs, QuantizedActivation), "on_linear is for float weights"
+        return self.on_linear(name, inputs, product)
 
     def cached(self, cache: PagedKVCache) -> PagedKVCache:
         """The cache that attention reads."""

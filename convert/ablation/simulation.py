@@ -8,7 +8,7 @@ and XLA multiplies floats. Only the ablation uses this, to show what INT8 outlie
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -60,10 +60,10 @@ def run_simulated(
 ) -> Float32[Array, "batch seq hidden"]:
     """``convert.streaming.run_windows`` for a layer of ``simulate_layer``, with rounded inputs of linears."""
 
-    def round_input(name: str, inputs: Float32[Array, "m k"]) -> Float32[Array, "m k"]:
-        return _round_body(inputs, params.get(f"{name}_indices"), config.format)
+    def on_rounded(name: str, inputs: Array, product: Callable[[Array], Array]) -> Array:
+        return product(_round_body(inputs, params.get(f"{name}_indices"), config.format))
 
-    return run_layer(params, x, config, round_input)
+    return run_layer(params, x, config, on_rounded)
 
 
 def _round_body(

@@ -8,22 +8,39 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial, singledispatch
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float32, Int8
 
 from atom_jax.schemes import PackedWeight
 from pallas_kernels import QuantizedWeight, TwoLevelWeight, WeightOnlyInt3, WeightOnlyInt4
 from pallas_kernels.int3 import pack_int3, unpack_int3
-from pallas_kernels.qarrays import PACK_TILE, per_channel, unpack_int4
+from pallas_kernels.qarrays import PACK_TILE, GroupedWeight, per_channel, unpack_int4
 from pallas_kernels.rounding import BODY_MAX, TAIL_MAX, pack_values
 
 # How far from its integer a value may start, in steps, so that it rounds to this integer.
 _INSIDE = 0.49
+
+
+class Grid(NamedTuple):
+    """The values that a quantized weight [N, K] can have: ``(q - zero) * step`` for integers q.
+
+    All are float32 arrays that broadcast with [N, K].
+
+    Attributes:
+      zero: the integer that stands for 0.
+      step: the difference between neighbouring values.
+      low: the smallest q.
+      high: the largest q.
+    """
+
+    zero: Array
+    step: Array
+    low: Array
+    high: Array
 
 
 @singledispatch
@@ -39,8 +56,8 @@ def with_integers(weight: Any, q: Int8[Array, "n k"]) -> Any:
 
 
 @singledispatch
-def bounds(weight: Any) -> tuple[Array, Array]:
-    """The smallest and the largest integer of each channel; of a shape that broadcasts with [N, K]."""
+def grid(weight: Any) -> Grid:
+    """The values that a quantized weight can have."""
     raise NotImplementedError(type(weight).__name__)
 
 
@@ -56,10 +73,12 @@ def _(weight: QuantizedWeight, q: Array) -> QuantizedWeight:
     return dataclasses.replace(weight, packed=pack_values(body), outliers=outliers)
 
 
-@bounds.register
-def _(weight: QuantizedWeight) -> tuple[Array, Array]:
+@grid.register
+def _(weight: QuantizedWeight) -> Grid:
     most = jnp.where(jnp.arange(weight.shape[-1]) < weight.body, BODY_MAX, TAIL_MAX).astype(jnp.float32)
-    return -most - 1, most
+    body = per_channel(weight.scales[:-1], weight.group_size)
+    tail = jnp.broadcast_to(weight.scales[-1][:, None], weight.outliers.shape)
+    return Grid(jnp.float32(0), jnp.concatenate([body, tail], axis=1), -most - 1, most)
 
 
 @integers.register
@@ -72,20 +91,18 @@ def _(weight: WeightOnlyInt4 | TwoLevelWeight, q: Array) -> WeightOnlyInt4 | Two
     return dataclasses.replace(weight, packed=pack_values(q))
 
 
-@bounds.register
-def _(weight: WeightOnlyInt4) -> tuple[Array, Array]:
-    return jnp.float32(-8), jnp.float32(7)
+@grid.register
+def _(weight: WeightOnlyInt4) -> Grid:
+    return Grid(*_zeros_and(weight.scales, weight), jnp.float32(-8), jnp.float32(7))
 
 
-@bounds.register
-def _(weight: TwoLevelWeight) -> tuple[Array, Array]:
+@grid.register
+def _(weight: TwoLevelWeight) -> Grid:
+    zeros, scales = _zeros_and(weight.group_scales, weight)
     # (q - zero) * group_scale must be within INT8.
-    zeros, scales = (
-        per_channel(values.astype(jnp.float32), weight.group_size)
-        for values in (weight.zeros, weight.group_scales)
-    )
     low = jnp.maximum(-8.0, zeros - jnp.floor(128 / scales))
-    return low, jnp.minimum(7.0, zeros + jnp.floor(127 / scales))
+    high = jnp.minimum(7.0, zeros + jnp.floor(127 / scales))
+    return Grid(zeros, scales * weight.scales[:, None], low, high)
 
 
 @integers.register
@@ -99,12 +116,21 @@ def _(weight: WeightOnlyInt3, q: Array) -> WeightOnlyInt3:
     return dataclasses.replace(weight, packed=packed, high_bits=high_bits)
 
 
-@bounds.register
-def _(weight: WeightOnlyInt3) -> tuple[Array, Array]:
-    return jnp.float32(-4), jnp.float32(3)
+@grid.register
+def _(weight: WeightOnlyInt3) -> Grid:
+    return Grid(*_zeros_and(weight.scales, weight), jnp.float32(-4), jnp.float32(3))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["target", "quantized"], meta_fields=[])
+def _zeros_and(scales: Array, weight: GroupedWeight) -> tuple[Float32[Array, "n k"], Float32[Array, "n k"]]:
+    """Zero points and scales of groups as those of each weight."""
+    both = (weight.zeros, scales)
+    zeros, steps = (per_channel(values.astype(jnp.float32), weight.group_size) for values in both)
+    return zeros, steps
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["target", "quantized", "typical_step"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Latent:
     """A float weight that is rounded to the scales and zero points of a quantized weight.
@@ -112,22 +138,26 @@ class Latent:
     Attributes:
       target: the float weight.
       quantized: the quantized weight; only its scales and zero points are used.
+      typical_step: root mean square of the steps between its values, those of finer integers as if they had
+        4 bits.
     """
 
     target: Float32[Array, "n k"]
     quantized: Any
+    typical_step: Float32[Array, ""]
 
     def rounded(self, change: Float32[Array, "n k"] | float = 0.0) -> PackedWeight:
         """The quantized weight that is nearest to ``target + change``."""
-        offset, step = _grid(self.quantized)
-        low, high = bounds(self.quantized)
-        q = jnp.round((self.target + change - offset) * (1.0 / step))
-        return with_integers(self.quantized, jnp.clip(q, low, high).astype(jnp.int8))
+        return with_integers(self.quantized, self._nearest(change, grid(self.quantized)).astype(jnp.int8))
 
-    def straight_through(self, change: Float32[Array, "n k"]) -> Float32[Array, "n k"]:
-        """``rounded(change)`` dequantized; its gradient ignores the rounding."""
-        weight = self.target + change
-        return weight + lax.stop_gradient(self.rounded(change).dequantize() - weight)
+    def rounded_float(self, change: Float32[Array, "n k"] | float = 0.0) -> Float32[Array, "n k"]:
+        """``rounded(change)`` as a float weight, without packing it."""
+        values = grid(self.quantized)
+        return (self._nearest(change, values) - values.zero) * values.step
+
+    def _nearest(self, change: Array | float, values: Grid) -> Float32[Array, "n k"]:
+        q = jnp.round((self.target + change) * (1.0 / values.step) + values.zero)
+        return jnp.clip(q, values.low, values.high)
 
 
 @jax.jit
@@ -138,19 +168,8 @@ def make_latent(quantized: PackedWeight, target: Float32[Array | np.ndarray, "n 
       quantized: the quantized weight.
       target: the float weight that was rounded to it.
     """
-    reach = _INSIDE * _grid(quantized)[1]
-    value = quantized.dequantize()
-    return Latent(jnp.clip(target, value - reach, value + reach), quantized)
-
-
-def step_size(weight: PackedWeight) -> Float32[Array, ""]:
-    """Root mean square of the steps of a weight, those of finer integers as if they had 4 bits."""
-    low, high = bounds(weight)
-    return jnp.sqrt(jnp.mean(jnp.square(_grid(weight)[1] * ((high - low + 1) / 16))))
-
-
-def _grid(weight: PackedWeight) -> tuple[Float32[Array, "n k"], Float32[Array, "n k"]]:
-    """The value of the integer 0, and the difference between neighbouring integers, of each weight."""
-    zeros = jnp.zeros(weight.shape, jnp.int8)
-    offset = with_integers(weight, zeros).dequantize()
-    return offset, with_integers(weight, zeros + 1).dequantize() - offset
+    values = grid(quantized)
+    middle, reach = quantized.dequantize(), _INSIDE * values.step
+    steps = values.step * ((values.high - values.low + 1) / 16)
+    typical_step = jnp.sqrt(jnp.mean(jnp.square(steps)))
+    return Latent(jnp.clip(target, middle - reach, middle + reach), quantized, typical_step)

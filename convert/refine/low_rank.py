@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, Float32, Key
 
 from atom_jax.structure import LINEARS
-from convert.refine.latent import Latent, step_size
+from convert.refine.latent import Latent
 
 _ADAM = optax.scale_by_adam(b1=0.9, b2=0.95, eps=1e-20)
 
@@ -37,6 +37,24 @@ class Factors(NamedTuple):
     @property
     def change(self) -> Float32[Array, "n k"]:
         return self.left @ self.right
+
+
+@jax.custom_vjp
+def carry_gradient(x: Float32[Array, "m k"], factors: Factors) -> Float32[Array, "m n"]:
+    """Zeros, which added to ``x @ weight.T`` give ``factors`` the gradient that a change of ``weight`` has.
+
+    The gradient of the whole weight [N, K], which is as large and costs as much as a product of the layer, is
+    never computed. The gradient of ``x`` is zero here.
+    """
+    return jnp.zeros((x.shape[0], factors.left.shape[0]), x.dtype)
+
+
+def _carry_back(residuals: tuple[Array, Factors], gradient: Array) -> tuple[Array, Factors]:
+    x, (left, right) = residuals
+    return jnp.zeros_like(x), Factors(gradient.T @ (x @ right.T), (gradient @ left).T @ x)
+
+
+carry_gradient.defvjp(lambda x, factors: (carry_gradient(x, factors), (x, factors)), _carry_back)
 
 
 # The factors of the weights of a layer, by the names of its linears.
@@ -88,6 +106,6 @@ def update(
         along = directions[name]
         # A row of ``right`` has a variance of 1, so that the change of a weight is ``sqrt(rank)`` times that
         # of an element of ``left``.
-        of_left = rate * step_size(latents[name].quantized) / math.sqrt(rank)
+        of_left = rate * latents[name].typical_step / math.sqrt(rank)
         factors[name] = Factors(left - of_left * along.left, right - rate * along.right)
     return LayerState(factors, adam)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
@@ -15,6 +15,7 @@ from atom_jax.layers import activation_format
 from atom_jax.llama import Layer
 from atom_jax.schemes import PackedWeight
 from atom_jax.structure import LINEARS
+from convert.refine.low_rank import LayerFactors, carry_gradient
 from convert.refine.straight_through import round_activation, round_heads
 from pallas_kernels import ActivationFormat, PagedKVCache, use_implementation
 
@@ -32,6 +33,7 @@ def run_rounded(
     x: Float32[Array, "batch seq hidden"],
     config: ModelConfig,
     formats: InputFormats,
+    factors: LayerFactors | None = None,
 ) -> Float32[Array, "batch seq hidden"]:
     """Runs a layer whose parameters are floats, and rounds inputs of linears and the cache.
 
@@ -40,6 +42,7 @@ def run_rounded(
       x: the residual stream before the layer.
       config: configuration of the layer, quantized; from ``ModelConfig.of_layer``.
       formats: from ``input_formats``.
+      factors: what training changes; they get a gradient, ``params`` already have the change.
 
     Returns:
       The residual stream after the layer.
@@ -50,11 +53,13 @@ def run_rounded(
     cache = init_cache(floats, batch, seq, dtype=x.dtype)
     positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq))
 
-    def on_input(name: str, inputs: Array) -> Array:
+    def on_linear(name: str, inputs: Array, product: Callable[[Array], Array]) -> Array:
         indices = params.get(f"{name}_indices")
         ordered = inputs if indices is None else jnp.take(inputs, indices, axis=-1)
         fmt = by_name[name]
-        return ordered if fmt is None else round_activation(ordered, fmt)
+        rounded: Array = ordered if fmt is None else round_activation(ordered, fmt)
+        out = product(rounded)
+        return out if factors is None else out + carry_gradient(rounded, factors[name])
 
     def on_cache(cache: PagedKVCache) -> PagedKVCache:
         keys = cache.k_pages
@@ -70,5 +75,5 @@ def run_rounded(
         layer = Layer(floats, params)
         step = make_step(positions, cache, floats)
         rows = x.reshape(batch * seq, hidden)
-        hooks = on_input, on_cache if format.kv_bits == 4 else None
+        hooks = on_linear, on_cache if format.kv_bits == 4 else None
         return layer(rows, cache, jnp.int32(0), step, *hooks)[0].reshape(x.shape)

@@ -21,6 +21,7 @@ from pallas_kernels.rounding import (
     dequantize_kv,
     quantize_kv,
     quantize_rows,
+    symmetric_scale,
 )
 
 
@@ -58,7 +59,7 @@ def _through(
     sizes = jnp.abs(x)
     largest = jnp.max(sizes, axis=-1, keepdims=True)
     per_unit = clip / most  # the scale over the largest magnitude
-    real = x * (1.0 / (jnp.maximum(largest * clip, MIN_AMAX) / most))
+    real = x * (1.0 / symmetric_scale(largest, clip, most))
     integers = jnp.clip(jnp.round(real), -most - 1, most)
     inside = (real >= -most - 1.5) & (real <= most + 0.5)
     inner = jnp.where(inside, gradient, 0.0)

@@ -81,11 +81,9 @@ class RefinedLayer(NamedTuple):
     latents: dict[str, Latent]
     others: dict[str, Array]
 
-    def effective(self, factors: LayerFactors) -> dict[str, Array]:
-        """The parameters as floats, the weights rounded; differentiable with respect to ``factors``."""
-        weights = {
-            f"{name}_proj": self.latents[name].straight_through(f.change) for name, f in factors.items()
-        }
+    def rounded(self, factors: LayerFactors) -> dict[str, Array]:
+        """The parameters as floats, the weights rounded after the change by ``factors``."""
+        weights = {f"{name}_proj": self.latents[name].rounded_float(f.change) for name, f in factors.items()}
         return self.others | weights
 
 
@@ -135,7 +133,7 @@ class TrainingState(NamedTuple):
 def _forward(
     layer: RefinedLayer, factors: LayerFactors, x: Array, *, config: ModelConfig, formats: InputFormats
 ) -> Array:
-    return run_rounded(layer.effective(factors), x, config, formats)
+    return run_rounded(layer.rounded(factors), x, config, formats)
 
 
 @partial(jax.jit, static_argnames=("config", "formats"))
@@ -143,9 +141,10 @@ def _forward_and_pull(
     layer: RefinedLayer, factors: LayerFactors, x: Array, *, config: ModelConfig, formats: InputFormats
 ) -> tuple[Array, Any]:
     """The layer's output, and the function that gives the gradients of ``factors`` and ``x``."""
+    params = layer.rounded(factors)
 
     def run(factors: LayerFactors, x: Array) -> Array:
-        return run_rounded(layer.effective(factors), x, config, formats)
+        return run_rounded(params, x, config, formats, factors)
 
     return jax.vjp(run, factors, x)
 

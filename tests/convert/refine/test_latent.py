@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from atom_jax.schemes import SCHEMES
-from convert.refine.latent import Latent, bounds, integers, make_latent, step_size, with_integers
+from convert.refine.latent import grid, integers, make_latent, with_integers
 from convert.schemes import METHODS, quantize, rounding_target
 from tests.convert.jobs import tiny_recipe
 
@@ -34,8 +36,8 @@ def test_integers_are_packed_again_to_the_same_weight(scheme):
     weight, hessian = weight_and_hessian()
     quantized = quantize(weight, hessian, tiny_recipe(scheme))
     q = integers(quantized)
-    low, high = bounds(quantized)
-    assert q.shape == weight.shape and bool(jnp.all((q >= low) & (q <= high)))
+    values = grid(quantized)
+    assert q.shape == weight.shape and bool(jnp.all((q >= values.low) & (q <= values.high)))
     assert equal(with_integers(quantized, q), quantized)
 
 
@@ -46,30 +48,26 @@ def test_a_latent_weight_starts_at_the_quantized_one(scheme):
     quantized = quantize(weight, hessian, recipe)
     latent = make_latent(quantized, rounding_target(weight, quantized, hessian, recipe))
     assert equal(latent.rounded(), quantized)
-    found = latent.straight_through(jnp.zeros_like(weight))
-    np.testing.assert_allclose(found, quantized.dequantize(), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(latent.rounded_float(), quantized.dequantize(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("scheme", QUANTIZED)
 def test_a_change_of_one_step_moves_every_integer_by_one_within_its_bounds(scheme):
     weight, _ = weight_and_hessian()
     quantized = quantize(weight, None, tiny_recipe(scheme).replace(gptq=False))
-    latent = Latent(quantized.dequantize(), quantized)
+    latent = make_latent(quantized, quantized.dequantize())
     zeros = jnp.zeros(weight.shape, jnp.int8)
     step = with_integers(quantized, zeros + 1).dequantize() - with_integers(quantized, zeros).dequantize()
-    low, high = bounds(quantized)
+    values = grid(quantized)
+    np.testing.assert_allclose(jnp.broadcast_to(values.step, weight.shape), step, rtol=1e-6)
     for sign in (1, -1):
-        moved = jnp.clip(integers(quantized).astype(jnp.float32) + sign, low, high)
-        np.testing.assert_array_equal(integers(latent.rounded(sign * step)), moved)
-    assert 0.0 < float(step_size(quantized)) < float(jnp.max(jnp.abs(weight)))
-
-
-def test_a_gradient_ignores_the_rounding():
-    weight, hessian = weight_and_hessian()
-    quantized = quantize(weight, hessian, tiny_recipe("w4a4kv4"))
-    latent = make_latent(quantized, weight)
-    gradient = jax.grad(lambda change: jnp.vdot(latent.straight_through(change), weight))(0.3 * weight)
-    np.testing.assert_array_equal(gradient, weight)
+        moved = jnp.clip(integers(quantized).astype(jnp.float32) + sign, values.low, values.high)
+        rounded = latent.rounded(sign * step)
+        np.testing.assert_array_equal(integers(rounded), moved)
+        np.testing.assert_allclose(
+            latent.rounded_float(sign * step), rounded.dequantize(), rtol=1e-6, atol=1e-6
+        )
+    assert 0.0 < float(latent.typical_step) < float(jnp.max(jnp.abs(weight)))
 
 
 @pytest.mark.parametrize("scheme", [name for name in QUANTIZED if METHODS[name].rounding_order is not None])
@@ -79,6 +77,7 @@ def test_gptq_rounded_the_target_to_nearest(scheme):
     recipe = tiny_recipe(scheme)
     quantized = quantize(weight, hessian, recipe)
     target = rounding_target(weight, quantized, hessian, recipe)
-    nearest = Latent(target, quantized).rounded()
-    assert float(jnp.mean(integers(nearest) == integers(quantized))) > 0.999
-    assert float(jnp.mean(integers(Latent(weight, quantized).rounded()) == integers(quantized))) < 0.99
+    latent = make_latent(quantized, quantized.dequantize())
+    nearest, plain = (integers(dataclasses.replace(latent, target=w).rounded()) for w in (target, weight))
+    assert float(jnp.mean(nearest == integers(quantized))) > 0.999
+    assert float(jnp.mean(plain == integers(quantized))) < 0.99
