@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from atom_jax.errors import AtomError, WriteError
 from atom_jax.intervals import Ratios, perplexity_ratios
 from atom_jax.perplexity import exp_of_mean, make_windows, windows_nll
 from atom_jax.progress import StageProgress
-from convert.card import versions
+from convert.card import Card, versions
 from convert.demo.smollm2 import SHA256, smollm2_gguf
 from convert.pipeline import ConvertOptions, convert
 from convert.recipe import Recipe, make_recipe
@@ -181,11 +180,8 @@ def _measure(variant: Variant, out: Path, progress: StageProgress) -> Measured:
     report("fetch the model", 0, 1)
     gguf = smollm2_gguf()
     report("fetch the model", 1, 1)
-    untouched = not out.exists() and not partial_path(out).exists()
-    started = time.perf_counter()
     options = ConvertOptions(variant.recipe, calibration_tokens=CALIBRATION_TOKENS)
-    _convert(gguf, out, options, report)
-    seconds = time.perf_counter() - started if untouched else None
+    seconds = _convert(gguf, out, options, report).get("seconds")  # older cards have none
     model = load(out)
     nll, scored = {}, {}
     for name, tokens in load_texts([], out / TOKENIZER_FOLDER, EVAL_TOKENS).items():
@@ -201,13 +197,17 @@ def _measure(variant: Variant, out: Path, progress: StageProgress) -> Measured:
         ).tolist()
         scored[name] = (lengths - 1).tolist()
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return Measured(nll, scored, size, seconds)
+    return Measured(nll, scored, size, seconds and seconds["total"])
 
 
-def _convert(gguf: Path, out: Path, options: ConvertOptions, progress: StageProgress) -> None:
-    """Converts; replaces a checkpoint or an unfinished conversion in ``out`` that has another job."""
+def _convert(gguf: Path, out: Path, options: ConvertOptions, progress: StageProgress) -> Card:
+    """Converts; replaces a checkpoint or an unfinished conversion in ``out`` that has another job.
+
+    Returns:
+      The accuracy card.
+    """
     try:
-        convert(gguf, out, options, progress)
+        return convert(gguf, out, options, progress)
     except WriteError:
         raise
     except AtomError:
@@ -218,4 +218,4 @@ def _convert(gguf: Path, out: Path, options: ConvertOptions, progress: StageProg
             raise
         for path in old:
             shutil.rmtree(path)
-        convert(gguf, out, options, progress)
+        return convert(gguf, out, options, progress)
