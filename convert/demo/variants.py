@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from atom_jax.checkpoint import CARD_FILE, CONFIG_FILE, TOKENIZER_FOLDER, load
 from atom_jax.errors import AtomError, WriteError
@@ -68,13 +68,25 @@ VARIANTS = (
 ATOM = VARIANTS[-1].name
 
 
+class TextLosses(NamedTuple):
+    """How well a checkpoint predicts the evaluation texts.
+
+    Attributes:
+      nll: for each text the summed negative log-likelihood (nats) of each of its windows.
+      scored: for each text the number of scored tokens of each window.
+    """
+
+    nll: dict[str, list[float]]
+    scored: dict[str, list[int]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """What is measured of one variant alone.
 
     Attributes:
-      nll: for each evaluation text the summed negative log-likelihood (nats) of each of its windows.
-      scored: for each evaluation text the number of scored tokens of each window.
+      nll: as in ``TextLosses``.
+      scored: as in ``TextLosses``.
       size: size of the checkpoint in bytes on disk.
       seconds: time of the conversion; None if an earlier, interrupted run did a part of it.
     """
@@ -182,22 +194,28 @@ def _measure(variant: Variant, out: Path, progress: StageProgress) -> Measured:
     report("fetch the model", 1, 1)
     options = ConvertOptions(variant.recipe, calibration_tokens=CALIBRATION_TOKENS)
     seconds = _convert(gguf, out, options, report).get("seconds")  # older cards have none
-    model = load(out)
-    nll, scored = {}, {}
-    for name, tokens in load_texts([], out / TOKENIZER_FOLDER, EVAL_TOKENS).items():
+    losses = text_losses(out, report)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    return Measured(*losses, size, seconds and seconds["total"])
+
+
+def text_losses(checkpoint: Path, progress: StageProgress) -> TextLosses:
+    """Measures a checkpoint on the first ``EVAL_TOKENS`` tokens of each reported text."""
+    model = load(checkpoint)
+    found = TextLosses({}, {})
+    for name, tokens in load_texts([], checkpoint / TOKENIZER_FOLDER, EVAL_TOKENS).items():
         windows, lengths = make_windows(
             tokens, config=model.config, seq_len=EVAL_SEQ_LEN, max_tokens=EVAL_TOKENS
         )
-        nll[name] = windows_nll(
+        found.nll[name] = windows_nll(
             model.params,
             windows,
             lengths,
             config=model.config,
-            progress=functools.partial(report, f"measure perplexity on {name}"),
+            progress=functools.partial(progress, f"measure perplexity on {name}"),
         ).tolist()
-        scored[name] = (lengths - 1).tolist()
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return Measured(nll, scored, size, seconds and seconds["total"])
+        found.scored[name] = (lengths - 1).tolist()
+    return found
 
 
 def _convert(gguf: Path, out: Path, options: ConvertOptions, progress: StageProgress) -> Card:
