@@ -80,7 +80,7 @@ def compare(
     if reason is not None:
         note(f"no signal-to-noise ratio of the layers: {reason}")
     if json_output:
-        print_json(_as_json(result))
+        print_json(as_json(result))
         return
     stdout.print(_summary_table(result))
     if reason is None:
@@ -89,7 +89,7 @@ def compare(
     note(f"{sum(text.tokens for text in result.texts.values())} tokens scored in {seconds:.1f} s")
 
 
-def _as_json(result: Comparison) -> dict[str, object]:
+def as_json(result: Comparison) -> dict[str, object]:
     """The result as JSON, which has no infinity: an infinite ratio becomes null."""
 
     def of_text(name: str, text: Fidelity) -> dict[str, object]:

@@ -10,7 +10,7 @@ import typer
 from atom_jax.errors import AtomError
 from atom_jax.schemes import SCHEMES
 from atom_jax_cli.console import JsonOption, format_bytes, note, print_json, progress_bars
-from convert.recipe import has_setting, make_recipe
+from convert.recipe import REFINE_STEPS, has_setting, make_recipe
 
 _SCHEME = "w4a4kv4"
 # How the settings that the converter chose are called in its messages.
@@ -146,7 +146,7 @@ def convert(
         typer.Option(
             help="Steps of training that bring the rounding nearer to the float model.",
             min=0,
-            show_default="60 for a small model, else 0",
+            show_default=f"{REFINE_STEPS} for a small model, else 0",
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,

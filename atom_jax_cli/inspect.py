@@ -45,6 +45,8 @@ def inspect(
         stdout.print(_errors(card["relative_error"]))
     if card.get("perplexity"):
         stdout.print(_facts("perplexity", card["perplexity"]))
+    if card.get("seconds"):
+        stdout.print(_facts("seconds of the conversion", card["seconds"]))
     stdout.print(_sizes(checkpoint))
 
 

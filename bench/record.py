@@ -69,6 +69,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def machine(environment: dict[str, Any]) -> str:
+    """What an ``environment`` was measured on: the GPU, or the CPU and its cores."""
+    gpu = environment["gpu"] or {}
+    return gpu.get("name") or f"{environment['cpu']}, {environment['cores']} cores"
+
+
 def save(name: str, environment: dict[str, Any], results: Any) -> Path:
     """Writes bench/results/NAME.json; see ``write_json``."""
     path = RESULTS / f"{name}.json"

@@ -20,7 +20,7 @@ import typer
 
 from bench.engine import CONCURRENT, DECODE_BATCH, LONG_PROMPT
 from bench.markdown import table_row, with_table
-from bench.record import DOCS, RESULTS
+from bench.record import DOCS, RESULTS, machine
 
 PLOT = "serving.svg"
 SavedResult = dict[str, Any]
@@ -133,9 +133,8 @@ def soak_table(found: SavedResult) -> str:
 
 def _where(found: SavedResult) -> str:
     where = found["environment"]
-    device = (where["gpu"] or {}).get("name") or f"{where['cpu']}, {where['cores']} cores"
     return (
-        f"{device}, load {where['load_before']:.1f} before, jax {where['versions']['jax']}, "
+        f"{machine(where)}, load {where['load_before']:.1f} before, jax {where['versions']['jax']}, "
         f"commit {where['commit']}."
     )
 

@@ -40,6 +40,7 @@ def make_card(
     refinement: dict[str, Any] | None,
     before: PerplexityResult | None,
     after: PerplexityResult | None,
+    seconds: dict[str, Any] | None,
     notes: tuple[str, ...],
 ) -> Card:
     """The contents of the card, as JSON data.
@@ -54,6 +55,7 @@ def make_card(
       refinement: what ``convert.refine_model.refine_model`` returns; None without a refinement.
       before: perplexity of the float model; None if there is no evaluation text.
       after: perplexity of the checkpoint on the same text.
+      seconds: how long the conversion took, from ``StageClock``; None if an interrupted run did a part of it.
       notes: the notes of the source.
     """
     card: Card = {
@@ -63,6 +65,7 @@ def make_card(
         "relative_error": relative_error,
         "refinement": refinement,
         "perplexity": None,
+        "seconds": seconds,
         "notes": list(notes),
     }
     if before is not None and after is not None:

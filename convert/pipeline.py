@@ -37,6 +37,7 @@ from convert.quantize_model import quantize_model
 from convert.recipe import Recipe
 from convert.refine_model import check_windows, default_steps, refine_model
 from convert.sources import Source, open_source
+from convert.stage_clock import StageClock
 from convert.streaming import Windows, embed
 from convert.workspace import Workspace, open_workspace, remove_workspace
 
@@ -126,12 +127,13 @@ def convert(
         candidates(source.config.replace(format=options.recipe.format))
     else:
         check_recipe(source.config, options.recipe)
+    clock = StageClock(progress or (lambda stage, done, total: None))
     job = _job(source, options)
     if (out / CARD_FILE).exists() and read_card(out).get("job") == job:
         remove_workspace(out)
         return read_card(out)
     with open_workspace(out, job) as workspace:
-        card = _convert(source, options, job, workspace, progress or (lambda stage, done, total: None))
+        card = _convert(source, options, job, workspace, clock)
         workspace.publish()
     return card
 
@@ -141,10 +143,10 @@ def _convert(
     options: ConvertOptions,
     job: dict[str, Any],
     workspace: Workspace,
-    progress: StageProgress,
+    clock: StageClock,
 ) -> Card:
     """Writes the checkpoint into the workspace; each step reuses what an earlier run of it has finished."""
-    recipe, outliers, calibration = options.recipe, None, None
+    recipe, outliers, calibration, progress = options.recipe, None, None, clock.report
     tokenizer = workspace.checkpoint / TOKENIZER_FOLDER
     tokenizer.mkdir(parents=True, exist_ok=True)
     source.write_tokenizer(tokenizer)
@@ -184,6 +186,7 @@ def _convert(
         refinement=refinement,
         before=before,
         after=after,
+        seconds=None if workspace.resumed else clock.seconds(),
         notes=source.notes,
     )
     write_config(workspace.checkpoint, config)

@@ -31,7 +31,7 @@ from atom_jax.structure import LINEARS, linear_shapes
 from convert.calibrate.statistics import on_device
 from convert.float_model import read_layer, read_shared
 from convert.quantize_model import targets_file
-from convert.recipe import Recipe
+from convert.recipe import REFINE_MOST_WEIGHTS, REFINE_STEPS, Recipe
 from convert.refine.divergence import Head
 from convert.refine.latent import make_latent
 from convert.refine.low_rank import LayerFactors
@@ -43,8 +43,6 @@ from convert.streaming import Windows, embed, run_in_place, run_windows
 from convert.workspace import Workspace
 
 _STATE, _TEACHER = "refine.npz", "teacher.npy"
-# SmolLM2-135M has 106 million weights in its layers; a step takes five seconds on two cores.
-_DEFAULT_STEPS, _MOST_WEIGHTS = 60, 400_000_000
 # Of so many windows one is held out.
 _HELD_OUT_EVERY = 16
 
@@ -52,7 +50,7 @@ _HELD_OUT_EVERY = 16
 def default_steps(config: ModelConfig) -> int:
     """Number of steps that suit a model by default: 0 for a model that would take hours on a CPU."""
     weights = config.num_layers * sum(math.prod(shape) for shape in linear_shapes(config).values())
-    return _DEFAULT_STEPS if weights <= _MOST_WEIGHTS else 0
+    return REFINE_STEPS if weights <= REFINE_MOST_WEIGHTS else 0
 
 
 def refine_model(

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
-from atom_jax.checkpoint import layer_specs, linear_spec, shared_params, shared_specs, stored_shared
+from atom_jax.checkpoint import layer_specs, shared_params, shared_specs, stored_shared
 from atom_jax.config import ModelConfig, preset
 from atom_jax.errors import AtomError
 from atom_jax.perplexity import exp_of_mean, make_windows
 from atom_jax.progress import StageProgress
+from atom_jax.stored_size import bits_per_weight, stored_bytes
 from atom_jax.structure import linear_shapes
 from convert.ablation.results import Results, Row, report_of
 from convert.ablation.simulation import run_simulated, simulate_layer
@@ -239,7 +239,7 @@ class _Ablation:
             },
             nll={name: sums.tolist() for name, sums in nll.items()},
             bits_per_weight=_bits_per_weight(config, simulated=step.simulated),
-            bytes=_stored_bytes([shared_specs(config), *[layer_specs(config)] * config.num_layers]),
+            bytes=stored_bytes(shared_specs(config)) + config.num_layers * stored_bytes(layer_specs(config)),
             seconds=time.perf_counter() - started,
         )
 
@@ -281,14 +281,11 @@ def _layer_params(
     return on_device(tree)
 
 
-def _stored_bytes(specs: Any) -> int:
-    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in jax.tree.leaves(specs))
-
-
 def _bits_per_weight(config: ModelConfig, *, simulated: bool) -> float:
-    """Stored bits for each weight of the linears in the layers, scales and padding included."""
-    shapes = linear_shapes(config).values()
-    size = sum(_stored_bytes(linear_spec(shape, config)) for shape in shapes)
-    if simulated:  # an outlier has two bytes instead of one
-        size += sum(rows * config.format.num_outliers for rows, _ in shapes)
-    return 8 * size / sum(math.prod(shape) for shape in shapes)
+    """As ``bits_per_weight``; in a simulated step an outlier has two bytes instead of one."""
+    bits = bits_per_weight(config)
+    if simulated:
+        shapes = linear_shapes(config).values()
+        outliers = sum(rows * config.format.num_outliers for rows, _ in shapes)
+        bits += 8 * outliers / sum(math.prod(shape) for shape in shapes)
+    return bits

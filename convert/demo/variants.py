@@ -7,16 +7,15 @@ import functools
 import json
 import os
 import shutil
-import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from atom_jax.checkpoint import CARD_FILE, CONFIG_FILE, TOKENIZER_FOLDER, load
 from atom_jax.errors import AtomError, WriteError
 from atom_jax.intervals import Ratios, perplexity_ratios
 from atom_jax.perplexity import exp_of_mean, make_windows, windows_nll
 from atom_jax.progress import StageProgress
-from convert.card import versions
+from convert.card import Card, versions
 from convert.demo.smollm2 import SHA256, smollm2_gguf
 from convert.pipeline import ConvertOptions, convert
 from convert.recipe import Recipe, make_recipe
@@ -69,13 +68,25 @@ VARIANTS = (
 ATOM = VARIANTS[-1].name
 
 
+class TextLosses(NamedTuple):
+    """How well a checkpoint predicts the evaluation texts.
+
+    Attributes:
+      nll: for each text the summed negative log-likelihood (nats) of each of its windows.
+      scored: for each text the number of scored tokens of each window.
+    """
+
+    nll: dict[str, list[float]]
+    scored: dict[str, list[int]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """What is measured of one variant alone.
 
     Attributes:
-      nll: for each evaluation text the summed negative log-likelihood (nats) of each of its windows.
-      scored: for each evaluation text the number of scored tokens of each window.
+      nll: as in ``TextLosses``.
+      scored: as in ``TextLosses``.
       size: size of the checkpoint in bytes on disk.
       seconds: time of the conversion; None if an earlier, interrupted run did a part of it.
     """
@@ -181,33 +192,40 @@ def _measure(variant: Variant, out: Path, progress: StageProgress) -> Measured:
     report("fetch the model", 0, 1)
     gguf = smollm2_gguf()
     report("fetch the model", 1, 1)
-    untouched = not out.exists() and not partial_path(out).exists()
-    started = time.perf_counter()
     options = ConvertOptions(variant.recipe, calibration_tokens=CALIBRATION_TOKENS)
-    _convert(gguf, out, options, report)
-    seconds = time.perf_counter() - started if untouched else None
-    model = load(out)
-    nll, scored = {}, {}
-    for name, tokens in load_texts([], out / TOKENIZER_FOLDER, EVAL_TOKENS).items():
+    seconds = _convert(gguf, out, options, report).get("seconds")  # older cards have none
+    losses = text_losses(out, report)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    return Measured(*losses, size, seconds and seconds["total"])
+
+
+def text_losses(checkpoint: Path, progress: StageProgress) -> TextLosses:
+    """Measures a checkpoint on the first ``EVAL_TOKENS`` tokens of each reported text."""
+    model = load(checkpoint)
+    found = TextLosses({}, {})
+    for name, tokens in load_texts([], checkpoint / TOKENIZER_FOLDER, EVAL_TOKENS).items():
         windows, lengths = make_windows(
             tokens, config=model.config, seq_len=EVAL_SEQ_LEN, max_tokens=EVAL_TOKENS
         )
-        nll[name] = windows_nll(
+        found.nll[name] = windows_nll(
             model.params,
             windows,
             lengths,
             config=model.config,
-            progress=functools.partial(report, f"measure perplexity on {name}"),
+            progress=functools.partial(progress, f"measure perplexity on {name}"),
         ).tolist()
-        scored[name] = (lengths - 1).tolist()
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return Measured(nll, scored, size, seconds)
+        found.scored[name] = (lengths - 1).tolist()
+    return found
 
 
-def _convert(gguf: Path, out: Path, options: ConvertOptions, progress: StageProgress) -> None:
-    """Converts; replaces a checkpoint or an unfinished conversion in ``out`` that has another job."""
+def _convert(gguf: Path, out: Path, options: ConvertOptions, progress: StageProgress) -> Card:
+    """Converts; replaces a checkpoint or an unfinished conversion in ``out`` that has another job.
+
+    Returns:
+      The accuracy card.
+    """
     try:
-        convert(gguf, out, options, progress)
+        return convert(gguf, out, options, progress)
     except WriteError:
         raise
     except AtomError:
@@ -218,4 +236,4 @@ def _convert(gguf: Path, out: Path, options: ConvertOptions, progress: StageProg
             raise
         for path in old:
             shutil.rmtree(path)
-        convert(gguf, out, options, progress)
+        return convert(gguf, out, options, progress)

@@ -215,7 +215,8 @@ class TestInspect:
         errors = [{"qkv_proj": 0.125, "o_proj": 0.25}, {"qkv_proj": 0.375, "o_proj": 0.75}]
         about = {"kind": "sampled", "name": "seed 0", "windows": [2, 64], "sha256": "c" * 64}
         before = {"before": 20.0, "after": 25.0, "ratio": 1.25, "tokens": 99}
-        card |= {"relative_error": errors, "calibration": about, "perplexity": before}
+        seconds = {"total": 54.5, "stages": {"quantize": 40.25}}
+        card |= {"relative_error": errors, "calibration": about, "perplexity": before, "seconds": seconds}
         (copy / "quantization.json").write_text(json.dumps(card))
         shown = run("inspect", copy).stdout
         rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines()]
@@ -223,6 +224,7 @@ class TestInspect:
         assert ["versions.jax", card["job"]["versions"]["jax"]] in rows
         assert ["1", "0.3750", "0.7500"] in rows
         assert ["mean", "0.2500", "0.5000"] in rows
+        assert ["total", "54.5"] in rows and ["stages.quantize", "40.25"] in rows
         assert ["largest", "0.3750", "0.7500"] in rows
         assert ["ratio", "1.25"] in rows
         # Hashes are shown whole, over two lines if they must.

@@ -23,6 +23,7 @@ from atom_jax.checkpoint import (
 from atom_jax.config import ModelConfig
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward
+from convert.card import read_card
 from convert.pipeline import ConvertOptions
 from convert.recipe import Recipe, has_setting, make_recipe
 
@@ -68,8 +69,8 @@ def contents(checkpoint: Path) -> dict[str, Any]:
             ],
         },
         "json": {
-            str(file.relative_to(checkpoint)): json.loads(file.read_bytes())
-            for file in (checkpoint / "config.json", checkpoint / CARD_FILE)
+            "config.json": json.loads((checkpoint / "config.json").read_bytes()),
+            CARD_FILE: {key: value for key, value in read_card(checkpoint).items() if key != "seconds"},
         },
         "folders": sorted(
             path.name for folder in (checkpoint, layers.parent, layers) for path in folder.iterdir()

@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 
 import atom_jax
 from atom_jax_cli import app
+from convert.card import read_card
 from convert.demo import variants as demo
 from convert.recipe import make_recipe
 from tests.convert.tiny import fails, save_tiny
@@ -67,10 +68,11 @@ def test_ratios_are_to_the_first_variant(conversions, monkeypatch, tmp_path):
     assert mean.low < mean.value < mean.high
 
 
-def test_damaged_results_are_measured_again_and_time_is_not_invented(conversions, tmp_path):
+def test_damaged_results_are_measured_again_and_the_time_is_that_of_the_card(conversions, tmp_path):
     (first,) = prepare(tmp_path / "demo")
     (tmp_path / "demo" / "results.json").write_text("{")
-    assert prepare(tmp_path / "demo") == [dataclasses.replace(first, seconds=None)]
+    assert prepare(tmp_path / "demo") == [first]
+    assert first.seconds == read_card(tmp_path / "demo" / demo.ATOM)["seconds"]["total"]
 
 
 def test_foreign_folder_stays(conversions, tmp_path):

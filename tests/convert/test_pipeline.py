@@ -219,7 +219,7 @@ def test_card(sources: Mapping[str, Path], text: Path, atom: Path) -> None:
     source = open_source(sources["llama"])
     card = json.loads((atom / CARD_FILE).read_text())
     assert card == read_card(atom)
-    measured = {"outliers", "relative_error", "refinement", "perplexity"}
+    measured = {"outliers", "relative_error", "refinement", "perplexity", "seconds"}
     assert card.keys() == {"job", "calibration", "notes"} | measured
     assert card["refinement"] is None
     assert card["outliers"] is None
@@ -240,6 +240,9 @@ def test_card(sources: Mapping[str, Path], text: Path, atom: Path) -> None:
         "sha256": hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest(),
     }
     check_errors(card, source.config)
+    stages = card["seconds"]["stages"]
+    assert list(stages) == ["measure outliers", "quantize", "perplexity before", "perplexity after"]
+    assert 0 < sum(stages.values()) <= card["seconds"]["total"]
 
 
 def test_perplexity_of_the_card(sources: Mapping[str, Path], atom: Path) -> None:
@@ -332,8 +335,9 @@ def test_unfinished_conversion_with_other_options(sources: Mapping[str, Path], t
             convert(sources[source], out, options)
         assert sorted(partial_path(out).rglob("*")) == left
     steps: list[int] = []
-    convert(sources["llama"], out, ConvertOptions(BF16), lambda stage, done, total: steps.append(done))
+    card = convert(sources["llama"], out, ConvertOptions(BF16), lambda stage, done, total: steps.append(done))
     assert steps == [2]  # the first layer was written before the interrupt
+    assert card["seconds"] is None  # nobody knows how long that took
     assert not partial_path(out).exists()
 
 

@@ -14,18 +14,15 @@ from unittest import mock
 import numpy as np
 import pytest
 
-import atom_jax
 from atom_jax.errors import AtomError
-from atom_jax.text import encode
-from convert.calibrate.help_topics import help_topics
+from atom_jax.intervals import perplexity_ratios
 from convert.calibrate.self_sampling import sample_tokens
 from convert.demo.smollm2 import smollm2_gguf
+from convert.demo.variants import EVAL_SEQ_LEN, EVAL_TOKENS, TextLosses, text_losses
 from convert.pipeline import ConvertOptions, convert
 from convert.recipe import make_recipe
 from convert.sources import Source
 
-SEQ_LEN = 512
-EVAL_TOKENS = 4096
 # Half of the default is enough for those that lose least, and saves a minute.
 CALIBRATION_TOKENS = {"w8a8": 4096, "w4a16": 4096, "w3a16": 4096}
 
@@ -101,21 +98,33 @@ def checkpoint(gguf: Path, shared: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def perplexity(checkpoint: Callable[[str], Path], shared: Path) -> Callable[[str], float]:
-    """Of a recipe's checkpoint on the second half of Python's help topics."""
+def losses(checkpoint: Callable[[str], Path], shared: Path) -> Callable[[str], TextLosses]:
+    """Of a recipe's checkpoint, on what the demo measures: the first 1,024 tokens of each reported text."""
 
-    def measure(name: str) -> float:
+    def measure(name: str) -> TextLosses:
         path = checkpoint(name)
-        file = shared / f"{name}-perplexity.json"
+        file = shared / f"{name}-losses.json"
         with locked(file):
             if not file.exists():
-                model = atom_jax.load(path)
-                tokens = encode(path / "tokenizer", help_topics()[1][: 16 * EVAL_TOKENS])[:EVAL_TOKENS]
-                result = atom_jax.perplexity(model.params, tokens, config=model.config, seq_len=SEQ_LEN)
-                assert result.tokens == EVAL_TOKENS - EVAL_TOKENS // SEQ_LEN
-                file.write_text(json.dumps(result.perplexity))
-            value = json.loads(file.read_text())
-        print(f"{name}: perplexity {value:.2f}")
-        return value
+                file.write_text(json.dumps(text_losses(path, lambda *report: None)))
+            found = TextLosses(*json.loads(file.read_text()))
+        scored = EVAL_TOKENS - EVAL_TOKENS // EVAL_SEQ_LEN
+        assert [sum(windows) for windows in found.scored.values()] == [scored] * 5
+        return found
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def perplexity_ratio(losses: Callable[[str], TextLosses]) -> Callable[[str], float]:
+    """Of a recipe's checkpoint to the float model: the geometric mean over the reported texts."""
+
+    def measure(name: str) -> float:
+        # First the one that other files of tests need less: another worker may be at the float model.
+        own, of_float = losses(name), losses("bf16")
+        ratios = perplexity_ratios(of_float.nll, own.nll, own.scored)
+        texts = ", ".join(f"{text} {ratio.value:.3f}" for text, ratio in ratios.texts.items())
+        print(f"{name}: {ratios.mean.value:.3f} times the perplexity of the float model ({texts})")
+        return ratios.mean.value
 
     return measure

@@ -18,12 +18,12 @@ from convert.card import read_card
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 
 
-def test_atom_loses_little(perplexity: Callable[[str], float]) -> None:
-    assert perplexity("atom") <= 1.25 * perplexity("bf16")
+def test_atom_loses_little(perplexity_ratio: Callable[[str], float]) -> None:
+    assert perplexity_ratio("atom") <= 1.25  # measured: TODO
 
 
-def test_naive_4_bits_are_useless(perplexity: Callable[[str], float]) -> None:
-    assert perplexity("naive") >= 50 * perplexity("atom")
+def test_naive_4_bits_are_useless(perplexity_ratio: Callable[[str], float]) -> None:
+    assert perplexity_ratio("naive") >= 50 * perplexity_ratio("atom")  # measured: TODO
 
 
 def test_size_on_disk(checkpoint: Callable[[str], Path]) -> None:

@@ -9,5 +9,5 @@ import pytest
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 
 
-def test_loses_little(perplexity: Callable[[str], float]) -> None:
-    assert perplexity("w3a16") <= 1.5 * perplexity("bf16")
+def test_loses_little(perplexity_ratio: Callable[[str], float]) -> None:
+    assert perplexity_ratio("w3a16") <= 1.5  # measured: TODO

@@ -9,5 +9,5 @@ import pytest
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 
 
-def test_loses_little(perplexity: Callable[[str], float]) -> None:
-    assert perplexity("w4a8kv4") <= 1.18 * perplexity("bf16")
+def test_loses_little(perplexity_ratio: Callable[[str], float]) -> None:
+    assert perplexity_ratio("w4a8kv4") <= 1.18  # measured: TODO
