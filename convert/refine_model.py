@@ -28,6 +28,7 @@ from atom_jax.errors import AtomError
 from atom_jax.progress import Progress, StageProgress
 from atom_jax.schemes import PackedWeight
 from atom_jax.structure import LINEARS, linear_shapes
+from convert.calibrate.self_sampling import SEQUENCE_LENGTH
 from convert.calibrate.statistics import on_device
 from convert.float_model import read_layer, read_shared
 from convert.quantize_model import targets_file
@@ -65,7 +66,7 @@ def refine_model(
     Args:
       source: the float model.
       recipe: its ``refine`` is the number of steps.
-      tokens: token ids of the windows to train on, and to choose the best state by.
+      tokens: token ids of the windows to train on, and to choose the best state by; long ones are cut.
       workspace: where the checkpoint and the state of the run are.
       progress: called with (stage, done, total).
 
@@ -75,6 +76,7 @@ def refine_model(
     """
     config = source.config.replace(format=recipe.format)
     schedule = Schedule(steps=recipe.refine)
+    tokens = short_windows(tokens)
     states = workspace.read_array(_TEACHER)
     if states is None:
         states = float_states(source, tokens, functools.partial(progress, "run the float model"))
@@ -125,11 +127,20 @@ def float_states(source: Source, tokens: Int32[np.ndarray, "windows seq"], progr
     return x
 
 
+def short_windows(tokens: Int32[np.ndarray, "windows seq"]) -> Int32[np.ndarray, "pieces length"]:
+    """The windows cut into pieces as long as sampled text: attention over longer ones would take more time.
+
+    What is left at the end of a window is not used.
+    """
+    length = min(SEQUENCE_LENGTH, tokens.shape[1])
+    return tokens[:, : tokens.shape[1] // length * length].reshape(-1, length)
+
+
 def check_windows(tokens: Int32[np.ndarray, "windows seq"]) -> None:
     """AtomError if there are fewer than two windows: one to train on, and one to choose the best state by."""
-    if len(tokens) < 2:
+    if (found := len(short_windows(tokens))) < 2:
         raise AtomError(
-            f"a refinement needs at least two windows of calibration text, found {len(tokens)}: "
+            f"a refinement needs at least two windows of calibration text, found {found}: "
             "give more text, or convert without it (--fast)"
         )
 

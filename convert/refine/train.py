@@ -45,7 +45,7 @@ class Schedule:
     """
 
     steps: int
-    windows: int = 2
+    windows: int = 4
     rate: float = 4e-3
     rank: int = 16
     checks: int = 4
