@@ -298,6 +298,17 @@ def exponential(builder: Builder, values: Value) -> Value:
     return builder.select(tiny, constant(0.0), builder.fmul(polynomial, power))
 
 
+@instruction(float32x16(float32x16))
+def hadamard_lanes(builder: Builder, values: Value) -> Value:
+    """``hadamard.hadamard`` of the 16 lanes."""
+    for stride in (1, 2, 4, 8):
+        places = [lane ^ stride for lane in range(LANES)]
+        others = builder.shuffle_vector(values, values, ir.Constant(ir.VectorType(I32, LANES), places))
+        signs = ir.Constant(FLOATS, [-1.0 if lane & stride else 1.0 for lane in range(LANES)])
+        values = builder.fadd(others, builder.fmul(values, signs))
+    return values
+
+
 @instruction(float32x16(float32x16, float32x16, float32x16))
 def clamp(builder: Builder, values: Value, low: Value, high: Value) -> Value:
     """The values, limited to ``low`` and ``high``; ``low`` where a value is NaN.

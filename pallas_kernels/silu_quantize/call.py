@@ -16,10 +16,12 @@ class Call(NamedTuple):
     Attributes:
       gate_up: [gate, up] along the last axis, any float type.
       fmt: format of the result, whose rows are half as wide.
+      rotate: whether the groups are transformed before they are rounded.
     """
 
     gate_up: Float[Array, "m two_k"]
     fmt: ActivationFormat
+    rotate: bool = False
 
 
 def cost(call: Call) -> Cost:
@@ -30,6 +32,6 @@ def cost(call: Call) -> Cost:
 
 
 def describe(call: Call) -> str:
-    """E.g. "M=16 K=14336", K of the result."""
+    """E.g. "M=16 K=14336 rotated", K of the result."""
     m, width = call.gate_up.shape
-    return f"M={m} K={width // 2}"
+    return f"M={m} K={width // 2}" + " rotated" * call.rotate

@@ -20,6 +20,8 @@ def run(call: Call, config: quantize_blocks.BlockConfig) -> QuantizedActivation:
 
 def unsupported(call: Call) -> str | None:
     """See ``dispatch``."""
+    if call.rotate:
+        return "rotated groups"
     return quantize_groups.unsupported_format(call.fmt, call.gate_up.dtype)
 
 

@@ -8,7 +8,15 @@ from numba import njit
 
 from pallas_kernels.native.dot_products import DotProduct
 from pallas_kernels.native.frame import buffer, size
-from pallas_kernels.native.rows import CHANNELS, load_up_to, make_quantize_row, make_row_block
+from pallas_kernels.native.rows import (
+    CHANNELS,
+    GROUP_SIZE,
+    NUM_OUTLIERS,
+    OWN_SIZES,
+    load_up_to,
+    make_quantize_row,
+    make_row_block,
+)
 from pallas_kernels.native.vectors import (
     LANES,
     absolute,
@@ -16,6 +24,8 @@ from pallas_kernels.native.vectors import (
     broadcast_float,
     divide,
     exponential,
+    hadamard_lanes,
+    load_floats,
     multiply,
     store_floats,
     subtract,
@@ -24,6 +34,8 @@ from pallas_kernels.native.vectors import (
 
 # The order of buffers in ``native_cpu.run``.
 GATE_UP, FIRST_RESULT = range(2)
+# The size of this op in ``native_cpu.run``.
+ROTATE = OWN_SIZES
 
 
 @njit
@@ -44,7 +56,27 @@ def _read(job, row, channel, count, scratch, factor):
         gate = load_up_to(gates + 4 * index, count - index)
         up = load_up_to(ups + 4 * index, count - index)
         store_floats(scratch + 4 * index, multiply(multiply(gate, _sigmoid(gate)), up))
+    if size(job, ROTATE) and channel < channels - size(job, NUM_OUTLIERS):
+        group_size = size(job, GROUP_SIZE)
+        for start in range(0, count, group_size):
+            _rotate(scratch + 4 * start, group_size)
     return scratch
+
+
+@njit
+def _rotate(values, group_size):
+    """``hadamard.hadamard`` of the floats at the address ``values``, in place."""
+    for index in range(0, group_size, LANES):
+        store_floats(values + 4 * index, hadamard_lanes(load_floats(values + 4 * index)))
+    stride = LANES
+    while stride < group_size:
+        for start in range(0, group_size, 2 * stride):
+            for index in range(start, start + stride, LANES):
+                first, second = values + 4 * index, values + 4 * (index + stride)
+                x, y = load_floats(first), load_floats(second)
+                store_floats(first, add(x, y))
+                store_floats(second, subtract(x, y))
+        stride *= 2
 
 
 def make_block(dot_product: DotProduct) -> Any:

@@ -1,7 +1,8 @@
-"""SiLU(gate) * up + group quantization in plain jax.numpy."""
+"""SiLU(gate) * up (+ rotation of groups) + group quantization in plain jax.numpy."""
 
 from __future__ import annotations
 
+from pallas_kernels.hadamard import rotate_groups
 from pallas_kernels.nn import silu_mul
 from pallas_kernels.qarrays import QuantizedActivation
 from pallas_kernels.rounding import quantize_rows
@@ -10,4 +11,5 @@ from pallas_kernels.silu_quantize.call import Call
 
 def run(call: Call, config: None = None) -> QuantizedActivation:
     """See ``api.silu_quantize``."""
-    return quantize_rows(silu_mul(call.gate_up), call.fmt)
+    values = silu_mul(call.gate_up)
+    return quantize_rows(rotate_groups(values, call.fmt) if call.rotate else values, call.fmt)
