@@ -7,7 +7,7 @@ from typing import Any, Literal
 from atom_jax.config import check_choice
 from atom_jax.errors import AtomError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 # Settings of the converter, which version 1 of config.json contained too.
 _RECIPE_OF_VERSION_1 = frozenset(("clip_w", "gptq", "rotate", "migrate", "smooth_keys"))
@@ -22,7 +22,9 @@ def upgraded(data: dict[str, Any], version: int) -> dict[str, Any]:
     """
     if version < 2:
         data = _from_version_1(data)
-    return _from_version_2(data) if version < 3 else data
+    if version < 3:
+        data = _with_setting(data, "head_bits", 16)  # the embedding and the head were always bfloat16
+    return _with_setting(data, "rotate_inner", False) if version < 4 else data
 
 
 def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:
@@ -39,9 +41,9 @@ def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "format": kept}
 
 
-def _from_version_2(data: dict[str, Any]) -> dict[str, Any]:
-    """Before version 3 the embedding and the head were always bfloat16."""
+def _with_setting(data: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """The content with a setting of the format that a later version added."""
     settings = data.get("format")
     if not isinstance(settings, dict):
         raise AtomError("model configuration is not readable: no settings under 'format'")
-    return {**data, "format": {**settings, "head_bits": 16}}
+    return {**data, "format": {**settings, name: value}}

@@ -56,6 +56,8 @@ class Format:
       group_size: number of input channels that share a scale: one of ``GROUP_SIZES``, or None.
       num_outliers: number of outlier channels: the last input channels of each linear, kept in INT8.
       clip_a: fraction of a group's range that INT4 spans in activations, in (0, 1].
+      rotate_inner: whether each INT4 group of down_proj's input is transformed by a Hadamard matrix before it
+        is rounded (``pallas_kernels.hadamard``); only with ``group_size``.
       gather_inputs: whether each linear has its own order of input channels, into which its input is
         gathered at run time.
       kv_bits: bits of each value in the KV cache; 16 means floating point.
@@ -74,6 +76,7 @@ class Format:
     group_size: int | None = 128
     num_outliers: int = 128
     clip_a: float = 0.9
+    rotate_inner: bool = True
     gather_inputs: bool = False
     kv_bits: Literal[4, 16] = 4
     kv_groups: Literal[1, 2] = 2
@@ -95,6 +98,7 @@ class Format:
             ("kv_bits", Literal[4, 16]),
             ("kv_groups", Literal[1, 2]),
             ("head_bits", Literal[8, 16]),
+            ("rotate_inner", Literal[True, False]),
             ("gather_inputs", Literal[True, False]),
             ("center_keys", Literal[True, False]),
         ):
@@ -104,6 +108,9 @@ class Format:
                 "center_keys needs kv_bits 4 and kv_rope 'post', "
                 f"found kv_bits {self.kv_bits} and kv_rope {self.kv_rope!r}"
             )
+
+        if self.rotate_inner and self.group_size is None:
+            raise AtomError("rotate_inner needs groups: a power of two of channels is rotated together")
 
     @property
     def quantizes_linears(self) -> bool:
@@ -151,7 +158,8 @@ def preset(scheme: str, **changes: Any) -> Format:
     if scheme not in SCHEMES:
         raise not_one_of("scheme", scheme, SCHEMES)
     settings = {**SCHEMES[scheme].defaults, **SCHEMES[scheme].unused, **changes}
-    # By default keys are centred wherever that is possible.
+    # By default groups are rotated and keys are centred wherever that is possible.
+    settings.setdefault("rotate_inner", settings.get("group_size", Format.group_size) is not None)
     cache = (settings.get("kv_bits", Format.kv_bits), settings.get("kv_rope", Format.kv_rope))
     settings.setdefault("center_keys", cache == (4, "post"))
     return Format(scheme=scheme, **settings)

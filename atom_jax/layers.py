@@ -75,9 +75,9 @@ def linear_input(
 
 
 def mlp_input(gate_up: Float[Array, "m two_k"], weight: Weight, config: ModelConfig) -> Activation:
-    """``silu(gate) * up``, in the input format of ``weight`` (down_proj)."""
+    """``silu(gate) * up``, rotated if the format says so, in the input format of ``weight`` (down_proj)."""
     if fmt := activation_format(weight, config):
-        return silu_quantize(gate_up, fmt)
+        return silu_quantize(gate_up, fmt, rotate=config.format.rotate_inner)
     return silu_mul(gate_up).astype(gate_up.dtype)
 
 

@@ -141,6 +141,15 @@ def convert(
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,
+    rotate_inner: Annotated[
+        bool | None,
+        typer.Option(
+            "--rotate-inner/--no-rotate-inner",
+            help="Rotate the inner channels of the MLP within their groups, at run time.",
+            show_default=_default("rotate_inner"),
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
     refine: Annotated[
         int | None,
         typer.Option(
@@ -236,6 +245,7 @@ def convert(
         migrate=migrate,
         reorder=reorder,
         rotate=rotate,
+        rotate_inner=rotate_inner,
         refine=refine,
         head_bits=head_bits,
         kv_bits=kv_bits,

@@ -23,6 +23,7 @@ from convert.passes import Pass
 from convert.passes.keys import even_keys
 from convert.passes.migrate import migrate
 from convert.passes.order import choose_input_orders, fold_order, gather_inputs
+from convert.passes.rotate_inner import rotate_inner
 from convert.recipe import Recipe
 from convert.refine.latent import make_latent
 from convert.schemes import quantize, rounding_target
@@ -56,6 +57,7 @@ def passes(config: ModelConfig, recipe: Recipe) -> list[Pass]:
         (choose_input_orders, per_layer),
         (migrate, recipe.migrate),
         (even_keys, recipe.fits_keys),
+        (rotate_inner, recipe.format.rotate_inner),
         (gather_inputs, per_layer),
     )
     return [functools.partial(run, config=config, recipe=recipe) for run, wanted in listed if wanted]

@@ -41,6 +41,12 @@ def rotate_groups(x: Float32[Array, "*lead k"], fmt: ActivationFormat) -> Float3
     return jnp.concatenate([hadamard(groups).reshape(*lead, body), x[..., body:]], axis=-1)
 
 
+def unrotate_groups(x: Float32[Array, "*lead k"], fmt: ActivationFormat) -> Float32[Array, "*lead k"]:
+    """The inverse of ``rotate_groups``, which is also what the weight [N, K] of a rotated input must be."""
+    body = jnp.arange(x.shape[-1]) < x.shape[-1] - fmt.num_outliers
+    return rotate_groups(x, fmt) * jnp.where(body, 1.0 / fmt.group_size, 1.0)
+
+
 def cannot_rotate(fmt: ActivationFormat) -> str | None:
     """Why groups of this format cannot be transformed; None if they can."""
     size = fmt.group_size

@@ -115,7 +115,12 @@ class Scheme:
 
 # Unused settings of the schemes without outlier channels. If they quantize activations, it is with one scale
 # for each token.
-NO_OUTLIERS: dict[str, Any] = {"num_outliers": 0, "clip_a": 1.0, "gather_inputs": False}
+NO_OUTLIERS: dict[str, Any] = {
+    "num_outliers": 0,
+    "clip_a": 1.0,
+    "rotate_inner": False,
+    "gather_inputs": False,
+}
 
 
 def spec(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:

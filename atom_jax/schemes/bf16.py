@@ -8,6 +8,13 @@ SCHEME = Scheme(
     name="bf16",
     about="not quantized",
     weight=None,
-    unused={"group_size": 128, "num_outliers": 0, "clip_a": 0.9, "gather_inputs": False, "head_bits": 16},
+    unused={
+        "group_size": 128,
+        "num_outliers": 0,
+        "clip_a": 0.9,
+        "rotate_inner": False,
+        "gather_inputs": False,
+        "head_bits": 16,
+    },
     defaults={"kv_bits": 16, "center_keys": False},
 )

@@ -35,8 +35,10 @@ from convert import schemes
 from convert.calibrate.statistics import LayerStatistics
 from convert.float_model import FloatParams
 from convert.groups import has_groups
+from convert.passes.rotate_inner import rotated_format
 from convert.recipe import Recipe
-from pallas_kernels import quantize
+from pallas_kernels import ActivationFormat, quantize
+from pallas_kernels.hadamard import rotate_groups, unrotate_groups
 
 # For each linear, by its name ("qkv", "o", "gate_up", "down"), the factor of each of its input channels.
 ChannelFactors = dict[str, Float[np.ndarray, "k"]]
@@ -75,7 +77,12 @@ def search_factors(
             x,
             None if name not in orders else jnp.asarray(orders[name]),
             _heads(name, config),
-            partial(_output_error, round_weight=round_weight, clip_a=recipe.format.clip_a),
+            partial(
+                _output_error,
+                round_weight=round_weight,
+                clip_a=recipe.format.clip_a,
+                rotated=rotated_format(recipe) if name == "down" and recipe.format.rotate_inner else None,
+            ),
             rows=not has_groups(recipe.format),
         )
         for name, x in inputs.items()
@@ -120,7 +127,7 @@ def _shared_size(
     return np.maximum(size, 1e-5 * size.max() + 1e-30)
 
 
-@partial(jax.jit, static_argnames=("round_weight", "clip_a"))
+@partial(jax.jit, static_argnames=("round_weight", "clip_a", "rotated"))
 def _output_error(
     weight: Float32[Array, "n k"],
     inputs: Float32[Array, "tokens k"],
@@ -129,11 +136,20 @@ def _output_error(
     *,
     round_weight: Callable[[Float32[Array, "n k"]], Any],
     clip_a: float,
+    rotated: ActivationFormat | None,
 ) -> Float32[Array, ""]:
-    """Squared error of the linear's output if both the weight and the inputs are quantized."""
+    """Squared error of the linear's output if both the weight and the inputs are quantized.
+
+    The groups of the format ``rotated`` are rotated before, if it is given.
+    """
     scaled_weight, scaled_inputs = weight * factor, inputs / factor
     if order is not None:
         scaled_weight, scaled_inputs = scaled_weight[:, order], scaled_inputs[:, order]
+    if rotated is not None:
+        scaled_weight, scaled_inputs = (
+            unrotate_groups(scaled_weight, rotated),
+            rotate_groups(scaled_inputs, rotated),
+        )
     rounded = round_weight(scaled_weight)
     x = quantize(scaled_inputs, rounded.activation_format(clip_a)).dequantize()
     return jnp.sum(jnp.square(x @ rounded.dequantize().T - inputs @ weight.T))

@@ -29,6 +29,7 @@ from convert.recipe import Recipe
 from convert.sources import Source
 from convert.streaming import embed, projection_inputs, run_in_place
 from pallas_kernels import quantize
+from pallas_kernels.hadamard import rotate_groups, unrotate_groups
 from pallas_kernels.qarrays import ActivationFormat
 
 # The error may be larger by this fraction than with the most outliers that are tried. Even if no channel is
@@ -133,7 +134,8 @@ def outlier_errors(
     for layer in range(config.num_layers):
         params = on_device(read_layer(source, layer))
         for name, rows in projection_inputs(params, x, config=config.of_layer(layer)).items():
-            measured = _errors(params[f"{name}_proj"], rows, numbers=numbers, recipe=recipe)
+            rotate = name == "down" and recipe.format.rotate_inner
+            measured = _errors(params[f"{name}_proj"], rows, numbers=numbers, recipe=recipe, rotate=rotate)
             errors.append(np.asarray(measured, np.float64))
             if not np.isfinite(errors[-1]).all():
                 raise AtomError(f"layer {layer}: {name}_proj: its output or its inputs are not finite")
@@ -148,6 +150,7 @@ def _errors(
     *,
     numbers: tuple[int, ...],
     recipe: Recipe,
+    rotate: bool,
 ) -> Float32[Array, " numbers"]:
     order = np.arange(weight.shape[1], dtype=np.int32)
     if recipe.reorder != "none":
@@ -156,22 +159,28 @@ def _errors(
         ActivationFormat(recipe.format.group_size or order.size - number, number, recipe.format.clip_a)
         for number in numbers
     )
-    return _relative_errors(weight, inputs, jnp.asarray(order), formats=formats)
+    return _relative_errors(weight, inputs, jnp.asarray(order), formats=formats, rotate=rotate)
 
 
-@partial(jax.jit, static_argnames=("formats",))
+@partial(jax.jit, static_argnames=("formats", "rotate"))
 def _relative_errors(
     weight: Float32[Array, "n k"],
     inputs: Float32[Array, "tokens k"],
     order: Int32[Array, " k"],
     *,
     formats: tuple[ActivationFormat, ...],
+    rotate: bool,
 ) -> Float32[Array, " formats"]:
     """The relative output error for each format of the inputs; one program, so that all layers share it."""
     places = jnp.argsort(order)
 
     def output_error(fmt: ActivationFormat) -> Array:
-        rounded = quantize(inputs, fmt, order).dequantize()[:, places]
+        ordered = inputs[:, order]
+        if rotate:
+            rounded = unrotate_groups(quantize(rotate_groups(ordered, fmt), fmt).dequantize(), fmt)
+        else:
+            rounded = quantize(ordered, fmt).dequantize()
+        rounded = rounded[:, places]
         return jnp.linalg.norm((rounded - inputs) @ weight.T)
 
     size = jnp.linalg.norm(inputs @ weight.T)

@@ -18,6 +18,7 @@ from atom_jax.structure import LINEARS
 from convert.refine.low_rank import LayerFactors, carry_gradient
 from convert.refine.straight_through import round_activation, round_heads
 from pallas_kernels import ActivationFormat, PagedKVCache, use_implementation
+from pallas_kernels.hadamard import rotate_groups
 
 # By the name of a linear, how its input is rounded; None where it stays in floating point. Hashable.
 InputFormats = tuple[tuple[str, ActivationFormat | None], ...]
@@ -57,6 +58,8 @@ def run_rounded(
         indices = params.get(f"{name}_indices")
         ordered = inputs if indices is None else jnp.take(inputs, indices, axis=-1)
         fmt = by_name[name]
+        if fmt is not None and name == "down" and format.rotate_inner:
+            ordered = rotate_groups(ordered, fmt)
         rounded: Array = ordered if fmt is None else round_activation(ordered, fmt)
         out = product(rounded)
         return out if factors is None else out + carry_gradient(rounded, factors[name])
