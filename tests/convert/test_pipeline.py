@@ -31,6 +31,8 @@ from convert.recipe import Recipe, make_recipe
 from convert.sources import open_source
 from convert.streaming import projections
 from convert.workspace import partial_path
+from pallas_kernels import ActivationFormat
+from pallas_kernels.hadamard import rotate_groups
 from tests.convert.jobs import (
     ATOM,
     TINY_TOKENS,
@@ -164,7 +166,7 @@ def test_converted_model_runs(family: str, sources: Mapping[str, Path], text: Pa
 
 
 def dequantized(model: atom_jax.Model) -> nnx.State:
-    """The float model that the weights of a checkpoint stand for, orders of input channels undone."""
+    """The float model that the weights of a checkpoint stand for, orders and rotations of inputs undone."""
     params: Any = nnx.to_pure_dict(model.params)
     layers = dict(params["layers"])
     indices = {name.removesuffix("_indices"): layers.pop(name) for name in list(layers) if "indices" in name}
@@ -174,6 +176,10 @@ def dequantized(model: atom_jax.Model) -> nnx.State:
         weights = jax.vmap(lambda weight: weight.dequantize())(layers[name])
         if (order := indices.get(name.removesuffix("_proj"))) is not None:
             weights = jnp.take_along_axis(weights, jnp.argsort(order, axis=-1)[:, None], axis=-1)
+        format = model.config.format
+        if name == "down_proj" and format.rotate_inner:
+            assert format.group_size is not None
+            weights = rotate_groups(weights, ActivationFormat(format.group_size, format.num_outliers))
         layers[name] = weights
     layers.pop("k_mean", None)  # which attention does not see
     return make_params(model.config.replace(format=BF16.format), {**params, "layers": layers})
