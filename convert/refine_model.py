@@ -132,7 +132,7 @@ def check_windows(tokens: Int32[np.ndarray, "windows seq"]) -> None:
     if len(tokens) < 2:
         raise AtomError(
             f"a refinement needs at least two windows of calibration text, found {len(tokens)}: "
-            "give more text, or convert without it (--fast)"
+            "give more text, or leave the refinement out (--fast)"
         )
 
 
