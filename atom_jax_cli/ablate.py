@@ -44,6 +44,7 @@ def ablate(
     calib: CalibrationOption = None,
     calib_tokens: CalibrationTokensOption = 8192,
     seed: SeedOption = 0,
+    fast: Annotated[bool, typer.Option("--fast", help="Without the last step, the refinement.")] = False,
     text: Annotated[
         list[Path] | None,
         typer.Option(
@@ -60,7 +61,8 @@ def ablate(
 ) -> None:
     """Add the ideas of the method to SRC one after the other and measure what each buys.
 
-    Starts with naive 4 bits and ends with the default recipe. Writes ablation.json and a bar chart into OUT.
+    Starts with naive 4 bits and ends with what convert does by default. Writes ablation.json and a bar chart
+    into OUT.
     """
     from convert.ablation.plot import PLOT_FILE, can_plot, plot
     from convert.ablation.results import RESULTS_FILE
@@ -73,6 +75,7 @@ def ablate(
         calibration=calib,
         calibration_tokens=calib_tokens,
         seed=seed,
+        fast=fast,
         texts=tuple(text or ()),
         eval_tokens=eval_tokens,
         revision=revision,
@@ -100,7 +103,7 @@ def _table(result: dict[str, Any]) -> Table:
         shown.add_column(name, justify="right" if shown.columns else "left", no_wrap=True)
     part = None
     for row, step in zip(rows, result["steps"], strict=True):
-        # A line between the steps of the paper, the steps of this project and the branches.
+        # A line between the steps of the paper, those of this project, the branches and the refinement.
         before, part = part, (step["paper"] is not None, step["branch"])
         if before not in (None, part):
             shown.add_section()

@@ -10,6 +10,7 @@ a step whose recipe was changed is measured again. After any other change of the
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from convert.demo.smollm2 import cache_folder, smollm2_gguf
 
 SETTINGS = (
     *("--group-size", "64", "--num-outliers", "64"),
-    *("--calib-tokens", "4096", "--eval-tokens", "2048"),  # half of the defaults: a quarter of an hour
+    *("--calib-tokens", "4096", "--eval-tokens", "2048"),  # half of the defaults, to save time
 )
 PAGE_NAME = "accuracy.md"
 
@@ -35,14 +36,13 @@ PAGE_NAME = "accuracy.md"
 def markdown(environment: dict[str, Any], report: dict[str, Any]) -> str:
     """The table in Markdown, after a line on texts, machine and versions."""
     heading, rows = table(report)
-    job, calibration = report["job"], report["calibration"]
-    tokens = {text["tokens"] for text in job["texts"].values()}
+    tokens = {text["tokens"] for text in report["job"]["texts"].values()}
     texts = f"{' or '.join(f'{number:,}' for number in sorted(tokens))} tokens of each text"
-    windows, length = calibration["windows"]
     first = report["steps"][0]["perplexity"]
     of_float = ", ".join(f"{value:.2f} on *{name}*" for name, value in first.items())
     lines = [
-        f"SmolLM2-135M-Instruct; {texts}; calibrated on {windows * length:,} tokens ({calibration['kind']}). "
+        f"SmolLM2-135M-Instruct; {texts}; calibrated on {_amount(report['calibration'])}, "
+        f"the rounding refined on {_amount(report['training'])}. "
         f"Perplexity of float: {of_float}. "
         f"{environment['cpu']}, jax {environment['versions']['jax']}, commit {environment['commit']}.",
         "",
@@ -51,6 +51,10 @@ def markdown(environment: dict[str, Any], report: dict[str, Any]) -> str:
         *(table_row(*row) for row in rows),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _amount(windows: dict[str, Any]) -> str:
+    return f"{math.prod(windows['windows']):,} tokens ({windows['kind']})"
 
 
 def main(

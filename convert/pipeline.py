@@ -24,7 +24,7 @@ from atom_jax.progress import StageProgress
 from atom_jax.schemes import SCHEMES
 from atom_jax.text import encode, read_text
 from convert import groups
-from convert.calibrate.texts import Calibration, load_calibration
+from convert.calibrate.texts import Calibration, load_calibration, load_training
 from convert.card import Card, make_card, read_card, versions, write_card
 from convert.float_model import read_shared
 from convert.groups import choose_groups
@@ -51,7 +51,7 @@ class ConvertOptions:
       calibration: a text or JSONL file, a data set id, or ``calibrate.texts.SAMPLED``; None takes built-in
         English and text sampled from the model.
       calibration_tokens: number of tokens to calibrate on, rounded down to whole windows. A refinement of the
-        rounding uses ``TRAINING_TOKENS`` of the same text, or as many as it has.
+        rounding uses ``calibrate.texts.TRAINING_TOKENS`` of the same text, or as many as it has.
       seed: seed of the sampled text.
       eval_text: text file on which perplexity is measured before and after, for the accuracy card; None for
         no measurement.
@@ -91,8 +91,6 @@ class ConvertOptions:
 
 # The settings that can be chosen for a model.
 CHOOSABLE = groups.CHOOSABLE | {"refine"}
-# Number of tokens that a refinement trains on: with fewer it fits the text and not the model.
-TRAINING_TOKENS = 65536
 
 
 def convert(
@@ -261,13 +259,13 @@ def _calibration(
     tokens, about = workspace.read_array(f"{name}.npy"), workspace.read_json(f"{name}.json")
     if tokens is not None and about is not None:
         return Calibration(tokens, about["kind"], about["name"])
-    calibration = load_calibration(
+    calibrating = functools.partial(load_calibration, num_tokens=options.calibration_tokens)
+    load = load_training if training else calibrating
+    calibration = load(
         source,
         workspace.checkpoint / TOKENIZER_FOLDER,
         options.calibration,
-        num_tokens=TRAINING_TOKENS if training else options.calibration_tokens,
         seed=options.seed,
-        varied=training,
         progress=functools.partial(progress, f"sample {name} text"),
     )
     workspace.write_array(f"{name}.npy", calibration.tokens)

@@ -141,7 +141,7 @@ def check_windows(tokens: Int32[np.ndarray, "windows seq"]) -> None:
     if (found := len(short_windows(tokens))) < 2:
         raise AtomError(
             f"a refinement needs at least two windows of calibration text, found {found}: "
-            "give more text, or convert without it (--fast)"
+            "give more text, or leave the refinement out (--fast)"
         )
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from convert.calibrate.texts import Calibration
 from convert.recipe import Recipe
 
 RESULTS_FILE = "ablation.json"
-_CALIBRATION_FILE = "calibration.npy"
+# The windows of text that steps are made from; each is in a file ``NAME.npy``.
+WindowsName = Literal["calibration", "training"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Row:
 
 
 class Results:
-    """The folder of an ablation: ``ablation.json`` and the calibration windows.
+    """The folder of an ablation: ``ablation.json`` and the windows of calibration and training.
 
     A row is reused only if everything it depends on is the same: the job and the recipe.
 
@@ -66,7 +67,7 @@ class Results:
             folder.mkdir(parents=True, exist_ok=True)
             self._data: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            self._data = {"job": job, "calibration": None, "steps": []}
+            self._data = {"job": job, "calibration": None, "training": None, "steps": []}
         except OSError as error:
             raise AtomError(f"{error.filename or folder}: {error.strerror or error}") from error
         except ValueError as error:
@@ -78,9 +79,14 @@ class Results:
             )
 
     @property
+    def job(self) -> dict[str, Any]:
+        """Everything that all rows depend on."""
+        return self._data["job"]
+
+    @property
     def scored(self) -> dict[str, list[int]]:
         """For each text the number of scored tokens of each of its windows."""
-        return {name: text["scored"] for name, text in self._data["job"]["texts"].items()}
+        return {name: text["scored"] for name, text in self.job["texts"].items()}
 
     def get(self, step: AblationStep, recipe: Recipe) -> Row | None:
         """The row of a step; None if it has not been measured with this recipe."""
@@ -100,23 +106,25 @@ class Results:
         """Writes the result of ``report_of``, which contains the rows, so that later runs find them in it."""
         self._write(report)
 
-    @property
-    def calibration(self) -> dict[str, Any] | None:
-        """Kind, name, shape and hash of the calibration windows; None if no step has needed them."""
-        return self._data["calibration"]
+    def about_windows(self, name: WindowsName) -> dict[str, Any] | None:
+        """Kind, name, shape and hash of the windows; None if no step has needed them."""
+        return self._data[name]
 
-    def read_calibration(self) -> Calibration | None:
-        """The calibration windows of an earlier run of this job; None if they are missing or were changed."""
-        about, path = self._data["calibration"], self.folder / _CALIBRATION_FILE
+    def read_windows(self, name: WindowsName) -> Calibration | None:
+        """The windows of an earlier run of this job; None if they are missing or were changed."""
+        about, path = self._data[name], self._windows_path(name)
         if about is None or not path.exists():
             return None
-        calibration = Calibration(np.load(path, allow_pickle=False), about["kind"], about["name"])
-        return calibration if calibration.sha256 == about["sha256"] else None
+        windows = Calibration(np.load(path, allow_pickle=False), about["kind"], about["name"])
+        return windows if windows.sha256 == about["sha256"] else None
 
-    def write_calibration(self, calibration: Calibration) -> None:
-        np.save(self.folder / _CALIBRATION_FILE, calibration.tokens)
-        self._data["calibration"] = calibration.about
+    def write_windows(self, name: WindowsName, windows: Calibration) -> None:
+        np.save(self._windows_path(name), windows.tokens)
+        self._data[name] = windows.about
         self._write(self._data)
+
+    def _windows_path(self, name: WindowsName) -> Path:
+        return self.folder / f"{name}.npy"
 
     def _write(self, data: dict[str, Any]) -> None:
         temporary = self.path.with_suffix(".tmp")
@@ -141,10 +149,10 @@ def report_of(
       misfits: for each step that is not possible for this model, the reason, by the step's name.
 
     Returns:
-      A dict with ``job``; ``calibration``, about the calibration windows; ``paper``, the model and the float
-      perplexity of the paper's numbers; and ``steps``. Each step has the fields of its row; ``ratio``, its
-      perplexity over that of the first step; and ``change``, its perplexity over that of the step named in
-      ``after``. Both are ``atom_jax.intervals.Ratios``: the geometric mean over the texts and the ratio on
+      A dict with ``job``; ``calibration`` and ``training``, about these windows; ``paper``, the model and the
+      float perplexity of the paper's numbers; and ``steps``. Each step has the fields of its row; ``ratio``,
+      its perplexity over that of the first step; and ``change``, its perplexity over that of the step named
+      in ``after``. Both are ``atom_jax.intervals.Ratios``: the geometric mean over the texts and the ratio on
       each text, with intervals. A step that is not possible has ``error`` instead.
     """
     found = {step.name: results.get(step, wanted[step.name]) for step in steps}
@@ -173,7 +181,8 @@ def report_of(
         )
     return {
         "job": job,
-        "calibration": results.calibration,
+        "calibration": results.about_windows("calibration"),
+        "training": results.about_windows("training"),
         "paper": {"model": PAPER_MODEL, "float": FLOAT.paper},
         "steps": rows,
     }

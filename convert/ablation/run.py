@@ -1,4 +1,4 @@
-"""Runs an ablation: quantizes a model by the recipe of each step, in memory, and measures its perplexity."""
+"""Runs an ablation: quantizes a model by the recipe of each step and measures its perplexity."""
 
 from __future__ import annotations
 
@@ -8,26 +8,40 @@ import hashlib
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float64, Int32
 
-from atom_jax.checkpoint import layer_specs, shared_params, shared_specs, stored_shared
+from atom_jax.checkpoint import (
+    layer_specs,
+    load_layer,
+    shared_params,
+    shared_path,
+    shared_specs,
+    stored_shared,
+    write_tree,
+)
 from atom_jax.config import ModelConfig, preset
 from atom_jax.errors import AtomError
 from atom_jax.perplexity import exp_of_mean, make_windows
 from atom_jax.progress import StageProgress
 from atom_jax.stored_size import bits_per_weight, stored_bytes
 from atom_jax.structure import linear_shapes
-from convert.ablation.results import Results, Row, report_of
+from convert.ablation.results import Results, Row, WindowsName, report_of
 from convert.ablation.simulation import run_simulated, simulate_layer
 from convert.ablation.steps import AblationStep, make_steps, recipes
 from convert.calibrate.statistics import on_device
-from convert.calibrate.texts import Calibration, load_calibration, window_length
+from convert.calibrate.texts import (
+    TRAINING_TOKENS,
+    Calibration,
+    load_calibration,
+    load_training,
+    window_length,
+)
 from convert.card import versions
 from convert.float_model import FloatParams, read_layer, read_shared
 from convert.groups import CHOOSABLE, choose_groups
@@ -36,10 +50,16 @@ from convert.passes.reorder import permute_residual
 from convert.passes.rotate import Rotated
 from convert.pipeline import calibration_job
 from convert.quantize_layer import check_recipe, needs_calibration, quantize_on_windows
+from convert.quantize_model import quantize_model
 from convert.recipe import Recipe
+from convert.refine_model import check_windows, default_steps, refine_model
 from convert.sources import Source, open_source
-from convert.streaming import Windows, batches, embed, residual_nll, run_windows
+from convert.streaming import Params, Windows, batches, embed, residual_nll, run_windows
 from convert.texts import load_texts
+from convert.workspace import open_workspace, remove_workspace
+
+# For each text, by its name, the summed negative log-likelihood (nats) of each window.
+TextLosses = dict[str, Float64[np.ndarray, " windows"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +69,8 @@ class AblationOptions:
     Attributes:
       group_size: group size of the steps that have groups; None to choose one that suits the model.
       num_outliers: number of outliers of the steps that have them; None to choose one that suits the model.
+      fast: whether to leave out the step that refines the rounding. There is none either for a model that
+        the converter does not refine by default (``convert.refine_model.default_steps``).
       texts: files on which to measure perplexity; if empty, the reported texts of ``convert.texts`` are used.
       eval_tokens: number of tokens of each text to use, from its start.
     """
@@ -58,6 +80,7 @@ class AblationOptions:
     calibration: str | None = None
     calibration_tokens: int = 8192
     seed: int = 0
+    fast: bool = False
     texts: tuple[Path, ...] = ()
     eval_tokens: int = 4096
     revision: str | None = None
@@ -72,8 +95,9 @@ def ablate(
 ) -> dict[str, Any]:
     """Measures every step and writes ``out/ablation.json`` after each; an interrupted run can be continued.
 
-    No checkpoint is written, and one layer is in memory at a time. A step's perplexity is that of the
-    checkpoint that ``convert`` makes with the same recipe and calibration text.
+    A step's perplexity is that of the checkpoint that ``convert`` makes with the same recipe, calibration
+    text and seed. No checkpoint is written, and one layer is in memory at a time, unless the recipe refines
+    the rounding: then ``out`` has the workspace of a conversion while the step runs.
 
     Args:
       src: folder, file, Hub id or URL, see ``convert.sources.open_source``.
@@ -91,7 +115,8 @@ def ablate(
     """
     source = open_source(src, revision=options.revision)
     if steps is None:
-        steps = make_steps(*groups(source.config, options))
+        refine = 0 if options.fast else default_steps(source.config)
+        steps = make_steps(*groups(source.config, options), refine)
     wanted = recipes(steps)
     misfits = _misfits(source.config, steps, wanted)
     with tempfile.TemporaryDirectory(prefix="atom-jax-ablation-") as tokenizer:
@@ -133,10 +158,12 @@ def _misfits(config: ModelConfig, steps: Sequence[AblationStep], wanted: dict[st
 
 def _job(source: Source, options: AblationOptions, texts: dict[str, np.ndarray]) -> dict[str, Any]:
     """Everything that a row depends on besides its recipe."""
+    calibration = calibration_job(options.calibration, options.calibration_tokens, options.seed)
     return {
         "architecture": source.config.architecture,
         "source_sha256": source.fingerprint(),
-        "calibration": calibration_job(options.calibration, options.calibration_tokens, options.seed),
+        "calibration": calibration,
+        "training": calibration | {"tokens": TRAINING_TOKENS},  # of steps that refine
         "texts": {
             name: {
                 "tokens": tokens.size,
@@ -180,19 +207,28 @@ class _Ablation:
     @functools.cached_property
     def calibration(self) -> Calibration:
         """The calibration windows, the same for all steps; stored with the results."""
-        kept = self.results.read_calibration()
+        return self._load(
+            "calibration", functools.partial(load_calibration, num_tokens=self.options.calibration_tokens)
+        )
+
+    @functools.cached_property
+    def training(self) -> Calibration:
+        """The windows that steps with a refinement train on; stored with the results."""
+        return self._load("training", load_training)
+
+    def _load(self, name: WindowsName, load: Callable[..., Calibration]) -> Calibration:
+        kept = self.results.read_windows(name)
         if kept is not None:
             return kept
-        calibration = load_calibration(
+        windows = load(
             self.source,
             self.tokenizer,
             self.options.calibration,
-            num_tokens=self.options.calibration_tokens,
             seed=self.options.seed,
-            progress=lambda done, total: self.progress("sample calibration text", done, total),
+            progress=functools.partial(self.progress, f"sample {name} text"),
         )
-        self.results.write_calibration(calibration)
-        return calibration
+        self.results.write_windows(name, windows)
+        return windows
 
     @functools.cached_property
     def eval_windows(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -200,35 +236,15 @@ class _Ablation:
         return {name: _eval_windows(tokens, self.source.config) for name, tokens in self.texts.items()}
 
     def measure(self, step: AblationStep, recipe: Recipe) -> Row:
-        """Measures a step: quantizes layer by layer, and runs all windows through each quantized layer."""
+        """Makes the layers of a step and runs the windows of all texts through each."""
         started = time.perf_counter()
         source = Rotated(self.source) if recipe.rotate else self.source
         config = source.config.replace(format=recipe.format)
-        shared, order, calibration = self._start(source, recipe)
-        if recipe.format.quantizes_linears:  # rounded as in a checkpoint
-            shared = shared_params(stored_shared(shared, config), config, jnp.dtype(jnp.float32))
-        evaluated = {
-            name: embed(shared["embedding"], windows) for name, (windows, _) in self.eval_windows.items()
-        }
-        run = run_simulated if step.simulated else run_windows
-        for layer in range(config.num_layers):
-            tree = read_layer(source, layer)
-            if order is not None:
-                tree = permute_residual(tree, order)
-            try:
-                params = _layer_params(step, tree, calibration, source.config.of_layer(layer), recipe)
-            except AtomError as error:
-                raise AtomError(f"step {step.name}: layer {layer}: {error}") from error
-            for stream in (calibration, *evaluated.values()):
-                for batch in batches(stream):
-                    batch[...] = run(params, batch, config=config.of_layer(layer))
-                if not np.isfinite(stream).all():
-                    raise AtomError(f"step {step.name}: the output of layer {layer} is not finite")
-            self.progress(step.name, layer + 1, config.num_layers)
-        nll = {
-            name: residual_nll(x, *self.eval_windows[name], shared, config=config)
-            for name, x in evaluated.items()
-        }
+        make = self._refined if recipe.refine else self._layer_by_layer
+        try:
+            nll = make(step, recipe, source)
+        except AtomError as error:
+            raise type(error)(f"step {step.name}: {error}") from error
         return Row(
             name=step.name,
             recipe=recipe.settings(),
@@ -242,6 +258,68 @@ class _Ablation:
             bytes=stored_bytes(shared_specs(config)) + config.num_layers * stored_bytes(layer_specs(config)),
             seconds=time.perf_counter() - started,
         )
+
+    def _layer_by_layer(self, step: AblationStep, recipe: Recipe, source: Source) -> TextLosses:
+        """The losses of a step whose layers do not depend on later ones."""
+        config = source.config.replace(format=recipe.format)
+        shared, order, windows = self._start(source, recipe)
+
+        def layers() -> Iterator[Params]:
+            for layer in range(config.num_layers):
+                tree = read_layer(source, layer)
+                if order is not None:
+                    tree = permute_residual(tree, order)
+                try:
+                    params = _layer_params(step, tree, windows, source.config.of_layer(layer), recipe)
+                except AtomError as error:
+                    raise AtomError(f"layer {layer}: {error}") from error
+                yield params
+                _run_layer(step, layer, params, windows, config)
+
+        return self._losses(step, config, shared, layers())
+
+    def _refined(self, step: AblationStep, recipe: Recipe, source: Source) -> TextLosses:
+        """The losses of a step that trains all layers together, which a conversion does in its workspace."""
+        training = self.training.tokens
+        check_windows(training)
+        config = source.config.replace(format=recipe.format)
+        shared, order, windows = self._start(source, recipe)
+        folder = self.results.folder / step.name
+        with open_workspace(folder, self.results.job | {"recipe": recipe.settings()}) as workspace:
+            write_tree(shared_path(workspace.checkpoint), stored_shared(shared, config))
+            quantize_model(
+                source, recipe, windows, order, workspace, functools.partial(self.progress, "quantize")
+            )
+            refine_model(source, recipe, training, workspace, self.progress)
+            layers = (load_layer(workspace.checkpoint, layer, config) for layer in range(config.num_layers))
+            nll = self._losses(step, config, shared, layers)
+        remove_workspace(folder)
+        return nll
+
+    def _losses(
+        self, step: AblationStep, config: ModelConfig, shared: Params, layers: Iterable[Params]
+    ) -> TextLosses:
+        """Runs the windows of each text through the layers, all of them through one before the next.
+
+        Args:
+          step: the step.
+          config: configuration of the quantized model.
+          shared: embedding, norm and head, float32.
+          layers: the parameters of each layer.
+        """
+        if config.format.quantizes_linears:  # rounded as in a checkpoint
+            shared = shared_params(stored_shared(shared, config), config, jnp.dtype(jnp.float32))
+        evaluated = {
+            name: embed(shared["embedding"], windows) for name, (windows, _) in self.eval_windows.items()
+        }
+        for layer, params in enumerate(layers):
+            for windows in evaluated.values():
+                _run_layer(step, layer, params, windows, config)
+            self.progress(step.name, layer + 1, config.num_layers)
+        return {
+            name: residual_nll(x, *self.eval_windows[name], shared, config=config)
+            for name, x in evaluated.items()
+        }
 
     def _start(self, source: Source, recipe: Recipe) -> tuple[FloatParams, ResidualOrder | None, Windows]:
         """What a step needs before its first layer.
@@ -269,6 +347,15 @@ class _Ablation:
             )
         order = self.orders[rotated]
         return permute_shared(shared, order), order, np.ascontiguousarray(windows[..., order])
+
+
+def _run_layer(step: AblationStep, layer: int, params: Params, windows: Windows, config: ModelConfig) -> None:
+    """Runs a layer over windows in place; AtomError if the output is not finite."""
+    run = run_simulated if step.simulated else run_windows
+    for batch in batches(windows):
+        batch[...] = run(params, batch, config=config.of_layer(layer))
+    if not np.isfinite(windows).all():
+        raise AtomError(f"the output of layer {layer} is not finite")
 
 
 def _layer_params(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 from pathlib import Path
@@ -32,6 +33,8 @@ _DATASET_FIELDS = ("text", "content", "document")
 # A name with one of these suffixes is always a file. Any other name that is not a file is taken for the id of
 # a data set, which often has dots.
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".md")
+# Number of tokens that a refinement trains on: with fewer it fits the text and not the model.
+TRAINING_TOKENS = 65536
 # An upper estimate of the characters of a token, so that only the needed part of a data set is read.
 _DATASET_CHARACTERS_PER_TOKEN = 8
 
@@ -182,6 +185,10 @@ def load_calibration(
         kind, name = "dataset", calibration
     tokens = _encode(source, tokenizer_folder, text)
     return Calibration(spread_windows(tokens, num_tokens, seq_len, name), kind, name)
+
+
+# Loads the windows that a refinement trains on, of the same texts; fewer if a file or data set is shorter.
+load_training = functools.partial(load_calibration, num_tokens=TRAINING_TOKENS, varied=True)
 
 
 def _openings(tokenizer_folder: Path) -> list[list[int]]:

@@ -22,6 +22,7 @@ def ratios(value: float) -> dict[str, Any]:
 REPORT = {
     "job": {"texts": {"prose": {"tokens": 4096}, "code": {"tokens": 4096}}},
     "calibration": {"kind": "sampled", "windows": [4, 512]},
+    "training": {"kind": "mixed", "windows": [128, 512]},
     "paper": {"model": "Llama-7B", "float": 5.68},
     "steps": [
         STEP | {"after": None, "label": "float", "ratio": ratios(1.0), "perplexity": PERPLEXITY},
@@ -37,8 +38,9 @@ def test_page_gets_the_table_in_the_place_of_the_old_one() -> None:
     page = (ablation.DOCS / ablation.PAGE_NAME).read_text(encoding="utf-8")
     once = with_table(page, "ablation", ablation.markdown(ENVIRONMENT, REPORT))
     assert with_table(once, "ablation", ablation.markdown(ENVIRONMENT, REPORT)) == once
-    assert "4,096 tokens of each text; calibrated on 2,048 tokens (sampled)." in once
-    assert "Perplexity of float: 10.00 on *prose*, 8.00 on *code*. a CPU, jax 0.10.2" in once
+    assert "4,096 tokens of each text; calibrated on 2,048 tokens (sampled), " in once
+    assert "the rounding refined on 65,536 tokens (mixed). Perplexity of float: 10.00 on *prose*, " in once
+    assert "8.00 on *code*. a CPU, jax 0.10.2" in once
     assert "| step | x float | 95% | change | prose | code | bits/weight | Llama-7B (paper) |\n" in once
     assert "| float | 1.000 |  |  | 1.000 | 1.000 | 4.25 |  |\n" in once
     row = "| + worse (simulated) | 200.0 | 190.0 to 210.0 | x200.0 | 200.0 | 200.0 | 4.25 | 2315.5 (408x) |\n"

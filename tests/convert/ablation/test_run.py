@@ -1,11 +1,10 @@
-"""The ablation: its steps are complete, its numbers are those of checkpoints, and it goes on where it was."""
+"""The ablation: its numbers are those of checkpoints, and it goes on where it was."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,51 +21,20 @@ from convert.ablation.plot import PLOT_FILE, can_plot, plot
 from convert.ablation.results import RESULTS_FILE, table
 from convert.ablation.run import AblationOptions, ablate
 from convert.ablation.simulation import run_simulated, simulate_layer
-from convert.ablation.steps import FLOAT, AblationStep, bases, make_steps, recipes
+from convert.ablation.steps import AblationStep, recipes
 from convert.float_model import read_layer
 from convert.pipeline import ConvertOptions, convert
 from convert.quantize_layer import quantize_on_windows
-from convert.recipe import Recipe, make_recipe
+from convert.recipe import make_recipe
+from convert.refine_model import default_steps
 from convert.sources import open_source
 from convert.streaming import run_windows
-from tests.convert.jobs import contents, prose, save_text
+from tests.convert.ablation.short import GROUPS, STEPS, rows
+from tests.convert.jobs import contents
 from tests.convert.tiny import fails, save_tiny
 
-# A short chain: an integer step after the simulated one it differs from in the outliers alone, and a branch.
-GROUPS = {
-    "group_size": 32,
-    "num_outliers": 32,
-    "reorder": "per_layer",
-    "gptq": False,
-    "kv_bits": 16,
-    "clip_w": 0.85,
-    "migrate": False,
-    "center_keys": False,
-}
-STEPS = (
-    FLOAT,
-    AblationStep("simulated", "32 outliers in FP16", GROUPS, simulated=True, paper=11.34),
-    AblationStep("stored", "outliers in INT8", {}, paper=11.39),
-    AblationStep("rotated", "rotated", {"rotate": True, "reorder": "folded"}, branch=True),
-    AblationStep("misfit", "groups of 128", {"group_size": 128}, branch=True),
-)
 ABOUT = ("label", "after", "branch", "paper", "ratio", "change")  # what the report adds to a row
 MEASURED = ["float", "simulated", "stored", "rotated"]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("source"), tie_word_embeddings=True)
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> AblationOptions:
-    folder = tmp_path_factory.mktemp("texts")
-    (folder / "other.txt").write_text(prose(9000)[5000:], encoding="utf-8")
-    texts = (save_text(folder / "text.txt"), folder / "other.txt")
-    return AblationOptions(
-        calibration=str(texts[1]), calibration_tokens=256, texts=texts, eval_tokens=300, group_size=32
-    )
 
 
 @pytest.fixture(scope="module")
@@ -80,58 +48,6 @@ def folder(source: Path, options: AblationOptions, tmp_path_factory: pytest.Temp
 @pytest.fixture(scope="module")
 def report(folder: Path) -> dict[str, Any]:
     return json.loads((folder / RESULTS_FILE).read_text())
-
-
-def rows(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {row["name"]: row for row in report["steps"]}
-
-
-# The steps.
-
-
-def test_steps_lead_from_naive_to_the_default() -> None:
-    steps = make_steps(64, 32)
-    names = [step.name for step in steps]
-    assert len(set(names)) == len(names)
-    found = recipes(steps)
-    naive, chain = steps[1], [step for step in steps if not step.branch]
-    assert naive.changes.keys() == Recipe().settings().keys()
-    assert found[chain[-1].name] == make_recipe("w4a4kv4", group_size=64, num_outliers=32)
-    assert found["float"] == make_recipe("bf16")
-    assert [step.paper for step in steps if step.paper] == [
-        5.68,
-        2315.5,
-        11.34,
-        11.39,
-        6.22,
-        6.13,
-        6.04,
-        6.16,
-    ]
-    # Each changes something; only what INT8 costs the outliers is invisible in a recipe.
-    for step, base in zip(steps, bases(steps), strict=True):
-        if base is not None:
-            assert (found[step.name] != found[base]) is (step.name != "outliers-int8"), step.name
-
-
-def test_groups_that_suit_where_none_are_asked_for(source: Path) -> None:
-    config = open_source(source).config
-    assert run.groups(config, AblationOptions()) == (64, 0)
-    assert run.groups(config, AblationOptions(num_outliers=32)) == (32, 32)
-    assert run.groups(config, AblationOptions(group_size=128, num_outliers=128)) == (128, 128)
-
-
-def test_a_branch_is_compared_with_its_base_and_nothing_follows_it() -> None:
-    clip, gptq = {"clip_w": 0.7}, {"gptq": False}
-    chain = (
-        FLOAT,
-        AblationStep("a", "", {}),
-        AblationStep("b", "", clip, branch=True),
-        AblationStep("c", "", gptq),
-    )
-    assert bases(chain) == [None, "float", "a", "a"]
-    assert recipes(chain)["b"] == Recipe(clip_w=0.7)
-    assert recipes(chain)["c"] == Recipe(gptq=False)
 
 
 # The numbers.
@@ -293,6 +209,13 @@ def test_another_job_is_refused(source: Path, options: AblationOptions, folder: 
 # What is refused.
 
 
+def test_groups_that_suit_where_none_are_asked_for(source: Path) -> None:
+    config = open_source(source).config
+    assert run.groups(config, AblationOptions()) == (64, 0)
+    assert run.groups(config, AblationOptions(num_outliers=32)) == (32, 32)
+    assert run.groups(config, AblationOptions(group_size=128, num_outliers=128)) == (128, 128)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -325,7 +248,13 @@ def test_folder_that_cannot_be_used(source: Path, options: AblationOptions, tmp_
 
 
 def test_command(source: Path, options: AblationOptions, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(run, "make_steps", lambda group_size, num_outliers: STEPS[:1])
+    asked = []
+
+    def first_step(*arguments: int) -> tuple[AblationStep, ...]:
+        asked.append(arguments)
+        return STEPS[:1]
+
+    monkeypatch.setattr(run, "make_steps", first_step)
     text, out = options.texts[0], tmp_path / "out"
     args = ["ablate", str(source), str(out), "--text", str(text), "--eval-tokens", "300"]
     result = CliRunner().invoke(app, [*args, "--json"])
@@ -342,6 +271,11 @@ def test_command(source: Path, options: AblationOptions, tmp_path: Path, monkeyp
     assert "Llama-7B (paper)" in shown.stdout and "…" not in shown.stdout
     assert "1.000" in shown.stdout
     assert "pip install 'atom-jax[bench]'" in shown.stderr
+
+    assert CliRunner().invoke(app, [*args, "--fast", "--group-size", "32"]).exit_code == 0
+    refine = default_steps(open_source(source).config)
+    assert refine > 0
+    assert asked == [(64, 0, refine), (64, 0, refine), (32, 0, 0)]
 
     refused = CliRunner().invoke(app, [*args, "--text", str(tmp_path / "no.txt")])
     assert refused.exit_code == 2 and "no.txt" in refused.stderr
