@@ -255,12 +255,12 @@ def formatted(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("edit", "part"),
     [
-        (edited(format_version=4), "not an Atom-JAX checkpoint of version 1 to 3 (found 4)"),
-        (edited(format_version=True), "not an Atom-JAX checkpoint of version 1 to 3 (found True)"),
-        (edited(format_version="2"), "not an Atom-JAX checkpoint of version 1 to 3 (found '2')"),
+        (edited(format_version=5), "not an Atom-JAX checkpoint of version 1 to 4 (found 5)"),
+        (edited(format_version=True), "not an Atom-JAX checkpoint of version 1 to 4 (found True)"),
+        (edited(format_version="2"), "not an Atom-JAX checkpoint of version 1 to 4 (found '2')"),
         (edited(format_version=2, format=[]), "model configuration is not readable"),
         (edited(format_version=1), "model configuration is not readable: no settings under 'quantization'"),
-        (lambda data: {"model_type": "llama"}, "not an Atom-JAX checkpoint of version 1 to 3 (found None)"),
+        (lambda data: {"model_type": "llama"}, "not an Atom-JAX checkpoint of version 1 to 4 (found None)"),
         (edited(surprise=1), "surprise"),
         (lambda data: {k: v for k, v in data.items() if k != "rope"}, "rope"),
         (lambda data: {k: v for k, v in data.items() if k != "hidden_size"}, "hidden_size"),
@@ -292,6 +292,7 @@ def version_1(data: dict[str, Any], **recipe: Any) -> dict[str, Any]:
     """The configuration as version 1 wrote it, in which the converter's recipe was not apart."""
     format = dict(data["format"])
     del format["head_bits"]  # 16 before version 3
+    del format["rotate_inner"]  # false before version 4
     reorder = "per_layer" if format.pop("gather_inputs") else "folded"
     made = {"clip_w": None, "gptq": True, "rotate": False, "migrate": True, "smooth_keys": None}
     settings = {**format, **made, "reorder": reorder, **recipe}
@@ -301,17 +302,24 @@ def version_1(data: dict[str, Any], **recipe: Any) -> dict[str, Any]:
 
 def version_2(data: dict[str, Any]) -> dict[str, Any]:
     """The configuration as version 2 wrote it, whose embedding and head were always bfloat16."""
+    data = version_3(data)
     format = {name: value for name, value in data["format"].items() if name != "head_bits"}
     return {**data, "format_version": 2, "format": format}
 
 
-@pytest.mark.parametrize("before", [version_1, version_2])
+def version_3(data: dict[str, Any]) -> dict[str, Any]:
+    """The configuration as version 3 wrote it, whose inner channels were never rotated."""
+    format = {name: value for name, value in data["format"].items() if name != "rotate_inner"}
+    return {**data, "format_version": 3, "format": format}
+
+
+@pytest.mark.parametrize("before", [version_1, version_2, version_3])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_earlier_versions_are_read(
     name: str, before: Callable[[dict[str, Any]], dict[str, Any]], tmp_path: Path
 ) -> None:
     config = CONFIGS[name]
-    config = config.replace(format=dataclasses.replace(config.format, head_bits=16))
+    config = config.replace(format=dataclasses.replace(config.format, head_bits=16, rotate_inner=False))
     write(tmp_path, config)
     expected = checkpoint.load(tmp_path)
     file = tmp_path / checkpoint.CONFIG_FILE
@@ -342,7 +350,9 @@ def test_version_1_from_before_keys_were_centered_and_layers_had_windows(damaged
     del data["quantization"]["center_keys"], data["windows"]
     file.write_text(json.dumps(data))
     model = checkpoint.load(damaged)
-    assert model.config == CONFIGS["groups"] and "k_mean" not in checkpoint.layer_specs(model.config)
+    config = CONFIGS["groups"]
+    assert model.config == config.replace(format=dataclasses.replace(config.format, rotate_inner=False))
+    assert "k_mean" not in checkpoint.layer_specs(model.config)
     assert model.config.windows == ()
 
 

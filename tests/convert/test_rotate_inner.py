@@ -48,12 +48,11 @@ def test_a_rotated_group_loses_less() -> None:
     plain = quantize(x, fmt).dequantize()
     rotated = unrotate_groups(quantize(rotate_groups(x, fmt), fmt).dequantize(), fmt)
     np.testing.assert_allclose(unrotate_groups(rotate_groups(x, fmt), fmt), x, rtol=1e-4, atol=1e-2)
-    # A group with one spike is rounded well as it is; with several, of different size, it is not.
-    lost, lost_rotated = (float(jnp.mean(jnp.abs(rounded - x))) for rounded in (plain, rotated))
-    small = jnp.abs(x) < jnp.median(jnp.abs(x))
-    assert lost > 0 and lost_rotated > 0
-    assert float(jnp.mean((plain == 0) & small)) > 0.45  # all small values are lost
-    assert float(jnp.mean((rotated == 0) & small)) < 0.05
+    body = np.s_[:, :-32]  # the outliers lose next to nothing, in both
+    lost, lost_rotated = (float(jnp.linalg.norm((rounded - x)[body])) for rounded in (plain, rotated))
+    assert lost_rotated < 0.65 * lost
+    assert float(jnp.mean(plain[body] == 0)) > 0.75  # what is small beside the largest value is lost
+    assert float(jnp.mean(rotated[body] == 0)) < 0.1
 
 
 def test_without_groups_nothing_is_rotated() -> None:
