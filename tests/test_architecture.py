@@ -232,4 +232,4 @@ def test_every_pass_is_part_of_a_recipe() -> None:
         for recipe in (make_recipe(), make_recipe(reorder="per_layer"))
         for each in passes(tiny_config(), recipe)
     }
-    assert len(run) == 5 and written == run
+    assert len(run) == 6 and written == run
