@@ -97,10 +97,16 @@ def test_a_schedule_checks_its_last_step_and_visits_every_window_once_an_epoch(s
 
 
 @given(st.integers(2, 500))
-def test_held_out_windows_are_spread(count):
+def test_held_out_windows_are_some_of_them(count):
     found = held_out(count)
     assert len(set(found)) == len(found) == max(1, count // 16)
     assert min(found) >= 0 and max(found) < count
+
+
+def test_held_out_windows_are_of_every_kind():
+    """By default two of eight windows are English, the others are sampled."""
+    english = sum(index % 8 < 2 for index in held_out(256))
+    assert 1 <= english <= 8
 
 
 def test_one_window_cannot_be_refined(tmp_path):
