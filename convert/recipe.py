@@ -13,7 +13,7 @@ from convert.schemes import METHODS
 Reorder = Literal["folded", "per_layer", "none"]
 
 # The command's default of ``refine`` (``convert.refine_model.default_steps``), and the most weights in the
-# layers of a model that has it. SmolLM2-135M has 106 million; a step takes three to four seconds on two cores.
+# layers of a model that has it. SmolLM2-135M has 106 million; a step takes about four seconds on two cores.
 REFINE_STEPS, REFINE_MOST_WEIGHTS = 60, 400_000_000
 
 
