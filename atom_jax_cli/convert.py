@@ -155,7 +155,7 @@ def convert(
         typer.Option(
             help="Steps of training that bring the rounding nearer to the float model.",
             min=0,
-            show_default=f"{REFINE_STEPS} for a small model, else 0",
+            show_default=f"{REFINE_STEPS} for a small model, else 0; 0 in w8a8",
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,

@@ -61,7 +61,7 @@ class ConvertOptions:
         number is then ignored.
       flexible: names in ``CHOOSABLE`` of the settings that the user did not choose. If group size and number
         of outliers of the recipe do not suit every linear of the model, others are chosen; "refine" is chosen
-        by the size of the model (``convert.refine_model.default_steps``).
+        by the size of the model and the scheme (``convert.refine_model.default_steps``).
 
     Raises:
       AtomError: ``auto_outliers`` is set for a scheme without outliers.
@@ -199,7 +199,7 @@ def _with_choices(source: Source, options: ConvertOptions) -> ConvertOptions:
     format = choose_groups(config, options.flexible, measured_outliers=options.auto_outliers)
     recipe = dataclasses.replace(recipe, format=format)
     if "refine" in options.flexible:
-        recipe = recipe.replace(refine=default_steps(source.config))
+        recipe = recipe.replace(refine=default_steps(source.config, recipe.format.scheme))
     return dataclasses.replace(options, recipe=recipe)
 
 

@@ -38,6 +38,7 @@ from convert.refine.latent import make_latent
 from convert.refine.low_rank import LayerFactors
 from convert.refine.simulate import input_formats
 from convert.refine.train import Problem, RefinedLayer, Schedule, TrainingState, residual_bytes, start, train
+from convert.schemes import METHODS
 from convert.sink import exact_sink
 from convert.sources import Source
 from convert.streaming import Windows, embed, run_in_place, run_windows
@@ -48,8 +49,10 @@ _STATE, _TEACHER = "refine.npz", "teacher.npy"
 _HELD_OUT_EVERY = 16
 
 
-def default_steps(config: ModelConfig) -> int:
-    """Number of steps that suit a model by default: 0 for a model that would take hours on a CPU."""
+def default_steps(config: ModelConfig, scheme: str) -> int:
+    """Number of steps that suit a model by default: 0 for a model that would take hours on a CPU, or INT8."""
+    if not METHODS[scheme].refined:
+        return 0
     weights = config.num_layers * sum(math.prod(shape) for shape in linear_shapes(config).values())
     return REFINE_STEPS if weights <= REFINE_MOST_WEIGHTS else 0
 

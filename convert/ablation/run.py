@@ -25,7 +25,7 @@ from atom_jax.checkpoint import (
     stored_shared,
     write_tree,
 )
-from atom_jax.config import ModelConfig, preset
+from atom_jax.config import Format, ModelConfig, preset
 from atom_jax.errors import AtomError
 from atom_jax.perplexity import exp_of_mean, make_windows
 from atom_jax.progress import StageProgress
@@ -115,7 +115,7 @@ def ablate(
     """
     source = open_source(src, revision=options.revision)
     if steps is None:
-        refine = 0 if options.fast else default_steps(source.config)
+        refine = 0 if options.fast else default_steps(source.config, Format.scheme)
         steps = make_steps(*groups(source.config, options), refine)
     wanted = recipes(steps)
     misfits = _misfits(source.config, steps, wanted)

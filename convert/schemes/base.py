@@ -26,11 +26,14 @@ class Method:
         whose linears are not quantized.
       rounding_order: called with the Hessian and the recipe; returns the channels in the order in which
         ``quantize`` rounds them with GPTQ. None for a scheme without GPTQ.
+      refined: whether the rounding of a small model is refined by default
+        (``convert.refine_model.default_steps``); False where it loses next to nothing.
       unused: the settings of ``Recipe`` that the scheme does not use, with the value that each must have.
     """
 
     quantize: Callable[[Float32[Array, "n k"], Float32[Array, "k k"] | None, Recipe], PackedWeight] | None
     rounding_order: Callable[[Float32[Array, "k k"], Recipe], Int[Array | np.ndarray, " k"]] | None = None
+    refined: bool = True
     unused: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

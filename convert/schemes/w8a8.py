@@ -20,4 +20,4 @@ def _quantize(
     return quantize_int8(weight)
 
 
-METHOD = Method(_quantize, unused={**ORDER_KEPT, "gptq": False, "migrate": True})
+METHOD = Method(_quantize, refined=False, unused={**ORDER_KEPT, "gptq": False, "migrate": True})
