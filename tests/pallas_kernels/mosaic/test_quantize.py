@@ -177,6 +177,30 @@ def test_silu_quantize(
     assert not np.asarray(actual.body)[1].any()
 
 
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_rotated_silu_quantize_is_exact_where_silu_is(
+    execute: Execute, group_size: int, dtype: jnp.dtype
+) -> None:
+    """Integers, whose sums are exact; those of some groups cancel. The second slab is filled in part."""
+    fmt, rng = ActivationFormat(group_size, 64, 0.9), np.random.default_rng(group_size)
+    body = 1024 + 3 * group_size
+    up = rng.integers(-100, 100, (3, body + fmt.num_outliers)).astype(np.float64)
+    up[1, : 4 * group_size] = 7
+    up[2] = 0
+    # The last slab reads the tail after the body. Its sums as a group are infinite, and not numbers.
+    up[:, body:] = 2.0**122
+    gate = rng.choice([32.0, 96.0, -1000.0], up.shape)
+    gate[:, body:] = gate[1, : 4 * group_size] = 32
+    gate_up = jnp.asarray(np.concatenate([gate, up], axis=1), dtype)
+    function = functools.partial(silu_quantize, fmt=fmt, rotate=True)
+    actual = execute(function, gate_up)
+    assert_equal(actual, jax.jit(function)(gate_up))
+    firsts = np.asarray(actual.body)[1, : 4 * group_size].reshape(4, group_size)
+    np.testing.assert_array_equal(firsts[:, 0], 7)
+    assert not firsts[:, 1:].any() and not np.asarray(actual.body)[2].any()
+
+
 @pytest.mark.parametrize(("residual", "reorder"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize(("channels", "fmt", "dtype"), SMALL)
 def test_norm_quantize(
