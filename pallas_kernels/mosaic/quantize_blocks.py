@@ -1,4 +1,4 @@
-"""(Elementwise function +) group quantization; a CTA works on a block, which is some of a row's groups.
+"""(Elementwise function + rotation +) group quantization; a CTA works on a block, some of a row's groups.
 
 Groups do not depend on each other, so that one row of a decode step is spread over many SMs. The CTA of a
 row's last block also works on the row's tail.
@@ -19,7 +19,12 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import quantize_groups as groups
-from pallas_kernels.mosaic.quantize_leaves import load_unsynced, store_below, store_unsynced
+from pallas_kernels.mosaic.quantize_leaves import (
+    hadamard_of_groups,
+    load_unsynced,
+    store_below,
+    store_unsynced,
+)
 from pallas_kernels.mosaic.types import BarrierRef, Layout, Ref, Scratch, Span
 from pallas_kernels.qarrays import ActivationFormat, QuantizedActivation
 
@@ -63,11 +68,15 @@ def launch(
     name: str,
     fmt: ActivationFormat,
     config: BlockConfig,
+    *,
+    rotate: bool = False,
 ) -> QuantizedActivation:
     """Quantizes ``elementwise([parts[:, 0], ..., parts[:, n - 1]], layout)``, which has m rows.
 
     Args:
       name: the name of the kernel.
+      rotate: whether the groups, but not the tail, are transformed by ``hadamard.hadamard`` before they are
+        rounded.
     """
     rows, num_parts, channels = parts.shape
     shape = groups.RowShape.of(channels, fmt)
@@ -130,6 +139,9 @@ def launch(
         slab_lines, view = block_lines // config.block_slabs, (shape.slab_groups, shape.group_size)
         for slab in range(config.block_slabs):
             x = values("parts", pl.ds(slab * slab_lines, slab_lines), view, shape.layout)
+            if rotate:
+                # The last slab may hold groups that do not exist; they mix with no others.
+                x = hadamard_of_groups(x, shape.layout)
             q, scales = groups.quantize_groups(x, fmt.clip, shape.layout)
             first = slab * shape.slab_groups
             store_unsynced(smem["body"].at[pl.ds(first, shape.slab_groups)], q, shape.layout)

@@ -15,13 +15,11 @@ def run(call: Call, config: quantize_blocks.BlockConfig) -> QuantizedActivation:
     """See ``api.silu_quantize``."""
     m, width = call.gate_up.shape
     parts = call.gate_up.reshape(m, 2, width // 2)
-    return quantize_blocks.launch(parts, _silu_mul, "silu_quantize", call.fmt, config)
+    return quantize_blocks.launch(parts, _silu_mul, "silu_quantize", call.fmt, config, rotate=call.rotate)
 
 
 def unsupported(call: Call) -> str | None:
     """See ``dispatch``."""
-    if call.rotate:
-        return "rotated groups"
     return quantize_groups.unsupported_format(call.fmt, call.gate_up.dtype)
 
 

@@ -174,13 +174,14 @@ def attention_output(model: str, rows: int) -> Case:
     return Case("quantize", model, f"K={channels} M={rows}", lambda x: quantize(x, fmt), inputs)
 
 
-def silu(model: str, rows: int) -> Case:
-    """The input of down_proj, quantized."""
+def silu(model: str, rows: int, *, rotate: bool = True) -> Case:
+    """The input of down_proj, quantized, by default with rotated groups, as w4a4kv4 has it."""
     layer = SHAPES[model]
     channels = layer.intermediate_size
     fmt = ActivationFormat(layer.group_size, layer.num_outliers, CLIP_A)
     inputs = lambda key: (jax.random.normal(key, (rows, 2 * channels), jnp.bfloat16),)  # noqa: E731
-    return Case("silu_quantize", model, f"K={channels} M={rows}", lambda x: silu_quantize(x, fmt), inputs)
+    shape = f"K={channels}{' rotated' * rotate} M={rows}"
+    return Case("silu_quantize", model, shape, lambda x: silu_quantize(x, fmt, rotate=rotate), inputs)
 
 
 def append(model: str, rows: int, kv_bits: int = 4) -> Case:

@@ -51,7 +51,8 @@ def _small() -> Iterator[Case]:
     yield variants.reordered_norm(3, 256)
     yield cases.attention_output(TINY, 5)
     yield variants.reordered(3, 256)
-    yield cases.silu(TINY, 5)
+    for rotate in (False, True):
+        yield cases.silu(TINY, 5, rotate=rotate)
     yield cases.matmul(TINY, "o_proj", 5)
     yield variants.epilogue(5, 192, 352, 32, 96)
     yield cases.matmul(TINY, "o_proj", 5, bits=8)

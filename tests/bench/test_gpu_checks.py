@@ -98,6 +98,7 @@ def test_quantized_activations():
     rejects(cases.norm(MODEL, 4), change("body", by=2), change("outliers", by=-2), change("scales", by=1e-4))
     many = lambda x: dataclasses.replace(x, body=x.body.at[:, ::50].add(jnp.int8(1)))  # noqa: E731
     rejects(cases.silu(MODEL, 4), many)
+    rejects(cases.silu(MODEL, 4, rotate=False), many)
 
 
 def test_append():

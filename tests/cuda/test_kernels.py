@@ -25,7 +25,8 @@ def selected() -> Iterator[Case]:
         yield cases.attention(MODEL, batch, 1, 2048, kv_bits)
     yield cases.attention(MODEL, 1, 512, 2048)
     for rows in (4096, 16, 1):
-        yield from (cases.norm(MODEL, rows), cases.silu(MODEL, rows), cases.attention_output(MODEL, rows))
+        yield from (cases.norm(MODEL, rows), cases.attention_output(MODEL, rows))
+        yield from (cases.silu(MODEL, rows, rotate=rotate) for rotate in (True, False))
         yield cases.append(MODEL, rows)
     yield cases.append(MODEL, 128, kv_bits=16)
     yield from (cases.matmul(MODEL, "qkv_proj", rows) for rows in (64, 128, 256))

@@ -152,6 +152,19 @@ def silu_mul(gate_up: np.ndarray) -> np.ndarray:
     return gate / (1 + np.exp(-gate)) * up
 
 
+def hadamard_matrix(size: int) -> np.ndarray:
+    """Sylvester's matrix: 1, or -1 where the numbers of row and column have an odd number of common bits."""
+    return np.array([[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)])
+
+
+def rotate_groups(x: np.ndarray, group_size: int, num_outliers: int) -> np.ndarray:
+    """Each group of the body times Sylvester's matrix; the outliers as they are."""
+    out, matrix = x.astype(F64), hadamard_matrix(group_size)
+    for start in range(0, x.shape[1] - num_outliers, group_size):
+        out[:, start : start + group_size] = x[:, start : start + group_size].astype(F64) @ matrix
+    return out
+
+
 def rope_table(positions: np.ndarray, head_dim: int, theta: float = 1e4) -> tuple[np.ndarray, np.ndarray]:
     """Float32 cos and sin, [*positions, head_dim / 2]."""
     angles = positions[..., None] * theta ** (-np.arange(head_dim // 2) * 2 / head_dim)

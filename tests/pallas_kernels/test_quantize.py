@@ -29,7 +29,7 @@ INPUTS = ["normal", "bfloat16", "zeros", "zero group", "huge", "tiny", "one outl
 
 _quantize = jax.jit(quantize, static_argnames="fmt")
 _norm_quantize = jax.jit(norm_quantize, static_argnames=("eps", "fmt"))
-_silu_quantize = jax.jit(silu_quantize, static_argnames="fmt")
+_silu_quantize = jax.jit(silu_quantize, static_argnames=("fmt", "rotate"))
 
 
 def make_input(kind: str, rows: int, channels: int) -> np.ndarray:
@@ -190,6 +190,45 @@ def test_silu_quantize(channels: int, group: int, outliers: int, dtype):
     bridge.assert_nearly_same(actual, oracle.quantize(oracle.silu_mul(gate_up), group, outliers, 0.9))
 
 
+@pytest.mark.parametrize(
+    ("channels", "group", "outliers", "dtype"),
+    [
+        (1536, 64, 64, np.float32),
+        (512, 128, 128, oracle.BF16),
+        (160, 32, 0, np.float32),
+        (2 * 256 + 5, 256, 5, np.float32),
+        (40, 8, 8, np.float32),
+    ],
+)
+def test_rotated_silu_quantize(channels: int, group: int, outliers: int, dtype):
+    gate_up = (4 * np.random.default_rng(channels).normal(size=(64, 2 * channels))).astype(dtype)
+    actual = _silu_quantize(jnp.asarray(gate_up), fmt=ActivationFormat(group, outliers, 0.9), rotate=True)
+    rotated = oracle.rotate_groups(oracle.silu_mul(gate_up), group, outliers)
+    bridge.assert_nearly_same(actual, oracle.quantize(rotated, group, outliers, 0.9))
+
+
+@pytest.mark.parametrize("group", [8, 32, 64, 128])
+def test_rotated_silu_quantize_is_exact_where_silu_is(group: int):
+    rng = np.random.default_rng(group)
+    up = rng.integers(-500, 500, (6, 448)).astype(np.float32)
+    gate = rng.choice(np.array([40.0, 101.0, 0.0, -1e4], np.float32), (6, 448))
+    actual = _silu_quantize(
+        jnp.asarray(np.concatenate([gate, up], axis=1)), fmt=ActivationFormat(group, 64, 0.9), rotate=True
+    )
+    rotated = oracle.rotate_groups(np.maximum(gate, 0) * up, group, 64)
+    bridge.assert_same(actual, oracle.quantize(rotated, group, 64, 0.9))
+
+
+def test_one_large_value_leaves_the_others_of_a_rotated_group_large():
+    """Why groups are rotated: beside one large value, INT4 values of the others would all be zero."""
+    gate_up = np.full((1, 128), 40.0, np.float32)
+    gate_up[:, 64:] = 0.01
+    gate_up[:, 100] = 1.0
+    fmt = ActivationFormat(64, 0)
+    assert np.count_nonzero(_silu_quantize(jnp.asarray(gate_up), fmt=fmt).body) == 1
+    assert np.all(_silu_quantize(jnp.asarray(gate_up), fmt=fmt, rotate=True).body)
+
+
 def test_silu_quantize_is_exact_where_silu_is():
     rng = np.random.default_rng(0)
     up = rng.normal(size=(6, 192)).astype(np.float32)
@@ -220,6 +259,8 @@ def test_silu_quantize_of_extreme_gates(gate: float):
         ),
         (lambda: silu_quantize(jnp.ones((2, 127)), ActivationFormat(32, 0)), "row of 127"),
         (lambda: silu_quantize(jnp.ones((2, 96)), ActivationFormat(32, 0)), "48 channels"),
+        (lambda: silu_quantize(jnp.ones((2, 192)), ActivationFormat(96, 0), rotate=True), "found 96"),
+        (lambda: silu_quantize(jnp.ones((2, 192)), ActivationFormat(0, 96), rotate=True), "found 0"),
     ],
 )
 def test_rejects(call, message: str):

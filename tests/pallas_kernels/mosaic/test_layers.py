@@ -52,6 +52,8 @@ def real_cases() -> Iterator[Case]:
                 yield from (cases.matmul(model, linear, rows, bits=8) for rows in (1, 16, 64, 4096))
         for rows in (1, 64, 4096):
             yield from (cases.norm(model, rows), cases.attention_output(model, rows), cases.silu(model, rows))
+            if model == "Llama-3-8B":
+                yield cases.silu(model, rows, rotate=False)
             for kv_bits in (4, 16):
                 yield cases.append(model, rows, kv_bits)
         for kv_bits in (4, 16):

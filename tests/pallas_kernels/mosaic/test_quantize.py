@@ -3,6 +3,7 @@ numbers at small ones."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -88,9 +89,10 @@ def test_norm_quantize_without_residual_compiles(reorder: bool) -> None:
 
 @needs_cuda_compiler
 @pytest.mark.parametrize("rows", [1, 4096])
+@pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize(("channels", "fmt"), INTERMEDIATE)
-def test_silu_quantize_compiles(rows: int, channels: int, fmt: ActivationFormat) -> None:
-    check(lambda gate_up: silu_quantize(gate_up, fmt), spec((rows, 2 * channels)))
+def test_silu_quantize_compiles(rows: int, channels: int, fmt: ActivationFormat, rotate: bool) -> None:
+    check(lambda gate_up: silu_quantize(gate_up, fmt, rotate=rotate), spec((rows, 2 * channels)))
 
 
 @needs_cuda_compiler
@@ -160,15 +162,43 @@ def test_any_number_of_rows(execute: Execute, rows: int) -> None:
     assert_equal(execute(lambda x: quantize(x, fmt), x), quantize(x, fmt))
 
 
+@pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize(("channels", "fmt", "dtype"), SMALL)
-def test_silu_quantize(execute: Execute, channels: int, fmt: ActivationFormat, dtype: jnp.dtype) -> None:
+def test_silu_quantize(
+    execute: Execute, channels: int, fmt: ActivationFormat, dtype: jnp.dtype, rotate: bool
+) -> None:
     rng = np.random.default_rng(0)
     gate_up = rng.normal(size=(3, 2 * channels)) * 10.0 ** rng.integers(-3, 3, (3, 2 * channels))
     gate_up[1, :channels] = -1000  # a sigmoid of 0, whose exponential overflows
     gate_up = jnp.asarray(gate_up, dtype)
-    actual = execute(lambda x: silu_quantize(x, fmt), gate_up)
-    assert_close(actual, jax.jit(lambda x: silu_quantize(x, fmt))(gate_up))
+    function = functools.partial(silu_quantize, fmt=fmt, rotate=rotate)
+    actual = execute(function, gate_up)
+    assert_close(actual, jax.jit(function)(gate_up))
     assert not np.asarray(actual.body)[1].any()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_rotated_silu_quantize_is_exact_where_silu_is(
+    execute: Execute, group_size: int, dtype: jnp.dtype
+) -> None:
+    """Integers, whose sums are exact; those of some groups cancel. The second slab is filled in part."""
+    fmt, rng = ActivationFormat(group_size, 64, 0.9), np.random.default_rng(group_size)
+    body = 1024 + 3 * group_size
+    up = rng.integers(-100, 100, (3, body + fmt.num_outliers)).astype(np.float64)
+    up[1, : 4 * group_size] = 7
+    up[2] = 0
+    # The last slab reads the tail after the body. Its sums as a group are infinite, and not numbers.
+    up[:, body:] = 2.0**122
+    gate = rng.choice([32.0, 96.0, -1000.0], up.shape)
+    gate[:, body:] = gate[1, : 4 * group_size] = 32
+    gate_up = jnp.asarray(np.concatenate([gate, up], axis=1), dtype)
+    function = functools.partial(silu_quantize, fmt=fmt, rotate=True)
+    actual = execute(function, gate_up)
+    assert_equal(actual, jax.jit(function)(gate_up))
+    firsts = np.asarray(actual.body)[1, : 4 * group_size].reshape(4, group_size)
+    np.testing.assert_array_equal(firsts[:, 0], 7)
+    assert not firsts[:, 1:].any() and not np.asarray(actual.body)[2].any()
 
 
 @pytest.mark.parametrize(("residual", "reorder"), [(True, False), (False, False), (True, True)])

@@ -37,7 +37,7 @@ from pallas_kernels.qarrays import LayerOf
 from tests.pallas_kernels import bridge, oracle, test_grouped_matmul, test_int4_weights
 from tests.pallas_kernels.native import call_frame, test_float_matmul
 from tests.pallas_kernels.native.call_frame import KernelCall
-from tests.pallas_kernels.native.test_quantize_rows import SHAPES, floats
+from tests.pallas_kernels.native.test_quantize_rows import ROTATED_SHAPES, SHAPES, floats
 from tests.pallas_kernels.test_ops import KERNELS
 
 # A call of an op, whose arguments are there.
@@ -71,6 +71,9 @@ def norm_quantize_runs() -> Iterator[Run]:
 def silu_quantize_runs() -> Iterator[Run]:
     for x, fmt, _ in rows():
         yield functools.partial(silu_quantize, jnp.concatenate([x, x[:, ::-1]], 1), fmt)
+    for count, channels, group, outliers in ROTATED_SHAPES:
+        gate_up, fmt = jnp.asarray(floats(count, 2 * channels)), ActivationFormat(group, outliers, 0.9)
+        yield functools.partial(silu_quantize, gate_up, fmt, rotate=True)
 
 
 def matmul_runs(matmul: Callable[..., Any], x: Any, w: Any, m: int, n: int) -> Iterator[Run]:

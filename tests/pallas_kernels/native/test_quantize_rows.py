@@ -42,6 +42,16 @@ SHAPES = [
     (2, 9001, 4480, 41),
     (1, 4113, 0, 4113),
 ]
+# Whose groups can be rotated: powers of two, whole vectors of 16 channels.
+ROTATED_SHAPES = [
+    (1, 576, 64, 64),
+    (3, 512, 128, 128),
+    (17, 160, 32, 0),
+    (100, 576, 64, 64),
+    (4, 53, 16, 5),
+    (3, 519, 256, 7),
+    (2, 5161, 1024, 41),  # more groups than the kernel computes at once
+]
 INSTRUCTIONS = available()
 
 
@@ -129,6 +139,36 @@ def test_silu_quantize(instructions: str, rows: int, channels: int, group: int, 
     assert_near(native(silu_quantize, instructions, fmt=fmt)(gate_up), expected)
 
 
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize(("rows", "channels", "group", "outliers"), ROTATED_SHAPES)
+def test_rotated_silu_quantize(instructions: str, rows: int, channels: int, group: int, outliers: int):
+    gate_up, fmt = floats(rows, 2 * channels), ActivationFormat(group, outliers, 0.9)
+    with np.errstate(over="ignore"):
+        rotated = oracle.rotate_groups(oracle.silu_mul(gate_up), group, outliers)
+    silu = native(silu_quantize, instructions, fmt=fmt, rotate=True)
+    assert_near(silu(gate_up), oracle.quantize(rotated, group, outliers, 0.9))
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 1024])
+def test_rotated_silu_quantize_is_exact_where_silu_is(instructions: str, group: int):
+    rng = np.random.default_rng(group)
+    up = rng.integers(-50, 50, (3, 2 * group + 9)).astype(np.float32)
+    gate = rng.choice(np.array([40.0, 101.0, -100.0], np.float32), up.shape)
+    silu = native(silu_quantize, instructions, fmt=ActivationFormat(group, 9, 0.9), rotate=True)
+    rotated = oracle.rotate_groups(np.maximum(gate, 0) * up, group, 9)
+    bridge.assert_same(silu(np.concatenate([gate, up], 1)), oracle.quantize(rotated, group, 9, 0.9))
+
+
+def test_groups_that_are_not_whole_vectors_are_rotated_by_the_reference():
+    x, fmt = jnp.asarray(floats(3, 80)), ActivationFormat(8, 0)
+    with record_choices() as choices:
+        silu_quantize(x, fmt, rotate=True)
+    assert [choice.implementation for choice in choices] == ["reference"]
+    with pytest.raises(NotImplementedError, match="groups of 8 are not whole vectors"):
+        native(silu_quantize, INSTRUCTIONS[0], fmt=fmt, rotate=True)(x)
+
+
 @pytest.mark.parametrize(("rows", "channels", "group", "outliers"), [(5, 576, 64, 64), (3, 79, 31, 17)])
 def test_instruction_sets_give_the_same_bits(rows: int, channels: int, group: int, outliers: int):
     arguments, fmt = norm_arguments(rows, channels, True, True), ActivationFormat(group, outliers, 0.9)
@@ -137,6 +177,9 @@ def test_instruction_sets_give_the_same_bits(rows: int, channels: int, group: in
         (
             native(norm_quantize, instructions, eps=1e-5, fmt=fmt)(**arguments),
             native(silu_quantize, instructions, fmt=fmt)(gate_up),
+            native(silu_quantize, instructions, fmt=ActivationFormat(16, channels % 16), rotate=True)(
+                gate_up
+            ),
         )
         for instructions in INSTRUCTIONS
     ]
@@ -230,8 +273,10 @@ def test_what_is_not_finite_reaches_the_scale(instructions: str, value: float):
     np.testing.assert_array_equal(plain.scales, expected.scales)
     norm, _ = native(norm_quantize, instructions, eps=1e-5, fmt=fmt)(x, np.ones(64, np.float32))
     assert not np.isfinite(norm.scales[1, 0]) and np.isfinite(norm.scales[:, 1]).all()
-    silu = native(silu_quantize, instructions, fmt=fmt)(np.concatenate([np.full((2, 64), 30.0), x], 1))
-    np.testing.assert_array_equal(np.isfinite(silu.scales), np.isfinite(expected.scales))
+    gate_up = np.concatenate([np.full((2, 64), 30.0), x], 1)
+    for rotate in (False, True):
+        silu = native(silu_quantize, instructions, fmt=fmt, rotate=rotate)(gate_up)
+        np.testing.assert_array_equal(np.isfinite(silu.scales), np.isfinite(expected.scales))
 
 
 @pytest.mark.parametrize("gate", [-3e38, -100.0, -87.5, 87.5, 100.0, 3e38])

@@ -50,7 +50,7 @@ def test_checks_are_of_every_kernel_small_ones_first():
     assert len({check.name for check in checks}) == len(checks)
 
 
-def test_every_form_of_the_cache_and_of_the_weights_is_checked():
+def test_every_form_of_the_cache_the_weights_and_the_activations_is_checked():
     def described(check: Check) -> str:
         return f"{check.size} {check.name}"
 
@@ -63,6 +63,9 @@ def test_every_form_of_the_cache_and_of_the_weights_is_checked():
         r"small prefill_attention .* 4-bit",
         r"small prefill_attention .* 16-bit",
         r"small grouped_matmul .* 8-bit",
+        r"small silu_quantize .* rotated M=5",
+        r"small silu_quantize tiny K=320 M=5",
+        r"real silu_quantize .* rotated",
         r"real grouped_matmul .*M=16$",
         r"real grouped_matmul .*M=512$",
         r"real grouped_matmul .*M=16 8-bit",
