@@ -39,7 +39,7 @@ def simulate_layer(
     Arguments are those of ``convert.quantize_layer.quantize_on_windows``. The result is for
     ``run_simulated``.
     """
-    order_alone = recipe.replace(migrate=False, smooth_keys=0.0, center_keys=False)
+    order_alone = recipe.replace(migrate=False, smooth_keys=0.0, center_keys=False, rotate_inner=False)
     statistics = layer_statistics(tree, windows, config, with_inputs=False)
     layer, _ = prepare_layer(dict(tree), statistics, config, order_alone)
     for name, (_, channels) in linear_shapes(config).items():

@@ -14,7 +14,7 @@ from convert.sources import open_source
 
 
 def test_steps_lead_from_naive_to_the_default(source: Path) -> None:
-    refine = default_steps(open_source(source).config)
+    refine = default_steps(open_source(source).config, "w4a4kv4")
     steps = make_steps(64, 32, refine)
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
