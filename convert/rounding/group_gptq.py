@@ -100,7 +100,7 @@ def energy_order(hessian: Float32[Array, "k k"]) -> Int32[Array, " k"]:
 def _relative(energy: Float32[Array, "k"]) -> Float32[Array, "k"]:
     """Energies over their mean, plus a little, so that errors in a channel that is always zero count, too."""
     mean = jnp.mean(energy)
-    return energy / jnp.where(mean > 0, mean, 1.0) + DAMPING
+    return energy / jnp.where(mean > 0, mean, 1.0) + 0.01
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))

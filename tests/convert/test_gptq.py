@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from atom_jax.errors import AtomError
-from convert.rounding.gptq import gptq
+from convert.rounding.gptq import DAMPING, gptq
 from convert.rounding.rtn import quantize_weight
 from pallas_kernels.qarrays import QuantizedWeight
 
@@ -47,7 +47,7 @@ def paper_targets(
     weight, hessian = weight.astype(np.float64), hessian.astype(np.float64)
     channels = weight.shape[1]
     energy = np.diag(hessian)
-    hessian = hessian + np.diag(0.01 * (energy + 1e-4 * energy.mean()))
+    hessian = hessian + np.diag(DAMPING * (energy + 1e-4 * energy.mean()))
     inverse_factor = np.linalg.cholesky(np.linalg.inv(hessian)).T
     targets, blocks = np.zeros_like(weight), []
     for i in range(channels):

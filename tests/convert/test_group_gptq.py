@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atom_jax.errors import AtomError
+from convert.rounding.gptq import DAMPING
 from convert.rounding.grids import CLIPS
 from convert.rounding.group_gptq import quantize_two_level, quantize_weight_only
 from pallas_kernels import TwoLevelWeight, unpack_int4
@@ -115,7 +116,7 @@ def test_follows_the_algorithm_of_the_paper() -> None:
     chosen, q = np.asarray(quantized.dequantize(), np.float64), integers(quantized)
     order = np.argsort(-np.diag(hessian_of(inputs)), kind="stable")
     energy = np.diag(hessian)
-    hessian = hessian + np.diag(0.01 * (energy + 1e-4 * energy.mean()))
+    hessian = hessian + np.diag(DAMPING * (energy + 1e-4 * energy.mean()))
     factor = np.linalg.cholesky(np.linalg.inv(hessian[order][:, order])).T
     left = weight[:, order].astype(np.float64)
     scales, zeros = (np.asarray(a, np.float64) for a in (quantized.scales, quantized.zeros))
