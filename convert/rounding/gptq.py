@@ -28,8 +28,8 @@ from pallas_kernels.qarrays import QuantizedWeight
 from pallas_kernels.rounding import BODY_MAX, TAIL_MAX, fit_scale, pack_weight, round_clip, storage_scale
 
 # Fraction of each channel's energy that is added to it before the Hessian is factorized. The usual 0.01 makes
-# up for errors by correlations that a few thousand tokens of calibration have and other text has not: of 0.01,
-# 0.1, 0.4 and 1.5 on texts of other kinds this lost least (docs/accuracy.md).
+# up for errors by correlations that a few thousand tokens of calibration have and other text has not: of
+# 0.01, 0.1, 0.4 and 1.5 this lost least on texts of other kinds (docs/accuracy.md).
 DAMPING = 0.4
 # Number of factorizations that are tried, each with ten times the damping of the one before.
 MAX_ATTEMPTS = 5
