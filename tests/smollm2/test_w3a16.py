@@ -10,4 +10,4 @@ pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 
 
 def test_loses_little(perplexity_ratio: Callable[[str], float]) -> None:
-    assert perplexity_ratio("w3a16") <= 2.4  # measured: 2.230
+    assert perplexity_ratio("w3a16") <= 1.9  # measured: 1.767
