@@ -108,9 +108,12 @@ class Format:
                 "center_keys needs kv_bits 4 and kv_rope 'post', "
                 f"found kv_bits {self.kv_bits} and kv_rope {self.kv_rope!r}"
             )
-
         if self.rotate_inner and self.group_size is None:
             raise AtomError("rotate_inner needs groups: a power of two of channels is rotated together")
+
+    def rotates(self, linear: str) -> bool:
+        """Whether the input of this linear ("qkv", "o", "gate_up", "down") is rotated within its groups."""
+        return linear == "down" and self.rotate_inner
 
     @property
     def quantizes_linears(self) -> bool:

@@ -81,7 +81,7 @@ def search_factors(
                 _output_error,
                 round_weight=round_weight,
                 clip_a=recipe.format.clip_a,
-                rotated=rotated_format(recipe) if name == "down" and recipe.format.rotate_inner else None,
+                rotated=rotated_format(recipe) if recipe.format.rotates(name) else None,
             ),
             rows=not has_groups(recipe.format),
         )

@@ -134,7 +134,7 @@ def outlier_errors(
     for layer in range(config.num_layers):
         params = on_device(read_layer(source, layer))
         for name, rows in projection_inputs(params, x, config=config.of_layer(layer)).items():
-            rotate = name == "down" and recipe.format.rotate_inner
+            rotate = recipe.format.rotates(name)
             measured = _errors(params[f"{name}_proj"], rows, numbers=numbers, recipe=recipe, rotate=rotate)
             errors.append(np.asarray(measured, np.float64))
             if not np.isfinite(errors[-1]).all():

@@ -58,7 +58,7 @@ def run_rounded(
         indices = params.get(f"{name}_indices")
         ordered = inputs if indices is None else jnp.take(inputs, indices, axis=-1)
         fmt = by_name[name]
-        if fmt is not None and name == "down" and format.rotate_inner:
+        if fmt is not None and format.rotates(name):
             ordered = rotate_groups(ordered, fmt)
         rounded: Array = ordered if fmt is None else round_activation(ordered, fmt)
         out = product(rounded)

@@ -24,6 +24,8 @@ from pallas_kernels import TwoLevelWeight, WeightOnlyInt4
 from pallas_kernels.rounding import pack_values
 
 _BLOCK = 128  # number of channels that are rounded between two matmuls
+# What an error in a channel that is always zero counts, where 1 is a channel of mean energy.
+_LITTLE = 0.01
 
 
 def quantize_weight_only(
@@ -100,7 +102,7 @@ def energy_order(hessian: Float32[Array, "k k"]) -> Int32[Array, " k"]:
 def _relative(energy: Float32[Array, "k"]) -> Float32[Array, "k"]:
     """Energies over their mean, plus a little, so that errors in a channel that is always zero count, too."""
     mean = jnp.mean(energy)
-    return energy / jnp.where(mean > 0, mean, 1.0) + 0.01
+    return energy / jnp.where(mean > 0, mean, 1.0) + _LITTLE
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
