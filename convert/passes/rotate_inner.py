@@ -6,7 +6,7 @@ Before it the model was the same, in floating point, with another order and othe
 
 from __future__ import annotations
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from atom_jax.config import ModelConfig
@@ -22,15 +22,19 @@ def rotate_inner(
 ) -> tuple[FloatParams, LayerStatistics]:
     """The pass: rotates the weight of down_proj and the statistics of its input, in their final order."""
     fmt = rotated_format(recipe)
-    weight = np.asarray(unrotate_groups(jnp.asarray(layer["down_proj"]), fmt))
-    hessian = rotate_groups(rotate_groups(jnp.asarray(statistics.hessians["down"]), fmt).T, fmt)
+    hessian = _rotated_rows(_rotated_rows(statistics.hessians["down"], fmt).T, fmt)
     inputs = dict(statistics.inputs)
     if "down" in inputs:
-        inputs["down"] = rotate_groups(inputs["down"], fmt)
+        inputs["down"] = _rotated_rows(inputs["down"], fmt)
     return (
-        {**layer, "down_proj": weight},
+        {**layer, "down_proj": np.asarray(_unrotated_rows(layer["down_proj"], fmt))},
         LayerStatistics({**statistics.hessians, "down": hessian}, inputs),
     )
+
+
+# Compiled as a whole: one operation after the other would keep an array, and a program, for each of them.
+_rotated_rows = jax.jit(rotate_groups, static_argnames="fmt")
+_unrotated_rows = jax.jit(unrotate_groups, static_argnames="fmt")
 
 
 def rotated_format(recipe: Recipe) -> ActivationFormat:
