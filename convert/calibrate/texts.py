@@ -26,8 +26,7 @@ from convert.sources import Source
 SEQ_LEN = 512
 # The name that users give in place of a file to calibrate only on text sampled from the model.
 SAMPLED = "sampled"
-# Of the default windows the first and then every fourth are sampled from the model. Of the shares tried, this
-# was the best on average. Of varied windows these are the ones that are not sampled.
+# Of the default windows the first and then every fourth are English; the others are sampled from the model.
 _MIX = 4
 _DATASET_FIELDS = ("text", "content", "document")
 # A name with one of these suffixes is always a file. Any other name that is not a file is taken for the id of
@@ -135,13 +134,12 @@ def load_calibration(
     *,
     num_tokens: int,
     seed: int,
-    varied: bool = False,
     progress: Progress | None = None,
 ) -> Calibration:
     """Loads the calibration windows.
 
-    The default is English text (``help_topics``) mixed with text sampled from the model. The first represents
-    real text; the second also covers what the model knows besides English prose.
+    The default is text of many kinds that the model itself writes (``OPENINGS``), with some English of people
+    (``help_topics``) in it. With more English in it, text of other kinds lost more.
 
     Args:
       source: the float model.
@@ -149,8 +147,6 @@ def load_calibration(
       calibration: a text or JSONL file, a data set id, ``SAMPLED``, or None for the default.
       num_tokens: number of tokens, rounded down to whole windows.
       seed: seed of the sampled text.
-      varied: whether the sampled text is of many kinds and most of the windows are sampled, for training;
-        without it, one window of four is sampled.
       progress: called with (steps done, steps in all) while text is sampled.
 
     Raises:
@@ -161,20 +157,18 @@ def load_calibration(
     if num_windows == 0:
         raise AtomError(f"{num_tokens} calibration tokens are less than one window of {seq_len}")
     if calibration in (None, SAMPLED):
-        num_few = len(range(0, num_windows, _MIX))
-        num_sampled = num_windows if calibration else num_windows - num_few if varied else num_few
-        openings = _openings(tokenizer_folder) if varied else [[]]
-        tokens = sample_tokens(source, num_sampled * seq_len, seed, progress, openings=openings).reshape(-1)
-        sampled = spread_windows(tokens, num_sampled * seq_len, seq_len, "the sampled text")
-        if num_sampled == num_windows:
+        # A single window is sampled.
+        num_english = 0 if calibration or num_windows == 1 else len(range(0, num_windows, _MIX))
+        wanted, openings = (num_windows - num_english) * seq_len, _openings(tokenizer_folder)
+        tokens = sample_tokens(source, wanted, seed, progress, openings=openings).reshape(-1)
+        sampled = spread_windows(tokens, wanted, seq_len, "the sampled text")
+        if not num_english:
             return Calibration(sampled, "sampled", f"seed {seed}")
         tokens = _encode(source, tokenizer_folder, help_topics()[0])
-        wanted = (num_windows - num_sampled) * seq_len
-        english = spread_windows(tokens, wanted, seq_len, "Python's help topics")
+        english = spread_windows(tokens, num_english * seq_len, seq_len, "Python's help topics")
         # The two kinds are interleaved, because some statistics are measured only on the first few windows.
-        few, many = (english, sampled) if varied else (sampled, english)
-        places = np.arange(len(few)) * (_MIX - 1)
-        windows = np.insert(many, np.minimum(places, len(many)), few, axis=0)
+        places = np.arange(num_english) * (_MIX - 1)
+        windows = np.insert(sampled, np.minimum(places, len(sampled)), english, axis=0)
         return Calibration(windows, "mixed", f"Python's help topics, sampled with seed {seed}")
     assert calibration is not None
     path = Path(calibration)
@@ -188,7 +182,7 @@ def load_calibration(
 
 
 # Loads the windows that a refinement trains on, of the same texts; fewer if a file or data set is shorter.
-load_training = functools.partial(load_calibration, num_tokens=TRAINING_TOKENS, varied=True)
+load_training = functools.partial(load_calibration, num_tokens=TRAINING_TOKENS)
 
 
 def _openings(tokenizer_folder: Path) -> list[list[int]]:
