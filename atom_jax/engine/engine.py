@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import secrets
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from atom_jax.engine.runner import Chosen, Runner, page_bytes, unpack
 from atom_jax.engine.scheduler import Plan, Scheduler, most_pages
 from atom_jax.engine.sequence import SequenceState
 from atom_jax.engine.stats import EngineStats
-from atom_jax.errors import AtomError
+from atom_jax.errors import AtomError, one_line
 from atom_jax.explain import step_choices
 from atom_jax.generation import activation_dtype
 from atom_jax.progress import Progress
@@ -51,6 +53,11 @@ class Engine:
     ``step`` plans a step and dispatches it to the device, then reads the results of the step before it. So
     the host plans one step while the device computes another. Only one thread may use an engine.
 
+    Programs run the kernels of the ``use_implementation`` in which the engine was made, in any thread.
+
+    If ``step`` raises, nobody knows what of the step was done. The engine then refuses to go on: a new one
+    must be made.
+
     Attributes:
       max_model_len: the most tokens of a prompt and its answer together. It is at most what the cache holds,
         unless every layer has a sliding window.
@@ -74,7 +81,8 @@ class Engine:
         if config.deterministic and _batch_invariant(model, config, self.max_model_len):
             config = dataclasses.replace(config, deterministic=False)  # the kernels see to it
         buckets = make_buckets(config, self.max_model_len)
-        self._scheduler = Scheduler(
+        self._make_scheduler = functools.partial(
+            Scheduler,
             num_pages=self._num_pages,
             page_size=config.page_size,
             max_num_seqs=config.max_num_seqs,
@@ -83,6 +91,7 @@ class Engine:
             prefix_caching=config.prefix_caching,
             deterministic=config.deterministic,
         )
+        self._scheduler = self._make_scheduler()
         self._runner = Runner(
             model,
             num_pages=self._num_pages,
@@ -92,6 +101,8 @@ class Engine:
         )
         self._requests: dict[str, tuple[SequenceState, AnswerText]] = {}
         self._pending: _Dispatched | None = None
+        self._failure: BaseException | None = None
+        self._preemptions = 0  # of schedulers before this one
         self._arrivals = 0
         self._prompt_tokens = self._generated_tokens = self._cached_tokens = self._steps = 0
         self._host_seconds = self._step_seconds = 0.0
@@ -117,16 +128,18 @@ class Engine:
           params: how to continue the prompt.
 
         Raises:
-          AtomError: the id is in use, the prompt is empty or has ids that the model does not know, or prompt
-            and answer together may be longer than ``max_model_len``.
+          AtomError: the id is in use, the prompt is empty or has ids that the model does not know, prompt and
+            answer together may be longer than ``max_model_len``, or a step has failed.
         """
+        self._refuse_after_failure()
         tokens = [int(token) for token in prompt]
         self._check(request_id, tokens, params)
-        sequence = SequenceState(request_id, params, self._arrivals, tokens, len(tokens))
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        sequence = SequenceState(request_id, params, self._arrivals, tokens, len(tokens), seed)
         answer = AnswerText(params, self._model.config.eos_token_ids, self._model.tokenizer, tokens)
-        self._requests[request_id] = sequence, answer
-        self._scheduler.add(sequence)
         self._arrivals += 1
+        self._scheduler.add(sequence)
+        self._requests[request_id] = sequence, answer
 
     def _check(self, request_id: str, tokens: list[int], params: RequestParams) -> None:
         if request_id in self._requests:
@@ -161,8 +174,29 @@ class Engine:
         """Whether ``step`` has anything to do."""
         return bool(self._requests) or self._pending is not None
 
+    def _refuse_after_failure(self) -> None:
+        if self._failure is not None:
+            raise AtomError(
+                f"a step of this engine has failed ({type(self._failure).__name__}: {one_line(self._failure)}); "
+                "make a new engine"
+            )
+
     def step(self) -> list[Output]:
-        """Dispatches the next step and returns the outputs of the step before it, which may be none."""
+        """Dispatches the next step and returns the outputs of the step before it, which may be none.
+
+        Whatever it raises, Ctrl-C included, the engine cannot be used afterwards.
+
+        Raises:
+          AtomError: an earlier step has failed.
+        """
+        self._refuse_after_failure()
+        try:
+            return self._step()
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _step(self) -> list[Output]:
         began = time.perf_counter()
         before, self._pending = self._pending, None
         plan = self._scheduler.schedule()
@@ -233,7 +267,7 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             cached_tokens=self._cached_tokens,
-            preemptions=self._scheduler.preemptions,
+            preemptions=self._preemptions + self._scheduler.preemptions,
             steps=self._steps,
             host_seconds=self._host_seconds,
             step_seconds=self._step_seconds,
@@ -244,32 +278,57 @@ class Engine:
     ) -> list[Completion]:
         """Answers all prompts, as many at a time as fit, and returns when all answers are complete.
 
+        Ended by Ctrl-C (KeyboardInterrupt) at any moment, it leaves an engine without requests, whose prefix
+        cache is empty. It can be used again.
+
         Args:
           prompts: token ids.
           params: for all prompts, or one for each.
 
         Raises:
           AtomError: ``add`` refuses a prompt (then none is computed), the numbers of prompts and params
-            differ, or the engine has other unfinished requests.
+            differ, the engine has other unfinished requests, or a step has failed.
         """
+        self._refuse_after_failure()
         each = [params] * len(prompts) if isinstance(params, RequestParams) else list(params)
         if len(each) != len(prompts):
             raise AtomError(f"{len(prompts)} prompts, but {len(each)} params")
         if self._requests:
             raise AtomError("generate needs an engine without other requests in progress")
         ids = [f"prompt {number}" for number in range(len(prompts))]
-        for request_id, prompt, settings in zip(ids, prompts, each, strict=True):
-            try:
-                self.add(request_id, prompt, settings)
-            except AtomError as error:
-                for added in list(self._requests):
-                    self.abort(added)
-                raise AtomError(f"{request_id}: {error}") from error
-        outputs: dict[str, list[Output]] = {request_id: [] for request_id in ids}
-        while self.has_work:
-            for output in self.step():
-                outputs[output.request_id].append(output)
-        return [_completion(outputs[request_id]) for request_id in ids]
+        try:
+            for request_id, prompt, settings in zip(ids, prompts, each, strict=True):
+                try:
+                    self.add(request_id, prompt, settings)
+                except AtomError as error:
+                    for added in list(self._requests):
+                        self.abort(added)
+                    raise AtomError(f"{request_id}: {error}") from error
+            outputs: dict[str, list[Output]] = {request_id: [] for request_id in ids}
+            while self.has_work:
+                for output in self.step():
+                    outputs[output.request_id].append(output)
+            return [_completion(outputs[request_id]) for request_id in ids]
+        except AtomError:
+            raise  # nothing was left behind, or a step has failed
+        except BaseException as error:
+            if self._failure is None or not isinstance(error, Exception):
+                self._drop_everything(error)
+            raise
+
+    def _drop_everything(self, error: BaseException) -> None:
+        """Drops all requests, what is in flight and the prefix cache: they may be half changed.
+
+        Args:
+          error: what has interrupted the engine. It counts as a failure should this be interrupted, too.
+        """
+        self._failure = error
+        self._preemptions += self._scheduler.preemptions
+        self._requests.clear()
+        self._pending = None
+        self._scheduler = self._make_scheduler()
+        self._runner.reset()
+        self._failure = None
 
 
 def _token_logprobs(wanted: int | None, chosen: Chosen, row: int) -> tuple[TokenLogprobs, ...]:

@@ -17,7 +17,7 @@ class RequestParams:
       max_new_tokens: the answer ends after this many tokens at the latest.
       sampling: how a token is drawn.
       seed: of the random draws, 0 to 2**64 - 1. How a token is drawn depends on this and on the token's index
-        in the answer alone.
+        in the answer alone. None: another one for each answer.
       stop: stop strings; the answer is the text before the first one that appears.
       stop_ids: tokens that end the answer, besides the model's own end-of-sequence ids.
       ignore_eos: if true, the model's own end-of-sequence ids do not end the answer (for benchmarks).
@@ -32,7 +32,7 @@ class RequestParams:
 
     max_new_tokens: int = 16
     sampling: SamplingParams = SamplingParams()
-    seed: int = 0
+    seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -42,7 +42,7 @@ class RequestParams:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise AtomError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
-        if not 0 <= self.seed < 2**64:
+        if self.seed is not None and not 0 <= self.seed < 2**64:
             raise AtomError(f"seed must be 0 to 2**64 - 1, found {self.seed}")
         if not all(self.stop):
             raise AtomError("a stop string must not be empty")

@@ -25,6 +25,7 @@ from atom_jax.llama import forward
 from atom_jax.progress import Progress
 from atom_jax.sampling import sample
 from pallas_kernels import PagedKVCache
+from pallas_kernels.dispatch import current_implementation
 from pallas_kernels.fixed_order import log_softmax
 
 # In place of a token id: the last token that was chosen for the sequence. The host may not know it yet.
@@ -151,6 +152,8 @@ def unpack(packed: Int32[np.ndarray, "rows packed"]) -> Chosen:
 class Runner:
     """Runs the programs of an engine and keeps their state on the device.
 
+    The programs run the kernels of the ``use_implementation`` in which the runner was made, in any thread.
+
     Args:
       model: with its parameters.
       num_pages: pages of the cache.
@@ -166,9 +169,21 @@ class Runner:
         self._page_size = page_size
         self._slots = slots
         self._buckets = buckets
-        dtype = activation_dtype(model.params, model.config)
-        cache = init_cache(model.config, 1, num_pages * page_size, page_size=page_size, dtype=dtype)
-        self._state = DeviceState(cache, jnp.zeros((slots,), jnp.int32))
+        self._num_pages = num_pages
+        self._dtype = activation_dtype(model.params, model.config)
+        self._implementation = current_implementation()
+        self._state = self._new_state()
+
+    def _new_state(self) -> DeviceState:
+        cache = init_cache(
+            self._config, 1, self._num_pages * self._page_size, page_size=self._page_size, dtype=self._dtype
+        )
+        return DeviceState(cache, jnp.zeros((self._slots,), jnp.int32))
+
+    def reset(self) -> None:
+        """Makes the state anew if a program that was interrupted has taken it; its contents are lost."""
+        if any(array.is_deleted() for array in jax.tree.leaves(self._state)):
+            self._state = self._new_state()
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles the program of every shape by running it on padding rows.
@@ -199,7 +214,8 @@ class Runner:
         return results
 
     def _run(self, rows: Rows) -> Array:
-        self._state, packed = run_program(self._params, self._state, rows, config=self._config)
+        with self._implementation():
+            self._state, packed = run_program(self._params, self._state, rows, config=self._config)
         return packed
 
     def _shape(self, pieces: Sequence[Piece], decode: bool) -> Shape:
@@ -241,7 +257,7 @@ class Runner:
                 continue
             rows.slot[row] = sequence.slot
             rows.index[row] = piece.index
-            rows.seed[row] = divmod(sequence.params.seed, 2**32)
+            rows.seed[row] = divmod(sequence.seed, 2**32)
             rows.temperature[row] = sampling.temperature
             rows.top_k[row] = min(sampling.top_k, self._config.vocab_size)
             rows.top_p[row] = sampling.top_p

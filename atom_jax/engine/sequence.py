@@ -15,6 +15,7 @@ class SequenceState:
       arrival: number of the request in order of arrival; a lower one goes first.
       tokens: what the host knows: the prompt, then the answer so far.
       prompt_tokens: how many of ``tokens`` are the prompt.
+      seed: of the random draws: that of ``params``, or one that was drawn.
       hashes: one for each full page of ``tokens``, from the first on, as far as they were needed.
       pages: the pages of its positions, in order; none while the request waits. While a prompt is computed in
         chunks, the pages of later chunks may be missing. The first ``out_of_sight`` entries are NO_PAGE.
@@ -34,6 +35,7 @@ class SequenceState:
     arrival: int
     tokens: list[int]
     prompt_tokens: int
+    seed: int = 0
     hashes: list[bytes] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
     out_of_sight: int = 0
