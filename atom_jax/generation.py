@@ -169,7 +169,7 @@ def _prepare(
     lengths: Int[Array | np.ndarray, " batch"],
     config: ModelConfig,
     max_new_tokens: int,
-    key: Key[Array, ""] | None,
+    key: Key[Array, "*batch"] | None,
     sampling: SamplingParams,
     stop_ids: Sequence[int],
 ) -> tuple[Int32[Array, "batch bucket"], BatchSettings]:
@@ -185,13 +185,15 @@ def _prepare(
     padded = np.zeros((batch, width), np.int32)
     padded[:, : min(width, ids.shape[1])] = ids[:, :width]
     key = jax.random.key(0) if key is None else key
+    if key.shape not in ((), (batch,)):
+        raise AtomError(f"one random key, or one for each of {batch} prompts expected, found {key.shape}")
 
     def row_wise(value: float, dtype: jnp.dtype) -> Array:
         return jnp.full((batch,), value, dtype)
 
     settings = BatchSettings(
         lengths=jnp.asarray(counts, jnp.int32),
-        keys=jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch)),
+        keys=key if key.ndim else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch)),
         temperature=row_wise(sampling.temperature, jnp.float32),
         top_k=row_wise(min(sampling.top_k, config.vocab_size), jnp.int32),
         top_p=row_wise(sampling.top_p, jnp.float32),
@@ -228,7 +230,7 @@ def generate(
     *,
     config: ModelConfig,
     max_new_tokens: int,
-    key: Key[Array, ""] | None = None,
+    key: Key[Array, "*batch"] | None = None,
     sampling: SamplingParams = SamplingParams(),
     stop_ids: Sequence[int] = (),
 ) -> GenerateOutput:
@@ -236,7 +238,7 @@ def generate(
 
     It is compiled once for each batch size and bucket of prompt and output lengths; other sampling
     parameters, lengths and stop ids need no new compilation. The tokens of a row depend only on its own
-    prompt, its index and ``key``, not on the other rows.
+    prompt and random key, not on the other rows.
 
     Args:
       params: parameters from ``load`` or ``make_params``.
@@ -244,7 +246,8 @@ def generate(
       lengths: real length of each prompt, at least 1.
       config: configuration of the model.
       max_new_tokens: largest number of new tokens of each row; a row ends earlier at a stop id.
-      key: random key for sampling; None for a fixed key. Greedy decoding does not use it.
+      key: random key for sampling, of which each row's is made with the row's index; or one key [batch] for
+        each row. None for a fixed key. Greedy decoding does not use it.
       sampling: temperature, top-k and top-p, the same for all rows.
       stop_ids: ids that end a row, in addition to the model's own end-of-sequence ids.
 
@@ -264,7 +267,7 @@ def stream(
     *,
     config: ModelConfig,
     max_new_tokens: int,
-    key: Key[Array, ""] | None = None,
+    key: Key[Array, "*batch"] | None = None,
     sampling: SamplingParams = SamplingParams(),
     stop_ids: Sequence[int] = (),
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
