@@ -115,9 +115,10 @@ def _byte_ids(tokenizer: PreTrainedTokenizerFast) -> dict[int, int]:
 
     Empty if the tokenizer decodes such tokens, or one of them, to something else.
     """
-    ids = {byte: tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in _LETTERS_FIRST}
-    found = {token: byte for byte, token in ids.items() if isinstance(token, int)}
-    letter = ids[ord("a")]
-    if len(found) < 256 or text_of_tokens(tokenizer, [letter]) != "a":
-        return {}
-    return found
+    found = {}
+    for byte in _LETTERS_FIRST:
+        token = tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>")
+        if isinstance(token, int):
+            found[token] = byte
+    whole = len(found) == 256 and text_of_tokens(tokenizer, [next(iter(found))]) == "a"
+    return found if whole else {}

@@ -79,9 +79,9 @@ class AtomLM(_TemplateLM):
     Args:
       model: model from ``atom_jax.load``; its checkpoint must have a tokenizer.
       batch_size: number of sequences that are computed at a time.
-      seed: seed of the random draws in tasks that sample. The draws for a request depend on it, on the prompt,
-        on its parameters and on how many equal requests came before it in the same call; so the repeats of a
-        request are independent of each other, and no other request or batch size matters.
+      seed: seed of the random draws in tasks that sample. The draws for a request depend on it, on the
+        prompt, on its parameters and on how many equal requests came before it in the same call; so the
+        repeats of a request are independent of each other, and no other request or batch size matters.
       report: called with (stage, done, total).
     """
 
@@ -215,9 +215,7 @@ class AtomLM(_TemplateLM):
                 self._report("generated texts", len(texts), len(requests))
         return [texts[number] for number in range(len(requests))]
 
-    def _generate(
-        self, prompts: list[list[int]], seeds: list[int], generation: _Generation
-    ) -> list[str]:
+    def _generate(self, prompts: list[list[int]], seeds: list[int], generation: _Generation) -> list[str]:
         """The texts for one batch of prompts, generated until each has ended or has a stop string."""
         tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from atom_jax.checkpoint import Model
 from atom_jax.engine.answer_text import AnswerText
 from atom_jax.engine.buckets import make_buckets
 from atom_jax.engine.config import EngineConfig
+from atom_jax.engine.grammar import TokenMask
 from atom_jax.engine.logprobs import TokenLogprobs
-from atom_jax.engine.outputs import Completion, Output
+from atom_jax.engine.outputs import Completion, FinishReason, Output
 from atom_jax.engine.request_params import RequestParams
 from atom_jax.engine.runner import Chosen, Runner, page_bytes, unpack
 from atom_jax.engine.scheduler import Plan, Scheduler, most_pages
@@ -27,6 +29,7 @@ from atom_jax.errors import AtomError, one_line
 from atom_jax.explain import step_choices
 from atom_jax.generation import activation_dtype
 from atom_jax.progress import Progress
+from atom_jax.sampling import mask_words
 from pallas_kernels.devices import BATCH_INVARIANT
 
 _MAX_MODEL_LEN = 4096
@@ -129,13 +132,17 @@ class Engine:
 
         Raises:
           AtomError: the id is in use, the prompt is empty or has ids that the model does not know, prompt and
-            answer together may be longer than ``max_model_len``, or a step has failed.
+            answer together may be longer than ``max_model_len``, the grammar allows no token, or a step has
+            failed.
         """
         self._refuse_after_failure()
         tokens = [int(token) for token in prompt]
         self._check(request_id, tokens, params)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         sequence = SequenceState(request_id, params, self._arrivals, tokens, len(tokens), seed)
+        if params.grammar is not None:
+            sequence.token_mask = params.grammar.start()
+            sequence.mask = _next_mask(sequence.token_mask, self._model.config.vocab_size)
         answer = AnswerText(params, self._model.config.eos_token_ids, self._model.tokenizer, tokens)
         self._arrivals += 1
         self._scheduler.add(sequence)
@@ -150,6 +157,7 @@ class Engine:
         for what, ids in (("prompt", tokens), ("stop_ids", params.stop_ids)):
             if wrong := [token for token in ids if not 0 <= token < vocabulary]:
                 raise AtomError(f"{what}: token ids must be 0 to {vocabulary - 1}, found {wrong[0]}")
+        params.sampling.check_vocabulary(vocabulary)
         length = len(tokens) + params.max_new_tokens
         if length > self.max_model_len:
             raise AtomError(
@@ -177,8 +185,8 @@ class Engine:
     def _refuse_after_failure(self) -> None:
         if self._failure is not None:
             raise AtomError(
-                f"a step of this engine has failed ({type(self._failure).__name__}: {one_line(self._failure)}); "
-                "make a new engine"
+                f"a step of this engine has failed ({type(self._failure).__name__}: "
+                f"{one_line(self._failure)}); make a new engine"
             )
 
     def step(self) -> list[Output]:
@@ -243,6 +251,9 @@ class Engine:
         if answer.tokens == 1:
             self._prompt_tokens += sequence.prompt_tokens
             self._cached_tokens += sequence.cached_tokens or 0
+        if answer.finish_reason is None and sequence.token_mask is not None:
+            reason = self._advance_grammar(sequence, sequence.token_mask, token)
+            text += "" if reason is None else answer.end(reason)
         if answer.finish_reason is not None:
             del self._requests[sequence.request_id]
             self._scheduler.remove(sequence)
@@ -256,6 +267,20 @@ class Engine:
             completion_tokens=answer.tokens,
             cached_tokens=sequence.cached_tokens or 0,
         )
+
+    def _advance_grammar(
+        self, sequence: SequenceState, token_mask: TokenMask, token: int
+    ) -> FinishReason | None:
+        """Takes the next mask of a sequence from its grammar; returns why the answer ends, if it does."""
+        try:
+            token_mask.accept(token)
+            if token_mask.ended:
+                return "stop"
+            sequence.mask = _next_mask(token_mask, self._model.config.vocab_size)
+        except Exception as error:  # of a library: it must not end the engine, and with it all other answers
+            _logger.warning("request %s: its grammar has failed: %s", sequence.request_id, one_line(error))
+            return "abort"
+        return None
 
     def stats(self) -> EngineStats:
         """The engine's counts and times now. Cheap enough to call after every step."""
@@ -329,6 +354,16 @@ class Engine:
         self._scheduler = self._make_scheduler()
         self._runner.reset()
         self._failure = None
+
+
+def _next_mask(token_mask: TokenMask, vocab_size: int) -> np.ndarray:
+    """The mask of the next token, without the bits behind the vocabulary; AtomError if it allows none."""
+    mask = np.array(token_mask.mask()[: mask_words(vocab_size)]).view(np.uint32)
+    if len(mask) == mask_words(vocab_size):
+        mask[-1] &= np.uint32(2 ** (vocab_size - 32 * (len(mask) - 1)) - 1)
+    if not mask.any():
+        raise AtomError("the grammar allows no token")
+    return mask
 
 
 def _token_logprobs(wanted: int | None, chosen: Chosen, row: int) -> tuple[TokenLogprobs, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from atom_jax.engine.grammar import Grammar
 from atom_jax.engine.logprobs import MAX_LOGPROBS
 from atom_jax.errors import AtomError
 from atom_jax.sampling import SamplingParams
@@ -23,6 +24,9 @@ class RequestParams:
       ignore_eos: if true, the model's own end-of-sequence ids do not end the answer (for benchmarks).
       logprobs: None: no log-probabilities. A number N, at most 20: those of the chosen token and of the N
         most likely tokens.
+      grammar: what the answer must look like; None: anything. Each token is chosen among those that the
+        grammar allows. The answer ends with the reason "stop" where the grammar does, and with "abort" if the
+        grammar fails or allows no token.
       continues: if true, the answer goes on with the prompt's text, so it keeps the space that SentencePiece
         puts before its first word. If false, the answer is a text of its own, as in a chat.
 
@@ -37,6 +41,7 @@ class RequestParams:
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    grammar: Grammar | None = None
     continues: bool = True
 
     def __post_init__(self) -> None:

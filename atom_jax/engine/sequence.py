@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+from jaxtyping import UInt32
+
+from atom_jax.engine.grammar import TokenMask
 from atom_jax.engine.request_params import RequestParams
 
 
@@ -27,6 +31,8 @@ class SequenceState:
       prefill_until: positions below this are computed in chunks, the others one at a time.
       published: number of pages that the prefix cache was told about.
       cached_tokens: prompt tokens that were found in the cache when the request was first admitted.
+      token_mask: the state of the request's grammar; None if it has none.
+      mask: which tokens may come after ``tokens``, as ``TokenMask.mask``; None without a grammar.
       ended: the answer is complete or was aborted: results that still arrive are ignored.
     """
 
@@ -45,6 +51,8 @@ class SequenceState:
     prefill_until: int = 0
     published: int = 0
     cached_tokens: int | None = None
+    token_mask: TokenMask | None = None
+    mask: UInt32[np.ndarray, " words"] | None = None
     ended: bool = False
 
     @property
