@@ -17,7 +17,17 @@ from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward, merge
-from atom_jax.sampling import SamplingParams, sample
+from atom_jax.sampling import (
+    LogitState,
+    SamplingParams,
+    SamplingRows,
+    adjust,
+    empty_logit_state,
+    logit_state,
+    record,
+    sample,
+    sampling_rows,
+)
 from pallas_kernels import PagedKVCache
 
 # Longer prompts are prefilled in chunks of so many tokens, which bounds the memory of attention scores.
@@ -44,15 +54,13 @@ class BatchSettings(NamedTuple):
     Attributes:
       lengths: number of tokens of each prompt.
       keys: random key of each prompt.
-      temperature, top_k, top_p: as in ``SamplingParams``, for each prompt.
+      sampling: the parameters of each prompt.
       stop_ids: ids of the tokens that end a row, filled up with -1.
     """
 
     lengths: Int32[Array, " batch"]
     keys: Key[Array, " batch"]
-    temperature: Float32[Array, " batch"]
-    top_k: Int32[Array, " batch"]
-    top_p: Float32[Array, " batch"]
+    sampling: SamplingRows
     stop_ids: Int32[Array, " stop"]
 
 
@@ -63,12 +71,14 @@ class DecodeState(NamedTuple):
       token: the token of each row that was chosen last; it is not in the cache yet.
       generated: number of tokens chosen so far in each row.
       done: whether each row has ended.
+      logit_state: what penalties and biases need to know of each row, ``token`` included.
       cache: keys and values of all tokens before ``token``.
     """
 
     token: Int32[Array, " batch"]
     generated: Int32[Array, ""]
     done: Bool[Array, " batch"]
+    logit_state: LogitState
     cache: PagedKVCache
 
 
@@ -80,20 +90,30 @@ def bucket(length: int) -> int:
 
 
 def _choose(
-    logits: Float32[Array, "batch vocab"], settings: BatchSettings, generated: Int32[Array, ""]
-) -> Array:
+    logits: Float32[Array, "batch vocab"],
+    settings: BatchSettings,
+    generated: Int32[Array, ""],
+    logit_state: LogitState,
+) -> tuple[Int32[Array, " batch"], LogitState]:
+    """The next token of each row, and the state after it."""
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(settings.keys, generated)
-    return sample(logits, keys, settings.temperature, settings.top_k, settings.top_p)
+    rows = jnp.arange(logits.shape[0])
+    token = sample(adjust(logits, settings.sampling, logit_state, rows), keys, settings.sampling)
+    return token, record(logit_state, settings.sampling, rows, token)
 
 
 def prefill(
     params: nnx.State,
     tokens: Int32[Array, "batch prompt"],
     settings: BatchSettings,
+    logit_state: LogitState,
     cache: PagedKVCache,
     config: ModelConfig,
 ) -> DecodeState:
-    """Writes the prompts to the cache and chooses the first new token of each row."""
+    """Writes the prompts to the cache and chooses the first new token of each row.
+
+    ``logit_state`` is that of the prompts.
+    """
     batch, width = tokens.shape
     chunk = min(width, PREFILL_CHUNK)
     last = settings.lengths - 1
@@ -110,8 +130,8 @@ def prefill(
 
     carry = (jnp.zeros((batch, config.vocab_size), jnp.float32), cache)
     (logits, cache), _ = lax.scan(run, carry, jnp.arange(0, width, chunk, dtype=jnp.int32))
-    token = _choose(logits, settings, jnp.int32(0))
-    return DecodeState(token, jnp.int32(1), jnp.isin(token, settings.stop_ids), cache)
+    token, logit_state = _choose(logits, settings, jnp.int32(0), logit_state)
+    return DecodeState(token, jnp.int32(1), jnp.isin(token, settings.stop_ids), logit_state, cache)
 
 
 def decode_step(
@@ -120,16 +140,17 @@ def decode_step(
     """Writes the last token of each row to the cache and chooses the next; finished rows are padding."""
     positions = jnp.where(state.done, -1, settings.lengths + state.generated - 1)
     logits, cache = forward(params, state.token[:, None], positions[:, None], state.cache, config=config)
-    token = jnp.where(state.done, 0, _choose(logits[:, 0], settings, state.generated))
+    token, logit_state = _choose(logits[:, 0], settings, state.generated, state.logit_state)
+    token = jnp.where(state.done, 0, token)
     done = state.done | jnp.isin(token, settings.stop_ids)
-    return DecodeState(token, state.generated + 1, done, cache), token
+    return DecodeState(token, state.generated + 1, done, logit_state, cache), token
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
-def _generate(params, tokens, settings, max_new_tokens, *, config, capacity):
+def _generate(params, tokens, settings, logit_state, max_new_tokens, *, config, capacity):
     batch, width = tokens.shape
     cache = init_cache(config, batch, width + capacity, dtype=activation_dtype(params, config))
-    state = prefill(params, tokens, settings, cache, config)
+    state = prefill(params, tokens, settings, logit_state, cache, config)
     out = jnp.zeros((batch, capacity), jnp.int32).at[:, 0].set(state.token)
 
     def unfinished(carry):
@@ -149,11 +170,11 @@ def _generate(params, tokens, settings, max_new_tokens, *, config, capacity):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
-def _prefill_new_cache(params, tokens, settings, *, config, capacity):
+def _prefill_new_cache(params, tokens, settings, logit_state, *, config, capacity):
     cache = init_cache(
         config, tokens.shape[0], tokens.shape[1] + capacity, dtype=activation_dtype(params, config)
     )
-    return prefill(params, tokens, settings, cache, config)
+    return prefill(params, tokens, settings, logit_state, cache, config)
 
 
 _step = jax.jit(decode_step, static_argnames=("config",), donate_argnames=("state",))
@@ -169,11 +190,15 @@ def _prepare(
     lengths: Int[Array | np.ndarray, " batch"],
     config: ModelConfig,
     max_new_tokens: int,
-    key: Key[Array, ""] | None,
+    key: Key[Array, "*batch"] | None,
     sampling: SamplingParams,
     stop_ids: Sequence[int],
-) -> tuple[Int32[Array, "batch bucket"], BatchSettings]:
-    """Checks the arguments of ``generate``; returns the prompts padded to their bucket, and the settings."""
+) -> tuple[Int32[Array, "batch bucket"], BatchSettings, LogitState]:
+    """Checks the arguments of ``generate``.
+
+    Returns:
+      The prompts padded to their bucket, the settings, and the state of the prompts.
+    """
     ids, counts = np.asarray(tokens), np.asarray(lengths)
     _check_prompts(ids, counts, config, max_new_tokens)
     stops = sorted({*config.eos_token_ids, *stop_ids})
@@ -181,23 +206,27 @@ def _prepare(
         raise AtomError(f"at most {_MAX_STOP_IDS} stop ids (the model's own included), found {len(stops)}")
     if stops and not 0 <= stops[0] <= stops[-1] < config.vocab_size:
         raise AtomError(f"stop ids must be 0 to {config.vocab_size - 1}, found {stops[0]} to {stops[-1]}")
+    sampling.check_vocabulary(config.vocab_size)
     batch, width = ids.shape[0], bucket(int(counts.max()))
     padded = np.zeros((batch, width), np.int32)
     padded[:, : min(width, ids.shape[1])] = ids[:, :width]
     key = jax.random.key(0) if key is None else key
-
-    def row_wise(value: float, dtype: jnp.dtype) -> Array:
-        return jnp.full((batch,), value, dtype)
+    if key.shape not in ((), (batch,)):
+        raise AtomError(f"one random key, or one for each of {batch} prompts expected, found {key.shape}")
 
     settings = BatchSettings(
         lengths=jnp.asarray(counts, jnp.int32),
-        keys=jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch)),
-        temperature=row_wise(sampling.temperature, jnp.float32),
-        top_k=row_wise(min(sampling.top_k, config.vocab_size), jnp.int32),
-        top_p=row_wise(sampling.top_p, jnp.float32),
+        keys=key if key.ndim else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch)),
+        sampling=jax.tree.map(jnp.asarray, sampling_rows([sampling] * batch, config.vocab_size)),
         stop_ids=jnp.asarray(stops + [-1] * (_MAX_STOP_IDS - len(stops)), jnp.int32),
     )
-    return jnp.asarray(padded), settings
+    if not sampling.adjusts:
+        return jnp.asarray(padded), settings, empty_logit_state(batch, config.vocab_size)
+    states = [
+        logit_state(sampling, row[:count], (), config.vocab_size)
+        for row, count in zip(ids, counts, strict=True)
+    ]
+    return jnp.asarray(padded), settings, jax.tree.map(lambda *rows: jnp.stack(rows), *states)
 
 
 def _check_prompts(ids: np.ndarray, counts: np.ndarray, config: ModelConfig, max_new_tokens: int) -> None:
@@ -228,7 +257,7 @@ def generate(
     *,
     config: ModelConfig,
     max_new_tokens: int,
-    key: Key[Array, ""] | None = None,
+    key: Key[Array, "*batch"] | None = None,
     sampling: SamplingParams = SamplingParams(),
     stop_ids: Sequence[int] = (),
 ) -> GenerateOutput:
@@ -236,7 +265,7 @@ def generate(
 
     It is compiled once for each batch size and bucket of prompt and output lengths; other sampling
     parameters, lengths and stop ids need no new compilation. The tokens of a row depend only on its own
-    prompt, its index and ``key``, not on the other rows.
+    prompt and random key, not on the other rows.
 
     Args:
       params: parameters from ``load`` or ``make_params``.
@@ -244,16 +273,17 @@ def generate(
       lengths: real length of each prompt, at least 1.
       config: configuration of the model.
       max_new_tokens: largest number of new tokens of each row; a row ends earlier at a stop id.
-      key: random key for sampling; None for a fixed key. Greedy decoding does not use it.
-      sampling: temperature, top-k and top-p, the same for all rows.
+      key: random key for sampling, of which each row's is made with the row's index; or one key [batch] for
+        each row. None for a fixed key. Greedy decoding does not use it.
+      sampling: how tokens are chosen, the same for all rows.
       stop_ids: ids that end a row, in addition to the model's own end-of-sequence ids.
 
     Raises:
       AtomError: a prompt is malformed or too long, an id is out of range, or there are too many stop ids.
     """
-    prompts, settings = _prepare(tokens, lengths, config, max_new_tokens, key, sampling, stop_ids)
+    prepared = _prepare(tokens, lengths, config, max_new_tokens, key, sampling, stop_ids)
     steps, capacity = jnp.int32(max_new_tokens), bucket(max_new_tokens)
-    out, counts = _generate(params, prompts, settings, steps, config=config, capacity=capacity)
+    out, counts = _generate(params, *prepared, steps, config=config, capacity=capacity)
     return GenerateOutput(out[:, :max_new_tokens], counts)
 
 
@@ -264,7 +294,7 @@ def stream(
     *,
     config: ModelConfig,
     max_new_tokens: int,
-    key: Key[Array, ""] | None = None,
+    key: Key[Array, "*batch"] | None = None,
     sampling: SamplingParams = SamplingParams(),
     stop_ids: Sequence[int] = (),
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -278,18 +308,20 @@ def stream(
     Raises:
       AtomError: as ``generate``, raised by this call and not by the first step of the iterator.
     """
-    prompts, settings = _prepare(tokens, lengths, config, max_new_tokens, key, sampling, stop_ids)
-    return _stream(params, prompts, settings, config, max_new_tokens)
+    prepared = _prepare(tokens, lengths, config, max_new_tokens, key, sampling, stop_ids)
+    return _stream(params, *prepared, config, max_new_tokens)
 
 
 def _stream(
     params: nnx.State,
     prompts: Int32[Array, "batch bucket"],
     settings: BatchSettings,
+    logit_state: LogitState,
     config: ModelConfig,
     max_new_tokens: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    state = _prefill_new_cache(params, prompts, settings, config=config, capacity=bucket(max_new_tokens))
+    capacity = bucket(max_new_tokens)
+    state = _prefill_new_cache(params, prompts, settings, logit_state, config=config, capacity=capacity)
     alive = np.ones(prompts.shape[0], bool)
     for remaining in range(max_new_tokens - 1, -1, -1):
         yield np.asarray(state.token), alive

@@ -6,8 +6,10 @@ dependency that type checkers may not find, so its objects have the type Any her
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import hashlib
 import importlib
 import importlib.metadata
 import math
@@ -77,7 +79,9 @@ class AtomLM(_TemplateLM):
     Args:
       model: model from ``atom_jax.load``; its checkpoint must have a tokenizer.
       batch_size: number of sequences that are computed at a time.
-      seed: seed of the random draws in tasks that sample.
+      seed: seed of the random draws in tasks that sample. The draws for a request depend on it, on the
+        prompt, on its parameters and on how many equal requests came before it in the same call; so the
+        repeats of a request are independent of each other, and no other request or batch size matters.
       report: called with (stage, done, total).
     """
 
@@ -190,22 +194,28 @@ class AtomLM(_TemplateLM):
                     f"{generation.max_new_tokens} new tokens leave no room for a prompt in a context of "
                     f"{self.max_length}"
                 )
-            prompts = {}
+            prompts, seeds = {}, {}
+            repeats: collections.Counter[tuple[int, ...]] = collections.Counter()
             for number in members:
-                ids = self.tok_encode(requests[number].args[0])[-room:]
-                prompts[number] = ids or [self.prefix_token_id]
+                ids = self.tok_encode(requests[number].args[0])[-room:] or [self.prefix_token_id]
+                prompts[number] = ids
+                seeds[number] = _seed(self.seed, ids, generation, repeats[tuple(ids)])
+                repeats[tuple(ids)] += 1
             members = sorted(members, key=lambda number: -len(prompts[number]))
             for start in range(0, len(members), self.batch_size):
                 some = members[start : start + self.batch_size]
-                rows = [prompts[number] for number in some]
                 # The last batch is filled up with copies of its last prompt, because a smaller batch would be
                 # compiled again.
-                fill = min(self.batch_size, len(members)) - len(rows)
-                texts |= zip(some, self._generate(rows + fill * rows[-1:], generation), strict=False)
+                fill = min(self.batch_size, len(members)) - len(some)
+                rows = [*some, *fill * some[-1:]]
+                answers = self._generate(
+                    [prompts[number] for number in rows], [seeds[number] for number in rows], generation
+                )
+                texts |= zip(some, answers, strict=False)
                 self._report("generated texts", len(texts), len(requests))
         return [texts[number] for number in range(len(requests))]
 
-    def _generate(self, prompts: list[list[int]], generation: _Generation) -> list[str]:
+    def _generate(self, prompts: list[list[int]], seeds: list[int], generation: _Generation) -> list[str]:
         """The texts for one batch of prompts, generated until each has ended or has a stop string."""
         tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
@@ -221,7 +231,7 @@ class AtomLM(_TemplateLM):
             np.asarray([len(prompt) for prompt in prompts]),
             config=config,
             max_new_tokens=generation.max_new_tokens,
-            key=jax.random.key(self.seed),
+            key=jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32)),
             sampling=generation.sampling,
             stop_ids=(self.eot_token_id,),
         ):
@@ -237,6 +247,12 @@ class AtomLM(_TemplateLM):
             if all(done):
                 break
         return texts
+
+
+def _seed(seed: int, prompt: list[int], generation: _Generation, repeat: int) -> int:
+    """The seed, 32 bits, of one of several equal requests."""
+    text = repr((seed, prompt, generation, repeat))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
 
 
 def _until(text: str, stops: Sequence[str]) -> tuple[str, bool]:

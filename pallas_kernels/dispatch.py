@@ -19,7 +19,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
@@ -98,6 +98,21 @@ def use_implementation(
     """
     with _context(ImplementationContext(names, interpret, config)):
         yield
+
+
+def current_implementation() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """The ``use_implementation`` that is active here, to be entered again elsewhere.
+
+    A new thread begins without it.
+    """
+    value = _context.value
+
+    @contextlib.contextmanager
+    def enter() -> Iterator[None]:
+        with _context(value):
+            yield
+
+    return enter
 
 
 def interpreting() -> bool:

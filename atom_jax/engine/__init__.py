@@ -2,6 +2,7 @@
 
 from atom_jax.engine.config import EngineConfig
 from atom_jax.engine.engine import Engine
+from atom_jax.engine.grammar import Grammar, TokenMask
 from atom_jax.engine.logprobs import TokenLogprobs
 from atom_jax.engine.outputs import Completion, FinishReason, Output
 from atom_jax.engine.request_params import RequestParams
@@ -13,7 +14,9 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "FinishReason",
+    "Grammar",
     "Output",
     "RequestParams",
     "TokenLogprobs",
+    "TokenMask",
 ]

@@ -89,6 +89,11 @@ class AnswerText:
             self.finish_reason = "stop"
         return text
 
+    def end(self, reason: FinishReason) -> str:
+        """Ends the answer after its last token; returns the text that is still held back."""
+        self.finish_reason = reason
+        return self._rest()
+
     def _rest(self) -> str:
         """The text that is still held back. It may complete a stop string and is then cut there."""
         text = self._stop.add(self._detokenizer.finish())

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import secrets
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from atom_jax.checkpoint import Model
 from atom_jax.engine.answer_text import AnswerText
 from atom_jax.engine.buckets import make_buckets
 from atom_jax.engine.config import EngineConfig
+from atom_jax.engine.grammar import TokenMask
 from atom_jax.engine.logprobs import TokenLogprobs
-from atom_jax.engine.outputs import Completion, Output
+from atom_jax.engine.outputs import Completion, FinishReason, Output
 from atom_jax.engine.request_params import RequestParams
 from atom_jax.engine.runner import Chosen, Runner, page_bytes, unpack
 from atom_jax.engine.scheduler import Plan, Scheduler, most_pages
 from atom_jax.engine.sequence import SequenceState
 from atom_jax.engine.stats import EngineStats
-from atom_jax.errors import AtomError
+from atom_jax.errors import AtomError, one_line
 from atom_jax.explain import step_choices
 from atom_jax.generation import activation_dtype
 from atom_jax.progress import Progress
+from atom_jax.sampling import mask_words
 from pallas_kernels.devices import BATCH_INVARIANT
 
 _MAX_MODEL_LEN = 4096
@@ -51,6 +56,11 @@ class Engine:
     ``step`` plans a step and dispatches it to the device, then reads the results of the step before it. So
     the host plans one step while the device computes another. Only one thread may use an engine.
 
+    Programs run the kernels of the ``use_implementation`` in which the engine was made, in any thread.
+
+    If ``step`` raises, nobody knows what of the step was done. The engine then refuses to go on: a new one
+    must be made.
+
     Attributes:
       max_model_len: the most tokens of a prompt and its answer together. It is at most what the cache holds,
         unless every layer has a sliding window.
@@ -74,7 +84,8 @@ class Engine:
         if config.deterministic and _batch_invariant(model, config, self.max_model_len):
             config = dataclasses.replace(config, deterministic=False)  # the kernels see to it
         buckets = make_buckets(config, self.max_model_len)
-        self._scheduler = Scheduler(
+        self._make_scheduler = functools.partial(
+            Scheduler,
             num_pages=self._num_pages,
             page_size=config.page_size,
             max_num_seqs=config.max_num_seqs,
@@ -83,6 +94,7 @@ class Engine:
             prefix_caching=config.prefix_caching,
             deterministic=config.deterministic,
         )
+        self._scheduler = self._make_scheduler()
         self._runner = Runner(
             model,
             num_pages=self._num_pages,
@@ -92,6 +104,8 @@ class Engine:
         )
         self._requests: dict[str, tuple[SequenceState, AnswerText]] = {}
         self._pending: _Dispatched | None = None
+        self._failure: BaseException | None = None
+        self._preemptions = 0  # of schedulers before this one
         self._arrivals = 0
         self._prompt_tokens = self._generated_tokens = self._cached_tokens = self._steps = 0
         self._host_seconds = self._step_seconds = 0.0
@@ -117,16 +131,22 @@ class Engine:
           params: how to continue the prompt.
 
         Raises:
-          AtomError: the id is in use, the prompt is empty or has ids that the model does not know, or prompt
-            and answer together may be longer than ``max_model_len``.
+          AtomError: the id is in use, the prompt is empty or has ids that the model does not know, prompt and
+            answer together may be longer than ``max_model_len``, the grammar allows no token, or a step has
+            failed.
         """
+        self._refuse_after_failure()
         tokens = [int(token) for token in prompt]
         self._check(request_id, tokens, params)
-        sequence = SequenceState(request_id, params, self._arrivals, tokens, len(tokens))
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        sequence = SequenceState(request_id, params, self._arrivals, tokens, len(tokens), seed)
+        if params.grammar is not None:
+            sequence.token_mask = params.grammar.start()
+            sequence.mask = _next_mask(sequence.token_mask, self._model.config.vocab_size)
         answer = AnswerText(params, self._model.config.eos_token_ids, self._model.tokenizer, tokens)
-        self._requests[request_id] = sequence, answer
-        self._scheduler.add(sequence)
         self._arrivals += 1
+        self._scheduler.add(sequence)
+        self._requests[request_id] = sequence, answer
 
     def _check(self, request_id: str, tokens: list[int], params: RequestParams) -> None:
         if request_id in self._requests:
@@ -137,6 +157,7 @@ class Engine:
         for what, ids in (("prompt", tokens), ("stop_ids", params.stop_ids)):
             if wrong := [token for token in ids if not 0 <= token < vocabulary]:
                 raise AtomError(f"{what}: token ids must be 0 to {vocabulary - 1}, found {wrong[0]}")
+        params.sampling.check_vocabulary(vocabulary)
         length = len(tokens) + params.max_new_tokens
         if length > self.max_model_len:
             raise AtomError(
@@ -161,8 +182,29 @@ class Engine:
         """Whether ``step`` has anything to do."""
         return bool(self._requests) or self._pending is not None
 
+    def _refuse_after_failure(self) -> None:
+        if self._failure is not None:
+            raise AtomError(
+                f"a step of this engine has failed ({type(self._failure).__name__}: "
+                f"{one_line(self._failure)}); make a new engine"
+            )
+
     def step(self) -> list[Output]:
-        """Dispatches the next step and returns the outputs of the step before it, which may be none."""
+        """Dispatches the next step and returns the outputs of the step before it, which may be none.
+
+        Whatever it raises, Ctrl-C included, the engine cannot be used afterwards.
+
+        Raises:
+          AtomError: an earlier step has failed.
+        """
+        self._refuse_after_failure()
+        try:
+            return self._step()
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _step(self) -> list[Output]:
         began = time.perf_counter()
         before, self._pending = self._pending, None
         plan = self._scheduler.schedule()
@@ -209,6 +251,9 @@ class Engine:
         if answer.tokens == 1:
             self._prompt_tokens += sequence.prompt_tokens
             self._cached_tokens += sequence.cached_tokens or 0
+        if answer.finish_reason is None and sequence.token_mask is not None:
+            reason = self._advance_grammar(sequence, sequence.token_mask, token)
+            text += "" if reason is None else answer.end(reason)
         if answer.finish_reason is not None:
             del self._requests[sequence.request_id]
             self._scheduler.remove(sequence)
@@ -223,6 +268,20 @@ class Engine:
             cached_tokens=sequence.cached_tokens or 0,
         )
 
+    def _advance_grammar(
+        self, sequence: SequenceState, token_mask: TokenMask, token: int
+    ) -> FinishReason | None:
+        """Takes the next mask of a sequence from its grammar; returns why the answer ends, if it does."""
+        try:
+            token_mask.accept(token)
+            if token_mask.ended:
+                return "stop"
+            sequence.mask = _next_mask(token_mask, self._model.config.vocab_size)
+        except Exception as error:  # of a library: it must not end the engine, and with it all other answers
+            _logger.warning("request %s: its grammar has failed: %s", sequence.request_id, one_line(error))
+            return "abort"
+        return None
+
     def stats(self) -> EngineStats:
         """The engine's counts and times now. Cheap enough to call after every step."""
         return EngineStats(
@@ -233,7 +292,7 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             cached_tokens=self._cached_tokens,
-            preemptions=self._scheduler.preemptions,
+            preemptions=self._preemptions + self._scheduler.preemptions,
             steps=self._steps,
             host_seconds=self._host_seconds,
             step_seconds=self._step_seconds,
@@ -244,32 +303,67 @@ class Engine:
     ) -> list[Completion]:
         """Answers all prompts, as many at a time as fit, and returns when all answers are complete.
 
+        Ended by Ctrl-C (KeyboardInterrupt) at any moment, it leaves an engine without requests, whose prefix
+        cache is empty. It can be used again.
+
         Args:
           prompts: token ids.
           params: for all prompts, or one for each.
 
         Raises:
           AtomError: ``add`` refuses a prompt (then none is computed), the numbers of prompts and params
-            differ, or the engine has other unfinished requests.
+            differ, the engine has other unfinished requests, or a step has failed.
         """
+        self._refuse_after_failure()
         each = [params] * len(prompts) if isinstance(params, RequestParams) else list(params)
         if len(each) != len(prompts):
             raise AtomError(f"{len(prompts)} prompts, but {len(each)} params")
         if self._requests:
             raise AtomError("generate needs an engine without other requests in progress")
         ids = [f"prompt {number}" for number in range(len(prompts))]
-        for request_id, prompt, settings in zip(ids, prompts, each, strict=True):
-            try:
-                self.add(request_id, prompt, settings)
-            except AtomError as error:
-                for added in list(self._requests):
-                    self.abort(added)
-                raise AtomError(f"{request_id}: {error}") from error
-        outputs: dict[str, list[Output]] = {request_id: [] for request_id in ids}
-        while self.has_work:
-            for output in self.step():
-                outputs[output.request_id].append(output)
-        return [_completion(outputs[request_id]) for request_id in ids]
+        try:
+            for request_id, prompt, settings in zip(ids, prompts, each, strict=True):
+                try:
+                    self.add(request_id, prompt, settings)
+                except AtomError as error:
+                    for added in list(self._requests):
+                        self.abort(added)
+                    raise AtomError(f"{request_id}: {error}") from error
+            outputs: dict[str, list[Output]] = {request_id: [] for request_id in ids}
+            while self.has_work:
+                for output in self.step():
+                    outputs[output.request_id].append(output)
+            return [_completion(outputs[request_id]) for request_id in ids]
+        except AtomError:
+            raise  # nothing was left behind, or a step has failed
+        except BaseException as error:
+            if self._failure is None or not isinstance(error, Exception):
+                self._drop_everything(error)
+            raise
+
+    def _drop_everything(self, error: BaseException) -> None:
+        """Drops all requests, what is in flight and the prefix cache: they may be half changed.
+
+        Args:
+          error: what has interrupted the engine. It counts as a failure should this be interrupted, too.
+        """
+        self._failure = error
+        self._preemptions += self._scheduler.preemptions
+        self._requests.clear()
+        self._pending = None
+        self._scheduler = self._make_scheduler()
+        self._runner.reset()
+        self._failure = None
+
+
+def _next_mask(token_mask: TokenMask, vocab_size: int) -> np.ndarray:
+    """The mask of the next token, without the bits behind the vocabulary; AtomError if it allows none."""
+    mask = np.array(token_mask.mask()[: mask_words(vocab_size)]).view(np.uint32)
+    if len(mask) == mask_words(vocab_size):
+        mask[-1] &= np.uint32(2 ** (vocab_size - 32 * (len(mask) - 1)) - 1)
+    if not mask.any():
+        raise AtomError("the grammar allows no token")
+    return mask
 
 
 def _token_logprobs(wanted: int | None, chosen: Chosen, row: int) -> tuple[TokenLogprobs, ...]:

@@ -20,7 +20,8 @@ class Output:
         string.
       logprobs: one entry for each new token, or none if the request does not ask for them.
       finish_reason: None while the request goes on; "stop" after an end-of-sequence id, a stop id or a stop
-        string; "length" after ``max_new_tokens`` tokens.
+        string, or where the grammar ends; "length" after ``max_new_tokens`` tokens; "abort" if the grammar
+        has failed.
       prompt_tokens: number of tokens of the prompt.
       completion_tokens: number of tokens of the answer so far.
       cached_tokens: number of prompt tokens whose keys and values were found in the cache.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from atom_jax.engine.grammar import Grammar
 from atom_jax.engine.logprobs import MAX_LOGPROBS
 from atom_jax.errors import AtomError
 from atom_jax.sampling import SamplingParams
@@ -17,12 +18,15 @@ class RequestParams:
       max_new_tokens: the answer ends after this many tokens at the latest.
       sampling: how a token is drawn.
       seed: of the random draws, 0 to 2**64 - 1. How a token is drawn depends on this and on the token's index
-        in the answer alone.
+        in the answer alone. None: another one for each answer.
       stop: stop strings; the answer is the text before the first one that appears.
       stop_ids: tokens that end the answer, besides the model's own end-of-sequence ids.
       ignore_eos: if true, the model's own end-of-sequence ids do not end the answer (for benchmarks).
       logprobs: None: no log-probabilities. A number N, at most 20: those of the chosen token and of the N
         most likely tokens.
+      grammar: what the answer must look like; None: anything. Each token is chosen among those that the
+        grammar allows. The answer ends with the reason "stop" where the grammar does, and with "abort" if the
+        grammar fails or allows no token.
       continues: if true, the answer goes on with the prompt's text, so it keeps the space that SentencePiece
         puts before its first word. If false, the answer is a text of its own, as in a chat.
 
@@ -32,17 +36,18 @@ class RequestParams:
 
     max_new_tokens: int = 16
     sampling: SamplingParams = SamplingParams()
-    seed: int = 0
+    seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    grammar: Grammar | None = None
     continues: bool = True
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise AtomError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
-        if not 0 <= self.seed < 2**64:
+        if self.seed is not None and not 0 <= self.seed < 2**64:
             raise AtomError(f"seed must be 0 to 2**64 - 1, found {self.seed}")
         if not all(self.stop):
             raise AtomError("a stop string must not be empty")

@@ -19,16 +19,32 @@ from atom_jax.config import ModelConfig
 from atom_jax.engine.buckets import Buckets, Shape
 from atom_jax.engine.logprobs import MAX_LOGPROBS
 from atom_jax.engine.scheduler import Piece, Plan
+from atom_jax.engine.sequence import SequenceState
 from atom_jax.generation import activation_dtype
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward
 from atom_jax.progress import Progress
-from atom_jax.sampling import sample
+from atom_jax.sampling import (
+    LogitState,
+    SamplingParams,
+    SamplingRows,
+    adjust,
+    allow,
+    empty_logit_state,
+    logit_state,
+    mask_words,
+    record,
+    sample,
+    sampling_rows,
+)
 from pallas_kernels import PagedKVCache
+from pallas_kernels.dispatch import current_implementation
 from pallas_kernels.fixed_order import log_softmax
 
 # In place of a token id: the last token that was chosen for the sequence. The host may not know it yet.
 _ON_DEVICE = -1
+# Masks go to the device so many at a time.
+_MASKS = 8
 
 
 class DeviceState(NamedTuple):
@@ -36,11 +52,18 @@ class DeviceState(NamedTuple):
 
     The block table in ``cache`` is not used: every program gets the block tables of its own rows.
 
-    A slot is the place of a running sequence in ``last_tokens``.
+    A slot is the place of a running sequence in all the others.
+
+    Attributes:
+      last_tokens: the token of each slot that was chosen last.
+      logit_state: of the sequences that have penalties or biases: set when they get their slot.
+      masks: of the sequences that have a grammar: set before each program that chooses a token for them.
     """
 
     cache: PagedKVCache
     last_tokens: Int32[Array, " slots"]
+    logit_state: LogitState
+    masks: UInt32[Array, "slots words"]
 
 
 class Rows(NamedTuple):
@@ -56,7 +79,8 @@ class Rows(NamedTuple):
       source: the slot of a token that is -1.
       index: index of the chosen token in the answer.
       seed: the request's 64-bit seed as two words. A draw depends on ``seed`` and ``index`` alone.
-      temperature, top_k, top_p: as in ``SamplingParams``.
+      sampling: how the token is chosen.
+      masked: whether the slot's mask says which tokens can be chosen.
       logprobs: whether the row's log-probabilities are wanted.
     """
 
@@ -68,9 +92,8 @@ class Rows(NamedTuple):
     source: Int32[Array | np.ndarray, " rows"]
     index: Int32[Array | np.ndarray, " rows"]
     seed: UInt32[Array | np.ndarray, "rows 2"]
-    temperature: Float32[Array | np.ndarray, " rows"]
-    top_k: Int32[Array | np.ndarray, " rows"]
-    top_p: Float32[Array | np.ndarray, " rows"]
+    sampling: SamplingRows
+    masked: Bool[Array | np.ndarray, " rows"]
     logprobs: Bool[Array | np.ndarray, " rows"]
 
 
@@ -110,14 +133,36 @@ def run_program(
 
     keys = jax.random.wrap_key_data(jnp.asarray(rows.seed), impl="threefry2x32")
     keys = jax.vmap(jax.random.fold_in)(keys, rows.index)
-    sampling = map(jnp.asarray, (rows.temperature, rows.top_k, rows.top_p))
-    token = sample(logits, keys, *sampling)
+    source = jnp.asarray(rows.source)
+    adjusted = adjust(logits, rows.sampling, state.logit_state, source)
+    adjusted = lax.cond(
+        jnp.any(rows.masked),
+        lambda x: allow(x, jnp.asarray(rows.masked), state.masks[source]),
+        lambda x: x,
+        adjusted,
+    )
+    token = sample(adjusted, keys, rows.sampling)
     last_tokens = state.last_tokens.at[rows.slot].set(token, mode="drop")
+    logit_state = record(state.logit_state, rows.sampling, jnp.asarray(rows.slot), token)
     cache = dataclasses.replace(cache, block_tables=state.cache.block_tables)
 
     none = jnp.zeros(jax.eval_shape(_packed_logprobs, logits, token).shape, jnp.int32)
     logprobs = lax.cond(jnp.any(rows.logprobs), _packed_logprobs, lambda *_: none, logits, token)
-    return DeviceState(cache, last_tokens), jnp.concatenate([token[:, None], logprobs], axis=1)
+    return DeviceState(cache, last_tokens, logit_state, state.masks), jnp.concatenate(
+        [token[:, None], logprobs], axis=1
+    )
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def _set_logit_state(state: LogitState, slot: Int32[Array, ""], new: LogitState) -> LogitState:
+    return jax.tree.map(lambda field, value: field.at[slot].set(value), state, new)
+
+
+@functools.partial(jax.jit, donate_argnames=("masks",))
+def _set_masks(
+    masks: UInt32[Array, "slots words"], slots: Int32[Array, " some"], new: UInt32[Array, "some words"]
+) -> UInt32[Array, "slots words"]:
+    return masks.at[slots].set(new, mode="drop")
 
 
 def _packed_logprobs(
@@ -151,6 +196,8 @@ def unpack(packed: Int32[np.ndarray, "rows packed"]) -> Chosen:
 class Runner:
     """Runs the programs of an engine and keeps their state on the device.
 
+    The programs run the kernels of the ``use_implementation`` in which the runner was made, in any thread.
+
     Args:
       model: with its parameters.
       num_pages: pages of the cache.
@@ -166,9 +213,24 @@ class Runner:
         self._page_size = page_size
         self._slots = slots
         self._buckets = buckets
-        dtype = activation_dtype(model.params, model.config)
-        cache = init_cache(model.config, 1, num_pages * page_size, page_size=page_size, dtype=dtype)
-        self._state = DeviceState(cache, jnp.zeros((slots,), jnp.int32))
+        self._num_pages = num_pages
+        self._dtype = activation_dtype(model.params, model.config)
+        self._implementation = current_implementation()
+        self._state = self._new_state()
+
+    def _new_state(self) -> DeviceState:
+        cache = init_cache(
+            self._config, 1, self._num_pages * self._page_size, page_size=self._page_size, dtype=self._dtype
+        )
+        vocab = self._config.vocab_size
+        masks = jnp.zeros((self._slots, mask_words(vocab)), jnp.uint32)
+        last_tokens = jnp.zeros((self._slots,), jnp.int32)
+        return DeviceState(cache, last_tokens, empty_logit_state(self._slots, vocab), masks)
+
+    def reset(self) -> None:
+        """Makes the state anew if a program that was interrupted has taken it; its contents are lost."""
+        if any(array.is_deleted() for array in jax.tree.leaves(self._state)):
+            self._state = self._new_state()
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles the program of every shape by running it on padding rows.
@@ -177,6 +239,8 @@ class Runner:
           progress: called with (programs compiled, all programs).
         """
         shapes = list(self._buckets.shapes())
+        self._set_logit_state(0, logit_state(SamplingParams(), (), (), self._config.vocab_size))
+        self._set_masks([])
         for done, shape in enumerate(shapes):
             if progress is not None:
                 progress(done, len(shapes))
@@ -190,6 +254,16 @@ class Runner:
         Returns:
           One array for each program, which ``unpack`` reads.
         """
+        for sequence in plan.admitted:
+            if sequence.params.sampling.adjusts:
+                prompt, answer = np.split(np.asarray(sequence.tokens), [sequence.prompt_tokens])
+                new = logit_state(sequence.params.sampling, prompt, answer, self._config.vocab_size)
+                self._set_logit_state(sequence.slot, new)
+        masked = [
+            piece.sequence for piece in plan.pieces if piece.chooses and piece.sequence.mask is not None
+        ]
+        for first in range(0, len(masked), _MASKS):
+            self._set_masks(masked[first : first + _MASKS])
         results = []
         for pieces in (plan.decode, plan.prefill):
             if pieces:
@@ -198,8 +272,23 @@ class Runner:
             array.copy_to_host_async()
         return results
 
+    def _set_logit_state(self, slot: int, new: LogitState) -> None:
+        changed = _set_logit_state(self._state.logit_state, np.int32(slot), new)
+        self._state = self._state._replace(logit_state=changed)
+
+    def _set_masks(self, sequences: Sequence[SequenceState]) -> None:
+        """Gives the device the masks of at most ``_MASKS`` sequences."""
+        slots = np.full(_MASKS, self._slots, np.int32)
+        words = np.zeros((_MASKS, self._state.masks.shape[1]), np.uint32)
+        for row, sequence in enumerate(sequences):
+            assert sequence.mask is not None
+            slots[row] = sequence.slot
+            words[row, : len(sequence.mask)] = sequence.mask
+        self._state = self._state._replace(masks=_set_masks(self._state.masks, slots, words))
+
     def _run(self, rows: Rows) -> Array:
-        self._state, packed = run_program(self._params, self._state, rows, config=self._config)
+        with self._implementation():
+            self._state, packed = run_program(self._params, self._state, rows, config=self._config)
         return packed
 
     def _shape(self, pieces: Sequence[Piece], decode: bool) -> Shape:
@@ -214,6 +303,8 @@ class Runner:
         def zeros(dtype: type, *more: int) -> np.ndarray:
             return np.zeros((shape.rows, *more), dtype)
 
+        settings = [piece.sequence.params.sampling if piece.chooses else SamplingParams() for piece in pieces]
+        settings += [SamplingParams()] * (shape.rows - len(pieces))
         rows = Rows(
             tokens=zeros(np.int32, shape.width),
             tables=zeros(np.int32, shape.blocks),
@@ -223,13 +314,12 @@ class Runner:
             source=zeros(np.int32),
             index=zeros(np.int32),
             seed=zeros(np.uint32, 2),
-            temperature=zeros(np.float32),
-            top_k=zeros(np.int32),
-            top_p=np.ones(shape.rows, np.float32),
+            sampling=sampling_rows(settings, self._config.vocab_size),
+            masked=zeros(np.bool_),
             logprobs=zeros(np.bool_),
         )
         for row, piece in enumerate(pieces):
-            sequence, sampling = piece.sequence, piece.sequence.params.sampling
+            sequence = piece.sequence
             known = sequence.tokens[piece.start : piece.start + piece.count]
             rows.tokens[row, : piece.count] = known or _ON_DEVICE
             pages = sequence.pages[: shape.blocks]
@@ -241,9 +331,7 @@ class Runner:
                 continue
             rows.slot[row] = sequence.slot
             rows.index[row] = piece.index
-            rows.seed[row] = divmod(sequence.params.seed, 2**32)
-            rows.temperature[row] = sampling.temperature
-            rows.top_k[row] = min(sampling.top_k, self._config.vocab_size)
-            rows.top_p[row] = sampling.top_p
+            rows.seed[row] = divmod(sequence.seed, 2**32)
+            rows.masked[row] = sequence.mask is not None
             rows.logprobs[row] = sequence.params.logprobs is not None
         return rows

@@ -12,6 +12,9 @@ be part of a step that is dispatched already, and that step writes to a page tha
 harm: programs run in the order in which they were dispatched, so the next sequence that gets the page
 overwrites it afterwards.
 
+A sequence with a grammar waits until the host knows its last token, and decodes in every second step at most.
+The others do not wait for it.
+
 If every layer has a sliding window, a sequence gives back the pages that lie before the window of its next
 query, and gets the pages for its prompt chunk by chunk. Another program of the same step may write to a page
 that was given back, because all programs that read its old contents were dispatched earlier.
@@ -52,10 +55,12 @@ class Plan:
     Attributes:
       decode: the rows of the decode program.
       prefill: the rows of the prefill program.
+      admitted: the sequences that were given a slot in this step. The host knows all their tokens.
     """
 
     decode: tuple[Piece, ...]
     prefill: tuple[Piece, ...]
+    admitted: tuple[SequenceState, ...] = ()
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -111,6 +116,7 @@ class Scheduler:
         self._prefix_caching = prefix_caching
         self._deterministic = deterministic
         self._slots = list(range(max_num_seqs - 1, -1, -1))
+        self._admitted: list[SequenceState] = []
 
     def pages(self, positions: int) -> int:
         """Number of pages that hold ``positions`` positions."""
@@ -136,8 +142,10 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """Plans the next step. Afterwards the state of all sequences is as if the step had run already."""
+        self._admitted.clear()
         decode = tuple(self._decode())
-        plan = Plan(decode, tuple(self._prefill({piece.sequence for piece in decode})))
+        prefill = tuple(self._prefill({piece.sequence for piece in decode}))
+        plan = Plan(decode, prefill, tuple(each for each in self._admitted if each.slot >= 0))
         for piece in plan.pieces:
             self._publish(piece.sequence)
         return plan
@@ -147,6 +155,8 @@ class Scheduler:
         for sequence in list(self.running):
             started = sequence.slot >= 0 and sequence.computed >= sequence.prefill_until
             wanted = sequence.generated < sequence.params.max_new_tokens
+            if sequence.token_mask is not None and sequence.in_flight:
+                continue  # which tokens may follow is known when the host knows the last one
             if started and wanted and self._grow(sequence, 1, frozenset()):
                 yield self._advance(sequence, 1)
 
@@ -254,6 +264,7 @@ class Scheduler:
         """Moves the head of the queue to the running sequences, with a slot and the pages ``found``."""
         self.waiting.popleft()
         self.running.append(sequence)
+        self._admitted.append(sequence)
         self.pool.take(_held(found))
         sequence.prefill_until = self._prefill_end(sequence)
         sequence.pages = found

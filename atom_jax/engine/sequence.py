@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+from jaxtyping import UInt32
+
+from atom_jax.engine.grammar import TokenMask
 from atom_jax.engine.request_params import RequestParams
 
 
@@ -15,6 +19,7 @@ class SequenceState:
       arrival: number of the request in order of arrival; a lower one goes first.
       tokens: what the host knows: the prompt, then the answer so far.
       prompt_tokens: how many of ``tokens`` are the prompt.
+      seed: of the random draws: that of ``params``, or one that was drawn.
       hashes: one for each full page of ``tokens``, from the first on, as far as they were needed.
       pages: the pages of its positions, in order; none while the request waits. While a prompt is computed in
         chunks, the pages of later chunks may be missing. The first ``out_of_sight`` entries are NO_PAGE.
@@ -26,6 +31,8 @@ class SequenceState:
       prefill_until: positions below this are computed in chunks, the others one at a time.
       published: number of pages that the prefix cache was told about.
       cached_tokens: prompt tokens that were found in the cache when the request was first admitted.
+      token_mask: the state of the request's grammar; None if it has none.
+      mask: which tokens may come after ``tokens``, as ``TokenMask.mask``; None without a grammar.
       ended: the answer is complete or was aborted: results that still arrive are ignored.
     """
 
@@ -34,6 +41,7 @@ class SequenceState:
     arrival: int
     tokens: list[int]
     prompt_tokens: int
+    seed: int = 0
     hashes: list[bytes] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
     out_of_sight: int = 0
@@ -43,6 +51,8 @@ class SequenceState:
     prefill_until: int = 0
     published: int = 0
     cached_tokens: int | None = None
+    token_mask: TokenMask | None = None
+    mask: UInt32[np.ndarray, " words"] | None = None
     ended: bool = False
 
     @property

@@ -93,6 +93,28 @@ def test_sampled_row_depends_on_its_prompt_index_and_key_only(params: Any) -> No
     assert (rows[1] != rows[0]).any() and (rows[2] != rows[0]).any()
 
 
+def test_each_row_may_have_a_key_of_its_own(params: Any) -> None:
+    keys = jax.random.split(KEY, 3)
+
+    def run(*rows: int) -> list[list[int]]:
+        chosen = np.asarray(rows)
+        out = generate(
+            params,
+            TOKENS[chosen],
+            LENGTHS[chosen],
+            config=CONFIG,
+            max_new_tokens=NEW,
+            key=keys[chosen],
+            sampling=SAMPLED,
+        )
+        return np.asarray(out.tokens).tolist()
+
+    together = run(0, 1, 2)
+    assert run(2, 0, 1) == [together[row] for row in (2, 0, 1)]
+    with pytest.raises(AtomError, match="each of 3 prompts"):
+        generate(params, TOKENS, LENGTHS, config=CONFIG, max_new_tokens=NEW, key=keys[:2])
+
+
 def test_shorter_output_is_a_prefix(params: Any, greedy: np.ndarray) -> None:
     for count in (1, 2, 7):
         out = generate(params, TOKENS, LENGTHS, config=CONFIG, max_new_tokens=count)

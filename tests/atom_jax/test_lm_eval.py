@@ -165,6 +165,21 @@ class TestGenerateUntil:
         )
         assert got == [text[: text.index(stop)]]
 
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    def test_repeats_are_independent_and_reproducible(self, model, batch_size):
+        """lm-eval gives a request once for each of its repeats; other requests change nothing."""
+        options = {"do_sample": True, "temperature": 1.5, "max_gen_toks": 10}
+        repeated = ("the thin ant", options)
+        lm = adapter.AtomLM(model, batch_size=batch_size, seed=1)
+        got = lm.generate_until(requests("generate_until", *[repeated] * 5))
+        assert len(set(got)) == 5
+        others = [("a hut", options), ("the", {"max_gen_toks": 3})]
+        mixed = [others[0], repeated, others[1], *[repeated] * 4]
+        again = adapter.AtomLM(model, batch_size=2, seed=1).generate_until(requests("generate_until", *mixed))
+        assert [again[place] for place in (1, 3, 4, 5, 6)] == got
+        other_seed = adapter.AtomLM(model, batch_size=batch_size, seed=2)
+        assert not set(other_seed.generate_until(requests("generate_until", *[repeated] * 5))) & set(got)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import hypothesis.strategies as st
@@ -12,30 +13,42 @@ import pytest
 from hypothesis import given
 
 from atom_jax.errors import AtomError
-from atom_jax.sampling import SamplingParams, filter_logits, sample
+from atom_jax.sampling import (
+    SamplingParams,
+    adjust,
+    allow,
+    filter_logits,
+    logit_state,
+    mask_words,
+    record,
+    sample,
+    sampling_rows,
+)
 
 VOCAB = 32
 _filter = jax.jit(filter_logits)
 _sample = jax.jit(sample)
+_adjust = jax.jit(adjust)
+_record = jax.jit(record)
 
 
-def draw(logits: Any, keys: jax.Array, temperature: Any, top_k: Any = 0, top_p: Any = 1.0) -> np.ndarray:
+def draw(
+    logits: Any, keys: jax.Array, temperature: Any, top_k: Any = 0, top_p: Any = 1.0, min_p: Any = 0.0
+) -> np.ndarray:
     """``sample`` with parameters broadcast to the batch."""
-    batch = len(logits)
-    full = lambda value, dtype: jnp.broadcast_to(jnp.asarray(value, dtype), (batch,))  # noqa: E731
-    return np.asarray(
-        _sample(
-            jnp.asarray(logits, jnp.float32),
-            keys,
-            full(temperature, jnp.float32),
-            full(top_k, jnp.int32),
-            full(top_p, jnp.float32),
-        )
-    )
+    values = np.broadcast_arrays(temperature, top_k, top_p, min_p, np.zeros(len(logits)))[:4]
+    params = [
+        SamplingParams(float(t), int(k), float(p), float(m)) for t, k, p, m in zip(*values, strict=True)
+    ]
+    return np.asarray(_sample(jnp.asarray(logits, jnp.float32), keys, sampling_rows(params, VOCAB)))
 
 
-def oracle(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+def oracle(logits: np.ndarray, top_k: int, top_p: float, min_p: float = 0.0) -> np.ndarray:
     """Which tokens stay, in float64; ties with the last one kept stay."""
+    if min_p > 0:
+        likely = np.exp(logits.astype(np.float64) - logits.max()) >= min_p
+        logits = np.where(likely, logits, -np.inf)
+        return likely & oracle(logits, top_k, top_p)
     order = np.argsort(-logits, kind="stable")
     k = min(top_k, VOCAB) if top_k > 0 else VOCAB
     kept = order[:k]
@@ -102,15 +115,26 @@ def test_tiny_temperatures_are_greedy(temperature: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 5, 1.0), (1.0, 0, 0.7), (1.5, 6, 0.8)],
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.5, 0, 1.0, 0.0),
+        (2.0, 5, 1.0, 0.0),
+        (1.0, 0, 0.7, 0.0),
+        (1.5, 6, 0.8, 0.0),
+        (1.0, 0, 1.0, 0.1),
+        (2.0, 0, 1.0, 0.3),
+        (1.3, 6, 0.9, 0.2),
+    ],
 )
-def test_frequencies_are_the_probabilities(temperature: float, top_k: int, top_p: float) -> None:
+def test_frequencies_are_the_probabilities(
+    temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
     count = 20000
     row = np.random.default_rng(1).normal(0, 1.5, VOCAB).astype(np.float32)
     keys = jax.random.split(jax.random.key(2), count)
-    drawn = draw(np.broadcast_to(row, (count, VOCAB)), keys, temperature, top_k, top_p)
-    kept = oracle(row / np.float32(temperature), top_k, top_p)
+    drawn = draw(np.broadcast_to(row, (count, VOCAB)), keys, temperature, top_k, top_p, min_p)
+    kept = oracle(row / np.float32(temperature), top_k, top_p, min_p)
     p = np.where(kept, np.exp(row.astype(np.float64) / temperature), 0.0)
     p /= p.sum()
     counts = np.bincount(drawn, minlength=VOCAB)
@@ -127,10 +151,75 @@ def test_rows_are_independent() -> None:
     logits[1] = np.linspace(0, -60, VOCAB)
     keys = jax.random.split(jax.random.key(4), 6)
     temperature, top_k, top_p = [0.0, 1.0, 0.7, 1.3, 2.0, 1e-3], [0, 0, 3, 0, 10, 0], [1, 1, 1, 0.4, 0.9, 0.5]
-    together = draw(logits, keys, temperature, top_k, top_p)
+    min_p = [0.5, 0.2, 0.0, 0.0, 0.3, 1.0]
+    together = draw(logits, keys, temperature, top_k, top_p, min_p)
     for row in range(6):
         one = slice(row, row + 1)
-        assert draw(logits[one], keys[one], temperature[row], top_k[row], top_p[row]) == together[row]
+        alone = draw(logits[one], keys[one], temperature[row], top_k[row], top_p[row], min_p[row])
+        assert alone == together[row]
+
+
+def penalized(
+    logits: np.ndarray, params: SamplingParams, prompt: Sequence[int], answer: Sequence[int]
+) -> np.ndarray:
+    """Logits of one sequence after bias and penalties, token by token, in float64."""
+    out = []
+    biases = dict(params.logit_bias)
+    for token, logit in enumerate(logits.astype(np.float64)):
+        value = logit + biases.get(token, 0.0)
+        if token in prompt or token in answer:
+            value = value / params.repetition_penalty if value > 0 else value * params.repetition_penalty
+        count = list(answer).count(token)
+        out.append(value - params.frequency_penalty * count - params.presence_penalty * (count > 0))
+    return np.array(out)
+
+
+PENALTIES = [
+    SamplingParams(),
+    SamplingParams(presence_penalty=1.5),
+    SamplingParams(presence_penalty=-2.0),
+    SamplingParams(frequency_penalty=0.7),
+    SamplingParams(frequency_penalty=-1.1),
+    SamplingParams(repetition_penalty=1.8),
+    SamplingParams(repetition_penalty=0.6),
+    SamplingParams(logit_bias=((3, -100.0), (7, 2.5), (VOCAB - 1, 1.0))),
+    SamplingParams(
+        presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1.3, logit_bias=((1, 3.0), (2, -4.0))
+    ),
+]
+short = st.lists(st.integers(0, VOCAB - 1), max_size=12)
+
+
+@given(rows=st.lists(st.tuples(row_logits, st.sampled_from(PENALTIES), short, short), min_size=3, max_size=3))
+def test_penalties_are_the_oracle(rows: list[Any]) -> None:
+    """A batch with other settings in each row; the last tokens of the answers come by ``record``."""
+    logits = np.asarray([row[0] for row in rows], np.float32)
+    sampling = sampling_rows([row[1] for row in rows], VOCAB)
+    states = [logit_state(params, prompt, answer[:-1], VOCAB) for _, params, prompt, answer in rows]
+    state = jax.tree.map(lambda *each: jnp.stack(each), *states)
+    places = jnp.arange(3)
+    recorded = jnp.asarray([place if row[3] else 3 for place, row in enumerate(rows)])
+    state = _record(state, sampling, recorded, jnp.asarray([(row[3] or [0])[-1] for row in rows]))
+    found = np.asarray(_adjust(logits, sampling, state, places))
+    for row, (_, params, prompt, answer) in enumerate(rows):
+        np.testing.assert_allclose(found[row], penalized(logits[row], params, prompt, answer), atol=1e-4)
+        if not params.adjusts:
+            np.testing.assert_array_equal(found[row], logits[row])
+    again = np.asarray(
+        _adjust(logits[::-1], sampling_rows([row[1] for row in rows[::-1]], VOCAB), state, 2 - places)
+    )
+    np.testing.assert_array_equal(again[::-1], found)
+
+
+@given(allowed=st.lists(st.lists(st.booleans(), min_size=70, max_size=70), min_size=2, max_size=2))
+def test_a_mask_leaves_what_it_allows(allowed: list[list[bool]]) -> None:
+    logits = np.random.default_rng(0).normal(size=(2, 70)).astype(np.float32)
+    bits = np.pad(np.asarray(allowed), ((0, 0), (0, 26))).reshape(2, 3, 32)
+    words = (bits.astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(-1).astype(np.uint32)
+    assert mask_words(70) == 3
+    found = np.asarray(allow(jnp.asarray(logits), jnp.asarray([True, False]), jnp.asarray(words)))
+    np.testing.assert_array_equal(found[0], np.where(allowed[0], logits[0], -np.inf))
+    np.testing.assert_array_equal(found[1], logits[1])
 
 
 @pytest.mark.parametrize(
@@ -142,6 +231,19 @@ def test_rows_are_independent() -> None:
         ({"top_p": 0.0}, "top-p must be in (0, 1], found 0.0"),
         ({"top_p": 1.1}, "top-p must be in (0, 1], found 1.1"),
         ({"top_p": float("nan")}, "top-p must be in (0, 1], found nan"),
+        ({"min_p": 1.5}, "min_p must be 0 to 1, found 1.5"),
+        ({"min_p": float("nan")}, "min_p must be 0 to 1, found nan"),
+        ({"presence_penalty": 2.1}, "presence_penalty must be -2 to 2, found 2.1"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty must be -2 to 2, found nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be more than 0, found 0.0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be more than 0, found inf"),
+        ({"logit_bias": ((1, 101.0),)}, "logit_bias must be -100 to 100, found 101.0"),
+        ({"logit_bias": ((-1, 1.0),)}, "logit_bias: token ids must be 0 or more, found -1"),
+        ({"logit_bias": ((4, 1.0), (4, 2.0))}, "logit_bias has a token twice: 4"),
+        (
+            {"logit_bias": tuple((token, 1.0) for token in range(301))},
+            "logit_bias must have at most 300 tokens, found 301",
+        ),
     ],
 )
 def test_errors(changes: dict[str, Any], part: str) -> None:
