@@ -68,7 +68,7 @@ def serve(
 
     from atom_jax.server.app import Service
     from atom_jax.server.config import ServerConfig
-    from atom_jax.server.run import bind
+    from atom_jax.server.run import bind, url_of
     from atom_jax.server.run import serve as run
 
     # Errors in options and a used port are found here, because loading and compiling take minutes.
@@ -92,7 +92,7 @@ def serve(
             deterministic=deterministic,
         )
         service = Service(config, engine, model.tokenizer)
-        address = f"http://{host}:{sock.getsockname()[1]}"
+        address = url_of(sock)
         run(service, sock, log_level=log_level, on_started=lambda: note(f"{config.model_name} at {address}"))
     if service.engine.failure is not None:
         raise typer.Exit(1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import socket
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -17,24 +19,49 @@ from atom_jax.server.app import Service, create_app
 _SEND_TIMEOUT = 5
 # Seconds between two looks at whether all requests have ended.
 _POLL = 0.05
+# How many connections may wait to be accepted, and how many are accepted at a time.
+_BACKLOG = 64
+_LISTEN_ATTEMPTS = 8
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound to this address and does not listen yet. Port 0 means any free port.
+    """A socket that listens on this address. Port 0 means any free port.
+
+    It listens at once, although nobody accepts connections before the model is loaded: several sockets may be
+    bound to one address, but only one can listen there, so a second server fails here and not minutes later.
+    Clients that connect in the meantime wait.
 
     Raises:
       AtomError: the address does not exist or is in use.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with contextlib.ExitStack() as undo:
-            sock = undo.enter_context(socket.socket(family, kind, protocol))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-            undo.pop_all()
-            return sock
+        for attempt in range(_LISTEN_ATTEMPTS):
+            with contextlib.ExitStack() as undo:
+                sock = undo.enter_context(socket.socket(family, kind, protocol))
+                # Without it the address of a server that has just ended could not be used for some minutes.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind(address)
+                try:
+                    sock.listen(_BACKLOG)
+                except OSError:
+                    # Linux may refuse both of two sockets that begin to listen at the same moment. Where only
+                    # the other one was accepted, the next attempt fails in bind.
+                    if attempt == _LISTEN_ATTEMPTS - 1:
+                        raise
+                    time.sleep(random.uniform(0.01, 0.1))
+                    continue
+                undo.pop_all()
+                return sock
     except (OSError, OverflowError) as error:
         raise AtomError(f"{host}:{port}: {getattr(error, 'strerror', None) or error}") from error
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def url_of(sock: socket.socket) -> str:
+    """The address of a socket from ``bind``, as clients write it."""
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def serve(
@@ -66,7 +93,13 @@ class DrainingServer(uvicorn.Server):
     ) -> None:
         app = create_app(service)
         super().__init__(
-            uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=_SEND_TIMEOUT, ws="none")
+            uvicorn.Config(
+                app,
+                log_level=log_level,
+                timeout_graceful_shutdown=_SEND_TIMEOUT,
+                ws="none",
+                backlog=_BACKLOG,
+            )
         )
         self._service = service
         self._on_started = on_started
