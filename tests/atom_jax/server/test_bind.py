@@ -93,7 +93,7 @@ def test_of_two_that_bind_at_the_same_time_one_is_refused():
 def test_of_two_servers_started_together_one_serves_and_one_fails(checkpoint):
     options = ("--port", free_port(), "--max-num-seqs", 1, "--max-model-len", 64)
     command = [sys.executable, "-m", "atom_jax", "serve", checkpoint, *options]
-    servers = [
+    servers: list[Any] = [
         subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
