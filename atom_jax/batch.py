@@ -15,19 +15,15 @@ import os
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from pydantic import ValidationError
 
 from atom_jax.engine import Engine, Output
 from atom_jax.errors import AtomError
+from atom_jax.openai.bodies import read_request
 from atom_jax.openai.engine_requests import make_engine_requests
-from atom_jax.openai.errors import ApiError, invalid_request
+from atom_jax.openai.errors import ApiError
 from atom_jax.openai.requests import ChatCompletionRequest, CompletionRequest
 from atom_jax.openai.responses import ApiResponse
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from atom_jax.openai.served_model import ServedModel
 
 _REQUESTS: dict[str, type[CompletionRequest] | type[ChatCompletionRequest]] = {
     "/v1/completions": CompletionRequest,
@@ -101,7 +97,7 @@ class _Result:
 
 def run_batch(
     engine: Engine,
-    tokenizer: PreTrainedTokenizerFast,
+    model: ServedModel,
     requests: Path,
     results: Path,
     *,
@@ -115,7 +111,7 @@ def run_batch(
 
     Args:
       engine: an engine that has no unfinished requests.
-      tokenizer: the tokenizer of the engine's model.
+      model: the engine's model.
       requests: file of JSON Lines with ``custom_id``, ``method``, ``url`` and ``body``.
       results: file for the results; created, or continued if it exists.
       model_name: the name that the requests must have in ``model``.
@@ -136,7 +132,7 @@ def run_batch(
         progress = BatchProgress(len(ids), len(finished), 0, 0)
         on_result(progress)
         waiting = (line for line in _read_requests(requests, model_name) if line.custom_id not in finished)
-        for result in _results(engine, tokenizer, waiting, ahead):
+        for result in _results(engine, model, waiting, ahead):
             _append(file, result)
             progress = dataclasses.replace(
                 progress,
@@ -149,7 +145,7 @@ def run_batch(
 
 
 def _results(
-    engine: Engine, tokenizer: PreTrainedTokenizerFast, lines: Iterator[_BatchLine], ahead: int
+    engine: Engine, model: ServedModel, lines: Iterator[_BatchLine], ahead: int
 ) -> Iterator[_Result]:
     """Yields the result of each of ``lines``, in the order in which the results are complete."""
     running: dict[str, tuple[_Running, int]] = {}
@@ -161,7 +157,7 @@ def _results(
                 more = False
                 break
             try:
-                running |= _add_to_engine(engine, tokenizer, line)
+                running |= _add_to_engine(engine, model, line)
             except ApiError as error:
                 yield _Result(line.custom_id, error.status, error.body)
         for output in engine.step() if running else ():
@@ -170,9 +166,7 @@ def _results(
                 yield _Result(ended.custom_id, 200, response.whole(), response.completion_tokens)
 
 
-def _add_to_engine(
-    engine: Engine, tokenizer: PreTrainedTokenizerFast, line: _BatchLine
-) -> dict[str, tuple[_Running, int]]:
+def _add_to_engine(engine: Engine, model: ServedModel, line: _BatchLine) -> dict[str, tuple[_Running, int]]:
     """Gives the request in a line to the engine, as one engine request for each choice.
 
     Returns:
@@ -182,15 +176,13 @@ def _add_to_engine(
       ApiError: the request cannot be answered; in this case the engine has none of its choices.
     """
     try:
-        request = _REQUESTS[line.url].model_validate(line.body)
+        request = read_request(_REQUESTS[line.url], line.body)
         if request.stream:
             raise ApiError(400, "stream: a batch has no streams; leave it out", param="stream")
-        engine_requests = make_engine_requests(request, tokenizer, max_model_len=engine.max_model_len)
-    except ValidationError as error:
-        raise invalid_request(error.errors()) from error
+        engine_requests = make_engine_requests(request, model)
     except AtomError as error:
         raise ApiError(400, str(error)) from error
-    response = ApiResponse(request, engine_requests, tokenizer)
+    response = ApiResponse(request, engine_requests, model)
     running = _Running(line.custom_id, response, len(engine_requests.choices))
     started: dict[str, tuple[_Running, int]] = {}
     for index, (prompt, params) in enumerate(engine_requests.choices):

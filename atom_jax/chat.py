@@ -2,32 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from atom_jax.errors import AtomError
+from atom_jax.errors import AtomError, did_you_mean
+from atom_jax.tokenizer import SPECIAL_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def chat_text(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, str]]) -> str:
-    """The model's chat template applied to ``messages``, special tokens and the start of an answer included.
+def chat_text(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    variables: Mapping[str, object] | None = None,
+) -> str:
+    """The model's chat template applied to ``messages``, special tokens included.
 
     Args:
       tokenizer: the model's tokenizer, as ``Model.tokenizer``.
       messages: the messages of the chat, each with "role" and "content".
+      add_generation_prompt: whether the text ends with the start of an answer.
+      continue_final_message: whether the text ends with the last message, which the answer continues.
+      variables: further variables of the template, e.g. ``{"enable_thinking": False}``.
 
     Raises:
       AtomError: the model has no chat template, it has several and none is the default, or the template
-        fails on these messages.
+        fails on these messages or does not have one of the variables.
     """
     if not tokenizer.chat_template:
         raise AtomError("the model has no chat template")
     try:
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        template = tokenizer.get_chat_template()
+        _check_variables(tokenizer, template, variables or {})
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tokenize=False,
+            **(variables or {}),  # pyright: ignore[reportArgumentType]
+        )
+    except TemplateVariableError:
+        raise
     except Exception as error:
         # A template is a program of the model's author: it may reject the messages and raise any exception.
         raise AtomError(f"the model's chat template fails: {error or type(error).__name__}") from error
     assert isinstance(text, str)  # transformers returns other types for several chats, or with tokenize=True
     return text
+
+
+class TemplateVariableError(AtomError):
+    """The chat template does not have a variable of this name, or the name is not the caller's to set."""
+
+
+def _check_variables(
+    tokenizer: PreTrainedTokenizerFast, template: str, variables: Mapping[str, object]
+) -> None:
+    """Raises TemplateVariableError unless the template reads each of ``variables``."""
+    reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, *SPECIAL_TOKENS}
+    reserved |= {"messages", "raise_exception", "strftime_now"}
+    for name in variables:
+        if name in reserved:
+            raise TemplateVariableError(f"{name} cannot be set here")
+        words = set(re.findall(r"[A-Za-z_]\w*", template))
+        if name not in words:
+            near = did_you_mean(name, words - reserved)
+            raise TemplateVariableError(f"the model's chat template has no variable {name[:64]!r}{near}")

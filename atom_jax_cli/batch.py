@@ -51,6 +51,7 @@ def batch(
 ) -> None:
     """Answer the requests in IN (OpenAI's batch format); an interrupted run goes on where it was."""
     from atom_jax.batch import check_requests, run_batch
+    from atom_jax.openai.served_model import served_model
 
     name = served_name(checkpoint, model_name)
     check_requests(requests, name)  # loading and compiling take minutes: find errors before
@@ -68,7 +69,7 @@ def batch(
     with _bar() as on_result:
         end = run_batch(
             engine,
-            model.tokenizer,
+            served_model(model, engine),
             requests,
             results,
             model_name=name,

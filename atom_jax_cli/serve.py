@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,6 +27,7 @@ from atom_jax_cli.engine import (
 )
 
 _LIMITS = "Limits"
+_KEYS_VARIABLE = "ATOM_JAX_API_KEY"
 _LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 
 
@@ -33,11 +37,28 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     model_name: ModelNameOption = None,
     api_key: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Requests must bring it. Others on the machine can read a command line, not the variable.",
-            envvar="ATOM_JAX_API_KEY",
+            help="Requests must bring one of these keys. Others on the machine can read a command line, but "
+            f"not a file or the variable {_KEYS_VARIABLE} (keys between commas).",
             show_default="none is asked for",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with such keys, one a line.", show_default=False)
+    ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Web sites whose pages may use the API, between commas: https://example.com, or *.",
+            show_default="none",
+        ),
+    ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Host names that are answered, between commas: example.com, *.example.com.",
+            show_default="all",
         ),
     ] = None,
     memory_gb: MemoryOption = None,
@@ -54,6 +75,17 @@ def serve(
     request_timeout: Annotated[
         float, typer.Option(help="Seconds after which an answer is given up.", rich_help_panel=_LIMITS)
     ] = 600.0,
+    head_timeout: Annotated[
+        float, typer.Option(help="Seconds for the head of a request to arrive.", rich_help_panel=_LIMITS)
+    ] = 10.0,
+    idle_timeout: Annotated[
+        float,
+        typer.Option(help="Seconds until a connection without a request is closed.", rich_help_panel=_LIMITS),
+    ] = 30.0,
+    max_connections: Annotated[
+        int,
+        typer.Option(help="Most connections, file descriptors permitting.", min=1, rich_help_panel=_LIMITS),
+    ] = 1000,
     drain_timeout: Annotated[
         float, typer.Option(help="Seconds that answers have to end after SIGTERM.", rich_help_panel=_LIMITS)
     ] = 30.0,
@@ -66,21 +98,32 @@ def serve(
     if log_level not in _LOG_LEVELS:
         raise not_one_of("log level", log_level, _LOG_LEVELS)
 
+    from atom_jax.openai.served_model import served_model
     from atom_jax.server.app import Service
     from atom_jax.server.config import ServerConfig
-    from atom_jax.server.run import bind
+    from atom_jax.server.run import bind, is_open, url_of
     from atom_jax.server.run import serve as run
 
     # Errors in options and a used port are found here, because loading and compiling take minutes.
     config = ServerConfig(
         model_name=served_name(checkpoint, model_name),
         max_in_flight=max_num_seqs + max_queue,
-        api_key=api_key,
+        api_keys=_keys(api_key, api_key_file),
+        allowed_origins=_names(allowed_origins),
+        allowed_hosts=_names(allowed_hosts),
         max_body_bytes=max_body_kb * 1024,
+        max_connections=max_connections,
+        head_timeout=head_timeout,
+        idle_timeout=idle_timeout,
         request_timeout=request_timeout,
         drain_timeout=drain_timeout,
     )
     with bind(host, port) as sock:
+        if not config.api_keys and is_open(sock):
+            note(
+                f"warning: whoever reaches {url_of(sock)} can use the model; "
+                f"--api-key or {_KEYS_VARIABLE} asks for a key"
+            )
         model, engine = load_engine(
             checkpoint,
             memory_gb=memory_gb,
@@ -91,8 +134,30 @@ def serve(
             prefix_caching=prefix_caching,
             deterministic=deterministic,
         )
-        service = Service(config, engine, model.tokenizer)
-        address = f"http://{host}:{sock.getsockname()[1]}"
+        service = Service(config, engine, served_model(model, engine))
+        address = url_of(sock)
         run(service, sock, log_level=log_level, on_started=lambda: note(f"{config.model_name} at {address}"))
     if service.engine.failure is not None:
         raise typer.Exit(1)
+
+
+def _keys(given: Sequence[str] | None, file: Path | None) -> tuple[str, ...]:
+    """The keys from the options, or else from the environment.
+
+    Raises:
+      AtomError: there is a file, but no key in it.
+    """
+    keys = list(given or ())
+    if file is not None:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        if not any(lines):
+            raise AtomError(f"{file}: no key in it")
+        keys += filter(None, lines)
+    if given is None and file is None:
+        keys = list(_names([os.environ.get(_KEYS_VARIABLE, "")]))
+    return tuple(keys)
+
+
+def _names(values: Sequence[str] | None) -> tuple[str, ...]:
+    """The names between commas in all ``values``."""
+    return tuple(name.strip() for value in values or () for name in value.split(",") if name.strip())

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
-from atom_jax.chat import chat_text
+from atom_jax.chat import TemplateVariableError, chat_text
 from atom_jax.engine import RequestParams
 from atom_jax.errors import AtomError
 from atom_jax.openai.errors import ApiError
-from atom_jax.openai.requests import ApiRequest, ChatCompletionRequest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from atom_jax.openai.messages import ChatPrompt
+from atom_jax.openai.requests import ApiRequest, ChatCompletionRequest, CompletionRequest
+from atom_jax.openai.served_model import ServedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,57 +33,125 @@ class EngineRequests:
         return [(prompt, params) for prompt in self.prompts for params in self.params]
 
 
-def make_engine_requests(
-    request: ApiRequest, tokenizer: PreTrainedTokenizerFast, *, max_model_len: int
-) -> EngineRequests:
+def make_engine_requests(request: ApiRequest, model: ServedModel) -> EngineRequests:
     """Tokenizes a request. If the request has no seed, a random one is drawn.
 
-    Args:
-      request: as it was read.
-      tokenizer: as ``Model.tokenizer``.
-      max_model_len: the most tokens of a prompt and its answer together.
-
     Raises:
-      ApiError: a prompt is empty or too long, or the model has no chat template.
+      ApiError: a prompt is empty or too long, the model does not have a token, or it has no chat template.
       AtomError: the engine does not accept a parameter.
     """
     chat = isinstance(request, ChatCompletionRequest)
-    prompts = [_chat_ids(request, tokenizer)] if chat else _ids(request.prompts, tokenizer)
-    longest = max(map(len, prompts), default=0)
-    if not longest or not min(map(len, prompts)):
-        raise ApiError(400, "the prompt has no tokens", param="prompt")
-    wanted = (request.max_completion_tokens or request.max_tokens) if chat else request.max_tokens or 16
-    # The answer of a chat without a limit ends where the model ends it, or where the context is full.
-    new_tokens = wanted or max(max_model_len - longest, 1)
-    if longest + new_tokens > max_model_len:
-        raise ApiError(
-            400,
-            f"a prompt of {longest} tokens and {new_tokens} new ones do not fit the context of "
-            f"{max_model_len} tokens",
-            param="messages" if chat else "prompt",
-            code="context_length_exceeded",
-        )
+    prompts = [chat_ids(request, model)] if chat else _prompts(request, model)
+    check_ids("stop_token_ids", request.stop_token_ids or (), model)
+    field = "messages" if chat else "prompt"
+    if not all(prompts):
+        raise ApiError(400, f"{field}: there are no tokens to continue", param=field)
+    longest = max(map(len, prompts))
+    new_tokens = _new_tokens(request, longest, model.max_model_len)
     seed = secrets.randbits(63) if request.seed is None else request.seed
-    return EngineRequests(tuple(prompts), tuple(request.params(new_tokens, seed)))
+    return EngineRequests(tuple(prompts), tuple(request.params(new_tokens, seed, model.sampling)))
 
 
-def _ids(prompts: list[str] | list[list[int]], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    return [_encode(each, tokenizer, special=True) if isinstance(each, str) else each for each in prompts]
+def _new_tokens(request: ApiRequest, longest: int, max_model_len: int) -> int:
+    """The most new tokens of an answer to a prompt of ``longest`` tokens.
+
+    Raises:
+      ApiError: prompt and answer do not fit the context. Clients know the error by its words or its code.
+    """
+    if isinstance(request, CompletionRequest):
+        field, limit = "prompt", "max_tokens"
+        wanted = request.max_tokens or 16
+    else:
+        field = "messages"
+        limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+        # The answer of a chat without a limit ends where the model ends it, or where the context is full.
+        wanted = request.max_completion_tokens or request.max_tokens or max(max_model_len - longest, 1)
+    if longest + wanted <= max_model_len:
+        return wanted
+    too_long = longest >= max_model_len
+    raise ApiError(
+        400,
+        f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+        f"{longest + wanted} tokens ({longest} in the {field}, {wanted} in the completion). "
+        f"Please reduce the length of the {field}{'' if too_long else f' or {limit}'}.",
+        param=field if too_long else limit,
+        code="context_length_exceeded",
+    )
 
 
-def _chat_ids(request: ChatCompletionRequest, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def _prompts(request: CompletionRequest, model: ServedModel) -> list[list[int]]:
+    prompts = []
+    for prompt in request.prompts:
+        if isinstance(prompt, str):
+            special = request.add_special_tokens is not False
+            prompts.append(text_ids(prompt, model, add_special_tokens=special))
+        else:
+            check_ids("prompt", prompt, model)
+            prompts.append(prompt)
+    return prompts
+
+
+def check_ids(field: str, ids: Sequence[int], model: ServedModel) -> None:
+    """Raises ApiError if the model does not have one of the token ids, the value of ``field``."""
+    if ids and max(ids) >= model.vocab_size:
+        message = f"{field}: token ids must be 0 to {model.vocab_size - 1}, found {max(ids)}"
+        raise ApiError(400, message, param=field)
+
+
+def chat_ids(prompt: ChatPrompt, model: ServedModel) -> list[int]:
+    """The token ids of a chat. Names of special tokens in messages are text.
+
+    Raises:
+      ApiError: the chat template does not accept the messages or a variable, or there is none.
+    """
+
+    def render(apply: Callable[[str], str]) -> str:
+        def checked(text: str) -> str:
+            return apply(_check_unicode("messages", text))
+
+        variables = prompt.chat_template_kwargs or {}
+        return chat_text(
+            model.tokenizer,
+            [message.for_template(checked) for message in prompt.messages],
+            add_generation_prompt=prompt.starts_answer,
+            continue_final_message=bool(prompt.continue_final_message),
+            variables={name: _map_strings(value, checked) for name, value in variables.items()},
+        )
+
     try:
-        text = chat_text(tokenizer, [message.for_template() for message in request.messages])
+        # The template itself writes the special tokens.
+        return model.literal_tokens.encode(render)
+    except TemplateVariableError as error:
+        raise ApiError(400, f"chat_template_kwargs: {error}", param="chat_template_kwargs") from error
     except AtomError as error:
         raise ApiError(400, f"{error}; /v1/completions needs no template", param="messages") from error
-    # The template itself writes the special tokens.
-    return _encode(text, tokenizer, special=False)
 
 
-def _encode(text: str, tokenizer: PreTrainedTokenizerFast, *, special: bool) -> list[int]:
+def text_ids(text: str, model: ServedModel, *, add_special_tokens: bool) -> list[int]:
+    """The token ids of a prompt that is text. Names of special tokens are special tokens.
+
+    Raises:
+      ApiError: the text is not valid Unicode.
+    """
+    _check_unicode("prompt", text)
+    # verbose=False: no warning for a prompt that is too long, because the caller raises an error for it.
+    return model.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+
+
+def _map_strings(value: object, apply: Callable[[str], str]) -> object:
+    """A JSON value with ``apply`` applied to each of its strings, except names of fields."""
+    if isinstance(value, str):
+        return apply(value)
+    if isinstance(value, list):
+        return [_map_strings(each, apply) for each in value]
+    if isinstance(value, dict):
+        return {name: _map_strings(each, apply) for name, each in value.items()}
+    return value
+
+
+def _check_unicode(field: str, text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair: JSON can express it, but it is no character
-        raise ApiError(400, "the prompt is not valid Unicode") from None
-    # verbose=False: no warning for a prompt that is too long, because the caller raises an error for it.
-    return tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+        raise ApiError(400, f"{field}: the text is not valid Unicode", param=field) from None
+    return text

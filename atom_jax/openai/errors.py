@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from pydantic_core import ErrorDetails
 
-# To the location of an error pydantic adds entries that tell the types of a union apart, such as "str" or
-# "list[constrained-int]". They name no field of the request.
-_TYPE_OF_UNION = re.compile(r"(str|bool|int|float)$|.*[\[(-]")
+# To the location of an error pydantic adds entries that tell the types of a union apart: names of types, and
+# the tags of our own unions, such as "<ids>". They name no field of the request.
+_TYPE_OF_UNION = re.compile(r"(str|bool|int|float)$|.*[<\[(-]")
 
 
 class ApiError(Exception):
@@ -51,13 +51,12 @@ def invalid_request(errors: Sequence[ErrorDetails]) -> ApiError:
     deepest location belongs to the type that fits best, and says the most.
     """
     error = max(errors, key=lambda each: len(each["loc"]))
-    context = error.get("ctx", {})
-    if error["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {context['error']}")
-    location = [str(entry) for entry in error["loc"] if entry != "body"]
+    location = [str(entry) for entry in error["loc"]]
     location = [entry for entry in location if not _TYPE_OF_UNION.match(entry)]
-    param = context.get("field") or ".".join(location) or None
+    if (field := error.get("ctx", {}).get("field")) is not None:
+        location.append(field)
     message = error["msg"][:1].lower() + error["msg"][1:]
-    if param is None:
-        return ApiError(400, f"the body must be a JSON object (application/json): {message}")
+    if not location:
+        return ApiError(400, f"the body must be a JSON object: {message}")
+    param = ".".join(location)
     return ApiError(400, f"{param}: {message}", param=param)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
+import json
 import time
 import uuid
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
 
-from atom_jax.detokenize import text_of_tokens
 from atom_jax.engine import FinishReason, Output, TokenLogprobs
 from atom_jax.openai.engine_requests import EngineRequests
 from atom_jax.openai.requests import ApiRequest, ChatCompletionRequest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from atom_jax.openai.served_model import ServedModel
 
 # OpenAI writes this number for "very unlikely". JSON cannot express the logarithm of zero, minus infinity.
 _LEAST_LOGPROB = -9999.0
@@ -25,16 +23,20 @@ class _Choice:
     """One choice as far as it has been generated.
 
     Attributes:
-      logprobs: only collected where the response is not streamed.
+      logprobs: in the API's form; only collected where the response is not streamed.
       logprob_chars: number of characters of the tokens whose log-probabilities were written.
+      decoder: knows the bytes of those tokens that are not yet a character.
     """
 
     text: str = ""
-    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    logprobs: dict[str, list[object]] = dataclasses.field(default_factory=dict)
     finish_reason: FinishReason | None = None
     completion_tokens: int = 0
     cached_tokens: int = 0
     logprob_chars: int = 0
+    decoder: codecs.IncrementalDecoder = dataclasses.field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
 
 
 class ApiResponse:
@@ -47,10 +49,8 @@ class ApiResponse:
       id: of the response, unique.
     """
 
-    def __init__(
-        self, request: ApiRequest, engine_requests: EngineRequests, tokenizer: PreTrainedTokenizerFast
-    ) -> None:
-        self._request, self._engine_requests, self._tokenizer = request, engine_requests, tokenizer
+    def __init__(self, request: ApiRequest, engine_requests: EngineRequests, model: ServedModel) -> None:
+        self._request, self._engine_requests, self._texts = request, engine_requests, model.token_texts
         self._chat = isinstance(request, ChatCompletionRequest)
         self._choices = [_Choice() for _ in engine_requests.choices]
         self.id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -70,16 +70,15 @@ class ApiResponse:
         choice.finish_reason = output.finish_reason
         choice.completion_tokens = output.completion_tokens
         choice.cached_tokens = output.cached_tokens
-        logprobs = None
-        if self._request.stream:
-            logprobs = self._logprobs(choice, output.logprobs) if output.logprobs else None
-        else:
-            choice.logprobs += output.logprobs
+        logprobs = self._logprobs(choice, output.logprobs) if output.logprobs else None
+        if not self._request.stream:
+            for name, values in (logprobs or {}).items():
+                choice.logprobs.setdefault(name, []).extend(values)
         if not (output.text or logprobs or output.finish_reason):
             return None
         content = {"content": output.text} if output.text or not output.finish_reason else {}
         new = {"delta": content} if self._chat else {"text": output.text}
-        return self._chunk(index, new, logprobs, output.finish_reason)
+        return self._chunk(index, new, logprobs and self._with_refusal(logprobs), output.finish_reason)
 
     def closing(self) -> list[dict[str, object]]:
         """The chunks at the end of a stream: the number of tokens, if the request asks for it."""
@@ -92,7 +91,7 @@ class ApiResponse:
         choices = []
         for index, choice in enumerate(self._choices):
             wanted = self._request.num_logprobs is not None
-            logprobs = self._logprobs(choice, choice.logprobs) if wanted else None
+            logprobs = self._with_refusal(choice.logprobs) if wanted else None
             message = {"role": "assistant", "content": choice.text, "refusal": None}
             text = {"message": message} if self._chat else {"text": choice.text}
             choices.append(_choice(index, text, logprobs, choice.finish_reason))
@@ -124,57 +123,77 @@ class ApiResponse:
         self,
         index: int,
         content: Mapping[str, object],
-        logprobs: dict[str, object] | None,
+        logprobs: Mapping[str, object] | None,
         finish_reason: FinishReason | None,
     ) -> dict[str, object]:
         chunk = self._head(streamed=True) | {"choices": [_choice(index, content, logprobs, finish_reason)]}
         return chunk | {"usage": None} if self._request.includes_usage else chunk
 
-    def _logprobs(self, choice: _Choice, tokens: Iterable[TokenLogprobs]) -> dict[str, object]:
+    def _with_refusal(self, logprobs: Mapping[str, list[object]]) -> Mapping[str, object]:
+        return {**logprobs, "refusal": None} if self._chat else logprobs
+
+    def _logprobs(self, choice: _Choice, tokens: Sequence[TokenLogprobs]) -> dict[str, list[object]]:
         """The log-probabilities of the next ``tokens`` of ``choice``."""
         if self._chat:
-            return {"content": [self._chat_token(token) for token in tokens], "refusal": None}
-        tokens = list(tokens)
-        texts = [self._text(token.token_id) for token in tokens]
-        offsets = []
-        for text in texts:
+            return {"content": [self._chat_token(token) for token in tokens]}
+        names, offsets = [], []
+        for token in tokens:
+            text = self._texts[token.token_id]
+            names.append(text.name)
             offsets.append(choice.logprob_chars)
-            choice.logprob_chars += len(text)
+            choice.logprob_chars += len(choice.decoder.decode(text.encoded))
         return {
-            "tokens": texts,
+            "tokens": names,
             "token_logprobs": [_finite(token.logprob) for token in tokens],
-            "top_logprobs": [
-                {self._text(other): _finite(logprob) for other, logprob in token.top}
-                | {self._text(token.token_id): _finite(token.logprob)}
-                for token in tokens
-            ],
+            "top_logprobs": [self._alternatives(token) for token in tokens],
             "text_offset": offsets,
         }
+
+    def _alternatives(self, token: TokenLogprobs) -> dict[str, float]:
+        """The log-probabilities of the most likely tokens and of the chosen one, by name, each token once.
+
+        Two tokens may have the same text. The chosen one has it as its name, else the most likely one; others
+        are called ``token_id:`` and their id, which is vLLM's way.
+        """
+        chosen = self._texts[token.token_id].name
+        named: dict[str, float] = {}
+        for other, logprob in token.top:
+            name = self._texts[other].name
+            if other != token.token_id and (name == chosen or name in named):
+                name = f"token_id:{other}"
+            named[name] = _finite(logprob)
+        return named | {chosen: _finite(token.logprob)}
 
     def _chat_token(self, token: TokenLogprobs) -> dict[str, object]:
         others = [self._described(other, logprob) for other, logprob in token.top]
         return self._described(token.token_id, token.logprob) | {"top_logprobs": others}
 
     def _described(self, token: int, logprob: float) -> dict[str, object]:
-        text = self._text(token)
-        # A token that is only a part of a character decodes to U+FFFD, which does not tell its bytes.
-        known = list(text.encode()) if "\ufffd" not in text else None
-        return {"token": text, "logprob": _finite(logprob), "bytes": known}
+        text = self._texts[token]
+        return {"token": text.name, "logprob": _finite(logprob), "bytes": list(text.encoded)}
 
-    def _text(self, token: int) -> str:
-        """The text that a token adds to a text.
 
-        At the beginning of a text SentencePiece drops the space of a token, so the text of the second of two
-        equal tokens is returned.
-        """
-        once, twice = (text_of_tokens(self._tokenizer, [token] * count) for count in (1, 2))
-        return twice[len(once) :]
+def json_pieces(value: object, levels: int = 6) -> Iterator[str]:
+    """The JSON text of a response in pieces: what lies deeper than ``levels`` is one piece.
+
+    Another thread can run between two pieces, but not while one is made.
+    """
+    if levels == 0 or not value or not isinstance(value, (dict, list)):
+        yield json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return
+    named = isinstance(value, dict)
+    separator = "{" if named else "["
+    for key in value:
+        yield separator + (f"{json.dumps(key, ensure_ascii=False)}:" if named else "")
+        yield from json_pieces(value[key] if named else key, levels - 1)
+        separator = ","
+    yield "}" if named else "]"
 
 
 def _choice(
     index: int,
     content: Mapping[str, object],
-    logprobs: dict[str, object] | None,
+    logprobs: Mapping[str, object] | None,
     finish_reason: FinishReason | None,
 ) -> dict[str, object]:
     return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}

@@ -15,27 +15,53 @@ class ServerConfig:
     Attributes:
       model_name: the name of the model in requests.
       max_in_flight: the most answers that run or wait at the same time; further requests get status 429.
-      api_key: requests to /v1 must have the header ``Authorization: Bearer KEY`` with this key, or get status
-        401. None: no key is needed.
+      api_keys: requests to the API must have the header ``Authorization: Bearer KEY`` with one of these keys,
+        or get status 401. None at all: no key is needed.
+      allowed_origins: web sites whose pages may use the API, e.g. ``https://example.com``; ``*`` is all.
+      allowed_hosts: names in the header ``Host`` that are answered, e.g. ``example.com`` or
+        ``*.example.com``. None at all: every name.
       max_body_bytes: the most bytes in the body of a request.
-      read_timeout: seconds in which the body of a request must arrive.
+      max_connections: the most connections at the same time; fewer if the process may not open so many files.
+      head_timeout: seconds in which the head of a request must arrive.
+      read_timeout: seconds in which the body of a request must arrive, and in which a client must take some
+        of its answer.
+      idle_timeout: seconds after which a connection without a request is closed.
       request_timeout: seconds after which a request that is not answered is aborted.
       drain_timeout: seconds in which running answers may end after SIGTERM.
     """
 
     model_name: str
     max_in_flight: int = 288
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 2**21
+    max_connections: int = 1000
+    head_timeout: float = 10.0
     read_timeout: float = 30.0
+    idle_timeout: float = 30.0
     request_timeout: float = 600.0
     drain_timeout: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("max_in_flight", "max_body_bytes", "read_timeout", "request_timeout"):
+        for name in (
+            "max_in_flight",
+            "max_body_bytes",
+            "max_connections",
+            "head_timeout",
+            "read_timeout",
+            "idle_timeout",
+            "request_timeout",
+        ):
             if not 0 < getattr(self, name) < math.inf:
                 raise AtomError(f"{name} must be positive, found {getattr(self, name)}")
         if not 0 <= self.drain_timeout < math.inf:
             raise AtomError(f"drain_timeout must be 0 or more, found {self.drain_timeout}")
-        if self.api_key == "":
+        if not all(key.strip() for key in self.api_keys):
             raise AtomError("the API key must not be empty")
+        for host in self.allowed_hosts:
+            if host != "*" and (not host or "*" in host.removeprefix("*.")):
+                raise AtomError(f"allowed host {host!r}: a name, *.NAME or * expected")
+        for origin in self.allowed_origins:
+            if origin != "*" and ("://" not in origin or origin.count("/") != 2):
+                raise AtomError(f"allowed origin {origin!r}: SCHEME://HOST without a path, or *, expected")

@@ -4,37 +4,76 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
+import functools
+import ipaddress
+import random
 import socket
+import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
+import uvicorn.config
 
 from atom_jax.errors import AtomError
 from atom_jax.server.app import Service, create_app
+from atom_jax.server.connections import ACCEPTED_AT_ONCE, Connection, Connections, most_connections
+from atom_jax.server.guard import access_log
 
 # Seconds in which connections must send the rest of responses that are complete.
 _SEND_TIMEOUT = 5
 # Seconds between two looks at whether all requests have ended.
 _POLL = 0.05
+# How many connections may wait to be accepted.
+_BACKLOG = 1024
+_LISTEN_ATTEMPTS = 8
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound to this address and does not listen yet. Port 0 means any free port.
+    """A socket that listens on this address. Port 0 means any free port.
+
+    It listens at once, although nobody accepts connections before the model is loaded: several sockets may be
+    bound to one address, but only one can listen there, so a second server fails here and not minutes later.
+    Clients that connect in the meantime wait.
 
     Raises:
       AtomError: the address does not exist or is in use.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with contextlib.ExitStack() as undo:
-            sock = undo.enter_context(socket.socket(family, kind, protocol))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-            undo.pop_all()
-            return sock
+        for attempt in range(_LISTEN_ATTEMPTS):
+            with contextlib.ExitStack() as undo:
+                sock = undo.enter_context(socket.socket(family, kind, protocol))
+                # Without it the address of a server that has just ended could not be used for some minutes.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind(address)
+                try:
+                    sock.listen(_BACKLOG)
+                except OSError:
+                    # Linux may refuse both of two sockets that begin to listen at the same moment. Where only
+                    # the other one was accepted, the next attempt fails in bind.
+                    if attempt == _LISTEN_ATTEMPTS - 1:
+                        raise
+                    time.sleep(random.uniform(0.01, 0.1))
+                    continue
+                undo.pop_all()
+                return sock
     except (OSError, OverflowError) as error:
         raise AtomError(f"{host}:{port}: {getattr(error, 'strerror', None) or error}") from error
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def is_open(sock: socket.socket) -> bool:
+    """Whether other machines may reach a socket from ``bind``."""
+    return not ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def url_of(sock: socket.socket) -> str:
+    """The address of a socket from ``bind``, as clients write it."""
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def serve(
@@ -64,9 +103,20 @@ class DrainingServer(uvicorn.Server):
     def __init__(
         self, service: Service, *, log_level: str = "info", on_started: Callable[[], None] = lambda: None
     ) -> None:
-        app = create_app(service)
+        connections = Connections(most_connections(service.config))
         super().__init__(
-            uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=_SEND_TIMEOUT, ws="none")
+            uvicorn.Config(
+                create_app(service),
+                log_level=log_level,
+                log_config=_log_config(log_level),
+                access_log=False,  # the guard has its own, with the ids of requests
+                timeout_graceful_shutdown=_SEND_TIMEOUT,
+                timeout_keep_alive=service.config.idle_timeout,  # pyright: ignore[reportArgumentType]
+                ws="none",
+                loop="asyncio",
+                http=functools.partial(Connection, connections, service.config),  # pyright: ignore[reportArgumentType]
+                backlog=ACCEPTED_AT_ONCE,
+            )
         )
         self._service = service
         self._on_started = on_started
@@ -84,6 +134,8 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen(_BACKLOG)  # uvicorn has made the queue as short as what is accepted at once
         if self.started:
             self._on_started()
 
@@ -101,3 +153,14 @@ class DrainingServer(uvicorn.Server):
 
     def _leave(self) -> None:
         self.should_exit = True
+
+
+def _log_config(level: str) -> dict[str, Any]:
+    """uvicorn's logging, with the access log of the guard."""
+    settings = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    settings["loggers"][access_log.name] = {
+        "handlers": ["default"],
+        "level": level.upper(),
+        "propagate": False,
+    }
+    return settings

@@ -11,7 +11,7 @@ import pytest
 
 from atom_jax.batch import run_batch
 from tests.atom_jax.command import ROOT, fails, run_json
-from tests.atom_jax.server.fake import FakeEngine, expected
+from tests.atom_jax.server.fake import FakeEngine, expected, served
 from tests.convert.tiny import fails as raises
 
 
@@ -48,7 +48,7 @@ def go(tmp_path, tokenizer):
     def run(lines, engine=None, ahead=6):
         requests, results = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
         engine = engine or FakeEngine()
-        end = run_batch(engine, tokenizer, requests, results, model_name="tiny", ahead=ahead)
+        end = run_batch(engine, served(tokenizer), requests, results, model_name="tiny", ahead=ahead)
         assert not engine.requests
         return results, end
 
@@ -80,8 +80,8 @@ def test_the_format_is_openais(go):
         ({"prompt": "a", "echo": True}, "echo"),
         ({"prompt": "a" * 100}, "prompt"),
         ({"stream": True}, "stream"),
-        ({"prompt": [1], "stop": [""]}, None),
-        ({"prompt": [[1], [1000]]}, None),
+        ({"prompt": [1], "stop": [""]}, "stop.0"),
+        ({"prompt": [[1], [1000]]}, "prompt"),
         ({"model": 3}, "model"),
     ],
 )
@@ -156,10 +156,10 @@ PROGRAM = """
     import sys
     from pathlib import Path
     from atom_jax.batch import run_batch
-    from tests.atom_jax.server.fake import FakeEngine
+    from tests.atom_jax.server.fake import FakeEngine, served
 
     engine, files = FakeEngine(step_seconds=0.004), map(Path, sys.argv[1:])
-    run_batch(engine, None, *files, model_name="tiny", ahead=6)
+    run_batch(engine, served(None), *files, model_name="tiny", ahead=6)
 """
 
 

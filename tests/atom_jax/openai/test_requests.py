@@ -1,32 +1,37 @@
 """Requests as they are read: what is honoured, refused, ignored, and what becomes of it in the engine."""
 
 import copy
-from typing import Any
+import json
+from typing import Any, ClassVar
 
 import pytest
-from pydantic import ValidationError
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import ChatCompletionMessage
+from openai.types.chat import completion_create_params as chat_params
 
+from atom_jax.openai.bodies import MAX_CONTAINERS, parse_json, read_request
 from atom_jax.openai.engine_requests import make_engine_requests
-from atom_jax.openai.errors import ApiError, invalid_request
+from atom_jax.openai.errors import ApiError
 from atom_jax.openai.requests import ChatCompletionRequest, CompletionRequest
 from atom_jax.sampling import SamplingParams
+from tests.atom_jax.server.fake import served
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "the tin"}]}
 TEXT = {"model": "tiny", "prompt": "the tin"}
 
 
 def completion(**changes):
-    return CompletionRequest.model_validate(TEXT | changes)
+    return read_request(CompletionRequest, TEXT | changes)
 
 
 def chat(**changes):
-    return ChatCompletionRequest.model_validate(CHAT | changes)
+    return read_request(ChatCompletionRequest, CHAT | changes)
 
 
 def refused(read, **changes):
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(ApiError) as caught:
         read(**changes)
-    error: Any = invalid_request(caught.value.errors()).body["error"]
+    error: Any = caught.value.body["error"]
     return error
 
 
@@ -37,10 +42,13 @@ def refused(read, **changes):
         (chat, "response_format", {"type": "json_object"}),
         (chat, "frequency_penalty", 0.5),
         (chat, "logit_bias", {"3": 100}),
+        (chat, "store", True),
         (completion, "presence_penalty", -1),
+        (completion, "presence_penalty", False),
         (completion, "suffix", "x"),
         (completion, "echo", True),
         (completion, "best_of", 3),
+        (completion, "best_of", True),
         (completion, "min_p", 0.1),
     ],
 )
@@ -52,34 +60,133 @@ def test_what_would_change_the_answer_is_refused_by_name(read, field, value):
 
 
 @pytest.mark.parametrize("read", [chat, completion])
-def test_neutral_and_unknown_fields_are_ignored(read):
-    neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": None}
-    assert read(user="me", store=True, whatever=[1], **neutral) == read()
+@pytest.mark.parametrize(
+    ("field", "suggested"),
+    [
+        ("n_predict", None),
+        ("grammar", None),
+        ("max_token", "max_tokens"),
+        ("maxtokens", "max_tokens"),
+        ("Temperature", "temperature"),
+        ("", None),
+        ("a" * 10_000, None),
+    ],
+)
+def test_unknown_fields_are_refused_by_name(read, field, suggested):
+    error = refused(read, **{field: None})
+    assert error["param"] == field[:64]
+    assert f"there is no field {field[:64]!r}" in error["message"]
+    assert ("did you mean" in error["message"]) == (suggested is not None)
+    assert suggested is None or error["message"].endswith(f"did you mean {suggested}?")
+
+
+def test_all_unknown_fields_are_named():
+    message = refused(completion, n_predict=5, mirostat=2, temperature=99)["message"]
+    assert "'n_predict'" in message and "'mirostat'" in message
+    many = {f"field{number}": number for number in range(100_000)}
+    assert len(refused(completion, **many)["message"]) < 1000
 
 
 @pytest.mark.parametrize(
-    ("read", "changes", "param"),
+    ("changes", "param"),
     [
-        (completion, {"temperature": 2.1}, "temperature"),
-        (completion, {"temperature": float("nan")}, "temperature"),
-        (completion, {"temperature": "0"}, "temperature"),
-        (completion, {"top_p": 0}, "top_p"),
-        (completion, {"n": 0}, "n"),
-        (completion, {"n": True}, "n"),
-        (completion, {"max_tokens": 0}, "max_tokens"),
-        (completion, {"logprobs": 21}, "logprobs"),
-        (completion, {"stop": ["a"] * 17}, "stop"),
-        (completion, {"prompt": 5}, "prompt"),
-        (completion, {"prompt": [1, -1]}, "prompt"),
-        (chat, {"messages": []}, "messages"),
-        (chat, {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
-        (chat, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
-        (chat, {"top_logprobs": 3}, "top_logprobs"),
-        (chat, {"model": None}, "model"),
+        ({"stream_options": {"include_usages": True}}, "stream_options.include_usages"),
+        ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
+        ({"messages": [{"role": "user", "content": "a", "weight": 1}]}, "messages.0.weight"),
+        ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]},
+            "messages.0.content.0.x",
+        ),
     ],
 )
-def test_bad_values_name_their_field(read, changes, param):
-    assert refused(read, **changes)["param"].startswith(param)
+def test_unknown_fields_of_parts_are_refused_with_their_place(changes, param):
+    assert refused(chat, **changes)["param"] == param
+
+
+@pytest.mark.parametrize("read", [chat, completion])
+def test_fields_that_change_nothing_are_accepted(read):
+    neutral = {
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "logit_bias": {},
+        "store": False,
+        "min_p": None,
+    }
+    others = {"user": "me", "metadata": {"a": "b"}, "service_tier": "flex", "safety_identifier": "x"}
+    assert read(**neutral, **others) == read()
+
+
+@pytest.mark.parametrize("kind", [ChatCompletionRequest, CompletionRequest])
+def test_every_parameter_of_openais_client_is_known(kind):
+    """Supported, without effect, or refused unless it is neutral: none falls under the unknown ones."""
+    module = completion_params if kind is CompletionRequest else chat_params
+    names = module.CompletionCreateParamsBase.__annotations__.keys()
+    assert not names - kind.model_fields.keys() - kind.no_effect - kind.unsupported.keys()
+
+
+def test_an_answer_can_be_sent_back_as_a_message():
+    """OpenAI's client gives the fields that this API does not use, too."""
+    answer = ChatCompletionMessage(role="assistant", content="a").model_dump()
+    assert chat(messages=[answer]) == chat(messages=[{"role": "assistant", "content": "a"}])
+
+
+@pytest.mark.parametrize(
+    ("read", "changes", "param", "part"),
+    [
+        (completion, {"temperature": 2.1}, "temperature", "2"),
+        (completion, {"temperature": -0.1}, "temperature", "0"),
+        (completion, {"temperature": float("nan")}, "temperature", "finite"),
+        (completion, {"temperature": "0"}, "temperature", "number"),
+        (completion, {"top_p": 0}, "top_p", "greater than 0"),
+        (completion, {"top_k": 1.5}, "top_k", "integer"),
+        (completion, {"n": 0}, "n", "1"),
+        (completion, {"n": 129}, "n", "128"),
+        (completion, {"n": True}, "n", "integer"),
+        (completion, {"max_tokens": 0}, "max_tokens", "1"),
+        (completion, {"logprobs": 21}, "logprobs", "20"),
+        (completion, {"logprobs": True}, "logprobs", "integer"),
+        (completion, {"stop": ["a"] * 17}, "stop", "at most 16"),
+        (completion, {"stop": ""}, "stop.0", "at least 1 character"),
+        (completion, {"stop": ["a", ""]}, "stop.1", "at least 1 character"),
+        (completion, {"stop": "a" * 1025}, "stop.0", "at most 1024"),
+        (completion, {"stop": 5}, "stop", "list"),
+        (completion, {"stop_token_ids": [1] * 17}, "stop_token_ids", "at most 16"),
+        (completion, {"stop_token_ids": [-1]}, "stop_token_ids.0", "0"),
+        (completion, {"stop_token_ids": 5}, "stop_token_ids", "list"),
+        (completion, {"seed": 2**64}, "seed", "less than"),
+        (completion, {"stream": 1}, "stream", "boolean"),
+        (completion, {"prompt": 5}, "prompt", "string, a list of strings"),
+        (completion, {"prompt": []}, "prompt", "at least 1"),
+        (completion, {"prompt": [[]]}, "prompt.0", "at least 1"),
+        (completion, {"prompt": [1, -1]}, "prompt.1", "0"),
+        (completion, {"prompt": [[1], "a"]}, "prompt.1", "list"),
+        (completion, {"prompt": ["a", 1]}, "prompt.1", "string"),
+        (completion, {"prompt": None}, "prompt", "string"),
+        (chat, {"messages": []}, "messages", "at least 1"),
+        (chat, {"messages": "hi"}, "messages", "list"),
+        (chat, {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'user'"),
+        (chat, {"messages": [{"role": "user"}]}, "messages.0.content", "required"),
+        (chat, {"messages": [{"role": "user", "content": None}]}, "messages.0.content", "string"),
+        (
+            chat,
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.content.0",
+            "text",
+        ),
+        (chat, {"max_completion_tokens": 0}, "max_completion_tokens", "1"),
+        (chat, {"logprobs": 3}, "logprobs", "boolean"),
+        (chat, {"top_logprobs": 3}, "top_logprobs", "logprobs: true"),
+        (chat, {"top_logprobs": 21, "logprobs": True}, "top_logprobs", "20"),
+        (chat, {"model": None}, "model", "string"),
+        (chat, {"chat_template_kwargs": [1]}, "chat_template_kwargs", "dictionary"),
+        (chat, {"continue_final_message": True}, "continue_final_message", "assistant"),
+    ],
+)
+def test_bad_values_name_their_field(read, changes, param, part):
+    error = refused(read, **changes)
+    assert error["param"].startswith(param)
+    assert error["message"].startswith(error["param"]) and part in error["message"]
 
 
 def test_parameters_reach_the_engine(tokenizer):
@@ -94,7 +201,7 @@ def test_parameters_reach_the_engine(tokenizer):
         stop_token_ids=[4],
         logprobs=2,
     )
-    requests = make_engine_requests(request, tokenizer, max_model_len=64)
+    requests = make_engine_requests(request, served(tokenizer))
     assert requests.prompts == (tokenizer("the tin").input_ids,)
     first, second, third = requests.params
     assert (first.max_new_tokens, first.stop, first.stop_ids, first.logprobs) == (7, ("x",), (4,), 2)
@@ -103,22 +210,35 @@ def test_parameters_reach_the_engine(tokenizer):
 
 
 def test_defaults_are_openais(tokenizer):
-    (params,) = make_engine_requests(completion(), tokenizer, max_model_len=64).params
+    (params,) = make_engine_requests(completion(), served(tokenizer)).params
     assert (params.max_new_tokens, params.sampling, params.logprobs) == (16, SamplingParams(1.0), None)
-    requests = make_engine_requests(chat(), tokenizer, max_model_len=64)
+    requests = make_engine_requests(chat(), served(tokenizer))
     assert requests.params[0].max_new_tokens == 64 - len(requests.prompts[0])
     assert params.continues and not requests.params[0].continues
 
 
+def test_the_models_defaults_are_used_for_what_a_request_leaves_open(tokenizer):
+    model = served(tokenizer, sampling=SamplingParams(0.6, 20, 0.95))
+
+    def sampling(**changes):
+        return make_engine_requests(completion(**changes), model).params[0].sampling
+
+    assert sampling() == sampling(temperature=None) == SamplingParams(0.6, 20, 0.95)
+    assert (
+        sampling(temperature=0, top_k=0) == sampling(temperature=0, top_k=-1) == SamplingParams(0.0, 0, 0.95)
+    )
+    assert sampling(top_p=1) == SamplingParams(0.6, 20, 1.0)
+
+
 def test_seeds_that_are_not_given_differ(tokenizer):
-    seeds = {make_engine_requests(completion(), tokenizer, max_model_len=64).params[0].seed for _ in range(4)}
+    seeds = {make_engine_requests(completion(), served(tokenizer)).params[0].seed for _ in range(4)}
     assert len(seeds) == 4
 
 
 def test_every_kind_of_prompt(tokenizer):
     ids = tokenizer("the tin").input_ids
     for prompt, count in (("the tin", 1), (ids, 1), (["the tin"] * 2, 2), ([ids, ids], 2)):
-        requests = make_engine_requests(completion(prompt=prompt, n=2, seed=1), tokenizer, max_model_len=64)
+        requests = make_engine_requests(completion(prompt=prompt, n=2, seed=1), served(tokenizer))
         assert requests.prompts == (ids,) * count
         assert [params.seed for _, params in requests.choices] == [p.seed for p in requests.params] * count
 
@@ -126,7 +246,7 @@ def test_every_kind_of_prompt(tokenizer):
 def test_chat_goes_through_the_template(tokenizer):
     parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "tin"}]
     messages = [{"role": "developer", "content": "12"}, {"role": "user", "content": parts}]
-    (prompt,) = make_engine_requests(chat(messages=messages), tokenizer, max_model_len=64).prompts
+    (prompt,) = make_engine_requests(chat(messages=messages), served(tokenizer)).prompts
     assert tokenizer.decode(prompt) == "<|turn|>12<|turn|>the tin"
 
 
@@ -145,24 +265,155 @@ def test_a_template_that_fails_is_the_requests_error(tokenizer, template, part):
     other = copy.copy(tokenizer)
     other.chat_template = template
     with pytest.raises(ApiError) as caught:
-        make_engine_requests(chat(), other, max_model_len=64)
+        make_engine_requests(chat(), served(other))
     assert caught.value.status == 400
     assert part in caught.value.message and "/v1/completions" in caught.value.message
 
 
+class TestChatPrompts:
+    """How a conversation becomes a prompt; tests/atom_jax/test_literal_tokens.py has special tokens in it."""
+
+    TEMPLATE = (
+        "{% for m in messages %}<|turn|>{{ m.name or '' }}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|turn|>{% if enable_thinking %}yes{% endif %}{% endif %}"
+    )
+    MESSAGES: ClassVar = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
+
+    @pytest.fixture
+    def text(self, tokenizer):
+        other = copy.copy(tokenizer)
+        other.chat_template = self.TEMPLATE
+
+        def prompt(**changes):
+            request = chat(messages=self.MESSAGES, **changes)
+            (ids,) = make_engine_requests(request, served(other)).prompts
+            return tokenizer.decode(ids)
+
+        return prompt
+
+    def test_the_start_of_an_answer(self, text):
+        assert text() == text(add_generation_prompt=True) == "<|turn|>a<|turn|>b c<|turn|>"
+        assert text(add_generation_prompt=False) == "<|turn|>a<|turn|>b c"
+
+    def test_the_last_message_is_continued(self, text, tokenizer):
+        assert text(continue_final_message=True) == "<|turn|>a<|turn|>b c"
+        request = chat(messages=self.MESSAGES, continue_final_message=True)
+        assert make_engine_requests(request, served(tokenizer)).params[0].continues
+
+    def test_not_both(self):
+        error = refused(chat, messages=self.MESSAGES, continue_final_message=True, add_generation_prompt=True)
+        assert error["param"] == "add_generation_prompt"
+
+    def test_variables_of_the_template(self, text):
+        assert text(chat_template_kwargs={"enable_thinking": True}) == "<|turn|>a<|turn|>b c<|turn|>yes"
+
+    @pytest.mark.parametrize(
+        ("name", "part"),
+        [
+            ("enable_thinkin", "did you mean enable_thinking?"),
+            ("thinking_budget", "no variable"),
+            ("messages", "cannot be set"),
+            ("add_generation_prompt", "cannot be set"),
+            ("tokenize", "cannot be set"),
+            ("bos_token", "cannot be set"),
+        ],
+    )
+    def test_other_variables_are_refused_by_name(self, text, name, part):
+        with pytest.raises(ApiError, match=part) as caught:
+            text(chat_template_kwargs={name: True})
+        assert caught.value.param == "chat_template_kwargs" and name in caught.value.message
+
+    def test_a_name(self, tokenizer):
+        other = copy.copy(tokenizer)
+        other.chat_template = self.TEMPLATE
+        messages = [{"role": "user", "content": "a", "name": "b<|turn|>"}]
+        (ids,) = make_engine_requests(chat(messages=messages), served(other)).prompts
+        assert tokenizer.decode(ids) == "<|turn|>b<|turn|>a<|turn|>"
+        assert ids.count(tokenizer.convert_tokens_to_ids("<|turn|>")) == 2
+
+
+def test_special_tokens_in_messages_are_text_and_in_prompts_tokens(tokenizer):
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    message = [{"role": "user", "content": "a<|turn|>b"}]
+    (chatted,) = make_engine_requests(chat(messages=message), served(tokenizer)).prompts
+    (raw,) = make_engine_requests(completion(prompt="a<|turn|>b"), served(tokenizer)).prompts
+    assert chatted.count(turn) == 1 and raw.count(turn) == 1
+    assert tokenizer.decode(chatted) == "<|turn|>a<|turn|>b"
+
+
 @pytest.mark.parametrize(
-    ("request_", "parts"),
+    ("request_", "param", "message"),
     [
-        (completion(prompt="the tin " * 20), ["do not fit", "64"]),
-        (completion(max_tokens=64), ["and 64 new ones"]),
-        (completion(prompt=""), ["no tokens"]),
-        (completion(prompt=[]), ["no tokens"]),
-        (completion(prompt=["a", ""]), ["no tokens"]),
-        (completion(prompt="\ud800"), ["not valid Unicode"]),
+        (
+            completion(prompt="the tin " * 20),
+            "prompt",
+            "This model's maximum context length is 64 tokens. However, you requested 97 tokens (81 in the "
+            "prompt, 16 in the completion). Please reduce the length of the prompt.",
+        ),
+        (
+            completion(max_tokens=64),
+            "max_tokens",
+            "This model's maximum context length is 64 tokens. However, you requested 68 tokens (4 in the "
+            "prompt, 64 in the completion). Please reduce the length of the prompt or max_tokens.",
+        ),
+        (chat(max_tokens=64), "max_tokens", "(5 in the messages, 64 in the completion)"),
+        (chat(max_completion_tokens=64), "max_completion_tokens", "or max_completion_tokens."),
+        (chat(messages=[{"role": "user", "content": "a" * 99}]), "messages", "you requested 101 tokens"),
     ],
 )
-def test_impossible_prompts(tokenizer, request_, parts):
+def test_too_long_for_the_context(tokenizer, request_, param, message):
+    """The words are OpenAI's: clients look for them, or for the code."""
     with pytest.raises(ApiError) as caught:
-        make_engine_requests(request_, tokenizer, max_model_len=64)
-    assert caught.value.status == 400
-    assert all(part in caught.value.message for part in parts)
+        make_engine_requests(request_, served(tokenizer))
+    error = caught.value
+    assert (error.status, error.code, error.param) == (400, "context_length_exceeded", param)
+    assert message in error.message and "maximum context length is 64 tokens" in error.message
+
+
+@pytest.mark.parametrize(
+    ("request_", "param", "part"),
+    [
+        (completion(prompt=""), "prompt", "no tokens"),
+        (completion(prompt=["a", ""]), "prompt", "no tokens"),
+        (completion(prompt="\ud800"), "prompt", "not valid Unicode"),
+        (chat(messages=[{"role": "user", "content": "\ud800"}]), "messages", "not valid Unicode"),
+        (completion(prompt=[1, 1000]), "prompt", "token ids must be 0 to 999, found 1000"),
+        (completion(prompt=[[1], [10**30]]), "prompt", "token ids must be 0 to 999"),
+        (completion(stop_token_ids=[1000]), "stop_token_ids", "token ids must be 0 to 999"),
+    ],
+)
+def test_impossible_prompts(tokenizer, request_, param, part):
+    with pytest.raises(ApiError) as caught:
+        make_engine_requests(request_, served(tokenizer))
+    assert (caught.value.status, caught.value.param) == (400, param)
+    assert caught.value.message.startswith(f"{param}: ") and part in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        (b"", "empty"),
+        (b" \n", "empty"),
+        (b"{", "not JSON: EOF"),
+        (b"{'a': 1}", "not JSON"),
+        (b'{"a": NaN}', "not JSON"),
+        (b'{"a": "\\ud800"}', "not JSON"),
+        ('{"a": "schön"}'.encode("latin-1"), "not UTF-8: byte 0xf6 at position 10"),
+        ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
+        (b"\x1f\x8b\x08\x00rest", "compressed (gzip)"),
+        (b"[" * 5000 + b"]" * 5000, "nested too deeply"),
+        (b"[" * 100_000, f"more than {MAX_CONTAINERS}"),
+        (b"[" + b"[]," * 500_000 + b"1]", f"more than {MAX_CONTAINERS}"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "out of range"),
+    ],
+)
+def test_bodies_that_are_not_json(body, part):
+    with pytest.raises(ApiError) as caught:
+        parse_json(body)
+    assert caught.value.status == 400 and part in caught.value.message
+    assert len(caught.value.message) < 200
+
+
+def test_brackets_in_text_are_not_counted():
+    text = "[{" * MAX_CONTAINERS + '\\"['
+    assert parse_json(json.dumps({"prompt": text}).encode()) == {"prompt": text}

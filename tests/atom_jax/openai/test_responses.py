@@ -1,5 +1,6 @@
 """What the API says of tokens, with a tokenizer that drops the space at the beginning of a text."""
 
+import json
 from typing import Any
 
 import pytest
@@ -7,7 +8,9 @@ import pytest
 from atom_jax.engine import Output, RequestParams, TokenLogprobs
 from atom_jax.openai.engine_requests import EngineRequests
 from atom_jax.openai.requests import ChatCompletionRequest, CompletionRequest
-from atom_jax.openai.responses import ApiResponse
+from atom_jax.openai.responses import ApiResponse, json_pieces
+from atom_jax.openai.token_texts import TokenTexts
+from tests.atom_jax.server.fake import served
 from tests.atom_jax.test_detokenize import sentencepiece
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 1}
@@ -19,13 +22,18 @@ def whole():
     """``whole(request, tokens)``: the logprobs of an answer of these tokens."""
     tokenizer: Any = sentencepiece()
 
-    def answer(request, tokens):
+    def answer(request, tokens, top=(("▁a", -0.5),)):
         ids = tokenizer.convert_tokens_to_ids(tokens)
+        others = tuple((tokenizer.convert_tokens_to_ids(name), logprob) for name, logprob in top)
         engine_requests = EngineRequests(([1],), (RequestParams(logprobs=1),))
-        response = ApiResponse(request, engine_requests, tokenizer)
+        response = ApiResponse(request, engine_requests, served(tokenizer))
+        chunks: Any = []
         for count, token in enumerate(ids, 1):
-            logprobs = (TokenLogprobs(token, -1.0, ((ids[0], -0.5),)),)
-            response.add(0, Output("", (token,), "", logprobs, None, 1, count, 0))
+            logprobs = (TokenLogprobs(token, -1.0, others),)
+            chunks.append(response.add(0, Output("", (token,), "", logprobs, None, 1, count, 0)))
+        if request.stream:
+            parts = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+            return {name: [each for part in parts for each in part[name] or ()] for name in parts[0]}
         choices: Any = response.whole()["choices"]
         (choice,) = choices
         return choice["logprobs"]
@@ -33,15 +41,89 @@ def whole():
     return answer
 
 
+def completion(**changes):
+    return CompletionRequest.model_validate(TEXT | changes)
+
+
+def chat(**changes):
+    return ChatCompletionRequest.model_validate(CHAT | changes)
+
+
 def test_completion_tokens_have_their_spaces(whole):
-    logprobs = whole(CompletionRequest.model_validate(TEXT), ["▁a", "b", "▁", "▁b"])
+    logprobs = whole(completion(), ["▁a", "b", "▁", "▁b"])
     assert logprobs["tokens"] == [" a", "b", " ", " b"]
     assert logprobs["text_offset"] == [0, 2, 3, 4]
     assert logprobs["top_logprobs"][1] == {" a": -0.5, "b": -1.0}
 
 
 def test_chat_tokens_have_their_spaces_and_bytes(whole):
-    logprobs = whole(ChatCompletionRequest.model_validate(CHAT), ["▁a", "b", "<0xC3>"])
-    assert [token["token"] for token in logprobs["content"]] == [" a", "b", "\ufffd"]
-    assert [token["bytes"] for token in logprobs["content"]] == [[32, 97], [98], None]
+    logprobs = whole(chat(), ["▁a", "b"])
+    assert [token["token"] for token in logprobs["content"]] == [" a", "b"]
+    assert [token["bytes"] for token in logprobs["content"]] == [[32, 97], [98]]
     assert logprobs["content"][1]["top_logprobs"] == [{"token": " a", "logprob": -0.5, "bytes": [32, 97]}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_parts_of_characters_have_their_bytes(whole, stream):
+    """The two bytes of é, and one that is no character."""
+    parts = ["a", "<0xC3>", "<0xA9>", "<0xFF>", "b"]
+    tokens = whole(chat(stream=stream), parts)["content"]
+    assert [token["token"] for token in tokens] == ["a", "bytes:\\xc3", "bytes:\\xa9", "bytes:\\xff", "b"]
+    assert bytes(byte for token in tokens for byte in token["bytes"]) == "aé".encode() + b"\xffb"
+    logprobs = whole(completion(stream=stream), parts)
+    assert logprobs["tokens"] == [token["token"] for token in tokens]
+    assert logprobs["text_offset"] == [0, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("text", ["naïve 日本 👍", "a\tb\n", "ÿĀ\x00\xad"])
+def test_bytes_of_byte_level_tokens_are_those_of_the_text(tokenizer, text):
+    """The tiny tokenizer has a token for nearly every byte."""
+    texts = TokenTexts(tokenizer)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert b"".join(texts[token].encoded for token in ids) == text.encode()
+    assert len({texts[token].name for token in set(ids)}) == len(set(ids))
+
+
+def test_special_tokens_have_their_names(tokenizer):
+    (token,) = tokenizer.convert_tokens_to_ids(["<|turn|>"])
+    assert TokenTexts(tokenizer)[token] == ("<|turn|>", b"<|turn|>")
+    assert TokenTexts(tokenizer)[10_000] == ("", b"")
+
+
+@pytest.mark.parametrize("chosen", ["a", "<0x61>", "b"])
+def test_alternatives_with_the_same_text_are_kept(whole, chosen):
+    """As SentencePiece has it, a letter may be a piece of its own or a byte."""
+    top = [("<0x61>", -0.5), ("a", -0.75), ("<0x62>", -2.0)]
+    logprobs = whole(completion(), [chosen], top=top)
+    (alternatives,) = logprobs["top_logprobs"]
+    value = dict(top) | {chosen: -1.0}
+    ids = sentencepiece().convert_tokens_to_ids
+    assert len(alternatives) == len(value)
+    assert alternatives[logprobs["tokens"][0]] == -1.0
+    assert sorted(alternatives.values()) == sorted(value.values())
+    if chosen == "a":
+        assert alternatives == {f"token_id:{ids('<0x61>')}": -0.5, "a": -1.0, "b": -2.0}
+    content = whole(chat(), [chosen], top=top)["content"][0]["top_logprobs"]
+    assert [(each["token"], each["logprob"]) for each in content] == [("a", -0.5), ("a", -0.75), ("b", -2.0)]
+
+
+def test_pieces_of_json_are_the_whole():
+    value = {"a": [{"b": [1, 2.5, None, {"c": [[["é\n"]], {}, []]}]}], "": {}, "d": "x"}
+    pieces = list(json_pieces(value))
+    assert "".join(pieces) == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    assert len(pieces) > 10
+
+
+@pytest.mark.parametrize("kind", [chat, completion])
+def test_no_piece_of_an_answer_is_long(kind, tokenizer):
+    """While a piece is written, nothing else can run: none has more than the alternatives of one token."""
+    top = tuple((100 + rank, -1.0 - rank) for rank in range(20))
+    response = ApiResponse(
+        kind(), EngineRequests(([1],), 4 * (RequestParams(logprobs=20),)), served(tokenizer)
+    )
+    for index in range(4):
+        tokens = tuple(TokenLogprobs(100, -1.0, top) for _ in range(500))
+        response.add(index, Output("", (100,) * 500, "text", tokens, "length", 1, 500, 0))
+    pieces = list(json_pieces(response.whole()))
+    assert json.loads("".join(pieces)) == response.whole()
+    assert max(map(len, pieces)) < 2000 < sum(map(len, pieces))

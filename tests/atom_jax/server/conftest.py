@@ -8,7 +8,7 @@ import pytest
 from openai import OpenAI
 
 from atom_jax.server.app import Service
-from tests.atom_jax.server.fake import FakeEngine, config, running
+from tests.atom_jax.server.fake import FakeEngine, config, running, served
 
 
 @pytest.fixture
@@ -22,9 +22,9 @@ def serve(engine, tokenizer):
     with contextlib.ExitStack() as stack:
 
         def start(**changes):
-            service = Service(config(**changes), engine, tokenizer)
+            service = Service(config(**changes), engine, served(tokenizer))
             url, server = stack.enter_context(running(service))
-            key = changes.get("api_key", "none")
+            key = changes.get("api_keys", ("none",))[0]
             client = stack.enter_context(OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0))
             http = stack.enter_context(httpx.Client(base_url=url, timeout=300))
             return SimpleNamespace(service=service, server=server, url=url, client=client, http=http)

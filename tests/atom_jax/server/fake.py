@@ -11,12 +11,14 @@ from typing import Any
 
 from atom_jax.engine import Engine, EngineStats, Output, RequestParams, TokenLogprobs
 from atom_jax.errors import AtomError
+from atom_jax.openai.served_model import ServedModel
 from atom_jax.progress import Progress
 from atom_jax.server.app import Service
 from atom_jax.server.config import ServerConfig
 from atom_jax.server.run import DrainingServer, bind
 
 MAX_MODEL_LEN = 64
+VOCAB_SIZE = 1000
 
 
 @dataclasses.dataclass
@@ -48,8 +50,8 @@ class FakeEngine(Engine):
 
     def add(self, request_id: str, prompt: Sequence[int], params: RequestParams) -> None:
         self.threads.add(threading.get_ident())
-        if max(prompt) >= 1000:
-            raise AtomError("token ids must be 0 to 999, found 1000")
+        if max(prompt) >= VOCAB_SIZE:
+            raise AtomError(f"token ids must be 0 to {VOCAB_SIZE - 1}, found {max(prompt)}")
         assert request_id not in self.requests
         self.prompt_tokens += len(prompt)
         self.requests[request_id] = _FakeRequest(list(prompt), params)
@@ -155,3 +157,8 @@ def until(condition: Any) -> None:
 
 def config(**changes: Any) -> ServerConfig:
     return dataclasses.replace(ServerConfig("tiny"), **changes)
+
+
+def served(tokenizer: Any, **changes: Any) -> ServedModel:
+    """The model of the fake engine, for the API."""
+    return dataclasses.replace(ServedModel(tokenizer, VOCAB_SIZE, MAX_MODEL_LEN), **changes)

@@ -13,6 +13,7 @@ from openai import OpenAI
 
 import atom_jax
 from atom_jax.engine import Engine, EngineConfig
+from atom_jax.openai.served_model import served_model
 from atom_jax.server.app import Service
 from atom_jax.server.config import ServerConfig
 from bench.soak_clients import MAX_BODY_KB, MODEL_NAME, soak
@@ -38,7 +39,7 @@ def server(model):
     )
     engine = Engine(model, settings)
     limits = ServerConfig(MODEL_NAME, max_body_bytes=MAX_BODY_KB * 1024)
-    with running(Service(limits, engine, model.tokenizer)) as (url, _):
+    with running(Service(limits, engine, served_model(model, engine))) as (url, _):
         yield url
 
 
@@ -105,7 +106,7 @@ def test_an_answer_is_the_same_from_the_cache_and_in_a_crowd(tmp_path):
     engine = Engine(model, settings)
     prompts = [f"{PROMPT} and the ant in {'the inn ' * (number % 3)}{number}" for number in range(12)]
     with (
-        running(Service(ServerConfig(MODEL_NAME), engine, model.tokenizer)) as (url, _),
+        running(Service(ServerConfig(MODEL_NAME), engine, served_model(model, engine))) as (url, _),
         OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
         ThreadPoolExecutor(len(prompts)) as crowd,
     ):

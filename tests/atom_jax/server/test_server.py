@@ -9,10 +9,13 @@ from typing import Any
 import openai
 import pytest
 
+from atom_jax.errors import AtomError
 from atom_jax.openai.errors import invalid_request
-from tests.atom_jax.server.fake import MAX_MODEL_LEN, expected, letter, text_of, until
+from atom_jax.server.guard import access_log
+from tests.atom_jax.server.fake import MAX_MODEL_LEN, config, expected, letter, text_of, until
 
 PROMPT = [5, 6]
+JSON = {"content-type": "application/json"}
 LONG = {"prompt": PROMPT, "max_tokens": MAX_MODEL_LEN - 2}
 
 
@@ -108,6 +111,36 @@ class TestAnswers:
         assert (token.token, token.bytes, token.logprob) == (choice.message.content, [ord(token.token)], -1.0)
         assert [other.logprob for other in token.top_logprobs] == [-1.0, -2.0]
 
+    def test_tokenize(self, server, tokenizer):
+        def tokens(**body):
+            return server.http.post("/tokenize", json=body).json()
+
+        ids = tokenizer("the tin").input_ids
+        assert tokens(prompt="the tin") == {
+            "count": len(ids),
+            "max_model_len": MAX_MODEL_LEN,
+            "tokens": ids,
+            "token_strs": None,
+        }
+        messages = [{"role": "user", "content": "the tin"}]
+        got = tokens(model="tiny", messages=messages, return_token_strs=True)
+        assert got["tokens"] == chat_ids(tokenizer)
+        assert got["token_strs"] == tokenizer.convert_ids_to_tokens(got["tokens"])
+        assert (
+            tokens(messages=messages, chat_template_kwargs={"a": 1})["error"]["param"]
+            == "chat_template_kwargs"
+        )
+        assert tokens(model="gpt", prompt="a")["error"]["code"] == "model_not_found"
+        assert tokens(text="a")["error"]["param"] == "text"
+
+    def test_detokenize(self, server, tokenizer):
+        def text(**body):
+            return server.http.post("/detokenize", json=body).json()
+
+        assert text(tokens=chat_ids(tokenizer)) == {"prompt": "<|turn|>the tin"}
+        assert text(tokens=[]) == {"prompt": ""}
+        assert text(tokens=[1000])["error"]["param"] == "tokens"
+
     def test_an_impossible_token_has_a_finite_logprob(self, server):
         (choice,) = chat(server, logprobs=True, max_tokens=1).choices
         assert choice.logprobs.content[0].logprob == -9999.0
@@ -133,9 +166,9 @@ class TestErrors:
         [
             (b"{", "not JSON"),
             (b"[1]", "JSON object"),
-            (b"", "JSON object"),
-            (b"\xff\xfe", "body"),
-            (b'{"model": "tiny", "prompt": "\\ud800"}', "Unicode"),
+            (b"", "empty"),
+            (b"\xff\xfe", "UTF-8"),
+            (b'{"model": "tiny", "prompt": "\\ud800"}', "not JSON"),
             (b'{"model": "tiny", "prompt": "a", "seed": 1' + b"0" * 5000 + b"}", "body"),
             (b"[" * 100_000, "body"),
             (b'{"model": "tiny"}', "prompt"),
@@ -152,10 +185,47 @@ class TestErrors:
         with pytest.raises(openai.NotFoundError, match="gpt"):
             complete(server, model="gpt")
 
-    def test_unknown_route_and_method(self, server):
-        for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)):
-            answer = server.http.request(method, path)
-            assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
+    @pytest.mark.parametrize(
+        ("method", "path", "status", "part", "allow"),
+        [
+            ("GET", "/v1/nothing", 404, "there is no route '/v1/nothing'", None),
+            ("POST", "/v1/completion", 404, "did you mean /v1/completions?", None),
+            ("GET", "/v1/completions", 405, "has no GET; it has POST", "POST"),
+            ("DELETE", "/health", 405, "has no DELETE", "GET, HEAD"),
+            ("PUT", "/v1/models/tiny", 405, "has no PUT", "GET, HEAD"),
+            ("OPTIONS", "/v1/chat/completions", 405, "has no OPTIONS", "POST"),
+        ],
+    )
+    def test_unknown_route_and_method(self, server, method, path, status, part, allow):
+        answer = server.http.request(method, path, headers=JSON)
+        error = answer.json()["error"]
+        assert answer.status_code == status and error["type"] == "invalid_request_error"
+        assert part in error["message"] and answer.headers.get("allow") == allow
+
+    @pytest.mark.parametrize("path", ["/health", "/v1/models", "/metrics", "/"])
+    def test_head(self, server, path):
+        answer = server.http.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+        assert answer.headers["content-type"] == server.http.get(path).headers["content-type"]
+
+    @pytest.mark.parametrize(
+        ("headers", "part"),
+        [
+            ({"content-encoding": "gzip", **JSON}, "Content-Encoding: gzip"),
+            ({"content-type": "text/plain"}, "found text/plain"),
+            ({}, "found none"),
+        ],
+    )
+    def test_bodies_that_are_not_json_by_their_headers(self, server, headers, part):
+        for path in ("/v1/completions", "/tokenize"):
+            answer = server.http.post(path, content=b"{}", headers=headers)
+            assert answer.status_code == 415 and part in answer.json()["error"]["message"]
+
+    def test_wrong_values_of_the_engine(self, server):
+        for changes in ({"prompt": [1000]}, {"stop_token_ids": [1000]}):
+            with pytest.raises(openai.BadRequestError, match="token ids") as caught:
+                complete(server, **({} if "prompt" in changes else {"prompt": [1]}), extra_body=changes)
+            assert caught.value.param == next(iter(changes))
 
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
     def test_engine_failure_ends_the_server(self, server, engine):
@@ -174,7 +244,7 @@ class TestLimits:
             for _ in range(100):
                 yield b" " * 100
 
-        answer = server.http.post("/v1/completions", content=chunks())
+        answer = server.http.post("/v1/completions", content=chunks(), headers=JSON)
         assert answer.status_code == 413
         assert answer.json()["error"]["message"] == "the body is longer than 1000 bytes"
 
@@ -186,9 +256,9 @@ class TestLimits:
             counts.append(len(errors))
             return invalid_request(errors)
 
-        monkeypatch.setattr("atom_jax.server.app.invalid_request", counted)
+        monkeypatch.setattr("atom_jax.openai.bodies.invalid_request", counted)
         server = serve()
-        for prompt in ([[1]] * 400_000, [True] * 300_000, ["a"] * 400_000):
+        for prompt in ([[1]] * 19_000, [[]] * 400_000, [True] * 300_000, ["a"] * 400_000):
             answer = server.http.post("/v1/completions", json={"model": "tiny", "prompt": prompt, "n": 128})
             assert answer.status_code == 400
             assert len(answer.text) < 1000
@@ -197,7 +267,8 @@ class TestLimits:
     def test_slow_body(self, serve):
         server = serve(read_timeout=0.1)
         with socket.create_connection(("127.0.0.1", server.http.base_url.port)) as connection:
-            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head += b"Content-Length: 100\r\n\r\n{"
             connection.sendall(head)
             connection.settimeout(300)
             assert connection.recv(4096).startswith(b"HTTP/1.1 408")
@@ -233,19 +304,100 @@ class TestLimits:
             list(complete(server, **LONG, stream=True))
         until(lambda: not engine.requests)
 
-    def test_key(self, serve):
-        server = serve(api_key="hunter2")
+    def test_keys(self, serve):
+        server = serve(api_keys=("hunter2", "schlüssel"))
         assert complete(server).choices[0].text
-        for key in (None, "Bearer hunter3", "hunter2", "Bearer é"):
+        for key in ("Bearer hunter2", "bearer hunter2", "BEARER  hunter2", "Bearer schlüssel"):
+            answer = server.http.get("/v1/models", headers={"Authorization": key.encode()})
+            assert answer.status_code == 200
+        for key in (
+            None,
+            "Bearer hunter3",
+            "hunter2",
+            "Basic hunter2",
+            "Bearer",
+            "Bearer é",
+            "Bearer hunter2,",
+        ):
             headers = {} if key is None else {"Authorization": key.encode()}
-            answer = server.http.get("/v1/models", headers=headers)
-            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+            for method, path in (("GET", "/v1/models"), ("POST", "/tokenize"), ("POST", "/detokenize")):
+                answer = server.http.request(method, path, headers=headers)
+                assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+                assert answer.headers["www-authenticate"] == "Bearer"
         assert server.http.get("/health").status_code == 200
 
-    def test_a_key_may_have_any_characters(self, serve):
-        server = serve(api_key="schlüssel")
-        answer = server.http.get("/v1/models", headers={"Authorization": "Bearer schlüssel".encode()})
-        assert answer.status_code == 200
+    @pytest.mark.parametrize(
+        ("host", "status"),
+        [
+            ("example.com", 200),
+            ("EXAMPLE.com:8000", 200),
+            ("a.b.example.org", 200),
+            ("example.org", 421),
+            ("badexample.com", 421),
+            ("evil.test", 421),
+            ("", 421),
+            ("[::1]:80", 200),
+        ],
+    )
+    def test_hosts(self, serve, host, status):
+        server = serve(allowed_hosts=("example.com", "*.example.org", "[::1]"))
+        for path in ("/health", "/v1/models", "/"):
+            assert server.http.get(path, headers={"host": host}).status_code == status
+
+    def test_origins(self, serve):
+        server = serve(allowed_origins=("https://example.com",), api_keys=("hunter2",))
+        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        for origin, allowed in (("https://example.com", "https://example.com"), ("https://evil.test", None)):
+            answer = server.http.options("/v1/completions", headers={"Origin": origin, **asked})
+            assert answer.headers.get("access-control-allow-origin") == allowed
+            answer = server.http.post("/v1/completions", headers={"Origin": origin})
+            assert answer.status_code == 401
+            assert answer.headers.get("access-control-allow-origin") == allowed
+        answer = serve().http.get("/v1/models", headers={"Origin": "https://example.com"})
+        assert "access-control-allow-origin" not in answer.headers
+
+    def test_wrong_settings(self):
+        for name, value in (
+            ("api_keys", ("",)),
+            ("allowed_hosts", ("a*.com",)),
+            ("allowed_hosts", ("",)),
+            ("allowed_origins", ("example.com",)),
+            ("allowed_origins", ("https://example.com/",)),
+            ("head_timeout", 0),
+            ("max_connections", 0),
+        ):
+            with pytest.raises(AtomError):
+                config(**{name: value})
+
+
+class TestRequestIds:
+    def test_they_are_echoed_or_made_and_logged(self, server, caplog, monkeypatch):
+        monkeypatch.setattr(access_log, "propagate", True)
+        caplog.set_level("INFO", access_log.name)
+        answer = server.http.get("/health?a=%0Ab", headers={"X-Request-Id": "mine-1"})
+        assert answer.headers["x-request-id"] == "mine-1"
+        made = [server.http.get("/v1/none").headers["x-request-id"] for _ in range(2)]
+        assert len(set(made)) == 2 and all(len(each) == 32 for each in made)
+        until(lambda: any(made[1] in line for line in caplog.messages))
+        first, second, _ = dict.fromkeys(caplog.messages)
+        assert 'GET /health" 200' in first and first.endswith("request mine-1")
+        assert '/v1/none" 404' in second and second.endswith(f"request {made[0]}")
+
+    @pytest.mark.parametrize("bad", ["", "a b", "a" * 129, "é"])
+    def test_what_is_no_id_is_not_repeated(self, server, bad):
+        answer = server.http.get("/health", headers={"X-Request-Id": bad.encode()})
+        assert len(answer.headers["x-request-id"]) == 32
+
+    def test_the_client_sees_it_with_an_answer_an_error_and_a_stream(self, server):
+        assert complete(server)._request_id
+        with pytest.raises(openai.BadRequestError) as caught:
+            complete(server, max_tokens=0)
+        assert caught.value.request_id
+        headers = {"X-Request-Id": "mine"}
+        body = {"model": "tiny", "prompt": [1], "stream": True}
+        assert (
+            server.http.post("/v1/completions", json=body, headers=headers).headers["x-request-id"] == "mine"
+        )
 
 
 class TestEnd:

@@ -1,0 +1,49 @@
+"""What the API knows of the model that it serves."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING
+
+from atom_jax.literal_tokens import LiteralTokens
+from atom_jax.openai.token_texts import TokenTexts
+from atom_jax.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from atom_jax.checkpoint import Model
+    from atom_jax.engine import Engine
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """The model behind the API.
+
+    Attributes:
+      tokenizer: as ``Model.tokenizer``.
+      vocab_size: token ids are smaller.
+      max_model_len: the most tokens of a prompt and its answer together.
+      sampling: how tokens are drawn where a request does not say it.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    vocab_size: int
+    max_model_len: int
+    sampling: SamplingParams = SamplingParams(temperature=1.0)
+
+    @functools.cached_property
+    def literal_tokens(self) -> LiteralTokens:
+        """Tokenizes chats."""
+        return LiteralTokens(self.tokenizer)
+
+    @functools.cached_property
+    def token_texts(self) -> TokenTexts:
+        """Texts and bytes of single tokens."""
+        return TokenTexts(self.tokenizer)
+
+
+def served_model(model: Model, engine: Engine) -> ServedModel:
+    """A loaded model behind the API, with the limits of its engine."""
+    return ServedModel(model.tokenizer, model.config.vocab_size, engine.max_model_len)
