@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from atom_jax.errors import AtomError, did_you_mean
 from atom_jax.tokenizer import SPECIAL_TOKENS
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 def chat_text(
     tokenizer: PreTrainedTokenizerFast,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
+    tools: Sequence[dict[str, Any]] = (),
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     variables: Mapping[str, object] | None = None,
@@ -26,7 +27,9 @@ def chat_text(
 
     Args:
       tokenizer: the model's tokenizer, as ``Model.tokenizer``.
-      messages: the messages of the chat, each with "role" and "content".
+      messages: the messages of the chat, each with "role" and "content", and with "tool_calls" where the
+        assistant calls tools.
+      tools: that the model may call, as OpenAI's API describes them.
       add_generation_prompt: whether the text ends with the start of an answer.
       continue_final_message: whether the text ends with the last message, which the answer continues.
       variables: further variables of the template, e.g. ``{"enable_thinking": False}``.
@@ -38,10 +41,11 @@ def chat_text(
     if not tokenizer.chat_template:
         raise AtomError("the model has no chat template")
     try:
-        template = tokenizer.get_chat_template()
+        template = tokenizer.get_chat_template(tools=list(tools) or None)
         _check_variables(tokenizer, template, variables or {})
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
+            tools=list(tools) or None,
             chat_template=template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -70,7 +74,19 @@ def _check_variables(
     for name in variables:
         if name in reserved:
             raise TemplateVariableError(f"{name} cannot be set here")
-        words = set(re.findall(r"[A-Za-z_]\w*", template))
+        words = _words(template)
         if name not in words:
             near = did_you_mean(name, words - reserved)
             raise TemplateVariableError(f"the model's chat template has no variable {name[:64]!r}{near}")
+
+
+def reads_tools(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the model's chat template tells the model which tools it may call."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name; one may be for chats with tools
+        return "tool_use" in template or "tools" in _words(template.get("default", ""))
+    return template is not None and "tools" in _words(template)
+
+
+def _words(template: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z_]\w*", template))

@@ -6,13 +6,14 @@ import dataclasses
 import secrets
 from collections.abc import Callable, Sequence
 
-from atom_jax.chat import TemplateVariableError, chat_text
-from atom_jax.engine import RequestParams
+from atom_jax.chat import TemplateVariableError, chat_text, reads_tools
+from atom_jax.engine import Grammar, RequestParams
 from atom_jax.errors import AtomError
 from atom_jax.openai.errors import ApiError
-from atom_jax.openai.messages import ChatPrompt
+from atom_jax.openai.messages import ChatPrompt, map_strings
 from atom_jax.openai.requests import ApiRequest, ChatCompletionRequest, CompletionRequest
 from atom_jax.openai.served_model import ServedModel
+from atom_jax.openai.tools import with_tools
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +44,27 @@ def make_engine_requests(request: ApiRequest, model: ServedModel) -> EngineReque
     chat = isinstance(request, ChatCompletionRequest)
     prompts = [chat_ids(request, model)] if chat else _prompts(request, model)
     check_ids("stop_token_ids", request.stop_token_ids or (), model)
+    check_ids("logit_bias", [int(token) for token in request.logit_bias or ()], model)
     field = "messages" if chat else "prompt"
     if not all(prompts):
         raise ApiError(400, f"{field}: there are no tokens to continue", param=field)
     longest = max(map(len, prompts))
     new_tokens = _new_tokens(request, longest, model.max_model_len)
     seed = secrets.randbits(63) if request.seed is None else request.seed
-    return EngineRequests(tuple(prompts), tuple(request.params(new_tokens, seed, model.sampling)))
+    grammar = _grammar(request, model) if chat else None
+    return EngineRequests(tuple(prompts), tuple(request.params(new_tokens, seed, model.sampling, grammar)))
+
+
+def _grammar(request: ChatCompletionRequest, model: ServedModel) -> Grammar | None:
+    """The grammar of the answers to a chat; None if they may be any text."""
+    schema = request.schema_of_answer
+    if schema is None:
+        return None
+    try:
+        return model.grammars.json_schema(schema)
+    except AtomError as error:
+        field = "tools" if request.must_call else "response_format"
+        raise ApiError(400, f"{field}: {error}", param=field) from error
 
 
 def _new_tokens(request: ApiRequest, longest: int, max_model_len: int) -> int:
@@ -110,12 +125,17 @@ def chat_ids(prompt: ChatPrompt, model: ServedModel) -> list[int]:
             return apply(_check_unicode("messages", text))
 
         variables = prompt.chat_template_kwargs or {}
+        messages = [message.for_template(checked) for message in prompt.messages]
+        tools = [tool.for_template(checked) for tool in prompt.tools or ()]
+        if not reads_tools(model.tokenizer):
+            messages, tools = with_tools(messages, tools), []
         return chat_text(
             model.tokenizer,
-            [message.for_template(checked) for message in prompt.messages],
+            messages,
+            tools=tools,
             add_generation_prompt=prompt.starts_answer,
             continue_final_message=bool(prompt.continue_final_message),
-            variables={name: _map_strings(value, checked) for name, value in variables.items()},
+            variables={name: map_strings(value, checked) for name, value in variables.items()},
         )
 
     try:
@@ -136,17 +156,6 @@ def text_ids(text: str, model: ServedModel, *, add_special_tokens: bool) -> list
     _check_unicode("prompt", text)
     # verbose=False: no warning for a prompt that is too long, because the caller raises an error for it.
     return model.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
-
-
-def _map_strings(value: object, apply: Callable[[str], str]) -> object:
-    """A JSON value with ``apply`` applied to each of its strings, except names of fields."""
-    if isinstance(value, str):
-        return apply(value)
-    if isinstance(value, list):
-        return [_map_strings(each, apply) for each in value]
-    if isinstance(value, dict):
-        return {name: _map_strings(each, apply) for name, each in value.items()}
-    return value
 
 
 def _check_unicode(field: str, text: str) -> str:

@@ -45,16 +45,22 @@ class Fields(BaseModel):
         for name, neutral in cls.unsupported.items():
             if name in data and not any(_same(data[name], value) for value in neutral):
                 raise field_error(name, "is not supported; leave it out")
-        unknown = data.keys() - cls.model_fields.keys() - cls.no_effect - cls.unsupported.keys()
+        known = cls.names()
+        unknown = data.keys() - known - cls.no_effect - cls.unsupported.keys()
         if unknown:
             named = [name for name in data if name in unknown][:_MOST_NAMED]
             raise field_error(named[0][:_MOST_CHARACTERS], "; ".join(map(cls._unknown, named)))
-        return {name: value for name, value in data.items() if name in cls.model_fields}
+        return {name: value for name, value in data.items() if name in known}
+
+    @classmethod
+    def names(cls) -> frozenset[str]:
+        """The names of the supported fields, as JSON has them."""
+        return frozenset(field.alias or name for name, field in cls.model_fields.items())
 
     @classmethod
     def _unknown(cls, name: str) -> str:
         shown = name[:_MOST_CHARACTERS]
-        return f"there is no field {shown!r} here{did_you_mean(shown, cls.model_fields)}"
+        return f"there is no field {shown!r} here{did_you_mean(shown, cls.names())}"
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> JsonSchemaValue:

@@ -1,4 +1,4 @@
-"""Answers in JSON: the grammar of any object, or of a schema, by llguidance."""
+"""Grammars of answers in JSON, by llguidance."""
 
 from __future__ import annotations
 
@@ -52,11 +52,6 @@ class Grammars:
         if matcher.is_error():
             raise AtomError(f"the JSON schema cannot be used: {_first_line(matcher.get_error())}")
         return JsonGrammar(matcher, self._vocab_size)
-
-    @functools.cached_property
-    def json_object(self) -> JsonGrammar:
-        """The grammar of any JSON object."""
-        return self.json_schema({"type": "object"})
 
     @functools.cached_property
     def _llguidance_tokenizer(self) -> llguidance.LLTokenizer:

@@ -5,14 +5,15 @@ A new field is a line in ``_BaseRequest`` and one in ``params``, and no longer o
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from atom_jax.engine import RequestParams
+from atom_jax.engine import Grammar, RequestParams
 from atom_jax.openai.fields import Fields, field_error
 from atom_jax.openai.messages import ChatPrompt
-from atom_jax.sampling import SamplingParams
+from atom_jax.openai.tools import calls_schema
+from atom_jax.sampling import MAX_LOGIT_BIAS, SamplingParams
 
 _Value = TypeVar("_Value")
 
@@ -25,6 +26,11 @@ _SEED_RANGE = 2**64
 _SEED_STEP = 0x9E3779B97F4A7C15
 
 Temperature = Annotated[float, Field(ge=0, le=2)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^(0|[1-9]\d{0,9})$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_LOGIT_BIAS),
+]
 # fail_fast: only the first error of a list is reported. A large body could have a million of them.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 Prompt = Annotated[TokenIds, Field(min_length=1)]
@@ -72,20 +78,15 @@ class _BaseRequest(Fields):
         "bad_words": (None, []),
         "detokenize": (None, True),
         "documents": (None, []),
-        "frequency_penalty": (None, 0),
         "guided_choice": (None,),
         "guided_grammar": (None,),
         "guided_json": (None,),
         "guided_regex": (None,),
         "include_stop_str_in_output": (None, False),
         "length_penalty": (None, 1),
-        "logit_bias": (None, {}),
-        "min_p": (None, 0),
         "min_tokens": (None, 0),
-        "presence_penalty": (None, 0),
         "priority": (None, 0),
         "prompt_logprobs": (None,),
-        "repetition_penalty": (None, 1),
         "return_token_ids": (None, False),
         "return_tokens_as_token_ids": (None, False),
         "skip_special_tokens": (None, True),
@@ -100,6 +101,11 @@ class _BaseRequest(Fields):
     temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = 0
+    frequency_penalty: Penalty | None = 0
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    logit_bias: LogitBias | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=_SEED_RANGE)] | None = None
     stop: Stops | None = None
@@ -108,7 +114,9 @@ class _BaseRequest(Fields):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
-    def params(self, max_new_tokens: int, seed: int, defaults: SamplingParams) -> list[RequestParams]:
+    def params(
+        self, max_new_tokens: int, seed: int, defaults: SamplingParams, grammar: Grammar | None
+    ) -> list[RequestParams]:
         """The engine's parameters for each of the ``n`` choices.
 
         The first choice has the seed ``seed``, the others have seeds computed from it.
@@ -117,6 +125,7 @@ class _BaseRequest(Fields):
           max_new_tokens: the most tokens of an answer.
           seed: of the first choice.
           defaults: of the model, for what the request leaves open.
+          grammar: of the answers.
 
         Raises:
           AtomError: the engine does not accept a value.
@@ -125,6 +134,11 @@ class _BaseRequest(Fields):
             temperature=_either(self.temperature, defaults.temperature),
             top_k=max(_either(self.top_k, defaults.top_k), 0),  # in vLLM -1 means all tokens, here 0 does
             top_p=_either(self.top_p, defaults.top_p),
+            min_p=_either(self.min_p, defaults.min_p),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=_either(self.repetition_penalty, defaults.repetition_penalty),
+            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
         )
         return [
             RequestParams(
@@ -135,6 +149,7 @@ class _BaseRequest(Fields):
                 stop_ids=tuple(self.stop_token_ids or ()),
                 ignore_eos=bool(self.ignore_eos),
                 logprobs=self.num_logprobs,
+                grammar=grammar,
                 continues=self.continues,
             )
             for choice in range(self.n or 1)
@@ -222,10 +237,59 @@ class CompletionRequest(_BaseRequest):
         return self.prompt  # pyright: ignore[reportReturnType]
 
 
+class JsonSchema(Fields):
+    """What an answer of the format "json_schema" must look like."""
+
+    # The answer follows the schema whether or not a client asks for it.
+    no_effect = frozenset({"strict", "name", "description"})
+
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class TextFormat(Fields):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Fields):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(Fields):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class FunctionName(Fields):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(Fields):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<word>")] | Annotated[NamedTool, Tag("<tool>")],
+    Discriminator(lambda value: "<word>" if isinstance(value, str) else "<tool>"),
+]
+
+
 class ChatCompletionRequest(ChatPrompt, _BaseRequest):
     """``POST /v1/chat/completions``: the next message of a conversation, or the rest of the last one."""
 
-    no_effect = _BaseRequest.no_effect | {"parallel_tool_calls"}
     unsupported: ClassVar = {
         **_BaseRequest.unsupported,
         "add_special_tokens": (None, False),
@@ -237,9 +301,6 @@ class ChatCompletionRequest(ChatPrompt, _BaseRequest):
         "include_reasoning": (None, True),
         "modalities": (None, ["text"]),
         "reasoning_effort": (None, "none"),
-        "response_format": (None, {"type": "text"}),
-        "tool_choice": (None, "none", "auto"),
-        "tools": (None, []),
         "verbosity": (None, "medium"),
         "web_search_options": (None,),
     }
@@ -248,6 +309,23 @@ class ChatCompletionRequest(ChatPrompt, _BaseRequest):
     max_tokens: Annotated[int, Field(ge=1)] | None = None  # the older name of max_completion_tokens
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = True
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> ChatCompletionRequest:
+        choice = self.tool_choice
+        if choice not in (None, "none", "auto") and not self.tools:
+            raise field_error("tool_choice", "needs tools")
+        names = {tool.function.name for tool in self.tools or ()}
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise field_error("tool_choice", f"no tool has the name {choice.function.name[:64]!r}")
+        if len(names) < len(self.tools or ()):
+            raise field_error("tools", "two tools have the same name")
+        if self.may_call and self.response_format and self.response_format.type != "text":
+            raise field_error("response_format", 'excludes tools, unless tool_choice is "none"')
+        return self
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatCompletionRequest:
@@ -262,6 +340,29 @@ class ChatCompletionRequest(ChatPrompt, _BaseRequest):
     @property
     def continues(self) -> bool:
         return bool(self.continue_final_message)
+
+    @property
+    def may_call(self) -> bool:
+        """Whether the answer may be calls of tools."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer must be calls of tools."""
+        return self.tool_choice not in (None, "none", "auto")
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer must follow; None: it may be any text."""
+        if self.must_call:
+            return calls_schema(
+                [tool.function.model_dump() for tool in self.tools or ()],
+                name=self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None,
+                parallel=self.parallel_tool_calls is not False,
+            )
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return self.response_format.json_schema.schema_
+        return {"type": "object"} if isinstance(self.response_format, JsonObjectFormat) else None
 
 
 ApiRequest = CompletionRequest | ChatCompletionRequest

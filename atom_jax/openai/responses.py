@@ -8,14 +8,18 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 from atom_jax.engine import FinishReason, Output, TokenLogprobs
 from atom_jax.openai.engine_requests import EngineRequests
 from atom_jax.openai.requests import ApiRequest, ChatCompletionRequest
 from atom_jax.openai.served_model import ServedModel
+from atom_jax.openai.tools import CallReader, ToolCall
 
 # OpenAI writes this number for "very unlikely". JSON cannot express the logarithm of zero, minus infinity.
 _LEAST_LOGPROB = -9999.0
+
+ApiFinishReason = FinishReason | Literal["tool_calls"]
 
 
 @dataclasses.dataclass
@@ -26,17 +30,21 @@ class _Choice:
       logprobs: in the API's form; only collected where the response is not streamed.
       logprob_chars: number of characters of the tokens whose log-probabilities were written.
       decoder: knows the bytes of those tokens that are not yet a character.
+      reader: separates calls of tools from the text; None where there are none.
+      calls: of tools.
     """
 
     text: str = ""
     logprobs: dict[str, list[object]] = dataclasses.field(default_factory=dict)
-    finish_reason: FinishReason | None = None
+    finish_reason: ApiFinishReason | None = None
     completion_tokens: int = 0
     cached_tokens: int = 0
     logprob_chars: int = 0
     decoder: codecs.IncrementalDecoder = dataclasses.field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
     )
+    reader: CallReader | None = None
+    calls: list[ToolCall] = dataclasses.field(default_factory=list)
 
 
 class ApiResponse:
@@ -52,7 +60,7 @@ class ApiResponse:
     def __init__(self, request: ApiRequest, engine_requests: EngineRequests, model: ServedModel) -> None:
         self._request, self._engine_requests, self._texts = request, engine_requests, model.token_texts
         self._chat = isinstance(request, ChatCompletionRequest)
-        self._choices = [_Choice() for _ in engine_requests.choices]
+        self._choices = [_Choice(reader=_call_reader(request)) for _ in engine_requests.choices]
         self.id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
@@ -66,19 +74,28 @@ class ApiResponse:
     def add(self, index: int, output: Output) -> dict[str, object] | None:
         """Takes an output of choice ``index``; returns the chunk to send, or None if there is none."""
         choice = self._choices[index]
-        choice.text += output.text
+        text, calls = _separate(choice.reader, output)
+        first_call = len(choice.calls)
+        choice.text += text
+        choice.calls += calls
         choice.finish_reason = output.finish_reason
+        if output.finish_reason == "stop" and choice.calls:
+            choice.finish_reason = "tool_calls"
         choice.completion_tokens = output.completion_tokens
         choice.cached_tokens = output.cached_tokens
         logprobs = self._logprobs(choice, output.logprobs) if output.logprobs else None
         if not self._request.stream:
             for name, values in (logprobs or {}).items():
                 choice.logprobs.setdefault(name, []).extend(values)
-        if not (output.text or logprobs or output.finish_reason):
+        if not (text or calls or logprobs or output.finish_reason):
             return None
-        content = {"content": output.text} if output.text or not output.finish_reason else {}
-        new = {"delta": content} if self._chat else {"text": output.text}
-        return self._chunk(index, new, logprobs and self._with_refusal(logprobs), output.finish_reason)
+        delta: dict[str, object] = {"content": text} if text or not (calls or output.finish_reason) else {}
+        if calls:
+            delta["tool_calls"] = [
+                {"index": first_call + place, **call.as_json} for place, call in enumerate(calls)
+            ]
+        new = {"delta": delta} if self._chat else {"text": text}
+        return self._chunk(index, new, logprobs and self._with_refusal(logprobs), choice.finish_reason)
 
     def closing(self) -> list[dict[str, object]]:
         """The chunks at the end of a stream: the number of tokens, if the request asks for it."""
@@ -92,7 +109,10 @@ class ApiResponse:
         for index, choice in enumerate(self._choices):
             wanted = self._request.num_logprobs is not None
             logprobs = self._with_refusal(choice.logprobs) if wanted else None
-            message = {"role": "assistant", "content": choice.text, "refusal": None}
+            message: dict[str, object] = {"role": "assistant", "content": choice.text, "refusal": None}
+            if choice.calls:
+                message["content"] = choice.text or None
+                message["tool_calls"] = [call.as_json for call in choice.calls]
             text = {"message": message} if self._chat else {"text": choice.text}
             choices.append(_choice(index, text, logprobs, choice.finish_reason))
         return self._head(streamed=False) | {"choices": choices, "usage": self.usage()}
@@ -124,7 +144,7 @@ class ApiResponse:
         index: int,
         content: Mapping[str, object],
         logprobs: Mapping[str, object] | None,
-        finish_reason: FinishReason | None,
+        finish_reason: ApiFinishReason | None,
     ) -> dict[str, object]:
         chunk = self._head(streamed=True) | {"choices": [_choice(index, content, logprobs, finish_reason)]}
         return chunk | {"usage": None} if self._request.includes_usage else chunk
@@ -173,6 +193,24 @@ class ApiResponse:
         return {"token": text.name, "logprob": _finite(logprob), "bytes": list(text.encoded)}
 
 
+def _call_reader(request: ApiRequest) -> CallReader | None:
+    if not isinstance(request, ChatCompletionRequest) or not request.may_call:
+        return None
+    names = [tool.function.name for tool in request.tools or ()]
+    return CallReader(names, only_calls=request.must_call)
+
+
+def _separate(reader: CallReader | None, output: Output) -> tuple[str, list[ToolCall]]:
+    """The text and the calls in what an output adds to its answer."""
+    if reader is None:
+        return output.text, []
+    text, calls = reader.add(output.text)
+    if output.finish_reason is not None:
+        rest, last = reader.finish()
+        text, calls = text + rest, calls + last
+    return text, calls
+
+
 def json_pieces(value: object, levels: int = 6) -> Iterator[str]:
     """The JSON text of a response in pieces: what lies deeper than ``levels`` is one piece.
 
@@ -194,7 +232,7 @@ def _choice(
     index: int,
     content: Mapping[str, object],
     logprobs: Mapping[str, object] | None,
-    finish_reason: FinishReason | None,
+    finish_reason: ApiFinishReason | None,
 ) -> dict[str, object]:
     return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 

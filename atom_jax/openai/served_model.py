@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
+from atom_jax.errors import AtomError
 from atom_jax.literal_tokens import LiteralTokens
 from atom_jax.openai.token_texts import TokenTexts
 from atom_jax.sampling import SamplingParams
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from atom_jax.checkpoint import Model
     from atom_jax.engine import Engine
+    from atom_jax.openai.grammars import Grammars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +27,14 @@ class ServedModel:
       tokenizer: as ``Model.tokenizer``.
       vocab_size: token ids are smaller.
       max_model_len: the most tokens of a prompt and its answer together.
+      eos_ids: the tokens that end an answer.
       sampling: how tokens are drawn where a request does not say it.
     """
 
     tokenizer: PreTrainedTokenizerFast
     vocab_size: int
     max_model_len: int
+    eos_ids: tuple[int, ...]
     sampling: SamplingParams = SamplingParams(temperature=1.0)
 
     @functools.cached_property
@@ -43,7 +47,21 @@ class ServedModel:
         """Texts and bytes of single tokens."""
         return TokenTexts(self.tokenizer)
 
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Grammars for the answers.
+
+        Raises:
+          AtomError: llguidance is not installed.
+        """
+        try:
+            from atom_jax.openai.grammars import Grammars  # llguidance is optional, as the server is
+        except ImportError as error:
+            raise AtomError("answers that follow a schema need pip install 'atom-jax[serve]'") from error
+        return Grammars(self.tokenizer, vocab_size=self.vocab_size, eos_ids=self.eos_ids)
+
 
 def served_model(model: Model, engine: Engine) -> ServedModel:
     """A loaded model behind the API, with the limits of its engine."""
-    return ServedModel(model.tokenizer, model.config.vocab_size, engine.max_model_len)
+    config = model.config
+    return ServedModel(model.tokenizer, config.vocab_size, engine.max_model_len, config.eos_token_ids)

@@ -17,8 +17,6 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atom_jax.errors import AtomError
-
 _BEGIN, _END = "<tool_call>", "</tool_call>"
 _INSTRUCTIONS = (
     "You may call functions. Their signatures, a JSON object a line:\n"
@@ -75,7 +73,8 @@ def with_tools(
         if role == "user" and shown and shown[-1]["role"] == "user" and message["role"] == "tool":
             shown[-1]["content"] += f"\n{content}"  # many templates want user and assistant in turns
         else:
-            shown.append({"role": role, "content": content})
+            others = {name: message[name] for name in message if name not in ("tool_calls", "tool_call_id")}
+            shown.append({**others, "role": role, "content": content})
     if not tools:
         return shown
     lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
@@ -87,20 +86,16 @@ def with_tools(
     return shown
 
 
-def calls_schema(tools: Sequence[Mapping[str, Any]], *, name: str | None, parallel: bool) -> dict[str, Any]:
+def calls_schema(
+    functions: Sequence[Mapping[str, Any]], *, name: str | None, parallel: bool
+) -> dict[str, Any]:
     """The JSON schema of an answer that must be calls: a list of {"name", "arguments"}.
 
     Args:
-      tools: as OpenAI's API describes them.
+      functions: "name" and "parameters" of each, which is a JSON schema or None.
       name: the one function that must be called; None: any.
       parallel: whether there may be more than one call.
-
-    Raises:
-      AtomError: there is no function of this name.
     """
-    functions = [tool["function"] for tool in tools if name is None or tool["function"]["name"] == name]
-    if not functions:
-        raise AtomError(f"no tool has the name {name!r}")
     calls = [
         {
             "type": "object",
@@ -112,6 +107,7 @@ def calls_schema(tools: Sequence[Mapping[str, Any]], *, name: str | None, parall
             "additionalProperties": False,
         }
         for function in functions
+        if name in (None, function["name"])
     ]
     limit = {} if parallel and name is None else {"maxItems": 1}
     return {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **limit}

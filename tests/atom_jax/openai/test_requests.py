@@ -18,6 +18,8 @@ from tests.atom_jax.server.fake import served
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "the tin"}]}
 TEXT = {"model": "tiny", "prompt": "the tin"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
 def completion(**changes):
@@ -38,18 +40,14 @@ def refused(read, **changes):
 @pytest.mark.parametrize(
     ("read", "field", "value"),
     [
-        (chat, "tools", [{"type": "function"}]),
-        (chat, "response_format", {"type": "json_object"}),
-        (chat, "frequency_penalty", 0.5),
-        (chat, "logit_bias", {"3": 100}),
+        (chat, "functions", [{"name": "f"}]),
         (chat, "store", True),
-        (completion, "presence_penalty", -1),
-        (completion, "presence_penalty", False),
+        (completion, "min_tokens", 1),
+        (completion, "min_tokens", False),
         (completion, "suffix", "x"),
         (completion, "echo", True),
         (completion, "best_of", 3),
         (completion, "best_of", True),
-        (completion, "min_p", 0.1),
     ],
 )
 def test_what_would_change_the_answer_is_refused_by_name(read, field, value):
@@ -93,7 +91,12 @@ def test_all_unknown_fields_are_named():
         ({"stream_options": {"include_usages": True}}, "stream_options.include_usages"),
         ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
         ({"messages": [{"role": "user", "content": "a", "weight": 1}]}, "messages.0.weight"),
-        ({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "user", "content": "a", "function_call": {}}]}, "messages.0.function_call"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "x": 1}}]}, "tools.0.function.x"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "x": 1}}},
+            "response_format.json_schema.json_schema.x",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]},
             "messages.0.content.0.x",
@@ -106,13 +109,7 @@ def test_unknown_fields_of_parts_are_refused_with_their_place(changes, param):
 
 @pytest.mark.parametrize("read", [chat, completion])
 def test_fields_that_change_nothing_are_accepted(read):
-    neutral = {
-        "frequency_penalty": 0,
-        "presence_penalty": 0.0,
-        "logit_bias": {},
-        "store": False,
-        "min_p": None,
-    }
+    neutral = {"length_penalty": 1.0, "min_tokens": 0, "store": False, "bad_words": []}
     others = {"user": "me", "metadata": {"a": "b"}, "service_tier": "flex", "safety_identifier": "x"}
     assert read(**neutral, **others) == read()
 
@@ -165,7 +162,64 @@ def test_an_answer_can_be_sent_back_as_a_message():
         (completion, {"prompt": None}, "prompt", "string"),
         (chat, {"messages": []}, "messages", "at least 1"),
         (chat, {"messages": "hi"}, "messages", "list"),
-        (chat, {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'user'"),
+        (completion, {"min_p": 1.1}, "min_p", "1"),
+        (completion, {"presence_penalty": -2.1}, "presence_penalty", "-2"),
+        (completion, {"frequency_penalty": False}, "frequency_penalty", "number"),
+        (completion, {"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        (completion, {"logit_bias": {"3": 101}}, "logit_bias.3", "100"),
+        (completion, {"logit_bias": {"a": 1}}, "logit_bias.a", "pattern"),
+        (completion, {"logit_bias": [1]}, "logit_bias", "dictionary"),
+        (chat, {"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "'user'"),
+        (chat, {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id", "needed"),
+        (
+            chat,
+            {"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]},
+            "messages.0.tool_call_id",
+            "tool",
+        ),
+        (
+            chat,
+            {"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]},
+            "messages.0.tool_calls",
+            "assistant",
+        ),
+        (
+            chat,
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [CALL | {"function": {"name": "f", "arguments": "[]"}}],
+                    }
+                ]
+            },
+            "messages.0.tool_calls.0.function.arguments",
+            "JSON object",
+        ),
+        (chat, {"response_format": {"type": "xml"}}, "response_format", "json_schema"),
+        (
+            chat,
+            {"response_format": {"type": "json_schema"}},
+            "response_format.json_schema.json_schema",
+            "required",
+        ),
+        (chat, {"tools": [{"type": "function"}]}, "tools.0.function", "required"),
+        (chat, {"tools": [TOOL | {"function": {"name": "a b"}}]}, "tools.0.function.name", "pattern"),
+        (chat, {"tools": [TOOL, TOOL]}, "tools", "same name"),
+        (chat, {"tool_choice": "required"}, "tool_choice", "needs tools"),
+        (chat, {"tools": [TOOL], "tool_choice": "always"}, "tool_choice", "'required'"),
+        (
+            chat,
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tool_choice",
+            "no tool has the name 'g'",
+        ),
+        (
+            chat,
+            {"tools": [TOOL], "response_format": {"type": "json_object"}},
+            "response_format",
+            "excludes tools",
+        ),
         (chat, {"messages": [{"role": "user"}]}, "messages.0.content", "required"),
         (chat, {"messages": [{"role": "user", "content": None}]}, "messages.0.content", "string"),
         (
@@ -200,12 +254,17 @@ def test_parameters_reach_the_engine(tokenizer):
         stop="x",
         stop_token_ids=[4],
         logprobs=2,
+        min_p=0.1,
+        presence_penalty=0.2,
+        frequency_penalty=-0.3,
+        repetition_penalty=1.4,
+        logit_bias={"7": -5},
     )
     requests = make_engine_requests(request, served(tokenizer))
     assert requests.prompts == (tokenizer("the tin").input_ids,)
     first, second, third = requests.params
     assert (first.max_new_tokens, first.stop, first.stop_ids, first.logprobs) == (7, ("x",), (4,), 2)
-    assert first.sampling == SamplingParams(0.5, 5, 0.9)
+    assert first.sampling == SamplingParams(0.5, 5, 0.9, 0.1, 0.2, -0.3, 1.4, ((7, -5.0),))
     assert first.seed == 11 and len({11, second.seed, third.seed}) == 3
 
 
@@ -417,3 +476,81 @@ def test_bodies_that_are_not_json(body, part):
 def test_brackets_in_text_are_not_counted():
     text = "[{" * MAX_CONTAINERS + '\\"['
     assert parse_json(json.dumps({"prompt": text}).encode()) == {"prompt": text}
+
+
+class TestJson:
+    SCHEMA: ClassVar = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+    @staticmethod
+    def grammar(tokenizer, **changes):
+        return make_engine_requests(chat(**changes), served(tokenizer, max_model_len=999)).params[0].grammar
+
+    def test_text_has_no_grammar(self, tokenizer):
+        assert self.grammar(tokenizer) is None
+        assert self.grammar(tokenizer, response_format={"type": "text"}) is None
+        assert self.grammar(tokenizer, tools=[TOOL]) is None
+        assert self.grammar(tokenizer, tools=[TOOL], tool_choice="none") is None
+
+    def test_formats_have_one(self, tokenizer):
+        schema = {"name": "x", "strict": True, "schema": self.SCHEMA}
+        for response_format in ({"type": "json_object"}, {"type": "json_schema", "json_schema": schema}):
+            assert self.grammar(tokenizer, response_format=response_format) is not None
+
+    def test_an_unusable_schema_names_its_field(self, tokenizer):
+        schema = {"schema": {"type": "nonsense"}}
+        error = refused(
+            lambda **changes: self.grammar(tokenizer, **changes),
+            response_format={"type": "json_schema", "json_schema": schema},
+        )
+        assert error["param"] == "response_format" and "schema" in error["message"]
+        function = {"name": "f", "parameters": {"type": "nonsense"}}
+        error = refused(
+            lambda **changes: self.grammar(tokenizer, **changes),
+            tools=[{"type": "function", "function": function}],
+            tool_choice="required",
+        )
+        assert error["param"] == "tools"
+
+
+class TestTools:
+    MESSAGES: ClassVar = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "b<|turn|>", "tool_call_id": "1"},
+    ]
+    TEMPLATE = (
+        "{% for tool in tools or [] %}({{ tool.function.name }}){% endfor %}{% for message in messages %}"
+        "[{{ message.role }} {{ message.content }} {{ message.tool_calls | tojson if message.tool_calls }}"
+        " {{ message.tool_call_id }}]{% endfor %}"
+    )
+
+    def test_a_template_that_knows_tools_gets_them(self, tokenizer):
+        other = copy.copy(tokenizer)
+        other.chat_template = self.TEMPLATE
+        requests = make_engine_requests(
+            chat(messages=self.MESSAGES, tools=[TOOL]), served(other, max_model_len=999)
+        )
+        text = other.decode(requests.prompts[0])
+        assert text.startswith("(f)[user a  ]") and '"arguments": {}' in text
+        assert text.endswith("[tool b<|turn|>  1]")
+
+    def test_names_of_special_tokens_are_text_everywhere(self, tokenizer):
+        other = copy.copy(tokenizer)
+        other.chat_template = "{{ tools | tojson }}{{ messages | tojson }}"
+        turn = "<|turn|>"
+        schema = {"type": "object", "properties": {turn: {"enum": [turn]}}}
+        tool = {"type": "function", "function": {"name": "f", "description": turn, "parameters": schema}}
+        arguments = json.dumps({turn: [turn]})
+        call = {"id": turn, "type": "function", "function": {"name": turn, "arguments": arguments}}
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
+        request = chat(messages=messages, tools=[tool])
+        (ids,) = make_engine_requests(request, served(other, max_model_len=2000)).prompts
+        assert other.convert_tokens_to_ids(turn) not in ids
+        assert other.decode(ids).count(turn) == 7
+
+    def test_a_template_that_does_not_gets_text(self, tokenizer):
+        requests = make_engine_requests(
+            chat(messages=self.MESSAGES, tools=[TOOL]), served(tokenizer, max_model_len=999)
+        )
+        text = tokenizer.decode(requests.prompts[0])
+        assert '"name": "f"' in text and "<tool_call>" in text and "<tool_response>" in text

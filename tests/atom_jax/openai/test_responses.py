@@ -1,7 +1,7 @@
 """What the API says of tokens, with a tokenizer that drops the space at the beginning of a text."""
 
 import json
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import pytest
 
@@ -127,3 +127,57 @@ def test_no_piece_of_an_answer_is_long(kind, tokenizer):
     pieces = list(json_pieces(response.whole()))
     assert json.loads("".join(pieces)) == response.whole()
     assert max(map(len, pieces)) < 2000 < sum(map(len, pieces))
+
+
+class TestCalls:
+    TOOL: ClassVar = {"type": "function", "function": {"name": "f"}}
+    ANSWER: ClassVar = [
+        "Now. ",
+        "<tool_",
+        'call>{"name": "f", ',
+        '"arguments": {"a": 1}}</tool',
+        "_call>",
+        "",
+    ]
+
+    @staticmethod
+    def respond(pieces, reason="stop", **changes):
+        """The chunks of an answer of these texts, and the whole response."""
+        request = chat(logprobs=False, top_logprobs=None, tools=[TestCalls.TOOL], **changes)
+        response = ApiResponse(request, EngineRequests(([1],), (RequestParams(),)), served(sentencepiece()))
+        chunks = []
+        for count, piece in enumerate(pieces, 1):
+            ended = reason if count == len(pieces) else None
+            chunks.append(response.add(0, Output("", (1,), piece, (), ended, 1, count, 0)))
+        (choice,) = cast("Any", response.whole()["choices"])
+        return [cast("Any", chunk)["choices"][0] for chunk in chunks if chunk], choice
+
+    def test_whole(self):
+        _, choice = self.respond(self.ANSWER)
+        (call,) = choice["message"]["tool_calls"]
+        assert call["type"] == "function" and call["id"]
+        assert call["function"] == {"name": "f", "arguments": '{"a": 1}'}
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("Now. ", "tool_calls")
+
+    def test_streamed(self):
+        chunks, _ = self.respond(self.ANSWER, stream=True)
+        assert [chunk["delta"].get("content") for chunk in chunks] == ["Now. ", None, None]
+        (call,) = chunks[1]["delta"]["tool_calls"]
+        assert (call["index"], call["function"]["arguments"]) == (0, '{"a": 1}')
+        assert [chunk["finish_reason"] for chunk in chunks] == [None, None, "tool_calls"]
+
+    def test_calls_that_are_demanded(self):
+        pieces = ['[{"name": "f", "arguments": {}}', ', {"name": "f", "arguments": {"a": 2}}]']
+        chunks, choice = self.respond(pieces, tool_choice="required", stream=True)
+        assert choice["message"]["content"] is None and len(choice["message"]["tool_calls"]) == 2
+        (chunk,) = chunks
+        assert [call["index"] for call in chunk["delta"]["tool_calls"]] == [0, 1]
+
+    def test_an_answer_that_is_cut_off_has_no_call(self):
+        _, choice = self.respond(self.ANSWER[:3], reason="length")
+        assert choice["message"]["content"] == "".join(self.ANSWER[:3])
+        assert choice["finish_reason"] == "length" and "tool_calls" not in choice["message"]
+
+    def test_tools_that_may_not_be_called(self):
+        _, choice = self.respond(self.ANSWER, tool_choice="none")
+        assert choice["message"]["content"] == "".join(self.ANSWER)

@@ -161,4 +161,4 @@ def config(**changes: Any) -> ServerConfig:
 
 def served(tokenizer: Any, **changes: Any) -> ServedModel:
     """The model of the fake engine, for the API."""
-    return dataclasses.replace(ServedModel(tokenizer, VOCAB_SIZE, MAX_MODEL_LEN), **changes)
+    return dataclasses.replace(ServedModel(tokenizer, VOCAB_SIZE, MAX_MODEL_LEN, eos_ids=(0,)), **changes)

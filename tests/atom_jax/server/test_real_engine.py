@@ -1,6 +1,9 @@
 """The server with the engine and a tiny model: what only both together can show."""
 
 import asyncio
+import copy
+import dataclasses
+import json
 import signal
 import subprocess
 import sys
@@ -91,6 +94,80 @@ def test_logprobs_are_those_of_the_greedy_choice(client):
         logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
     ):
         assert top[token] == logprob == max(top.values()) < 0
+
+
+def test_answers_in_json(client):
+    """The weights are random, so that only the grammar makes JSON of the answers."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "kind": {"enum": ["ant", "tin"]},
+            "legs": {"type": "integer", "maximum": 99, "minimum": 0},
+        },
+        "required": ["kind", "legs"],
+        "additionalProperties": False,
+    }
+    answers = client.chat.completions.create(
+        model=MODEL_NAME,
+        messages=[{"role": "user", "content": PROMPT}],
+        response_format={"type": "json_schema", "json_schema": {"name": "animal", "schema": schema}},
+        n=4,
+        seed=1,
+        max_tokens=80,
+    ).choices
+    whole = [json.loads(each.message.content) for each in answers if each.finish_reason == "stop"]
+    assert whole and all(each["kind"] in ("ant", "tin") and 0 <= each["legs"] <= 99 for each in whole)
+
+
+def test_tools_that_must_be_called(model):
+    tokenizer = copy.copy(model.tokenizer)
+    # The text for a template that knows no tools would be longer than the context of this model.
+    tokenizer.chat_template = (
+        "{{ messages[0].content }}{% for tool in tools %}{{ tool.function.name }}{% endfor %}"
+    )
+    engine = Engine(model, EngineConfig(num_pages=9, page_size=16, max_num_seqs=2, token_budget=32))
+    served = dataclasses.replace(served_model(model, engine), tokenizer=tokenizer)
+    parameters = {
+        "type": "object",
+        "properties": {"n": {"enum": [1, 2, 3]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    names = "inc", "dec"
+    options = {
+        "model": MODEL_NAME,
+        "messages": [{"role": "user", "content": "a"}],
+        "tools": [
+            {"type": "function", "function": {"name": name, "parameters": parameters}} for name in names
+        ],
+        "parallel_tool_calls": False,
+        "seed": 2,
+        "max_tokens": 60,
+        # A model with random weights likes white space as much as anything else.
+        "logit_bias": {str(tokenizer.convert_tokens_to_ids(sign)): -100 for sign in "ĠĊčĉ"},
+    }
+    named = {"type": "function", "function": {"name": "dec"}}
+    with (
+        running(Service(ServerConfig(MODEL_NAME), engine, served)) as (url, _),
+        OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        (choice,) = client.chat.completions.create(**options, tool_choice="required").choices
+        chunks = list(client.chat.completions.create(**options, tool_choice=named, stream=True))
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    (call,) = choice.message.tool_calls
+    assert call.function.name in names and json.loads(call.function.arguments)["n"] in (1, 2, 3)
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    assert [call.function.name for call in calls] == ["dec"]
+
+
+def test_a_bias_and_a_penalty_change_the_answer(client, model):
+    (token,) = model.tokenizer("q", add_special_tokens=False).input_ids
+    biased = complete(client, logit_bias={str(token): 100}, max_tokens=9)
+    assert biased.choices[0].text == 9 * "q"
+    penalized = complete(client, logit_bias={str(token): 50}, frequency_penalty=2, presence_penalty=2)
+    assert set(penalized.choices[0].text) == {"q"}, "the bias is more than what twelve tokens lose"
+    other = complete(client, logit_bias={str(token): 5}, frequency_penalty=2, presence_penalty=2)
+    assert "q" in other.choices[0].text and set(other.choices[0].text) != {"q"}
 
 
 @pytest.mark.slow
