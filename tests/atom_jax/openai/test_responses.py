@@ -5,7 +5,7 @@ from typing import Any, ClassVar, cast
 
 import pytest
 
-from atom_jax.engine import Output, RequestParams, TokenLogprobs
+from atom_jax.engine import FinishReason, Output, RequestParams, TokenLogprobs
 from atom_jax.openai.engine_requests import EngineRequests
 from atom_jax.openai.requests import ChatCompletionRequest, CompletionRequest
 from atom_jax.openai.responses import ApiResponse, json_pieces
@@ -141,7 +141,7 @@ class TestCalls:
     ]
 
     @staticmethod
-    def respond(pieces, reason="stop", **changes):
+    def respond(pieces, reason: FinishReason = "stop", **changes):
         """The chunks of an answer of these texts, and the whole response."""
         request = chat(logprobs=False, top_logprobs=None, tools=[TestCalls.TOOL], **changes)
         response = ApiResponse(request, EngineRequests(([1],), (RequestParams(),)), served(sentencepiece()))

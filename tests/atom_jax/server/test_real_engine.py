@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import numpy as np
@@ -134,7 +135,7 @@ def test_tools_that_must_be_called(model):
         "additionalProperties": False,
     }
     names = "inc", "dec"
-    options = {
+    options: Any = {
         "model": MODEL_NAME,
         "messages": [{"role": "user", "content": "a"}],
         "tools": [
@@ -146,7 +147,7 @@ def test_tools_that_must_be_called(model):
         # A model with random weights likes white space as much as anything else.
         "logit_bias": {str(tokenizer.convert_tokens_to_ids(sign)): -100 for sign in "ĠĊčĉ"},
     }
-    named = {"type": "function", "function": {"name": "dec"}}
+    named: Any = {"type": "function", "function": {"name": "dec"}}
     with (
         running(Service(ServerConfig(MODEL_NAME), engine, served)) as (url, _),
         OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
