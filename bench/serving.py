@@ -45,11 +45,16 @@ Result = dict[str, Any]
 
 @dataclasses.dataclass
 class _Times:
-    """When a request arrived and got its first and its last token, in seconds after the start of the run."""
+    """When a request arrived and got its first and its last token, in seconds after the start of the run.
+
+    Attributes:
+      gaps: seconds between each two tokens that follow each other.
+    """
 
     arrived: float
     first: float = 0.0
     last: float = 0.0
+    gaps: list[float] = dataclasses.field(default_factory=list)
 
 
 def num_pages(config: ModelConfig, memory_bytes: float, page_size: int) -> int:
@@ -107,6 +112,8 @@ def drive(engine: Engine, requests: Sequence[BenchRequest], load: Load, arrivals
         now = elapsed()
         for output in outputs:
             each = times[output.request_id]
+            if each.first:
+                each.gaps.append(now - each.last)
             each.first = each.first or now
             each.last = now
             finished += output.finish_reason is not None
@@ -128,6 +135,7 @@ def _latency_and_throughput(
         "requests_per_second": len(requests) / seconds,
         "ttft_seconds": _percentiles(first),
         "tpot_seconds": _percentiles(per_token),
+        "gap_seconds": _gaps([gap for each in times.values() for gap in each.gaps]),
     }
 
 
@@ -135,6 +143,11 @@ def _percentiles(values: list[float]) -> dict[str, float]:
     if not values:
         return {}
     return {f"p{p}": float(v) for p, v in zip(_PERCENTILES, np.percentile(values, _PERCENTILES), strict=True)}
+
+
+def _gaps(gaps: list[float]) -> dict[str, float]:
+    """How long a stream stands still: between all tokens of all requests, p99 and the worst."""
+    return {"p99": float(np.percentile(gaps, 99)), "max": max(gaps)} if gaps else {}
 
 
 def _differences(engine: Engine, before: Any, running: int) -> Result:
@@ -189,7 +202,8 @@ def line(row: Result) -> str:
         f"{row['scheme']:8s} {row['load']:>16s} {row['tokens_per_second']:8.1f} tokens/s, "
         f"{row['mean_running']:5.1f} running; ms p50/p95/p99: first token "
         f"{'/'.join(f'{1e3 * value:.0f}' for value in ttft.values())}, "
-        f"each later one {'/'.join(f'{1e3 * value:.1f}' for value in tpot.values())}"
+        f"each later one {'/'.join(f'{1e3 * value:.1f}' for value in tpot.values())}, "
+        f"gap p99/max {'/'.join(f'{1e3 * value:.0f}' for value in row['gap_seconds'].values())}"
     )
 
 

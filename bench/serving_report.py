@@ -75,9 +75,9 @@ def serving_table(found: SavedResult, *, plotted: bool) -> str:
     rows = [
         (
             *("Scheme", "Cache pages", "Load", "Tokens/s", f"Over {first_scheme}", "Running"),
-            *("First token, s", "Each later one, ms"),
+            *("First token, s", "Each later one, ms", "Gap, p99 / worst, ms"),
         ),
-        ("---", "---:", "---", "---:", "---:", "---:", "---:", "---:"),
+        ("---", "---:", "---", "---:", "---:", "---:", "---:", "---:", "---:"),
     ]
     for row in found["results"]:
         first, later = row["ttft_seconds"].values(), row["tpot_seconds"].values()
@@ -91,6 +91,8 @@ def serving_table(found: SavedResult, *, plotted: bool) -> str:
                 f"{row['mean_running']:.1f}",
                 " / ".join(f"{value:.1f}" for value in first),
                 " / ".join(f"{1e3 * value:.0f}" for value in later),
+                # Not in results that were saved before gaps were measured.
+                " / ".join(f"{1e3 * value:.0f}" for value in row.get("gap_seconds", {}).values()),
             )
         )
     weights = {row["scheme"]: row["weight_bytes"] / 1e9 for row in found["results"]}

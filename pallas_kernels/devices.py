@@ -76,6 +76,9 @@ CROSS_COMPILED = frozenset({"mosaic_sm90"})
 # other tokens of the call, on where its pages are or on the number of threads.
 BATCH_INVARIANT = frozenset({"native_cpu"})
 
+# Implementations whose attention reads the keys that there are. The size of the block table costs nothing.
+READS_CONTEXT_ONLY = frozenset({"native_cpu"})
+
 
 def kernels_here() -> str | None:
     """The implementation on the default device that needs a verdict; None where there is none."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import NamedTuple
 
 from atom_jax.engine.config import EngineConfig
 from atom_jax.errors import AtomError
 
-# Each bucket is this many times as large as the one before it. The numbers of decode rows are closer to each
-# other, because decode steps are most of the work and a CPU computes padding rows like all others. With these
-# factors 32 sequences of 4096 tokens need 27 programs.
+# Each bucket is this many times as large as the one before it. The widths of prefill programs are further
+# from each other, because most chunks of a long prompt fill their program. With these factors 32 sequences of
+# 4096 tokens need 36 programs, and 9 where one block table is enough.
 _ROWS_FACTOR = 2
-_FACTOR = 4
-_MIN_PAGES = 4  # pages in the smallest block table
+_TABLE_FACTOR = 2
+_WIDTH_FACTOR = 4
+_MIN_PAGES = 8  # pages in the smallest block table
 
 
 class Shape(NamedTuple):
@@ -75,16 +76,40 @@ class Buckets:
         )
 
     def shapes(self) -> Iterator[Shape]:
-        """The shapes of all programs."""
-        for rows, blocks in itertools.product(self.decode_rows, self.decode_blocks):
-            yield Shape(rows, 1, blocks)
-        for width, blocks in itertools.product(self.prefill_widths, self.prefill_blocks):
-            for rows in sorted({1, self.prefill_rows(width)}):
-                yield Shape(rows, width, blocks)
+        """The shapes of all programs, those that are needed first before the others.
+
+        These are the smallest of decoding and of prefill: with them the first request can be answered.
+        """
+        decode = [Shape(rows, 1, blocks) for blocks in self.decode_blocks for rows in self.decode_rows]
+        prefill = [
+            Shape(rows, width, blocks)
+            for blocks in self.prefill_blocks
+            for width in self.prefill_widths
+            for rows in sorted({1, self.prefill_rows(width)})
+        ]
+        for pair in itertools.zip_longest(decode, prefill):
+            yield from (shape for shape in pair if shape is not None)
+
+    def substitute(self, shape: Shape, shapes: Set[Shape]) -> Shape | None:
+        """The smallest of ``shapes`` that can serve what ``shape`` serves; None if there is none.
+
+        None in deterministic mode, in which what is computed must always have the same shape.
+        """
+        if not self.packed:
+            return None
+        fitting = [
+            each
+            for each in shapes
+            if (each.width == 1) == (shape.width == 1)
+            and all(size >= wanted for size, wanted in zip(each, shape, strict=True))
+        ]
+        return min(fitting, key=lambda each: (each.rows * each.width, each.blocks), default=None)
 
 
-def make_buckets(config: EngineConfig, max_model_len: int) -> Buckets:
+def make_buckets(config: EngineConfig, max_model_len: int, *, one_table: bool = False) -> Buckets:
     """The shapes for ``config``.
+
+    ``one_table`` says that the size of a block table costs nothing: then all tables have the largest one.
 
     If ``config.deterministic``, there is one decode shape and prompts share no program. Then the same
     programs serve a request whatever other requests there are. Programs with other numbers of rows would not
@@ -104,17 +129,17 @@ def make_buckets(config: EngineConfig, max_model_len: int) -> Buckets:
     while chunk * 2 <= room and chunk < max_model_len:
         chunk *= 2
     decode_rows = _ascending(1, config.max_num_seqs, _ROWS_FACTOR)
-    table = _ascending(_MIN_PAGES, blocks)
+    table = (blocks,) if one_table else _ascending(_MIN_PAGES, blocks, _TABLE_FACTOR)
     return Buckets(
         decode_rows=decode_rows[-1:] if config.deterministic else decode_rows,
         decode_blocks=table[-1:] if config.deterministic else table,
-        prefill_widths=_ascending(config.page_size, chunk),
+        prefill_widths=_ascending(config.page_size, chunk, _WIDTH_FACTOR),
         prefill_blocks=table,
         packed=not config.deterministic,
     )
 
 
-def _ascending(first: int, last: int, factor: int = _FACTOR) -> tuple[int, ...]:
+def _ascending(first: int, last: int, factor: int) -> tuple[int, ...]:
     sizes = []
     size = first
     while size < last:

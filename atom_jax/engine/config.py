@@ -21,6 +21,9 @@ class EngineConfig:
       max_model_len: the most tokens of a prompt and its answer together. It is lowered to what the cache
         holds, unless every layer has a sliding window. None: the model's positions, at most 4096.
       token_budget: the most tokens that one step computes, decode and prefill together.
+      max_decode_delay: while sequences decode, chunks of prompts are so short that a step takes at most this
+        many times as long as its decode program alone, by the durations measured so far. A chunk is never
+        shorter than a page, and in deterministic mode it has always the same length.
       prefix_caching: keep the pages of ended requests for prompts that begin with the same tokens.
       deterministic: an answer is the same, bit for bit, whatever other requests are served at the same time.
         Kernels that are ``BATCH_INVARIANT`` see to that in any case, and the setting changes nothing if all
@@ -37,6 +40,7 @@ class EngineConfig:
     max_num_seqs: int = 32
     max_model_len: int | None = None
     token_budget: int = 512
+    max_decode_delay: float = 8.0
     prefix_caching: bool = True
     deterministic: bool = False
 
@@ -45,5 +49,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise AtomError(f"{name} must be at least 1, found {value}")
+        if not self.max_decode_delay >= 1:
+            raise AtomError(f"max_decode_delay must be at least 1, found {self.max_decode_delay}")
         if self.num_pages is not None and self.memory_bytes is not None:
             raise AtomError("give num_pages or memory_bytes, not both")

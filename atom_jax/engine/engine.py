@@ -11,29 +11,26 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from atom_jax.checkpoint import Model
 from atom_jax.engine.answer_text import AnswerText
-from atom_jax.engine.buckets import make_buckets
+from atom_jax.engine.buckets import Shape, make_buckets
 from atom_jax.engine.config import EngineConfig
-from atom_jax.engine.grammar import TokenMask
+from atom_jax.engine.grammar import TokenMask, next_mask
 from atom_jax.engine.logprobs import TokenLogprobs
 from atom_jax.engine.outputs import Completion, FinishReason, Output
+from atom_jax.engine.pace import Pace
 from atom_jax.engine.request_params import RequestParams
-from atom_jax.engine.runner import Chosen, Runner, page_bytes, unpack
-from atom_jax.engine.scheduler import Plan, Scheduler, most_pages
+from atom_jax.engine.runner import Chosen, Runner, unpack
+from atom_jax.engine.scheduler import Plan, Scheduler
 from atom_jax.engine.sequence import SequenceState
+from atom_jax.engine.sizes import implementations, most_pages_of_request, num_pages
 from atom_jax.engine.stats import EngineStats
 from atom_jax.errors import AtomError, one_line
-from atom_jax.explain import step_choices
-from atom_jax.generation import activation_dtype
 from atom_jax.progress import Progress
-from atom_jax.sampling import mask_words
-from pallas_kernels.devices import BATCH_INVARIANT
+from pallas_kernels.devices import BATCH_INVARIANT, READS_CONTEXT_ONLY
 
 _MAX_MODEL_LEN = 4096
-_MAX_DEFAULT_BYTES = 4 * 2**30
 
 _logger = logging.getLogger(__name__)
 
@@ -42,12 +39,13 @@ class _Dispatched(NamedTuple):
     """A step that was given to the device and whose results were not read yet.
 
     Attributes:
-      results: what the step's programs return for the host, one array each. They are jax.Arrays, but the
-        type stubs of jax.Array do not have the method ``is_ready``.
+      programs: from ``Runner.dispatch``.
+      dispatched: when it was given to the device, in seconds of ``perf_counter``.
     """
 
     plan: Plan
-    results: list[Any]
+    programs: list[tuple[Shape, Any]]
+    dispatched: float
 
 
 class Engine:
@@ -77,13 +75,15 @@ class Engine:
         self.max_model_len = config.max_model_len or min(positions, _MAX_MODEL_LEN)
         if self.max_model_len > positions:
             raise AtomError(f"max_model_len {self.max_model_len} exceeds the model's {positions} positions")
-        self._num_pages = _num_pages(model, config, self.max_model_len)
-        if self._num_pages < _most_pages(model, config, self.max_model_len):
+        self._num_pages = num_pages(model, config, self.max_model_len)
+        if self._num_pages < most_pages_of_request(model, config, self.max_model_len):
             # A request must not be longer than the cache.
             self.max_model_len = min(self.max_model_len, self._num_pages * config.page_size)
-        if config.deterministic and _batch_invariant(model, config, self.max_model_len):
+        run = implementations(model, config, self.max_model_len)
+        if config.deterministic and run <= BATCH_INVARIANT:
             config = dataclasses.replace(config, deterministic=False)  # the kernels see to it
-        buckets = make_buckets(config, self.max_model_len)
+        buckets = make_buckets(config, self.max_model_len, one_table=run <= READS_CONTEXT_ONLY)
+        self._pace = Pace(buckets, config.max_decode_delay)
         self._make_scheduler = functools.partial(
             Scheduler,
             num_pages=self._num_pages,
@@ -93,6 +93,7 @@ class Engine:
             window=model.config.longest_window,
             prefix_caching=config.prefix_caching,
             deterministic=config.deterministic,
+            prefill_limit=self._pace.prefill_limit,
         )
         self._scheduler = self._make_scheduler()
         self._runner = Runner(
@@ -110,6 +111,7 @@ class Engine:
         self._prompt_tokens = self._generated_tokens = self._cached_tokens = self._steps = 0
         self._host_seconds = self._step_seconds = 0.0
         self._last_read = 0.0
+        self._program_ended, self._seen_ending = 0.0, False
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles every program, so that no request has to wait for a compilation.
@@ -121,6 +123,18 @@ class Engine:
         """
         self._model.tokenizer  # noqa: B018
         self._runner.warm_up(progress)
+
+    def programs(self) -> list[Shape]:
+        """The programs that are not compiled yet, those first that the first requests need.
+
+        A server can begin to answer when the first of them are compiled, and ``compile`` the others in
+        another thread meanwhile. Until a program is there, a larger one serves in its place, if there is one.
+        """
+        return self._runner.programs()
+
+    def compile(self, program: Shape) -> None:
+        """Compiles one of ``programs``. Unlike all other methods, it may be called in any thread."""
+        self._runner.compile(program)
 
     def add(self, request_id: str, prompt: Sequence[int], params: RequestParams) -> None:
         """Queues a request.
@@ -142,7 +156,7 @@ class Engine:
         sequence = SequenceState(request_id, params, self._arrivals, tokens, len(tokens), seed)
         if params.grammar is not None:
             sequence.token_mask = params.grammar.start()
-            sequence.mask = _next_mask(sequence.token_mask, self._model.config.vocab_size)
+            sequence.mask = next_mask(sequence.token_mask, self._model.config.vocab_size)
         answer = AnswerText(params, self._model.config.eos_token_ids, self._model.tokenizer, tokens)
         self._arrivals += 1
         self._scheduler.add(sequence)
@@ -209,7 +223,8 @@ class Engine:
         before, self._pending = self._pending, None
         plan = self._scheduler.schedule()
         if plan.pieces:
-            self._pending = _Dispatched(plan, self._runner.dispatch(plan))
+            programs = self._runner.dispatch(plan)
+            self._pending = _Dispatched(plan, programs, time.perf_counter())
             self._steps += 1
             self._count_host_time(before, began)
         outputs = [] if before is None else self._read(before)
@@ -226,20 +241,32 @@ class Engine:
         """
         if before is None:
             self._host_seconds += time.perf_counter() - began
-        elif all(array.is_ready() for array in before.results):
+        elif all(array.is_ready() for _, array in before.programs):
             # The device has finished, nobody knows when. All time since the last read of results is counted.
             self._host_seconds += time.perf_counter() - self._last_read
 
     def _read(self, step: _Dispatched) -> list[Output]:
         """Waits for the results of a step and turns them into outputs."""
         outputs = []
-        results = [unpack(array) for array in jax.device_get(step.results)]
+        self._measure(step)
+        results = [unpack(array) for array in jax.device_get([array for _, array in step.programs])]
         groups = [pieces for pieces in (step.plan.decode, step.plan.prefill) if pieces]
         for pieces, chosen in zip(groups, results, strict=True):
             for row, piece in enumerate(pieces):
                 if piece.chooses and not piece.sequence.ended:
                     outputs.append(self._output(piece.sequence, chosen, row))
         return outputs
+
+    def _measure(self, step: _Dispatched) -> None:
+        """Waits for the programs of a step; gives ``Pace`` the durations of those it saw begin and end."""
+        for shape, array in step.programs:
+            seen_ending = not array.is_ready()
+            array.block_until_ready()
+            now = time.perf_counter()
+            idle = step.dispatched >= self._program_ended  # the device waited for this step
+            if seen_ending and (idle or self._seen_ending):
+                self._pace.record(shape, now - max(self._program_ended, step.dispatched))
+            self._program_ended, self._seen_ending = now, seen_ending
 
     def _output(self, sequence: SequenceState, chosen: Chosen, row: int) -> Output:
         """Adds the token that was chosen for a row to its request, and ends the request if it is the last."""
@@ -276,7 +303,7 @@ class Engine:
             token_mask.accept(token)
             if token_mask.ended:
                 return "stop"
-            sequence.mask = _next_mask(token_mask, self._model.config.vocab_size)
+            sequence.mask = next_mask(token_mask, self._model.config.vocab_size)
         except Exception as error:  # of a library: it must not end the engine, and with it all other answers
             _logger.warning("request %s: its grammar has failed: %s", sequence.request_id, one_line(error))
             return "abort"
@@ -356,16 +383,6 @@ class Engine:
         self._failure = None
 
 
-def _next_mask(token_mask: TokenMask, vocab_size: int) -> np.ndarray:
-    """The mask of the next token, without the bits behind the vocabulary; AtomError if it allows none."""
-    mask = np.array(token_mask.mask()[: mask_words(vocab_size)]).view(np.uint32)
-    if len(mask) == mask_words(vocab_size):
-        mask[-1] &= np.uint32(2 ** (vocab_size - 32 * (len(mask) - 1)) - 1)
-    if not mask.any():
-        raise AtomError("the grammar allows no token")
-    return mask
-
-
 def _token_logprobs(wanted: int | None, chosen: Chosen, row: int) -> tuple[TokenLogprobs, ...]:
     if wanted is None:
         return ()
@@ -382,38 +399,3 @@ def _completion(outputs: list[Output]) -> Completion:
         logprobs=tuple(entry for output in outputs for entry in output.logprobs),
         finish_reason=reason,
     )
-
-
-def _batch_invariant(model: Model, config: EngineConfig, max_model_len: int) -> bool:
-    """Whether kernels compute every token the same, bit for bit, whatever is computed beside it."""
-    decode, prefill = (config.max_num_seqs, 1), (1, config.token_budget)
-    choices = [
-        choice
-        for batch, seq in (decode, prefill)
-        for _, choice in step_choices(model.params, model.config, batch=batch, seq=seq, context=max_model_len)
-    ]
-    return all(choice.implementation in BATCH_INVARIANT for choice in choices)
-
-
-def _most_pages(model: Model, config: EngineConfig, max_model_len: int) -> int:
-    """The most pages that one request has at a time.
-
-    With sliding windows in all layers these are the pages of a window and of the tokens of one step.
-    """
-    pages, window = -(-max_model_len // config.page_size), model.config.longest_window
-    return pages if window is None else min(pages, most_pages(window, config.token_budget, config.page_size))
-
-
-def _num_pages(model: Model, config: EngineConfig, max_model_len: int) -> int:
-    """Number of pages of the cache, from ``num_pages``, ``memory_bytes`` or the default."""
-    if config.num_pages is not None:
-        return config.num_pages
-    size = page_bytes(model.config, config.page_size, activation_dtype(model.params, model.config))
-    if config.memory_bytes is not None:
-        if config.memory_bytes < size:
-            raise AtomError(f"memory_bytes {config.memory_bytes} is less than a page, {size} bytes")
-        return config.memory_bytes // size
-    wanted = config.max_num_seqs * _most_pages(model, config, max_model_len)
-    pages = max(1, min(wanted, _MAX_DEFAULT_BYTES // size))
-    _logger.info("%d pages of %d tokens, %.2f GiB", pages, config.page_size, pages * size / 2**30)
-    return pages

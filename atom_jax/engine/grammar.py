@@ -10,6 +10,9 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import UInt32
 
+from atom_jax.errors import AtomError
+from atom_jax.sampling import mask_words
+
 
 class TokenMask(Protocol):
     """The state of a grammar within one answer. Only the engine's thread uses it."""
@@ -41,3 +44,13 @@ class Grammar(Protocol):
           AtomError: the grammar cannot be used.
         """
         ...
+
+
+def next_mask(token_mask: TokenMask, vocab_size: int) -> UInt32[np.ndarray, " words"]:
+    """The mask of the next token, without the bits behind the vocabulary; AtomError if it allows none."""
+    mask = np.array(token_mask.mask()[: mask_words(vocab_size)]).view(np.uint32)
+    if len(mask) == mask_words(vocab_size):
+        mask[-1] &= np.uint32(2 ** (vocab_size - 32 * (len(mask) - 1)) - 1)
+    if not mask.any():
+        raise AtomError("the grammar allows no token")
+    return mask

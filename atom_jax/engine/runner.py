@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +217,9 @@ class Runner:
         self._dtype = activation_dtype(model.params, model.config)
         self._implementation = current_implementation()
         self._state = self._new_state()
+        self._abstract_state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._state)
+        self._ready: set[Shape] = set()  # programs that are compiled
+        self._awaited: set[Shape] = set()  # programs that somebody is about to compile
 
     def _new_state(self) -> DeviceState:
         cache = init_cache(
@@ -244,15 +247,33 @@ class Runner:
         for done, shape in enumerate(shapes):
             if progress is not None:
                 progress(done, len(shapes))
-            self._run(self._rows(shape, ())).block_until_ready()
+            self._run(shape, ()).block_until_ready()
         if progress is not None:
             progress(len(shapes), len(shapes))
 
-    def dispatch(self, plan: Plan) -> list[Array]:
+    def programs(self) -> list[Shape]:
+        """The programs that are not compiled yet, in the order in which they are likely to be needed.
+
+        The caller is to ``compile`` them. Until then a step runs a larger program that is compiled, if there
+        is one, in the place of one of them.
+        """
+        self._awaited = set(self._buckets.shapes()) - self._ready
+        return [shape for shape in self._buckets.shapes() if shape in self._awaited]
+
+    def compile(self, shape: Shape) -> None:
+        """Compiles a program without running it. May be called in any thread, whatever the others do."""
+        with self._implementation():
+            rows = self._rows(shape, ())
+            run_program.lower(self._params, self._abstract_state, rows, config=self._config).compile()
+        self._ready.add(shape)
+        self._awaited.discard(shape)
+
+    def dispatch(self, plan: Plan) -> list[tuple[Shape, Any]]:
         """Starts the programs of a step and the transfer of their results to the host.
 
         Returns:
-          One array for each program, which ``unpack`` reads.
+          For each program its shape, and an array that ``unpack`` reads. It is a jax.Array, but the type
+          stubs of jax.Array do not have the method ``is_ready``.
         """
         for sequence in plan.admitted:
             if sequence.params.sampling.adjusts:
@@ -267,8 +288,11 @@ class Runner:
         results = []
         for pieces in (plan.decode, plan.prefill):
             if pieces:
-                results.append(self._run(self._rows(self._shape(pieces, pieces is plan.decode), pieces)))
-        for array in results:
+                shape = self._shape(pieces, pieces is plan.decode)
+                if shape in self._awaited:
+                    shape = self._buckets.substitute(shape, self._ready) or shape
+                results.append((shape, self._run(shape, pieces)))
+        for _, array in results:
             array.copy_to_host_async()
         return results
 
@@ -286,9 +310,12 @@ class Runner:
             words[row, : len(sequence.mask)] = sequence.mask
         self._state = self._state._replace(masks=_set_masks(self._state.masks, slots, words))
 
-    def _run(self, rows: Rows) -> Array:
+    def _run(self, shape: Shape, pieces: Sequence[Piece]) -> Array:
+        rows = self._rows(shape, pieces)
         with self._implementation():
             self._state, packed = run_program(self._params, self._state, rows, config=self._config)
+        self._ready.add(shape)
+        self._awaited.discard(shape)
         return packed
 
     def _shape(self, pieces: Sequence[Piece], decode: bool) -> Shape:

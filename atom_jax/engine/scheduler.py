@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 
 from atom_jax.engine.buckets import Buckets
 from atom_jax.engine.pages import NO_PAGE, PagePool, extend_hashes
@@ -87,6 +87,8 @@ class Scheduler:
       window: how many positions a query sees in the layer that sees the most; None if a layer sees all.
       num_pages, page_size, max_num_seqs, prefix_caching, deterministic: as in ``EngineConfig``.
       buckets: the shapes of the programs.
+      prefill_limit: the most tokens of prompts in a step that decodes so many sequences; one of the widths of
+        prefill programs. None: always ``buckets.chunk``, as in deterministic mode.
 
     Attributes:
       pool: the pages.
@@ -105,6 +107,7 @@ class Scheduler:
         window: int | None = None,
         prefix_caching: bool = True,
         deterministic: bool = False,
+        prefill_limit: Callable[[int], int] | None = None,
     ) -> None:
         self.pool = PagePool(num_pages)
         self.waiting: deque[SequenceState] = deque()
@@ -115,6 +118,7 @@ class Scheduler:
         self._window = window
         self._prefix_caching = prefix_caching
         self._deterministic = deterministic
+        self._prefill_limit = prefill_limit
         self._slots = list(range(max_num_seqs - 1, -1, -1))
         self._admitted: list[SequenceState] = []
 
@@ -144,7 +148,10 @@ class Scheduler:
         """Plans the next step. Afterwards the state of all sequences is as if the step had run already."""
         self._admitted.clear()
         decode = tuple(self._decode())
-        prefill = tuple(self._prefill({piece.sequence for piece in decode}))
+        limit = self._buckets.chunk
+        if decode and self._prefill_limit is not None and not self._deterministic:
+            limit = self._prefill_limit(len(decode))
+        prefill = tuple(self._prefill({piece.sequence for piece in decode}, limit))
         plan = Plan(decode, prefill, tuple(each for each in self._admitted if each.slot >= 0))
         for piece in plan.pieces:
             self._publish(piece.sequence)
@@ -198,11 +205,16 @@ class Scheduler:
             sequence.pages[:seen] = [NO_PAGE] * seen
             sequence.out_of_sight = seen
 
-    def _prefill(self, decoding: Set[SequenceState]) -> Iterator[Piece]:
-        """The next chunks of the oldest prompts that are not computed yet, as many as share a program."""
+    def _prefill(self, decoding: Set[SequenceState], limit: int) -> Iterator[Piece]:
+        """The next chunks of the oldest prompts that are not computed yet, as many as share a program.
+
+        Args:
+          decoding: sequences that decode in this step.
+          limit: the most tokens, padding included; one of the widths of prefill programs.
+        """
         begun = deque(sequence for sequence in self.running if sequence.computed < sequence.prefill_until)
         rows = width = 0
-        while rows == 0 or rows < self._buckets.prefill_rows(width):
+        while rows == 0 or rows < min(self._buckets.prefill_rows(width), limit // width):
             if begun:
                 sequence, found = begun.popleft(), None
                 if sequence.slot < 0:  # it was preempted a moment ago, for an older sequence
@@ -214,9 +226,10 @@ class Scheduler:
                 start, until = len(found) * self._page_size, self._prefill_end(sequence)
             else:
                 return
-            # Prompts are cut at multiples of ``chunk``, wherever the first uncached token is. So all
-            # chunks but the first are the same with and without the prefix cache.
-            count = min(until, (start // self._buckets.chunk + 1) * self._buckets.chunk) - start
+            # Prompts are cut at multiples of ``limit``, wherever the first uncached token is. In
+            # deterministic mode the limit is always ``chunk``. So all chunks but the first are the same with
+            # and without the prefix cache.
+            count = min(until, (start // limit + 1) * limit) - start
             if rows == 0:
                 width = self._buckets.width(count)
             elif count > width:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -39,6 +39,21 @@ def answer(prompt: Sequence[int], max_new_tokens: int) -> list[int]:
     return out
 
 
+class _Anything:
+    """A grammar that is not asked: the scheduler looks only at whether there is one."""
+
+    ended = False
+
+    def mask(self) -> np.ndarray:
+        raise AssertionError
+
+    def accept(self, token: int) -> None:
+        raise AssertionError
+
+
+ANYTHING = _Anything()
+
+
 @dataclasses.dataclass
 class Server:
     """A scheduler with this device, and results that come one step late, as in the engine.
@@ -50,6 +65,7 @@ class Server:
     config: EngineConfig
     max_model_len: int
     window: int | None = None
+    prefill_limit: Callable[[int], int] | None = None
 
     def __post_init__(self) -> None:
         assert self.config.num_pages is not None
@@ -62,20 +78,29 @@ class Server:
             window=self.window,
             prefix_caching=self.config.prefix_caching,
             deterministic=self.config.deterministic,
+            prefill_limit=self._limit if self.prefill_limit else None,
         )
+        self.limit: int | None = None  # of the step that is planned
         self.contents = np.zeros((self.config.num_pages, self.config.page_size), object)
         self.last_tokens = [0] * self.config.max_num_seqs
         self.pending: deque[list[tuple[SequenceState, int]]] = deque()
+        self.slots: dict[SequenceState, int] = {}
         self.ended: list[SequenceState] = []
         self.admitted: list[int] = []
         self.arrivals = 0
 
-    def add(self, prompt: Sequence[int], max_new_tokens: int) -> SequenceState:
+    def add(self, prompt: Sequence[int], max_new_tokens: int, grammar: bool = False) -> SequenceState:
         params = RequestParams(max_new_tokens=max_new_tokens)
         sequence = SequenceState(str(self.arrivals), params, self.arrivals, list(prompt), len(prompt))
+        sequence.token_mask = ANYTHING if grammar else None
         self.arrivals += 1
         self.scheduler.add(sequence)
         return sequence
+
+    def _limit(self, decode_rows: int) -> int:
+        assert self.prefill_limit is not None
+        self.limit = self.prefill_limit(decode_rows)
+        return self.limit
 
     @property
     def busy(self) -> bool:
@@ -84,6 +109,7 @@ class Server:
     def step(self) -> Plan:
         """Dispatches one step and reads the one before."""
         before = {sequence.arrival for sequence in self.scheduler.running}
+        self.limit = None
         plan = self.scheduler.schedule()
         self.check(plan)
         new = sorted({s.arrival for s in self.scheduler.running} - before - set(self.admitted))
@@ -141,6 +167,27 @@ class Server:
         assert tokens <= self.config.token_budget
         assert len(plan.decode) <= self.config.max_num_seqs
         assert all(piece.count == 1 for piece in plan.decode)
+        limited = self.limit is not None
+        assert limited == (
+            bool(plan.decode) and self.prefill_limit is not None and not self.config.deterministic
+        )
+        if self.limit is not None and plan.prefill:
+            shape = self.buckets.prefill(len(plan.prefill), max(piece.count for piece in plan.prefill), 1)
+            assert shape.rows * shape.width <= self.limit
+        if self.config.deterministic:
+            for piece in plan.prefill:
+                end = piece.start + piece.count
+                assert end % self.buckets.chunk == 0 or end == piece.sequence.prefill_until
+        for piece in plan.pieces:
+            if piece.sequence.token_mask is not None and piece.chooses:
+                assert piece.start + piece.count == len(piece.sequence.tokens), "its mask is not known"
+        for sequence in plan.admitted:
+            assert sequence.slot >= 0 and not sequence.in_flight - sum(
+                piece.chooses for piece in plan.pieces if piece.sequence is sequence
+            ), "the host does not know its tokens"
+        self.slots = {s: slot for s, slot in self.slots.items() if s.slot == slot}
+        self.slots |= {sequence: sequence.slot for sequence in plan.admitted}
+        assert set(self.slots) == set(scheduler.running), "admitted without a word"
         if plan.prefill:
             width = self.buckets.width(max(piece.count for piece in plan.prefill))
             assert len(plan.prefill) <= self.buckets.prefill_rows(width)

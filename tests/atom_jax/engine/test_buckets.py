@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from atom_jax.engine.buckets import Buckets, make_buckets
@@ -44,7 +46,18 @@ def test_a_full_step_is_within_the_budget(case: tuple[EngineConfig, int, Buckets
 
 
 def test_there_are_few() -> None:
-    assert len(list(make_buckets(EngineConfig(), 4096).shapes())) == 27
+    assert len(list(make_buckets(EngineConfig(), 4096).shapes())) == 36
+    assert len(list(make_buckets(EngineConfig(), 4096, one_table=True).shapes())) == 9
+
+
+def test_tables_grow_by_at_most_two(case: tuple[EngineConfig, int, Buckets]) -> None:
+    """Or there is one, where its size costs nothing."""
+    config, max_model_len, buckets = case
+    for tables in (buckets.decode_blocks, buckets.prefill_blocks):
+        assert all(larger <= 2 * smaller for smaller, larger in itertools.pairwise(tables))
+    one = make_buckets(config, max_model_len, one_table=True)
+    longest = -(-max_model_len // config.page_size)
+    assert one.decode_blocks == one.prefill_blocks == (longest,)
 
 
 def test_deterministic_decodes_with_one_shape_and_prefills_prompts_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import hypothesis
@@ -39,10 +40,12 @@ def answered(sequence: SequenceState) -> list[int]:
 class Traffic:
     """Random requests, many of which begin alike, and aborts.
 
-    Prompts end in 1 to ``most_own`` tokens that are not shared.
+    Prompts end in 1 to ``most_own`` tokens that are not shared. ``grammars`` is the share of requests that
+    have a grammar.
     """
 
-    def __init__(self, served: Server, seed: int, most_own: int = 5) -> None:
+    def __init__(self, served: Server, seed: int, most_own: int = 5, grammars: float = 0.0) -> None:
+        self.grammars = grammars
         self.served, self.rng, self.most_own = served, np.random.default_rng(seed), most_own
         self.prefixes = [list(self.rng.integers(1, VOCABULARY, 24)) for _ in range(3)]
         self.prompts: dict[int, list[int]] = {}
@@ -53,7 +56,8 @@ class Traffic:
         shared = self.prefixes[rng.integers(3)][: rng.integers(0, 25)]
         own = rng.integers(1, VOCABULARY, rng.integers(1, self.most_own + 1))
         prompt = [int(token) for token in (*shared, *own)]
-        sequence = self.served.add(prompt, int(rng.integers(1, self.served.max_model_len - len(prompt) + 1)))
+        new = int(rng.integers(1, self.served.max_model_len - len(prompt) + 1))
+        sequence = self.served.add(prompt, new, grammar=rng.random() < self.grammars)
         self.prompts[sequence.arrival] = prompt
 
     def abort(self) -> None:
@@ -106,6 +110,31 @@ def test_random_traffic(
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("prefix_caching", [False, True])
+@hypothesis.given(
+    seed=st.integers(0, 2**32),
+    more=st.integers(0, 30),
+    window=st.one_of(st.none(), st.integers(2, MAX_LENGTH + 1)),
+    grammars=st.sampled_from([0.0, 0.5, 1.0]),
+)
+@hypothesis.settings(max_examples=20)
+def test_random_traffic_with_chunks_of_any_length_and_grammars(
+    deterministic: bool, prefix_caching: bool, seed: int, more: int, window: int | None, grammars: float
+) -> None:
+    """Beside decoding a chunk may have another length in every step."""
+    least = 10 if window is None else min(10, most_pages(window, 16, 4))
+    settings = {"deterministic": deterministic, "prefix_caching": prefix_caching}
+    served = server(window, num_pages=least + more, **settings)
+    widths = np.random.default_rng(seed)
+    served = dataclasses.replace(
+        served, prefill_limit=lambda rows: int(widths.choice(served.buckets.prefill_widths))
+    )
+    traffic = Traffic(served, seed, grammars=grammars)
+    traffic.run(120)
+    traffic.check()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
 @hypothesis.given(seed=st.integers(0, 2**32), window=st.integers(2, 60), more=st.integers(0, 4))
 @hypothesis.settings(max_examples=20)
 def test_with_a_window_the_cache_is_smaller_than_a_request(
@@ -142,6 +171,25 @@ def test_decode_goes_on_while_a_long_prompt_is_prefilled_in_chunks() -> None:
         plan = served.step()
         assert [piece.sequence for piece in plan.decode] == [first]
         assert [piece.count for piece in plan.prefill] == [expected]
+
+
+def test_chunks_are_short_while_something_decodes() -> None:
+    """Nothing else is: the chunk of a prompt that comes alone, and in deterministic mode."""
+    for deterministic, expected in ((False, [4] * 8 + [3]), (True, [16, 16, 3])):
+        served = dataclasses.replace(
+            server(num_pages=40, deterministic=deterministic),
+            prefill_limit=lambda rows: 4 if rows == 1 else 16,
+        )
+        first = served.add([1, 2, 3], 30)
+        served.add(list(range(1, 36)), 5)
+        assert [piece.count for piece in served.step().prefill] == [3]
+        for count in expected:
+            plan = served.step()
+            assert [piece.sequence for piece in plan.decode] == [first]
+            assert [piece.count for piece in plan.prefill] == [count]
+    served = dataclasses.replace(server(num_pages=40), prefill_limit=lambda rows: 4)
+    served.add(list(range(1, 36)), 5)
+    assert [[piece.count for piece in served.step().prefill] for _ in range(3)] == [[16], [16], [3]]
 
 
 def test_short_prompts_share_a_program_long_ones_do_not() -> None:

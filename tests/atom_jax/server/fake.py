@@ -76,7 +76,7 @@ class FakeEngine(Engine):
 
     def _advance(self, request_id: str, request: _FakeRequest) -> Output:
         params = request.params
-        token = letter(request.prompt, params.seed, request.produced)
+        token = letter(request.prompt, params.seed or 0, request.produced)
         request.produced += 1
         self.generated += 1
         ended = request.produced == params.max_new_tokens

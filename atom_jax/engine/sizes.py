@@ -1,0 +1,52 @@
+"""The sizes of an engine that follow from its model: pages of the cache, and what runs its ops."""
+
+from __future__ import annotations
+
+import logging
+
+from atom_jax.checkpoint import Model
+from atom_jax.engine.config import EngineConfig
+from atom_jax.engine.runner import page_bytes
+from atom_jax.engine.scheduler import most_pages
+from atom_jax.errors import AtomError
+from atom_jax.explain import step_choices
+from atom_jax.generation import activation_dtype
+
+_MAX_DEFAULT_BYTES = 4 * 2**30
+
+_logger = logging.getLogger(__name__)
+
+
+def implementations(model: Model, config: EngineConfig, max_model_len: int) -> set[str]:
+    """The implementations that run the ops of the model."""
+    decode, prefill = (config.max_num_seqs, 1), (1, config.token_budget)
+    choices = [
+        choice
+        for batch, seq in (decode, prefill)
+        for _, choice in step_choices(model.params, model.config, batch=batch, seq=seq, context=max_model_len)
+    ]
+    return {choice.implementation for choice in choices}
+
+
+def most_pages_of_request(model: Model, config: EngineConfig, max_model_len: int) -> int:
+    """The most pages that one request has at a time.
+
+    With sliding windows in all layers these are the pages of a window and of the tokens of one step.
+    """
+    pages, window = -(-max_model_len // config.page_size), model.config.longest_window
+    return pages if window is None else min(pages, most_pages(window, config.token_budget, config.page_size))
+
+
+def num_pages(model: Model, config: EngineConfig, max_model_len: int) -> int:
+    """Number of pages of the cache, from ``num_pages``, ``memory_bytes`` or the default."""
+    if config.num_pages is not None:
+        return config.num_pages
+    size = page_bytes(model.config, config.page_size, activation_dtype(model.params, model.config))
+    if config.memory_bytes is not None:
+        if config.memory_bytes < size:
+            raise AtomError(f"memory_bytes {config.memory_bytes} is less than a page, {size} bytes")
+        return config.memory_bytes // size
+    wanted = config.max_num_seqs * most_pages_of_request(model, config, max_model_len)
+    pages = max(1, min(wanted, _MAX_DEFAULT_BYTES // size))
+    _logger.info("%d pages of %d tokens, %.2f GiB", pages, config.page_size, pages * size / 2**30)
+    return pages
