@@ -170,7 +170,7 @@ class ApiResponse:
 
     def _described(self, token: int, logprob: float) -> dict[str, object]:
         text = self._texts[token]
-        return {"token": text.name, "logprob": _finite(logprob), "bytes": list(text.encoded)}
+        return {"token": text.name, "logprob": _finite(logprob), "bytes": text.byte_values}
 
 
 def json_pieces(value: object, levels: int = 6) -> Iterator[str]:
