@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
+from atom_jax.generation_defaults import default_sampling
 from atom_jax.literal_tokens import LiteralTokens
 from atom_jax.openai.token_texts import TokenTexts
 from atom_jax.sampling import SamplingParams
@@ -44,6 +45,16 @@ class ServedModel:
         return TokenTexts(self.tokenizer)
 
 
-def served_model(model: Model, engine: Engine) -> ServedModel:
-    """A loaded model behind the API, with the limits of its engine."""
-    return ServedModel(model.tokenizer, model.config.vocab_size, engine.max_model_len)
+def served_model(model: Model, engine: Engine, *, generation_config: bool = True) -> ServedModel:
+    """A loaded model behind the API, with the limits of its engine.
+
+    Args:
+      model: as loaded.
+      engine: made for it.
+      generation_config: whether the checkpoint says how tokens are drawn where a request leaves it open.
+
+    Raises:
+      AtomError: what the checkpoint says of it cannot be read.
+    """
+    sampling = default_sampling(model.path) if generation_config else SamplingParams(temperature=1.0)
+    return ServedModel(model.tokenizer, model.config.vocab_size, engine.max_model_len, sampling)

@@ -95,8 +95,8 @@ def serve(
       log_level: of uvicorn.
       on_started: called as soon as clients can connect.
     """
-    # What is loaded stays: without it the collector would go through hundreds of thousands of objects again and
-    # again while long answers are made, and as long nothing else runs.
+    # What is loaded stays. The collector would go through hundreds of thousands of objects again and again
+    # while long answers are made, and nothing else could run meanwhile.
     gc.collect()
     gc.freeze()
     DrainingServer(service, log_level=log_level, on_started=on_started).run(sockets=[sock])

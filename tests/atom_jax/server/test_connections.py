@@ -239,6 +239,13 @@ class TestHalfClosed:
                 connection.shutdown(socket.SHUT_WR)
                 assert rest(connection) == b""
 
+    def test_a_client_that_leaves_within_a_body_is_counted(self, serve):
+        server = serve()
+        with connect(server) as connection:
+            connection.sendall(post(LONG)[:-5])
+        line = 'atom_jax_http_answers_total{path="/v1/completions",status="499"} 1.0'
+        until(lambda: line in server.http.get("/metrics").text)
+
     @pytest.mark.parametrize("stream", [False, True])
     def test_a_client_that_leaves_afterwards_frees_its_pages(self, serve, engine, stream):
         engine.pause_after = 1
