@@ -78,7 +78,8 @@ class LiteralTokens:
                 )
         text = self._special.sub(lambda match: self._names[match[0]], text)
         text = re.sub(f"{mark}n(\\d+)e", lambda match: hidden[int(match[1])], text)
-        return self._renamed.encode(text, add_special_tokens=False).ids
+        # Unlike encode, encode_batch lets other threads run meanwhile.
+        return self._renamed.encode_batch([text], add_special_tokens=False)[0].ids
 
 
 def _renamed(tokenizer: Tokenizer, names: dict[str, str]) -> Tokenizer:

@@ -16,6 +16,7 @@ from atom_jax_cli.console import LOG_SECONDS, JsonOption, note, print_json, stde
 from atom_jax_cli.engine import (
     CheckpointArgument,
     DeterministicOption,
+    GenerationConfigOption,
     MaxModelLenOption,
     MaxNumSeqsOption,
     MemoryOption,
@@ -25,6 +26,7 @@ from atom_jax_cli.engine import (
     TokenBudgetOption,
     load_engine,
     served_name,
+    uses_generation_config,
 )
 
 if TYPE_CHECKING:
@@ -47,12 +49,14 @@ def batch(
     token_budget: TokenBudgetOption = 512,
     prefix_caching: PrefixCachingOption = True,
     deterministic: DeterministicOption = False,
+    generation_config: GenerationConfigOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
     """Answer the requests in IN (OpenAI's batch format); an interrupted run goes on where it was."""
     from atom_jax.batch import check_requests, run_batch
     from atom_jax.openai.served_model import served_model
 
+    with_defaults = uses_generation_config(generation_config)
     name = served_name(checkpoint, model_name)
     check_requests(requests, name)  # loading and compiling take minutes: find errors before
     model, engine = load_engine(
@@ -69,7 +73,7 @@ def batch(
     with _bar() as on_result:
         end = run_batch(
             engine,
-            served_model(model, engine),
+            served_model(model, engine, generation_config=with_defaults),
             requests,
             results,
             model_name=name,

@@ -55,6 +55,13 @@ PrefixCachingOption = Annotated[
         help="Keep the pages of ended answers for prompts that begin alike.", rich_help_panel=_ENGINE
     ),
 ]
+GenerationConfigOption = Annotated[
+    str,
+    typer.Option(
+        help="How tokens are drawn where a request leaves it open: auto, as the checkpoint says, or none, "
+        "at temperature 1."
+    ),
+]
 DeterministicOption = Annotated[
     bool,
     typer.Option(
@@ -120,6 +127,19 @@ def load_engine(
     with progress_bars() as report:
         engine.warm_up(lambda done, total: report("programs compiled", done, total))
     return model, engine
+
+
+def uses_generation_config(option: str) -> bool:
+    """What ``GenerationConfigOption`` means.
+
+    Raises:
+      AtomError: it is none of its values.
+    """
+    from atom_jax.errors import not_one_of
+
+    if option not in ("auto", "none"):
+        raise not_one_of("generation config", option, ("auto", "none"))
+    return option == "auto"
 
 
 def served_name(checkpoint: Path, model_name: str | None) -> str:

@@ -15,6 +15,7 @@ from atom_jax_cli.console import note
 from atom_jax_cli.engine import (
     CheckpointArgument,
     DeterministicOption,
+    GenerationConfigOption,
     MaxModelLenOption,
     MaxNumSeqsOption,
     MemoryOption,
@@ -24,6 +25,7 @@ from atom_jax_cli.engine import (
     TokenBudgetOption,
     load_engine,
     served_name,
+    uses_generation_config,
 )
 
 _LIMITS = "Limits"
@@ -68,6 +70,7 @@ def serve(
     token_budget: TokenBudgetOption = 512,
     prefix_caching: PrefixCachingOption = True,
     deterministic: DeterministicOption = False,
+    generation_config: GenerationConfigOption = "auto",
     max_queue: Annotated[
         int, typer.Option(help="Answers that wait; more are refused (429).", min=0, rich_help_panel=_LIMITS)
     ] = 256,
@@ -104,6 +107,7 @@ def serve(
     from atom_jax.server.run import bind, is_open, url_of
     from atom_jax.server.run import serve as run
 
+    with_defaults = uses_generation_config(generation_config)
     # Errors in options and a used port are found here, because loading and compiling take minutes.
     config = ServerConfig(
         model_name=served_name(checkpoint, model_name),
@@ -134,7 +138,7 @@ def serve(
             prefix_caching=prefix_caching,
             deterministic=deterministic,
         )
-        service = Service(config, engine, served_model(model, engine))
+        service = Service(config, engine, served_model(model, engine, generation_config=with_defaults))
         address = url_of(sock)
         run(service, sock, log_level=log_level, on_started=lambda: note(f"{config.model_name} at {address}"))
     if service.engine.failure is not None:

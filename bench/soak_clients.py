@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 
 # The settings of the server that the clients expect.
+_JSON = {"content-type": "application/json"}
 MODEL_NAME = "soak"
 MAX_MODEL_LEN = 256
 MAX_BODY_KB = 64
@@ -126,12 +127,11 @@ class Client:
             for _ in range(MAX_BODY_KB + 1):
                 yield b" " * 1024
 
-        self._expect(await self._post(content=chunks()), 413)
+        self._expect(await self._post(content=chunks(), headers=_JSON), 413)
 
     async def malformed(self) -> None:
         content = self.rng.choice([b"", b"{", b"[]", b"\xff", b"[" * 50_000, b'{"model": "soak"}'])
-        headers = {"content-type": "application/json"}
-        self._expect(await self._post(content=content, headers=headers), 400)
+        self._expect(await self._post(content=content, headers=_JSON), 400)
 
     async def refused(self) -> None:
         wrong = [

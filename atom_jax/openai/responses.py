@@ -190,7 +190,7 @@ class ApiResponse:
 
     def _described(self, token: int, logprob: float) -> dict[str, object]:
         text = self._texts[token]
-        return {"token": text.name, "logprob": _finite(logprob), "bytes": list(text.encoded)}
+        return {"token": text.name, "logprob": _finite(logprob), "bytes": text.byte_values}
 
 
 def _call_reader(request: ApiRequest) -> CallReader | None:

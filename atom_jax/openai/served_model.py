@@ -7,6 +7,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from atom_jax.errors import AtomError
+from atom_jax.generation_defaults import default_sampling
 from atom_jax.literal_tokens import LiteralTokens
 from atom_jax.openai.token_texts import TokenTexts
 from atom_jax.sampling import SamplingParams
@@ -61,7 +62,22 @@ class ServedModel:
         return Grammars(self.tokenizer, vocab_size=self.vocab_size, eos_ids=self.eos_ids)
 
 
-def served_model(model: Model, engine: Engine) -> ServedModel:
-    """A loaded model behind the API, with the limits of its engine."""
+def served_model(model: Model, engine: Engine, *, generation_config: bool = True) -> ServedModel:
+    """A loaded model behind the API, with the limits of its engine.
+
+    Args:
+      model: as loaded.
+      engine: made for it.
+      generation_config: whether the checkpoint says how tokens are drawn where a request leaves it open.
+
+    Raises:
+      AtomError: what the checkpoint says of it cannot be read.
+    """
     config = model.config
-    return ServedModel(model.tokenizer, config.vocab_size, engine.max_model_len, config.eos_token_ids)
+    return ServedModel(
+        model.tokenizer,
+        config.vocab_size,
+        engine.max_model_len,
+        config.eos_token_ids,
+        default_sampling(model.path) if generation_config else SamplingParams(temperature=1.0),
+    )

@@ -22,10 +22,12 @@ class TokenText(NamedTuple):
       name: its text. For a part of a character ``bytes:`` and its bytes, as in OpenAI's API, e.g.
         ``bytes:\xf0\x9f``: all such tokens have the same text, U+FFFD.
       encoded: its bytes.
+      byte_values: the same as JSON has them.
     """
 
     name: str
     encoded: bytes
+    byte_values: list[int]
 
 
 class TokenTexts:
@@ -51,9 +53,10 @@ class TokenTexts:
     def _find(self, token: int) -> TokenText:
         encoded = self._bytes(token)
         try:
-            return TokenText(encoded.decode(), encoded)
+            name = encoded.decode()
         except UnicodeDecodeError:
-            return TokenText("bytes:" + "".join(f"\\x{byte:02x}" for byte in encoded), encoded)
+            name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in encoded)
+        return TokenText(name, encoded, list(encoded))
 
     def _bytes(self, token: int) -> bytes:
         added = self._tokenizer.added_tokens_decoder.get(token)

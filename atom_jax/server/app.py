@@ -16,6 +16,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
@@ -266,7 +267,10 @@ async def _read_any(request: Request, kind_of: Callable[[Mapping[str, object]], 
     Raises:
       ApiError: it is not JSON, or a field is wrong.
     """
-    body = await request.body()
+    try:
+        body = await request.body()
+    except ClientDisconnect:
+        raise _left() from None
 
     def read() -> _Request:
         value = parse_json(body)
@@ -313,7 +317,7 @@ async def _collect(response: ApiResponse, output_stream: OutputStream, request: 
         for task in tasks:
             task.cancel()
     if not tasks[0].done():
-        raise ApiError(499, "the client has left")  # nobody reads it, but the metrics count it
+        raise _left()
     try:
         tasks[0].result()
     except (TimeoutError, Stopped) as error:
@@ -355,6 +359,10 @@ async def _events(response: ApiResponse, output_stream: OutputStream) -> AsyncIt
 
 def _event(data: Mapping[str, object]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _left() -> ApiError:
+    return ApiError(499, "the client has left")  # nobody reads it, but the metrics count it
 
 
 def _unanswered(error: TimeoutError | Stopped) -> ApiError:

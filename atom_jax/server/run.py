@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import functools
+import gc
 import ipaddress
 import random
 import socket
@@ -94,6 +95,10 @@ def serve(
       log_level: of uvicorn.
       on_started: called as soon as clients can connect.
     """
+    # What is loaded stays. The collector would go through hundreds of thousands of objects again and again
+    # while long answers are made, and nothing else could run meanwhile.
+    gc.collect()
+    gc.freeze()
     DrainingServer(service, log_level=log_level, on_started=on_started).run(sockets=[sock])
 
 

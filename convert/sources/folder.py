@@ -8,6 +8,7 @@ from typing import Any
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
+from atom_jax.generation_defaults import GENERATION_FILE, write_sampling_settings
 from convert.sources.architectures import parse_config, with_generation_config
 from convert.sources.base import TensorInfo, canonical_names, read_settings
 from convert.sources.layout import WeightFiles, unused_weights
@@ -15,7 +16,7 @@ from convert.sources.rope_rules import rope_notes
 from convert.sources.tokenizer_files import TOKENIZER_FILES, folder_tokenizer, stop_token_id, tokenizer_file
 from convert.sources.tokenizer_writer import write_tokenizer_files
 
-CONFIG_FILES = ("config.json", "generation_config.json")
+CONFIG_FILES = ("config.json", GENERATION_FILE)
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -137,8 +138,13 @@ def check_shard(index: Path, shard: Path, tensors: list[str], found: Any) -> Non
 def write_tokenizer(folder: Path, config: ModelConfig, out: Path) -> None:
     """Writes the tokenizer of ``folder`` into the folder ``out`` (``convert.sources.tokenizer_files``).
 
+    What generation_config.json says about sampling goes with it.
+
     Raises:
-      AtomError: there is no tokenizer, or it cannot be used.
+      AtomError: there is no tokenizer, or a file cannot be used.
     """
     tokenizer, settings = folder_tokenizer(folder, config)
     write_tokenizer_files(tokenizer, settings, out, where=str(tokenizer_file(folder)))
+    generation = folder / CONFIG_FILES[1]
+    data = read_settings(generation) if generation.is_file() else {}
+    write_sampling_settings(data, out, where=str(generation))

@@ -20,6 +20,7 @@ from atom_jax.engine import Engine, EngineConfig
 from atom_jax.openai.served_model import served_model
 from atom_jax.server.app import Service
 from atom_jax.server.config import ServerConfig
+from atom_jax_cli.serve import _keys
 from bench.soak_clients import MAX_BODY_KB, MODEL_NAME, soak
 from convert.pipeline import ConvertOptions, convert
 from convert.recipe import make_recipe
@@ -211,14 +212,39 @@ def test_soak(server):
 
 
 class TestCommand:
-    def test_wrong_options(self, checkpoint, monkeypatch):
+    def test_wrong_options(self, checkpoint, monkeypatch, tmp_path):
         fails("serve", checkpoint, "--log-level", "warn", parts=["log level 'warn'", "did you mean warning?"])
         fails("serve", checkpoint, "--request-timeout", 0, parts=["request_timeout"])
         fails("serve", checkpoint, "--host", "256.0.0.1", parts=["256.0.0.1"])
         fails("serve", checkpoint, "--port", 0, "--memory-gb", 1e-6, parts=["--memory-gb", "weights"])
+        fails("serve", checkpoint, "--generation-config", "vllm", parts=["generation config 'vllm'"])
+        fails("serve", checkpoint, "--api-key", "", parts=["API key"])
+        fails("serve", checkpoint, "--allowed-origins", "example.com", parts=["example.com", "SCHEME"])
+        fails("serve", checkpoint, "--allowed-hosts", "a.com,b*", parts=["b*"])
+        (tmp_path / "keys").write_text("\n")
+        fails("serve", checkpoint, "--api-key-file", tmp_path / "keys", parts=["keys: no key in it"])
+        fails("serve", checkpoint, "--api-key-file", tmp_path / "none", parts=["No such file"])
         monkeypatch.setitem(sys.modules, "fastapi", None)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         fails("serve", checkpoint, parts=["fastapi", "pip install 'atom-jax[serve]'"])
+
+    @pytest.mark.parametrize(
+        ("options", "warned"),
+        [(("--host", "0.0.0.0"), True), (("--host", "0.0.0.0", "--api-key", "a"), False), ((), False)],
+    )
+    def test_an_open_address_without_a_key_is_warned_of(self, checkpoint, options, warned):
+        """The command ends where it would load the model: the memory is too small for the weights."""
+        lines = fails("serve", checkpoint, "--port", 0, "--memory-gb", 1e-6, *options, parts=["--memory-gb"])
+        assert any(line.startswith("warning: whoever reaches http://0.0.0.0:") for line in lines) == warned
+
+    def test_keys_from_all_places(self, monkeypatch, tmp_path):
+        (tmp_path / "keys").write_text("c\n\n d \n")
+        monkeypatch.setenv("ATOM_JAX_API_KEY", "e, f")
+        assert _keys(None, None) == ("e", "f")
+        assert _keys(["a", "b,b"], None) == ("a", "b,b")
+        assert _keys(["a"], tmp_path / "keys") == ("a", "c", "d")
+        monkeypatch.delenv("ATOM_JAX_API_KEY")
+        assert _keys(None, None) == ()
 
     @pytest.mark.slow
     def test_sigterm_lets_answers_end(self, checkpoint):

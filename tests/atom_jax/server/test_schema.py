@@ -4,6 +4,7 @@ import httpx
 import hypothesis
 import pytest
 import schemathesis
+from hypothesis import HealthCheck
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -57,7 +58,7 @@ def test_requests_made_from_the_schema(schema, method, path, mode):
         max_examples=60 if method == "POST" else 5,
         derandomize=True,
         deadline=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
         database=None,
     )
     @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
