@@ -158,7 +158,7 @@ def test_tools_that_must_be_called(model):
     assert choice.finish_reason == "tool_calls" and choice.message.content is None
     (call,) = choice.message.tool_calls
     assert call.function.name in names and json.loads(call.function.arguments)["n"] in (1, 2, 3)
-    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    calls: list[Any] = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
     assert [call.function.name for call in calls] == ["dec"]
 
 
