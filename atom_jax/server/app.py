@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from atom_jax.engine import Engine
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
 
 _Error = TypeVar("_Error", bound=Exception)
 
-WEB_PAGE = Path(__file__).parent / "static" / "index.html"
-# The page may load nothing from other servers.
+STATIC = Path(__file__).parent / "static"
+# The page may load nothing from other servers, and runs no script that is not a file of this one.
 _WEB_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
-    "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src 'self'; style-src 'self'; "
+    "script-src 'self'"
 }
 
 
@@ -165,7 +166,9 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(WEB_PAGE, headers=_WEB_PAGE_HEADERS)
+        return FileResponse(STATIC / "index.html", headers=_WEB_PAGE_HEADERS)
+
+    app.mount("/static", StaticFiles(directory=STATIC))
 
     paths.update(getattr(route, "path", "") for route in app.routes)
     return app
