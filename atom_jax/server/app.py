@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from atom_jax.engine import Engine
@@ -54,11 +55,11 @@ from atom_jax.server.schema import (
 _Error = TypeVar("_Error", bound=Exception)
 _Request = TypeVar("_Request", bound=Fields)
 
-WEB_PAGE = Path(__file__).parent / "static" / "index.html"
-# The page may load nothing from other servers.
+STATIC = Path(__file__).parent / "static"
+# The page may load nothing from other servers, and runs no script that is not a file of this one.
 _WEB_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
-    "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src 'self'; style-src 'self'; "
+    "script-src 'self'"
 }
 
 
@@ -217,7 +218,9 @@ def create_app(service: Service) -> FastAPI:
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     async def page() -> Response:
-        return FileResponse(WEB_PAGE, headers=_WEB_PAGE_HEADERS)
+        return FileResponse(STATIC / "index.html", headers=_WEB_PAGE_HEADERS)
+
+    app.mount("/static", StaticFiles(directory=STATIC))
 
     errors = error_responses(READ_ERRORS)
     get("/v1/models", models, errors)
