@@ -23,7 +23,7 @@ class EngineConfig:
       token_budget: the most tokens that one step computes, decode and prefill together.
       max_decode_delay: while sequences decode, chunks of prompts are so short that a step takes at most this
         many times as long as its decode program alone, by the durations measured so far. A chunk is never
-        shorter than a page, and in deterministic mode it has always the same length.
+        shorter than a page. In deterministic mode, and with ``math.inf``, it has always the same length.
       prefix_caching: keep the pages of ended requests for prompts that begin with the same tokens.
       deterministic: an answer is the same, bit for bit, whatever other requests are served at the same time.
         Kernels that are ``BATCH_INVARIANT`` see to that in any case, and the setting changes nothing if all

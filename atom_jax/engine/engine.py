@@ -18,7 +18,7 @@ from atom_jax.engine.buckets import Shape, make_buckets
 from atom_jax.engine.config import EngineConfig
 from atom_jax.engine.grammar import TokenMask, next_mask
 from atom_jax.engine.logprobs import TokenLogprobs
-from atom_jax.engine.outputs import Completion, FinishReason, Output
+from atom_jax.engine.outputs import Completion, FinishReason, Output, joined
 from atom_jax.engine.pace import Pace
 from atom_jax.engine.request_params import RequestParams
 from atom_jax.engine.runner import Chosen, Runner, unpack
@@ -360,7 +360,7 @@ class Engine:
             while self.has_work:
                 for output in self.step():
                     outputs[output.request_id].append(output)
-            return [_completion(outputs[request_id]) for request_id in ids]
+            return [joined(outputs[request_id]) for request_id in ids]
         except AtomError:
             raise  # nothing was left behind, or a step has failed
         except BaseException as error:
@@ -388,14 +388,3 @@ def _token_logprobs(wanted: int | None, chosen: Chosen, row: int) -> tuple[Token
         return ()
     top = zip(chosen.top_ids[row, :wanted].tolist(), chosen.top_logprobs[row, :wanted].tolist(), strict=True)
     return (TokenLogprobs(int(chosen.token[row]), float(chosen.logprob[row]), tuple(top)),)
-
-
-def _completion(outputs: list[Output]) -> Completion:
-    reason = outputs[-1].finish_reason
-    assert reason is not None
-    return Completion(
-        token_ids=tuple(token for output in outputs for token in output.token_ids),
-        text="".join(output.text for output in outputs),
-        logprobs=tuple(entry for output in outputs for entry in output.logprobs),
-        finish_reason=reason,
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 from atom_jax.engine.logprobs import TokenLogprobs
@@ -45,3 +46,15 @@ class Completion:
     text: str
     logprobs: tuple[TokenLogprobs, ...]
     finish_reason: FinishReason
+
+
+def joined(outputs: Sequence[Output]) -> Completion:
+    """The whole answer that ``outputs`` are the parts of, all of them in order."""
+    reason = outputs[-1].finish_reason
+    assert reason is not None
+    return Completion(
+        token_ids=tuple(token for output in outputs for token in output.token_ids),
+        text="".join(output.text for output in outputs),
+        logprobs=tuple(entry for output in outputs for entry in output.logprobs),
+        finish_reason=reason,
+    )

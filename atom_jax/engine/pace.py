@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from atom_jax.engine.buckets import Buckets, Shape
 
 # The share of the newest measurement in an estimate.
@@ -34,6 +36,8 @@ class Pace:
 
         The smallest width, if the step would take too long with any other or nothing was measured yet.
         """
+        if math.isinf(self._max_decode_delay):
+            return self._buckets.chunk
         smallest, *others = self._buckets.prefill_widths
         decode = self._decode.get(self._buckets.decode(decode_rows, 1).rows)
         if decode is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -158,7 +159,7 @@ def test_a_full_crowd(name: str, models: Callable[[str], Model]) -> None:
         )
         for number in range(24)
     ]
-    engine = Engine(model, dataclasses.replace(SIZES, num_pages=36))
+    engine = Engine(model, dataclasses.replace(SIZES, num_pages=36, max_decode_delay=math.inf))
     answers = serve(engine, arrivals)
     assert engine.stats().preemptions > 0 and engine.stats().cached_tokens > 0
     for number, request in enumerate(arrivals):

@@ -23,6 +23,7 @@ def test_nothing_measured_is_the_smallest() -> None:
     assert BUCKETS.prefill_widths == (64, 256, 1024)
     measured = pace()
     assert measured.prefill_limit(1) == 64
+    assert pace(float("inf")).prefill_limit(1) == 1024  # no matter what it takes
     measured.record(Shape(1, 256, 8), 1e-6)
     assert measured.prefill_limit(1) == 64  # nothing of decoding yet
     measured.record(Shape(1, 1, 8), 1.0)
