@@ -85,11 +85,11 @@ def test_stop_frees_the_pages(open_page, engine):
 
 
 def test_errors_are_shown_and_the_key_is_sent(open_page):
-    page, _, wrong = open_page(api_key="hunter2")
+    page, _, wrong = open_page(api_keys=("hunter2",))
     wait_for(page, "#log p.error", "API key")
     page.evaluate("document.getElementById('key').value = 'hunter2'")
     say(page, "a", tokens=1000)
-    wait_for(page, "#log p.error", "do not fit")
+    wait_for(page, "#log p.error", "maximum context length")
     wait_until_answered(page)
     say(page, "a", tokens=3)
     wait_for(page, "#log p.assistant", "^[a-z]{3}$")
