@@ -102,10 +102,10 @@ def serve(
         raise not_one_of("log level", log_level, _LOG_LEVELS)
 
     from atom_jax.openai.served_model import served_model
-    from atom_jax.server.app import Service
     from atom_jax.server.config import ServerConfig
     from atom_jax.server.run import bind, is_open, url_of
     from atom_jax.server.run import serve as run
+    from atom_jax.server.service import Service
 
     with_defaults = uses_generation_config(generation_config)
     # Errors in options and a used port are found here, because loading and compiling take minutes.

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,15 +20,12 @@ from starlette.routing import Match, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from atom_jax.engine import Engine
 from atom_jax.errors import AtomError, did_you_mean
 from atom_jax.openai.bodies import parse_json, read_request
-from atom_jax.openai.engine_requests import make_engine_requests
 from atom_jax.openai.errors import ApiError
 from atom_jax.openai.fields import Fields
 from atom_jax.openai.requests import ApiRequest, ChatCompletionRequest, CompletionRequest
 from atom_jax.openai.responses import ApiResponse, json_pieces
-from atom_jax.openai.served_model import ServedModel
 from atom_jax.openai.tokenization import (
     DetokenizeRequest,
     TokenizeChatRequest,
@@ -37,10 +33,8 @@ from atom_jax.openai.tokenization import (
     detokenize,
     tokenize,
 )
-from atom_jax.server.config import ServerConfig
-from atom_jax.server.engine_thread import EngineThread, Latency, OutputStream, Stopped
+from atom_jax.server.engine_thread import OutputStream, Stopped
 from atom_jax.server.guard import error_response, guard
-from atom_jax.server.metrics import Metrics
 from atom_jax.server.schema import (
     EVENTS,
     READ_ERRORS,
@@ -51,6 +45,7 @@ from atom_jax.server.schema import (
     error_responses,
     json_body,
 )
+from atom_jax.server.service import Service
 
 _Error = TypeVar("_Error", bound=Exception)
 _Request = TypeVar("_Request", bound=Fields)
@@ -61,78 +56,6 @@ _WEB_PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src 'self'; style-src 'self'; "
     "script-src 'self'"
 }
-
-
-class Service:
-    """What the routes share.
-
-    Args:
-      config: limits and names of the server.
-      engine: from now on only the engine's thread uses it.
-      model: the engine's model.
-
-    Attributes:
-      engine: the thread of the engine.
-      metrics: what ``/metrics`` shows.
-      draining: whether new requests are refused because the server shuts down.
-      created: when the service was made, in seconds since 1970.
-      on_failure: called when the engine has failed.
-    """
-
-    def __init__(self, config: ServerConfig, engine: Engine, model: ServedModel) -> None:
-        self.config, self.model = config, model
-        self.on_failure: Callable[[], None] = lambda: None
-        self.engine = EngineThread(engine, on_progress=self._observe, on_failure=lambda: self.on_failure())
-        self.metrics = Metrics(lambda: self.engine.stats)
-        self.draining = False
-        self.created = int(time.time())
-
-    async def submit(self, request: ApiRequest) -> tuple[ApiResponse, OutputStream]:
-        """Gives a request to the engine.
-
-        Returns:
-          The response to fill, and the stream of the engine's outputs, which the caller must close.
-
-        Raises:
-          ApiError: the request cannot be answered, or not now.
-          AtomError: the engine refuses the request.
-        """
-        config = self.config
-        self.check_name(request.model)
-        count = request.num_choices
-        if count > config.max_in_flight:
-            field = "n" if (request.n or 1) > 1 else "prompt"
-            message = f"{count} answers are more than this server gives at once, {config.max_in_flight}"
-            raise ApiError(400, f"{field}: {message}", param=field)
-        self._check_queue(count)  # a first time, so that a full queue costs no tokenizing
-        engine_requests = await asyncio.to_thread(make_engine_requests, request, self.model)
-        self._check_queue(count)  # again: meanwhile other requests may have filled the queue
-        output_stream = await self.engine.submit(engine_requests.choices, config.request_timeout)
-        return ApiResponse(request, engine_requests, self.model), output_stream
-
-    def check_name(self, name: str) -> None:
-        """Raises ApiError unless ``name`` is that of the model."""
-        if name != self.config.model_name:
-            message = f"the model {name[:128]!r} does not exist; this server has {self.config.model_name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
-
-    def _check_queue(self, count: int) -> None:
-        """Raises ApiError if there is no room for ``count`` more answers."""
-        if self.engine.in_flight + count > self.config.max_in_flight:
-            message = "the queue is full; try again later"
-            raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
-
-    def _observe(self, latency: Latency) -> None:
-        """Puts the times of a request into the metrics: after its first token, and when it has ended."""
-        metrics = self.metrics
-        if latency.first_token is None:
-            return
-        if latency.ended is None or latency.ended == latency.first_token:
-            metrics.first_token.observe(latency.first_token - latency.submitted)
-        if latency.ended is not None:
-            metrics.whole.observe(latency.ended - latency.submitted)
-            if latency.tokens > 1:
-                metrics.per_output_token.observe((latency.ended - latency.first_token) / (latency.tokens - 1))
 
 
 def create_app(service: Service) -> FastAPI:

@@ -8,7 +8,7 @@ import resource
 from typing import Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from atom_jax.openai.errors import ApiError
 from atom_jax.server.config import ServerConfig
@@ -159,7 +159,9 @@ class Connection(H11Protocol):
             headers = [*response.raw_headers, (b"connection", b"close")]
             try:
                 for event in (
-                    h11.Response(status_code=error.status, headers=headers),
+                    h11.Response(
+                        status_code=error.status, headers=headers, reason=STATUS_PHRASES[error.status]
+                    ),
                     h11.Data(data=bytes(response.body)),
                     h11.EndOfMessage(),
                 ):

@@ -19,9 +19,10 @@ import uvicorn
 import uvicorn.config
 
 from atom_jax.errors import AtomError
-from atom_jax.server.app import Service, create_app
+from atom_jax.server.app import create_app
 from atom_jax.server.connections import ACCEPTED_AT_ONCE, Connection, Connections, most_connections
 from atom_jax.server.guard import access_log
+from atom_jax.server.service import Service
 
 # Seconds in which connections must send the rest of responses that are complete.
 _SEND_TIMEOUT = 5

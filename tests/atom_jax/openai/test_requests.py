@@ -1,15 +1,13 @@
 """Requests as they are read: what is honoured, refused, ignored, and what becomes of it in the engine."""
 
-import copy
-import json
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import ChatCompletionMessage
 from openai.types.chat import completion_create_params as chat_params
 
-from atom_jax.openai.bodies import MAX_CONTAINERS, parse_json, read_request
+from atom_jax.openai.bodies import read_request
 from atom_jax.openai.engine_requests import make_engine_requests
 from atom_jax.openai.errors import ApiError
 from atom_jax.openai.requests import ChatCompletionRequest, CompletionRequest
@@ -302,95 +300,6 @@ def test_every_kind_of_prompt(tokenizer):
         assert [params.seed for _, params in requests.choices] == [p.seed for p in requests.params] * count
 
 
-def test_chat_goes_through_the_template(tokenizer):
-    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "tin"}]
-    messages = [{"role": "developer", "content": "12"}, {"role": "user", "content": parts}]
-    (prompt,) = make_engine_requests(chat(messages=messages), served(tokenizer)).prompts
-    assert tokenizer.decode(prompt) == "<|turn|>12<|turn|>the tin"
-
-
-@pytest.mark.parametrize(
-    ("template", "part"),
-    [
-        (None, "no chat template"),
-        ("{{ raise_exception('no system role') }}", "fails: no system role"),
-        ("{{ messages[7].role }}", "no element 7"),
-        ("{{ 1 // 0 }}", "zero"),
-        ("{% for message in messages %}", "chat template fails"),
-        ({"tool_use": "a", "rag": "b"}, "default"),
-    ],
-)
-def test_a_template_that_fails_is_the_requests_error(tokenizer, template, part):
-    other = copy.copy(tokenizer)
-    other.chat_template = template
-    with pytest.raises(ApiError) as caught:
-        make_engine_requests(chat(), served(other))
-    assert caught.value.status == 400
-    assert part in caught.value.message and "/v1/completions" in caught.value.message
-
-
-class TestChatPrompts:
-    """How a conversation becomes a prompt; tests/atom_jax/test_literal_tokens.py has special tokens in it."""
-
-    TEMPLATE = (
-        "{% for m in messages %}<|turn|>{{ m.name or '' }}{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}<|turn|>{% if enable_thinking %}yes{% endif %}{% endif %}"
-    )
-    MESSAGES: ClassVar = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
-
-    @pytest.fixture
-    def text(self, tokenizer):
-        other = copy.copy(tokenizer)
-        other.chat_template = self.TEMPLATE
-
-        def prompt(**changes):
-            request = chat(messages=self.MESSAGES, **changes)
-            (ids,) = make_engine_requests(request, served(other)).prompts
-            return tokenizer.decode(ids)
-
-        return prompt
-
-    def test_the_start_of_an_answer(self, text):
-        assert text() == text(add_generation_prompt=True) == "<|turn|>a<|turn|>b c<|turn|>"
-        assert text(add_generation_prompt=False) == "<|turn|>a<|turn|>b c"
-
-    def test_the_last_message_is_continued(self, text, tokenizer):
-        assert text(continue_final_message=True) == "<|turn|>a<|turn|>b c"
-        request = chat(messages=self.MESSAGES, continue_final_message=True)
-        assert make_engine_requests(request, served(tokenizer)).params[0].continues
-
-    def test_not_both(self):
-        error = refused(chat, messages=self.MESSAGES, continue_final_message=True, add_generation_prompt=True)
-        assert error["param"] == "add_generation_prompt"
-
-    def test_variables_of_the_template(self, text):
-        assert text(chat_template_kwargs={"enable_thinking": True}) == "<|turn|>a<|turn|>b c<|turn|>yes"
-
-    @pytest.mark.parametrize(
-        ("name", "part"),
-        [
-            ("enable_thinkin", "did you mean enable_thinking?"),
-            ("thinking_budget", "no variable"),
-            ("messages", "cannot be set"),
-            ("add_generation_prompt", "cannot be set"),
-            ("tokenize", "cannot be set"),
-            ("bos_token", "cannot be set"),
-        ],
-    )
-    def test_other_variables_are_refused_by_name(self, text, name, part):
-        with pytest.raises(ApiError, match=part) as caught:
-            text(chat_template_kwargs={name: True})
-        assert caught.value.param == "chat_template_kwargs" and name in caught.value.message
-
-    def test_a_name(self, tokenizer):
-        other = copy.copy(tokenizer)
-        other.chat_template = self.TEMPLATE
-        messages = [{"role": "user", "content": "a", "name": "b<|turn|>"}]
-        (ids,) = make_engine_requests(chat(messages=messages), served(other)).prompts
-        assert tokenizer.decode(ids) == "<|turn|>b<|turn|>a<|turn|>"
-        assert ids.count(tokenizer.convert_tokens_to_ids("<|turn|>")) == 2
-
-
 def test_special_tokens_in_messages_are_text_and_in_prompts_tokens(tokenizer):
     turn = tokenizer.convert_tokens_to_ids("<|turn|>")
     message = [{"role": "user", "content": "a<|turn|>b"}]
@@ -446,111 +355,3 @@ def test_impossible_prompts(tokenizer, request_, param, part):
         make_engine_requests(request_, served(tokenizer))
     assert (caught.value.status, caught.value.param) == (400, param)
     assert caught.value.message.startswith(f"{param}: ") and part in caught.value.message
-
-
-@pytest.mark.parametrize(
-    ("body", "part"),
-    [
-        (b"", "empty"),
-        (b" \n", "empty"),
-        (b"{", "not JSON: EOF"),
-        (b"{'a': 1}", "not JSON"),
-        (b'{"a": NaN}', "not JSON"),
-        (b'{"a": "\\ud800"}', "not JSON"),
-        ('{"a": "schön"}'.encode("latin-1"), "not UTF-8: byte 0xf6 at position 10"),
-        ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
-        (b"\x1f\x8b\x08\x00rest", "compressed (gzip)"),
-        (b"[" * 5000 + b"]" * 5000, "nested too deeply"),
-        (b"[" * 100_000, f"more than {MAX_CONTAINERS}"),
-        (b"[" + b"[]," * 500_000 + b"1]", f"more than {MAX_CONTAINERS}"),
-        (b'{"a": ' + b"1" * 5000 + b"}", "out of range"),
-    ],
-)
-def test_bodies_that_are_not_json(body, part):
-    with pytest.raises(ApiError) as caught:
-        parse_json(body)
-    assert caught.value.status == 400 and part in caught.value.message
-    assert len(caught.value.message) < 200
-
-
-def test_brackets_in_text_are_not_counted():
-    text = "[{" * MAX_CONTAINERS + '\\"['
-    assert parse_json(json.dumps({"prompt": text}).encode()) == {"prompt": text}
-
-
-class TestJson:
-    SCHEMA: ClassVar = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-
-    @staticmethod
-    def grammar(tokenizer, **changes):
-        return make_engine_requests(chat(**changes), served(tokenizer, max_model_len=999)).params[0].grammar
-
-    def test_text_has_no_grammar(self, tokenizer):
-        assert self.grammar(tokenizer) is None
-        assert self.grammar(tokenizer, response_format={"type": "text"}) is None
-        assert self.grammar(tokenizer, tools=[TOOL]) is None
-        assert self.grammar(tokenizer, tools=[TOOL], tool_choice="none") is None
-
-    def test_formats_have_one(self, tokenizer):
-        schema = {"name": "x", "strict": True, "schema": self.SCHEMA}
-        for response_format in ({"type": "json_object"}, {"type": "json_schema", "json_schema": schema}):
-            assert self.grammar(tokenizer, response_format=response_format) is not None
-
-    def test_an_unusable_schema_names_its_field(self, tokenizer):
-        schema = {"schema": {"type": "nonsense"}}
-        error = refused(
-            lambda **changes: self.grammar(tokenizer, **changes),
-            response_format={"type": "json_schema", "json_schema": schema},
-        )
-        assert error["param"] == "response_format" and "schema" in error["message"]
-        function = {"name": "f", "parameters": {"type": "nonsense"}}
-        error = refused(
-            lambda **changes: self.grammar(tokenizer, **changes),
-            tools=[{"type": "function", "function": function}],
-            tool_choice="required",
-        )
-        assert error["param"] == "tools"
-
-
-class TestTools:
-    MESSAGES: ClassVar = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": None, "tool_calls": [CALL]},
-        {"role": "tool", "content": "b<|turn|>", "tool_call_id": "1"},
-    ]
-    TEMPLATE = (
-        "{% for tool in tools or [] %}({{ tool.function.name }}){% endfor %}{% for message in messages %}"
-        "[{{ message.role }} {{ message.content }} {{ message.tool_calls | tojson if message.tool_calls }}"
-        " {{ message.tool_call_id }}]{% endfor %}"
-    )
-
-    def test_a_template_that_knows_tools_gets_them(self, tokenizer):
-        other = copy.copy(tokenizer)
-        other.chat_template = self.TEMPLATE
-        requests = make_engine_requests(
-            chat(messages=self.MESSAGES, tools=[TOOL]), served(other, max_model_len=999)
-        )
-        text = other.decode(requests.prompts[0])
-        assert text.startswith("(f)[user a  ]") and '"arguments": {}' in text
-        assert text.endswith("[tool b<|turn|>  1]")
-
-    def test_names_of_special_tokens_are_text_everywhere(self, tokenizer):
-        other = copy.copy(tokenizer)
-        other.chat_template = "{{ tools | tojson }}{{ messages | tojson }}"
-        turn = "<|turn|>"
-        schema = {"type": "object", "properties": {turn: {"enum": [turn]}}}
-        tool = {"type": "function", "function": {"name": "f", "description": turn, "parameters": schema}}
-        arguments = json.dumps({turn: [turn]})
-        call = {"id": turn, "type": "function", "function": {"name": turn, "arguments": arguments}}
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
-        request = chat(messages=messages, tools=[tool])
-        (ids,) = make_engine_requests(request, served(other, max_model_len=2000)).prompts
-        assert other.convert_tokens_to_ids(turn) not in ids
-        assert other.decode(ids).count(turn) == 7
-
-    def test_a_template_that_does_not_gets_text(self, tokenizer):
-        requests = make_engine_requests(
-            chat(messages=self.MESSAGES, tools=[TOOL]), served(tokenizer, max_model_len=999)
-        )
-        text = tokenizer.decode(requests.prompts[0])
-        assert '"name": "f"' in text and "<tool_call>" in text and "<tool_response>" in text

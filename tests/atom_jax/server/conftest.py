@@ -7,7 +7,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from atom_jax.server.app import Service
+from atom_jax.server.service import Service
 from tests.atom_jax.server.fake import FakeEngine, config, running, served
 
 

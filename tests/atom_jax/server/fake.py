@@ -13,9 +13,9 @@ from atom_jax.engine import Engine, EngineStats, Output, RequestParams, TokenLog
 from atom_jax.errors import AtomError
 from atom_jax.openai.served_model import ServedModel
 from atom_jax.progress import Progress
-from atom_jax.server.app import Service
 from atom_jax.server.config import ServerConfig
 from atom_jax.server.run import DrainingServer, bind
+from atom_jax.server.service import Service
 
 MAX_MODEL_LEN = 64
 VOCAB_SIZE = 1000

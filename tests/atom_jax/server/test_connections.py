@@ -12,8 +12,7 @@ import threading
 import httpx
 import pytest
 
-from atom_jax.openai import bodies, engine_requests, responses
-from atom_jax.server import app
+from atom_jax.server import app, service
 from tests.atom_jax.command import ROOT
 from tests.atom_jax.server.fake import MAX_MODEL_LEN, expected, until
 
@@ -70,11 +69,14 @@ class TestTime:
             assert rest(connection) == b""
 
     def test_after_an_answer(self, serve):
-        with connect(serve(head_timeout=0.3, idle_timeout=100)) as connection:
+        with connect(serve(head_timeout=2, idle_timeout=100)) as connection:
             connection.sendall(HEAD + b"\r\n")
-            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += connection.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 200")
             connection.sendall(HEAD)
-            assert rest(connection).startswith(b"HTTP/1.1 408")
+            assert rest(connection).startswith(b"HTTP/1.1 408 Request Timeout")
 
     def test_a_connection_without_another_request(self, serve):
         with connect(serve(head_timeout=100, idle_timeout=0.2)) as connection:
@@ -100,9 +102,13 @@ class TestTime:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", server.http.base_url.port))
             connection.settimeout(300)
-            requests = 100_000 * b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+
+            def ask_forever():
+                while True:
+                    connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+
             with pytest.raises((BrokenPipeError, ConnectionResetError)):
-                connection.sendall(requests)
+                ask_forever()
 
     @pytest.mark.parametrize(
         "sent", [b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"a" * 70_000]
@@ -150,7 +156,7 @@ class TestNumber:
             import resource, sys
             resource.setrlimit(resource.RLIMIT_NOFILE, (160, 160))
             from tests.atom_jax.server.fake import FakeEngine, config, running, served
-            from atom_jax.server.app import Service
+            from atom_jax.server.service import Service
 
             with running(Service(config(), FakeEngine(), served(None))) as (url, _):
                 print(url, flush=True)
@@ -263,18 +269,19 @@ class TestEventLoop:
         threads = {}
 
         def noting(module, name):
+            """``module`` is where the function is called."""
             original = getattr(module, name)
 
             def noted(*args, **kwargs):
                 threads[name] = threading.current_thread().name
                 return original(*args, **kwargs)
 
-            monkeypatch.setattr(app, name, noted)
+            monkeypatch.setattr(module, name, noted)
 
-        noting(bodies, "parse_json")
-        noting(bodies, "read_request")
-        noting(engine_requests, "make_engine_requests")
-        noting(responses, "json_pieces")
+        noting(app, "parse_json")
+        noting(app, "read_request")
+        noting(service, "make_engine_requests")
+        noting(app, "json_pieces")
         server = serve()
         body = {"model": "tiny", "prompt": [1], "n": 4, "logprobs": 20}
         assert server.http.post("/v1/completions", json=body).status_code == 200

@@ -18,8 +18,8 @@ from openai import OpenAI
 import atom_jax
 from atom_jax.engine import Engine, EngineConfig
 from atom_jax.openai.served_model import served_model
-from atom_jax.server.app import Service
 from atom_jax.server.config import ServerConfig
+from atom_jax.server.service import Service
 from atom_jax_cli.serve import _keys
 from bench.soak_clients import MAX_BODY_KB, MODEL_NAME, soak
 from convert.pipeline import ConvertOptions, convert

@@ -13,7 +13,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from atom_jax.server.app import Service, create_app
+from atom_jax.server.app import create_app
+from atom_jax.server.service import Service
 from tests.atom_jax.server.fake import FakeEngine, config, running, served
 
 CHECKS = [
