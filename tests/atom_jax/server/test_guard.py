@@ -112,3 +112,10 @@ class TestRequestIds:
         assert (
             server.http.post("/v1/completions", json=body, headers=headers).headers["x-request-id"] == "mine"
         )
+
+
+def test_only_files_of_the_page_are_served(serve):
+    http = serve().http
+    assert http.get("/static/page.js").headers["content-type"].startswith("text/javascript")
+    for path in ("/static/../app.py", "/static/%2e%2e/app.py", "/static/", "/static/none.js"):
+        assert http.get(path).status_code in (404, 405), path

@@ -396,10 +396,3 @@ class TestMetrics:
         first, second = serve(), serve()
         complete(first)
         assert self.values(second)["atom_jax_request_seconds_count"] == 0
-
-
-def test_only_files_of_the_page_are_served(serve):
-    http = serve().http
-    assert http.get("/static/page.js").headers["content-type"].startswith("text/javascript")
-    for path in ("/static/../app.py", "/static/%2e%2e/app.py", "/static/", "/static/none.js"):
-        assert http.get(path).status_code in (404, 405), path
