@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -47,16 +48,19 @@ def _commit() -> str | None:
     """The commit of this tree: the variable ATOM_JAX_COMMIT if it is set, for copies without the history."""
     if (given := os.environ.get("ATOM_JAX_COMMIT")) is not None:
         return given
-    describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    # Results that were saved a moment ago do not make another program of it.
+    others = f":(top,exclude){RESULTS.relative_to(RESULTS.parents[1])}"
+    git = functools.partial(subprocess.run, capture_output=True, text=True, cwd=RESULTS.parent, check=False)
     try:
-        run = subprocess.run(describe, capture_output=True, text=True, cwd=RESULTS.parent, check=False)
+        commit = git(["git", "describe", "--always", "--exclude", "*"]).stdout.strip()
+        changed = git(["git", "diff", "--quiet", "HEAD", "--", ":/", others]).returncode != 0
     except OSError:
         return None
-    return run.stdout.strip() or None
+    return f"{commit}{'-dirty' if changed else ''}" if commit else None
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions and commit; "-dirty" marks a tree with uncommitted changes."""
+    """Machine, versions and commit; "-dirty" marks a tree with uncommitted changes outside bench/results."""
     return {
         "device": jax.devices()[0].device_kind,
         "gpu": _gpu(),
