@@ -14,15 +14,12 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from atom_jax.engine import Engine
-from atom_jax.errors import AtomError, did_you_mean
 from atom_jax.openai.bodies import parse_json, read_request
 from atom_jax.openai.engine_requests import make_engine_requests
 from atom_jax.openai.errors import ApiError
@@ -39,7 +36,8 @@ from atom_jax.openai.tokenization import (
 )
 from atom_jax.server.config import ServerConfig
 from atom_jax.server.engine_thread import EngineThread, Latency, OutputStream, Stopped
-from atom_jax.server.guard import error_response, guard
+from atom_jax.server.error_handlers import add_error_handlers, unanswered
+from atom_jax.server.guard import guard
 from atom_jax.server.metrics import Metrics
 from atom_jax.server.schema import (
     EVENTS,
@@ -77,15 +75,39 @@ class Service:
       draining: whether new requests are refused because the server shuts down.
       created: when the service was made, in seconds since 1970.
       on_failure: called when the engine has failed.
+      on_ready: called when requests are answered from now on, in the thread that compiles.
+      on_compiled: called when all programs are compiled, in that thread.
     """
 
     def __init__(self, config: ServerConfig, engine: Engine, model: ServedModel) -> None:
         self.config, self.model = config, model
         self.on_failure: Callable[[], None] = lambda: None
-        self.engine = EngineThread(engine, on_progress=self._observe, on_failure=lambda: self.on_failure())
-        self.metrics = Metrics(lambda: self.engine.stats)
+        self.on_ready: Callable[[], None] = lambda: None
+        self.on_compiled: Callable[[], None] = lambda: None
+        self.engine = EngineThread(
+            engine,
+            on_progress=self._observe,
+            on_failure=lambda: self.on_failure(),
+            on_ready=lambda: self.on_ready(),
+            prepare=self._prepare,
+            on_compiled=lambda: self.on_compiled(),
+        )
+        self.metrics = Metrics(lambda: self.engine.stats, self.engine.compilation)
         self.draining = False
         self.created = int(time.time())
+
+    @property
+    def state(self) -> str:
+        """What ``/health`` tells; requests are answered while it is "ok"."""
+        if self.engine.failure:
+            return "failed"
+        if self.draining:
+            return "draining"
+        return "ok" if self.engine.compilation.ready else "starting"
+
+    def _prepare(self) -> None:
+        """Makes what the first requests of some kinds would have to wait for."""
+        self.model.literal_tokens  # noqa: B018
 
     async def submit(self, request: ApiRequest) -> tuple[ApiResponse, OutputStream]:
         """Gives a request to the engine.
@@ -165,7 +187,7 @@ def create_app(service: Service) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    _add_error_handlers(app)
+    add_error_handlers(app)
 
     def get(
         path: str,
@@ -211,7 +233,7 @@ def create_app(service: Service) -> FastAPI:
         return await _json_response(await asyncio.to_thread(detokenize, body, service.model))
 
     async def health() -> Response:
-        state = "failed" if service.engine.failure else "draining" if service.draining else "ok"
+        state = service.state
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
     async def metrics() -> Response:
@@ -324,7 +346,7 @@ async def _collect(response: ApiResponse, output_stream: OutputStream, request: 
     try:
         tasks[0].result()
     except (TimeoutError, Stopped) as error:
-        raise _unanswered(error) from error
+        raise unanswered(error) from error
 
 
 class _EventStream(StreamingResponse):
@@ -353,7 +375,10 @@ async def _events(response: ApiResponse, output_stream: OutputStream) -> AsyncIt
             if output.logprobs:
                 await asyncio.sleep(0)
     except (TimeoutError, Stopped) as error:
-        yield _event(_unanswered(error).body)
+        yield _event(unanswered(error).body)
+        return
+    except ApiError as error:
+        yield _event(error.body)
         return
     for chunk in response.closing():
         yield _event(chunk)
@@ -366,39 +391,3 @@ def _event(data: Mapping[str, object]) -> str:
 
 def _left() -> ApiError:
     return ApiError(499, "the client has left")  # nobody reads it, but the metrics count it
-
-
-def _unanswered(error: TimeoutError | Stopped) -> ApiError:
-    return ApiError(504 if isinstance(error, TimeoutError) else 503, str(error))
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    """Makes every error a response in OpenAI's form."""
-
-    def handle(kind: type[_Error], convert: Callable[[_Error, Request], ApiError]) -> None:
-        async def handler(request: Request, error: Exception) -> Response:
-            assert isinstance(error, kind)
-            return error_response(convert(error, request))
-
-        app.add_exception_handler(kind, handler)
-
-    handle(ApiError, lambda error, _: error)
-    handle(AtomError, lambda error, _: ApiError(400, str(error)))
-    handle(Stopped, lambda error, _: _unanswered(error))
-    handle(HTTPException, lambda error, request: _http_error(error, request, app))
-    handle(Exception, lambda *_: ApiError(500, "internal error"))
-
-
-def _http_error(error: HTTPException, request: Request, app: FastAPI) -> ApiError:
-    """An error of the framework: there is no such route, or a limit of the body."""
-    path, method = request.url.path[:128], request.method
-    routes = [route for route in app.routes if isinstance(route, Route)]
-    if error.status_code == 404:
-        near = did_you_mean(path, {route.path for route in routes if "{" not in route.path})
-        return ApiError(404, f"there is no route {path!r}{near}")
-    if error.status_code == 405:
-        here = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
-        allowed = sorted(set().union(*(route.methods or () for route in here)))
-        message = f"{path} has no {method}; it has {', '.join(allowed)}"
-        return ApiError(405, message, headers={"Allow": ", ".join(allowed)})
-    return ApiError(error.status_code, error.detail, headers=error.headers)
