@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,8 +150,15 @@ def serve(
         service.on_ready = lambda: note(f"after {seconds():.1f} s {config.model_name} at {address}")
         service.on_compiled = lambda: note(f"after {seconds():.1f} s all {programs} programs are compiled")
         run(service, sock, log_level=log_level)
-    if service.engine.failure is not None:
-        raise typer.Exit(1)
+    status = 0 if service.engine.failure is None else 1
+    if service.engine.compilation.running:
+        # It cannot be interrupted. The end of the interpreter would end its thread in the middle of C++ code,
+        # which aborts the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        raise typer.Exit(status)
 
 
 def _keys(given: Sequence[str] | None, file: Path | None) -> tuple[str, ...]:

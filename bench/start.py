@@ -2,9 +2,10 @@
 
     python -m bench.start CHECKPOINT
 
-Starts ``atom-jax serve CHECKPOINT`` twice, with a folder for caches that is empty the first time: nothing is
-there then, neither XLA's programs nor the machine code of the kernels. Each time it takes the seconds from the
-start of the process to the first 200 of ``/health``, to the first answer, and until all programs are compiled.
+Starts ``atom-jax serve CHECKPOINT`` twice, with a folder for caches that is empty the first time: neither
+XLA's programs nor the machine code of the kernels are there then. Each time it takes the seconds from the
+start of the process to the first 200 of ``/health``, to the first answer, and until all programs are
+compiled.
 Writes bench/results/start.json.
 """
 

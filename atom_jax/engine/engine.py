@@ -127,16 +127,14 @@ class Engine:
     def programs(self) -> list[Shape]:
         """The programs that are not compiled yet, those first that the first requests need.
 
-        A server can begin to answer when ``first_programs`` are compiled, and ``compile`` the others in
-        another thread meanwhile. Until a program is there, a larger one serves in its place, if there is one.
+        ``compile`` compiles one. Until it is there, a larger one serves in its place, if there is one.
         """
         return self._runner.programs()
 
     def first_programs(self) -> list[Shape]:
         """Those of ``programs`` to compile first: the fewest with which no request waits for a compilation.
 
-        In deterministic mode no program serves in another's place. Then they are those that the first request
-        needs, and the others are compiled when a step first needs them, or by ``compile``.
+        In deterministic mode, where no program serves in another's place, those that the first request needs.
         """
         return self._runner.first_programs()
 
@@ -145,7 +143,7 @@ class Engine:
         self._runner.compile(program)
 
     def compile_updates(self) -> None:
-        """Compiles the small programs for penalties, biases and grammars. It may be called in any thread."""
+        """Compiles the small programs for penalties and grammars. It may be called in any thread."""
         self._runner.compile_updates()
 
     def add(self, request_id: str, prompt: Sequence[int], params: RequestParams) -> None:

@@ -57,6 +57,11 @@ class Compilation:
         """Lets the thread end after what it does now. Returns at once."""
         self._stopping = True
 
+    @property
+    def running(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def _run(self) -> None:
         for program in self._first:
             self._compile(program)
