@@ -161,7 +161,18 @@ def _results(
             except ApiError as error:
                 yield _Result(line.custom_id, error.status, error.body)
         for output in engine.step() if running else ():
-            if (ended := _take(running, output)) is not None:
+            if output.request_id not in running:
+                continue  # another choice of its request has failed in this step
+            try:
+                ended = _take(running, output)
+            except ApiError as error:
+                failed, _ = running[output.request_id]
+                for request_id in [each for each, (request, _) in running.items() if request is failed]:
+                    engine.abort(request_id)
+                    del running[request_id]
+                yield _Result(failed.custom_id, error.status, error.body)
+                continue
+            if ended is not None:
                 response = ended.response
                 yield _Result(ended.custom_id, 200, response.whole(), response.completion_tokens)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from atom_jax_cli.console import LOG_SECONDS, JsonOption, note, print_json, stderr
+from atom_jax_cli.console import LOG_SECONDS, JsonOption, note, print_json, progress_bars, stderr
 from atom_jax_cli.engine import (
     CheckpointArgument,
     DeterministicOption,
@@ -69,6 +69,8 @@ def batch(
         prefix_caching=prefix_caching,
         deterministic=deterministic,
     )
+    with progress_bars() as report:
+        engine.warm_up(lambda done, total: report("programs compiled", done, total))
     started = time.perf_counter()
     with _bar() as on_result:
         end = run_batch(

@@ -1,4 +1,4 @@
-"""How ``serve`` and ``batch`` make the engine: their common options, its memory, its compilation."""
+"""How ``serve`` and ``batch`` make the engine: their common options, its memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atom_jax_cli.console import format_bytes, note, progress_bars, stderr
+from atom_jax_cli.console import format_bytes, note, stderr
 from atom_jax_cli.kernels import check_kernels_for
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def load_engine(
     prefix_caching: bool,
     deterministic: bool,
 ) -> tuple[Model, Engine]:
-    """Loads a checkpoint and makes an engine for it, with all programs compiled.
+    """Loads a checkpoint and makes an engine for it. Its programs are not compiled yet.
 
     Args:
       checkpoint: folder.
@@ -124,8 +124,6 @@ def load_engine(
         f"weights {format_bytes(weights)}; {stats.num_pages} cache pages of {config.page_size} tokens; "
         f"up to {max_num_seqs} answers of {engine.max_model_len} tokens at once"
     )
-    with progress_bars() as report:
-        engine.warm_up(lambda done, total: report("programs compiled", done, total))
     return model, engine
 
 

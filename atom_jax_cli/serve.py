@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -95,6 +97,11 @@ def serve(
     log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "info",
 ) -> None:
     """Serve CKPT with OpenAI's API, a page to try it, and metrics."""
+    began = time.perf_counter()
+
+    def seconds() -> float:
+        return time.perf_counter() - began
+
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(module) is None:
             raise AtomError(f"the server needs {module}: pip install 'atom-jax[serve]'")
@@ -139,10 +146,19 @@ def serve(
             deterministic=deterministic,
         )
         service = Service(config, engine, served_model(model, engine, generation_config=with_defaults))
-        address = url_of(sock)
-        run(service, sock, log_level=log_level, on_started=lambda: note(f"{config.model_name} at {address}"))
-    if service.engine.failure is not None:
-        raise typer.Exit(1)
+        address, programs = url_of(sock), service.engine.compilation.total
+        service.on_ready = lambda: note(f"after {seconds():.1f} s {config.model_name} at {address}")
+        service.on_compiled = lambda: note(f"after {seconds():.1f} s all {programs} programs are compiled")
+        run(service, sock, log_level=log_level)
+    status = 0 if service.engine.failure is None else 1
+    if service.engine.compilation.running:
+        # It cannot be interrupted. The end of the interpreter would end its thread in the middle of C++ code,
+        # which aborts the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        raise typer.Exit(status)
 
 
 def _keys(given: Sequence[str] | None, file: Path | None) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,19 +63,28 @@ OPTIONS = (
 
 
 @contextlib.contextmanager
-def server(checkpoint: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """``atom-jax serve`` while the block runs: its address and process."""
+def server(
+    checkpoint: Path, *options: str, environment: Mapping[str, str] | None = None, poll: float = 0.5
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """``atom-jax serve`` while the block runs: its address and process.
+
+    Args:
+      checkpoint: folder.
+      options: more options of the command.
+      environment: of the process; that of this one if None.
+      poll: seconds between two looks at whether it answers.
+    """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "atom_jax", "serve", str(checkpoint), "--port", str(port), *options]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env=environment)
     try:
         url = f"http://127.0.0.1:{port}"
         while process.poll() is None:
             with contextlib.suppress(httpx.HTTPError):
                 httpx.get(f"{url}/health").raise_for_status()
                 break
-            time.sleep(0.5)
+            time.sleep(poll)
         else:
             raise SystemExit(f"the server did not start (status {process.returncode})")
         yield url, process

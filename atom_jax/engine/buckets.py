@@ -90,6 +90,16 @@ class Buckets:
         for pair in itertools.zip_longest(decode, prefill):
             yield from (shape for shape in pair if shape is not None)
 
+    def covering(self) -> list[Shape]:
+        """The fewest programs with which every step can run, because the others have a substitute among them.
+
+        In deterministic mode, without substitutes, the two with which the first request can be answered.
+        """
+        shapes = list(self.shapes())
+        if not self.packed:
+            return shapes[:2]
+        return [shape for shape in shapes if self.substitute(shape, {*shapes} - {shape}) is None]
+
     def substitute(self, shape: Shape, shapes: Set[Shape]) -> Shape | None:
         """The smallest of ``shapes`` that can serve what ``shape`` serves; None if there is none.
 

@@ -127,14 +127,24 @@ class Engine:
     def programs(self) -> list[Shape]:
         """The programs that are not compiled yet, those first that the first requests need.
 
-        A server can begin to answer when the first of them are compiled, and ``compile`` the others in
-        another thread meanwhile. Until a program is there, a larger one serves in its place, if there is one.
+        ``compile`` compiles one. Until it is there, a larger one serves in its place, if there is one.
         """
         return self._runner.programs()
 
+    def first_programs(self) -> list[Shape]:
+        """Those of ``programs`` to compile first: the fewest with which no request waits for a compilation.
+
+        In deterministic mode, where no program serves in another's place, those that the first request needs.
+        """
+        return self._runner.first_programs()
+
     def compile(self, program: Shape) -> None:
-        """Compiles one of ``programs``. Unlike all other methods, it may be called in any thread."""
+        """Compiles one of ``programs``. It may be called in any thread, unlike other methods."""
         self._runner.compile(program)
+
+    def compile_updates(self) -> None:
+        """Compiles the small programs for penalties and grammars. It may be called in any thread."""
+        self._runner.compile_updates()
 
     def add(self, request_id: str, prompt: Sequence[int], params: RequestParams) -> None:
         """Queues a request.

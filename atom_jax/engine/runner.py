@@ -260,6 +260,19 @@ class Runner:
         self._awaited = set(self._buckets.shapes()) - self._ready
         return [shape for shape in self._buckets.shapes() if shape in self._awaited]
 
+    def first_programs(self) -> list[Shape]:
+        """Those of ``programs`` that are to be compiled first (``Buckets.covering``)."""
+        first = self._buckets.covering()
+        return [shape for shape in self.programs() if shape in first]
+
+    def compile_updates(self) -> None:
+        """Compiles the small programs that give a slot its penalties, biases and mask; in any thread."""
+        state = self._abstract_state
+        new = logit_state(SamplingParams(), (), (), self._config.vocab_size)
+        _set_logit_state.lower(state.logit_state, np.int32(0), new).compile()
+        slots, words = np.zeros(_MASKS, np.int32), np.zeros((_MASKS, state.masks.shape[1]), np.uint32)
+        _set_masks.lower(state.masks, slots, words).compile()
+
     def compile(self, shape: Shape) -> None:
         """Compiles a program without running it. May be called in any thread, whatever the others do."""
         with self._implementation():

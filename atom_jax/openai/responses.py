@@ -10,8 +10,9 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
-from atom_jax.engine import FinishReason, Output, TokenLogprobs
+from atom_jax.engine import Output, TokenLogprobs
 from atom_jax.openai.engine_requests import EngineRequests
+from atom_jax.openai.errors import ApiError
 from atom_jax.openai.requests import ApiRequest, ChatCompletionRequest
 from atom_jax.openai.served_model import ServedModel
 from atom_jax.openai.tools import CallReader, ToolCall
@@ -19,7 +20,7 @@ from atom_jax.openai.tools import CallReader, ToolCall
 # OpenAI writes this number for "very unlikely". JSON cannot express the logarithm of zero, minus infinity.
 _LEAST_LOGPROB = -9999.0
 
-ApiFinishReason = FinishReason | Literal["tool_calls"]
+ApiFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclasses.dataclass
@@ -72,7 +73,15 @@ class ApiResponse:
         return [self._chunk(index, {"delta": delta}, None, None) for index in range(len(self._choices))]
 
     def add(self, index: int, output: Output) -> dict[str, object] | None:
-        """Takes an output of choice ``index``; returns the chunk to send, or None if there is none."""
+        """Takes an output of choice ``index``; returns the chunk to send, or None if there is none.
+
+        Raises:
+          ApiError: the engine gave the answer up. OpenAI has no finish reason for that, and an answer in part
+            must not pass for a whole one.
+        """
+        if output.finish_reason == "abort":
+            message = "the grammar of the answer (response_format or tools) has failed"
+            raise ApiError(500, message, code="grammar_failed")
         choice = self._choices[index]
         text, calls = _separate(choice.reader, output)
         first_call = len(choice.calls)

@@ -13,14 +13,11 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from atom_jax.errors import AtomError, did_you_mean
 from atom_jax.openai.bodies import parse_json, read_request
 from atom_jax.openai.errors import ApiError
 from atom_jax.openai.fields import Fields
@@ -34,7 +31,8 @@ from atom_jax.openai.tokenization import (
     tokenize,
 )
 from atom_jax.server.engine_thread import OutputStream, Stopped
-from atom_jax.server.guard import error_response, guard
+from atom_jax.server.error_handlers import add_error_handlers, unanswered
+from atom_jax.server.guard import guard
 from atom_jax.server.schema import (
     EVENTS,
     READ_ERRORS,
@@ -88,7 +86,7 @@ def create_app(service: Service) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    _add_error_handlers(app)
+    add_error_handlers(app)
 
     def get(
         path: str,
@@ -134,7 +132,7 @@ def create_app(service: Service) -> FastAPI:
         return await _json_response(await asyncio.to_thread(detokenize, body, service.model))
 
     async def health() -> Response:
-        state = "failed" if service.engine.failure else "draining" if service.draining else "ok"
+        state = service.state
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
     async def metrics() -> Response:
@@ -247,7 +245,7 @@ async def _collect(response: ApiResponse, output_stream: OutputStream, request: 
     try:
         tasks[0].result()
     except (TimeoutError, Stopped) as error:
-        raise _unanswered(error) from error
+        raise unanswered(error) from error
 
 
 class _EventStream(StreamingResponse):
@@ -276,7 +274,10 @@ async def _events(response: ApiResponse, output_stream: OutputStream) -> AsyncIt
             if output.logprobs:
                 await asyncio.sleep(0)
     except (TimeoutError, Stopped) as error:
-        yield _event(_unanswered(error).body)
+        yield _event(unanswered(error).body)
+        return
+    except ApiError as error:
+        yield _event(error.body)
         return
     for chunk in response.closing():
         yield _event(chunk)
@@ -289,39 +290,3 @@ def _event(data: Mapping[str, object]) -> str:
 
 def _left() -> ApiError:
     return ApiError(499, "the client has left")  # nobody reads it, but the metrics count it
-
-
-def _unanswered(error: TimeoutError | Stopped) -> ApiError:
-    return ApiError(504 if isinstance(error, TimeoutError) else 503, str(error))
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    """Makes every error a response in OpenAI's form."""
-
-    def handle(kind: type[_Error], convert: Callable[[_Error, Request], ApiError]) -> None:
-        async def handler(request: Request, error: Exception) -> Response:
-            assert isinstance(error, kind)
-            return error_response(convert(error, request))
-
-        app.add_exception_handler(kind, handler)
-
-    handle(ApiError, lambda error, _: error)
-    handle(AtomError, lambda error, _: ApiError(400, str(error)))
-    handle(Stopped, lambda error, _: _unanswered(error))
-    handle(HTTPException, lambda error, request: _http_error(error, request, app))
-    handle(Exception, lambda *_: ApiError(500, "internal error"))
-
-
-def _http_error(error: HTTPException, request: Request, app: FastAPI) -> ApiError:
-    """An error of the framework: there is no such route, or a limit of the body."""
-    path, method = request.url.path[:128], request.method
-    routes = [route for route in app.routes if isinstance(route, Route)]
-    if error.status_code == 404:
-        near = did_you_mean(path, {route.path for route in routes if "{" not in route.path})
-        return ApiError(404, f"there is no route {path!r}{near}")
-    if error.status_code == 405:
-        here = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
-        allowed = sorted(set().union(*(route.methods or () for route in here)))
-        message = f"{path} has no {method}; it has {', '.join(allowed)}"
-        return ApiError(405, message, headers={"Allow": ", ".join(allowed)})
-    return ApiError(error.status_code, error.detail, headers=error.headers)

@@ -1,8 +1,8 @@
 """The engine in a thread of its own, and how asyncio code uses it.
 
-Only that thread calls the engine. Asyncio code sends functions to it through a queue, and the thread runs
-them between two steps. After every step the thread wakes the event loop once; the event loop then gives all
-outputs of the step to the code that waits for them.
+Only that thread calls the engine, but for what ``compilation.py`` compiles in another. Asyncio code sends
+functions to it through a queue, and the thread runs them between two steps. After every step the thread wakes
+the event loop once; the event loop then gives all outputs of the step to the code that waits for them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 from atom_jax.engine import Engine, EngineStats, Output, RequestParams
 from atom_jax.errors import AtomError
+from atom_jax.server.compilation import Compilation
 
 _Requests = Sequence[tuple[Sequence[int], RequestParams]]
 
@@ -96,12 +97,17 @@ class OutputStream:
 class EngineThread:
     """Runs ``engine`` in a thread from ``start`` to ``stop``. Its methods must be called in the event loop.
 
+    Requests are accepted from the start on. They are answered when the first programs are compiled.
+
     Args:
       engine: only the new thread uses it from now on.
       on_progress: called after the first token of a request and after its end.
       on_failure: called when the engine has failed.
+      on_ready: called in another thread when the engine begins to answer.
+      prepare, on_compiled: as in ``Compilation``.
 
     Attributes:
+      compilation: compiles the programs of the engine.
       stats: statistics of the engine after its last step.
       failure: the exception that ended the engine; None if there was none.
     """
@@ -112,6 +118,9 @@ class EngineThread:
         *,
         on_progress: Callable[[Latency], None] = lambda latency: None,
         on_failure: Callable[[], None] = lambda: None,
+        on_ready: Callable[[], None] = lambda: None,
+        prepare: Callable[[], None] = lambda: None,
+        on_compiled: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._on_progress, self._on_failure = on_progress, on_failure
@@ -120,6 +129,15 @@ class EngineThread:
         self._numbers = itertools.count()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopped: Stopped | None = None
+        self._answers = False  # set by the engine's thread
+
+        def begin_to_answer() -> None:
+            self._commands.put(self._begin_to_answer)
+            on_ready()
+
+        self.compilation = Compilation(
+            engine, on_ready=begin_to_answer, prepare=prepare, on_compiled=on_compiled
+        )
         self.stats: EngineStats = engine.stats()
         self.failure: BaseException | None = None
 
@@ -129,12 +147,17 @@ class EngineThread:
         return len(self._requests)
 
     def start(self) -> None:
-        """Starts the thread. Must be called while the event loop runs."""
+        """Starts the thread, and the compilation. Must be called while the event loop runs."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self.compilation.start()
 
     async def stop(self) -> None:
-        """Ends the thread. Whoever waits for a request that has not ended gets ``Stopped``."""
+        """Ends the thread, and the compilation after its current program.
+
+        Whoever waits for a request that has not ended gets ``Stopped``.
+        """
+        self.compilation.stop()
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
         self._end(Stopped("the server is shutting down"))
@@ -223,20 +246,23 @@ class EngineThread:
             raise
 
     def _take_commands(self) -> bool:
-        """Runs the functions in the queue. Waits for one if the engine has no work.
+        """Runs the functions in the queue. Waits for one if the engine has no work, or does not answer yet.
 
         Returns:
           False if the thread must end.
         """
         while True:
             try:
-                command = self._commands.get(block=not self._engine.has_work)
+                command = self._commands.get(block=not (self._answers and self._engine.has_work))
             except queue.Empty:
                 return True
             if command is None:
                 return False
             command()
             self.stats = self._engine.stats()
+
+    def _begin_to_answer(self) -> None:
+        self._answers = True
 
     def _add(self, ids: Sequence[str], requests: _Requests) -> AtomError | None:
         for count, (request_id, (prompt, params)) in enumerate(zip(ids, requests, strict=True)):

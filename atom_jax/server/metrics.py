@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from atom_jax.engine import EngineStats
+from atom_jax.server.compilation import Compilation
 
 # Upper limits of the histograms' buckets, in seconds: for requests and first tokens, and for later tokens.
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -48,6 +49,7 @@ class Metrics:
 
     Args:
       stats: returns the engine's statistics; called when ``/metrics`` is read.
+      compilation: of the engine's programs.
 
     Attributes:
       registry: of these metrics only; prometheus_client's default registry is not used.
@@ -57,7 +59,7 @@ class Metrics:
       answers: number of HTTP responses by path and status.
     """
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], compilation: Compilation) -> None:
         self.registry = CollectorRegistry()
         self.first_token = self._histogram("time_to_first_token", "To the first token.", _SECONDS)
         self.per_output_token = self._histogram(
@@ -67,7 +69,7 @@ class Metrics:
         self.answers = Counter(
             "atom_jax_http_answers", "HTTP answers.", ("path", "status"), registry=self.registry
         )
-        self.registry.register(_EngineCollector(stats))
+        self.registry.register(_EngineCollector(stats, compilation))
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"atom_jax_{name}_seconds", text, buckets=buckets, registry=self.registry)
@@ -78,12 +80,15 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self._stats = stats
+    def __init__(self, stats: Callable[[], EngineStats], compilation: Compilation) -> None:
+        self._stats, self._compilation = stats, compilation
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
         for name, text, read in _GAUGES:
             yield GaugeMetricFamily(f"atom_jax_{name}", text, value=read(stats))
+        compiled, total = self._compilation.compiled, self._compilation.total
+        yield GaugeMetricFamily("atom_jax_programs_compiled", "Programs that are compiled.", value=compiled)
+        yield GaugeMetricFamily("atom_jax_programs", "All programs.", value=total)
         for name, text, read in _COUNTERS:
             yield CounterMetricFamily(f"atom_jax_{name}", text, value=read(stats))

@@ -11,7 +11,6 @@ import ipaddress
 import random
 import socket
 import time
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -83,9 +82,10 @@ def serve(
     sock: socket.socket,
     *,
     log_level: str = "info",
-    on_started: Callable[[], None] = lambda: None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, or until the engine fails (``service.engine.failure``).
+
+    Requests are accepted at once, and answered when the engine's first programs are compiled.
 
     After a signal new requests are refused with 503, and running ones have the drain timeout to end. After a
     second signal the server does not wait for them.
@@ -94,21 +94,18 @@ def serve(
       service: what the routes share.
       sock: from ``bind``.
       log_level: of uvicorn.
-      on_started: called as soon as clients can connect.
     """
     # What is loaded stays. The collector would go through hundreds of thousands of objects again and again
     # while long answers are made, and nothing else could run meanwhile.
     gc.collect()
     gc.freeze()
-    DrainingServer(service, log_level=log_level, on_started=on_started).run(sockets=[sock])
+    DrainingServer(service, log_level=log_level).run(sockets=[sock])
 
 
 class DrainingServer(uvicorn.Server):
     """uvicorn's server with the shutdown that ``serve`` describes."""
 
-    def __init__(
-        self, service: Service, *, log_level: str = "info", on_started: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, service: Service, *, log_level: str = "info") -> None:
         connections = Connections(most_connections(service.config))
         super().__init__(
             uvicorn.Config(
@@ -125,7 +122,6 @@ class DrainingServer(uvicorn.Server):
             )
         )
         self._service = service
-        self._on_started = on_started
         self._signals = 0
         service.on_failure = self._leave
 
@@ -142,8 +138,6 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         for sock in sockets or ():
             sock.listen(_BACKLOG)  # uvicorn has made the queue as short as what is accepted at once
-        if self.started:
-            self._on_started()
 
     def _start_draining(self) -> None:
         self._draining = self._loop.create_task(self._drain())

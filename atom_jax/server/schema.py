@@ -29,7 +29,7 @@ _ERRORS = {
 # Responses that are not JSON, and the one of /health that is no error of the API.
 EVENTS = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 TEXT = {"content": {"text/plain": {"schema": {"type": "string"}}}}
-UNHEALTHY = {"description": "The server ends, or the engine failed."}
+UNHEALTHY = {"description": "The server starts or ends, or the engine failed."}
 READ_ERRORS = (401, 421, 500)
 WRITE_ERRORS = tuple(_ERRORS)
 

@@ -31,15 +31,39 @@ class Service:
       draining: whether new requests are refused because the server shuts down.
       created: when the service was made, in seconds since 1970.
       on_failure: called when the engine has failed.
+      on_ready: called when requests are answered from now on, in the thread that compiles.
+      on_compiled: called when all programs are compiled, in that thread.
     """
 
     def __init__(self, config: ServerConfig, engine: Engine, model: ServedModel) -> None:
         self.config, self.model = config, model
         self.on_failure: Callable[[], None] = lambda: None
-        self.engine = EngineThread(engine, on_progress=self._observe, on_failure=lambda: self.on_failure())
-        self.metrics = Metrics(lambda: self.engine.stats)
+        self.on_ready: Callable[[], None] = lambda: None
+        self.on_compiled: Callable[[], None] = lambda: None
+        self.engine = EngineThread(
+            engine,
+            on_progress=self._observe,
+            on_failure=lambda: self.on_failure(),
+            on_ready=lambda: self.on_ready(),
+            prepare=self._prepare,
+            on_compiled=lambda: self.on_compiled(),
+        )
+        self.metrics = Metrics(lambda: self.engine.stats, self.engine.compilation)
         self.draining = False
         self.created = int(time.time())
+
+    @property
+    def state(self) -> str:
+        """What ``/health`` tells; requests are answered while it is "ok"."""
+        if self.engine.failure:
+            return "failed"
+        if self.draining:
+            return "draining"
+        return "ok" if self.engine.compilation.ready else "starting"
+
+    def _prepare(self) -> None:
+        """Makes what the first requests of some kinds would have to wait for."""
+        self.model.literal_tokens  # noqa: B018
 
     async def submit(self, request: ApiRequest) -> tuple[ApiResponse, OutputStream]:
         """Gives a request to the engine.

@@ -62,6 +62,18 @@ def test_every_request_has_a_result(go):
     assert end.tokens == sum(map(len, answers(20).values()))
 
 
+def test_an_answer_that_the_engine_gave_up_is_an_error(go):
+    engine = FakeEngine()
+    engine.end_reason = "abort"
+    several = line(0)
+    several["body"]["n"] = 3
+    path, end = go([several, line(1)], engine)
+    assert (end.done, end.failed) == (2, 2)
+    for record in read(path):
+        assert record["response"]["status_code"] == 500
+        assert record["response"]["body"]["error"]["code"] == "grammar_failed"
+
+
 def test_the_format_is_openais(go):
     messages = [{"role": "user", "content": "the tin"}]
     body = {"model": "tiny", "messages": messages, "max_tokens": 3, "n": 2}

@@ -7,6 +7,7 @@ import pytest
 
 from atom_jax.engine import FinishReason, Output, RequestParams, TokenLogprobs
 from atom_jax.openai.engine_requests import EngineRequests
+from atom_jax.openai.errors import ApiError
 from atom_jax.openai.requests import ChatCompletionRequest, CompletionRequest
 from atom_jax.openai.responses import ApiResponse, json_pieces
 from atom_jax.openai.token_texts import TokenTexts
@@ -177,6 +178,12 @@ class TestCalls:
         _, choice = self.respond(self.ANSWER[:3], reason="length")
         assert choice["message"]["content"] == "".join(self.ANSWER[:3])
         assert choice["finish_reason"] == "length" and "tool_calls" not in choice["message"]
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_an_answer_that_the_engine_gave_up_is_an_error(self, stream):
+        with pytest.raises(ApiError, match="grammar") as raised:
+            self.respond(self.ANSWER, reason="abort", stream=stream)
+        assert (raised.value.status, raised.value.code) == (500, "grammar_failed")
 
     def test_tools_that_may_not_be_called(self):
         _, choice = self.respond(self.ANSWER, tool_choice="none")

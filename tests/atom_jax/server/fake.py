@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from atom_jax.engine import Engine, EngineStats, Output, RequestParams, TokenLogprobs
+from atom_jax.engine import Engine, EngineStats, FinishReason, Output, RequestParams, TokenLogprobs
+from atom_jax.engine.buckets import Shape
 from atom_jax.errors import AtomError
 from atom_jax.openai.served_model import ServedModel
 from atom_jax.progress import Progress
@@ -32,10 +33,16 @@ class FakeEngine(Engine):
     """Follows the contract of ``Engine``: one page a request, one token a request and step.
 
     Token i of an answer is (sum of the prompt + seed + i) modulo 26, a letter. An answer gets no more than
-    ``pause_after`` tokens until that is None again, so that it lasts as long as a test needs it.
+    ``pause_after`` tokens until that is None again, so that it lasts as long as a test needs it. It ends for
+    the reason ``end_reason``.
+
+    It has the programs ``SHAPES``, of which the last two come first. Unless ``slow``, they are compiled from
+    the start. Otherwise each one needs a ``compile``, which takes until ``permits`` is released once.
     """
 
-    def __init__(self, num_pages: int = 4, step_seconds: float = 0.0) -> None:
+    SHAPES = (Shape(1, 1, 8), Shape(1, 64, 8), Shape(4, 1, 8), Shape(1, 256, 8))
+
+    def __init__(self, num_pages: int = 4, step_seconds: float = 0.0, slow: bool = False) -> None:
         self.max_model_len = MAX_MODEL_LEN
         self.requests: dict[str, _FakeRequest] = {}
         self.num_pages = num_pages
@@ -44,9 +51,28 @@ class FakeEngine(Engine):
         self.broken: Exception | None = None
         self.steps = self.aborted = self.generated = self.prompt_tokens = 0
         self.threads: set[int] = set()
+        self.end_reason: FinishReason = "length"
+        self.permits = threading.Semaphore(0)
+        self.compiled: list[Shape | str] = [] if slow else list(self.SHAPES)
+        self.uncompilable: set[Shape] = set()
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """There is nothing to compile."""
+
+    def programs(self) -> list[Shape]:
+        return [shape for shape in self.SHAPES if shape not in self.compiled]
+
+    def first_programs(self) -> list[Shape]:
+        return [shape for shape in self.SHAPES[-2:] if shape not in self.compiled]
+
+    def compile(self, program: Shape) -> None:
+        self.permits.acquire()
+        if program in self.uncompilable:
+            raise RuntimeError("no more registers")
+        self.compiled.append(program)
+
+    def compile_updates(self) -> None:
+        self.compiled.append("updates")
 
     def add(self, request_id: str, prompt: Sequence[int], params: RequestParams) -> None:
         self.threads.add(threading.get_ident())
@@ -91,7 +117,7 @@ class FakeEngine(Engine):
             token_ids=(token,),
             text=text_of(token),
             logprobs=logprobs,
-            finish_reason="length" if ended else None,
+            finish_reason=self.end_reason if ended else None,
             prompt_tokens=len(request.prompt),
             completion_tokens=request.produced,
             cached_tokens=1,

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -256,6 +257,24 @@ class TestCommand:
             try:
                 self.drain(process)
                 assert process.wait() == 0
+            finally:
+                process.kill()
+
+    @pytest.mark.slow
+    def test_sigterm_while_programs_are_compiled(self, checkpoint, tmp_path):
+        """The caches are empty, so that there is much to compile."""
+        command = [sys.executable, "-m", "atom_jax", "serve", checkpoint, "--port", 0, "--max-model-len", 128]
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+        with subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment
+        ) as process:
+            try:
+                assert process.stderr is not None
+                assert any(" at http://" in line for line in process.stderr)
+                process.send_signal(signal.SIGTERM)
+                rest = process.stderr.read()
+                assert process.wait() == 0
+                assert "programs are compiled" not in rest and "Finished server process" in rest
             finally:
                 process.kill()
 
