@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 from atom_jax.checkpoint import Model
 from atom_jax.config import ModelConfig
@@ -22,7 +22,8 @@ from atom_jax.engine.scheduler import Piece, Plan
 from atom_jax.engine.sequence import SequenceState
 from atom_jax.generation import activation_dtype
 from atom_jax.kv_cache import init_cache
-from atom_jax.llama import forward
+from atom_jax.llama import merge
+from atom_jax.perplexity import by_rows
 from atom_jax.progress import Progress
 from atom_jax.sampling import (
     LogitState,
@@ -97,11 +98,26 @@ class Rows(NamedTuple):
     logprobs: Bool[Array | np.ndarray, " rows"]
 
 
+class Dispatched(NamedTuple):
+    """What was given to the device in a step. An array is read with ``unpack``.
+
+    The arrays are of the type jax.Array, but its type stubs do not have the method ``is_ready``.
+
+    Attributes:
+      programs: the shape of each program, and its results.
+      scores: the pieces with positions to be scored, and their results: a row for each token of the piece.
+        They are computed after the programs.
+    """
+
+    programs: list[tuple[Shape, Any]]
+    scores: list[tuple[Piece, Any]]
+
+
 class Chosen(NamedTuple):
     """What a program returns for the host. ``top`` is MAX_LOGPROBS, or the size of a smaller vocabulary.
 
     Attributes:
-      token: the chosen token of each row.
+      token: the chosen token of each row, or the one in the prompt.
       logprob: its log-probability; 0 if no row of the program wants log-probabilities, as the next two.
       top_ids: the most likely tokens, the most likely first.
       top_logprobs: their log-probabilities.
@@ -116,20 +132,21 @@ class Chosen(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def run_program(
     params: nnx.State, state: DeviceState, rows: Rows, *, config: ModelConfig
-) -> tuple[DeviceState, Int32[Array, "rows packed"]]:
+) -> tuple[DeviceState, Int32[Array, "rows packed"], Float[Array, "rows width hidden"]]:
     """Writes the keys and values of each row's tokens to the cache and chooses the token after them.
 
     Returns:
       The new state, and all results for the host in one array, so that there is one transfer. ``unpack``
-      turns it into ``Chosen``.
+      turns it into ``Chosen``. And the input of the head for every token, which ``score_prompt`` needs.
     """
     columns = jnp.arange(rows.tokens.shape[1], dtype=jnp.int32)
     positions = jnp.where(columns < rows.count[:, None], rows.start[:, None] + columns, -1)
     tokens = jnp.where(rows.tokens < 0, state.last_tokens[rows.source][:, None], rows.tokens)
-    last = jnp.maximum(rows.count - 1, 0)[:, None]
+    last = jnp.maximum(rows.count - 1, 0)[:, None, None]
     cache = dataclasses.replace(state.cache, block_tables=jnp.asarray(rows.tables))
-    logits, cache = forward(params, tokens, positions, cache, config=config, select=last)
-    logits = logits[:, 0]
+    model = merge(params, config)
+    hidden, cache = model.hidden(tokens, positions, cache)
+    logits = model.logits(jnp.take_along_axis(hidden, last, axis=1))[:, 0]
 
     keys = jax.random.wrap_key_data(jnp.asarray(rows.seed), impl="threefry2x32")
     keys = jax.vmap(jax.random.fold_in)(keys, rows.index)
@@ -148,9 +165,40 @@ def run_program(
 
     none = jnp.zeros(jax.eval_shape(_packed_logprobs, logits, token).shape, jnp.int32)
     logprobs = lax.cond(jnp.any(rows.logprobs), _packed_logprobs, lambda *_: none, logits, token)
-    return DeviceState(cache, last_tokens, logit_state, state.masks), jnp.concatenate(
-        [token[:, None], logprobs], axis=1
-    )
+    packed = jnp.concatenate([token[:, None], logprobs], axis=1)
+    return DeviceState(cache, last_tokens, logit_state, state.masks), packed, hidden
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def score_prompt(
+    params: nnx.State,
+    hidden: Float[Array, "rows width hidden"],
+    row: Int32[Array | np.ndarray, ""],
+    targets: Int32[Array | np.ndarray, " width"],
+    *,
+    config: ModelConfig,
+) -> Int32[Array, "width packed"]:
+    """The log-probabilities of the tokens after each token of a row of a program.
+
+    It is not a part of ``run_program``. So what is written to the cache is the same bit for bit whether or
+    not a prompt is scored, and what is compiled for it does not depend on the length of block tables.
+
+    Args:
+      params: parameters of the model.
+      hidden: from ``run_program``.
+      row: the row of the piece.
+      targets: the token after each of its tokens.
+      config: configuration of the model.
+
+    Returns:
+      As the packed array of ``run_program``, with the targets as the chosen tokens.
+    """
+    model = merge(params, config)
+
+    def packed(hidden: Array, targets: Array) -> Array:
+        return jnp.concatenate([targets[:, None], _packed_logprobs(model.logits(hidden), targets)], axis=1)
+
+    return by_rows(packed, hidden[row], jnp.asarray(targets))
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
@@ -187,7 +235,7 @@ def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
 
 
 def unpack(packed: Int32[np.ndarray, "rows packed"]) -> Chosen:
-    """The fields of the array that ``run_program`` returns for the host."""
+    """The fields of an array that ``run_program`` or ``score_prompt`` returns for the host."""
     top = (packed.shape[1] - 2) // 2
     token, logprob, ids, logprobs = np.split(packed, [1, 2, 2 + top], axis=1)
     return Chosen(token[:, 0], logprob.view(np.float32)[:, 0], ids, logprobs.view(np.float32))
@@ -247,7 +295,7 @@ class Runner:
         for done, shape in enumerate(shapes):
             if progress is not None:
                 progress(done, len(shapes))
-            self._run(shape, ()).block_until_ready()
+            jax.block_until_ready(self._run(shape, ()))
         if progress is not None:
             progress(len(shapes), len(shapes))
 
@@ -268,13 +316,8 @@ class Runner:
         self._ready.add(shape)
         self._awaited.discard(shape)
 
-    def dispatch(self, plan: Plan) -> list[tuple[Shape, Any]]:
-        """Starts the programs of a step and the transfer of their results to the host.
-
-        Returns:
-          For each program its shape, and an array that ``unpack`` reads. It is a jax.Array, but the type
-          stubs of jax.Array do not have the method ``is_ready``.
-        """
+    def dispatch(self, plan: Plan) -> Dispatched:
+        """Starts the programs of a step and the transfer of their results to the host."""
         for sequence in plan.admitted:
             if sequence.params.sampling.adjusts:
                 prompt, answer = np.split(np.asarray(sequence.tokens), [sequence.prompt_tokens])
@@ -285,16 +328,30 @@ class Runner:
         ]
         for first in range(0, len(masked), _MASKS):
             self._set_masks(masked[first : first + _MASKS])
-        results = []
+        dispatched = Dispatched([], [])
         for pieces in (plan.decode, plan.prefill):
             if pieces:
                 shape = self._shape(pieces, pieces is plan.decode)
                 if shape in self._awaited:
                     shape = self._buckets.substitute(shape, self._ready) or shape
-                results.append((shape, self._run(shape, pieces)))
-        for _, array in results:
+                packed, hidden = self._run(shape, pieces)
+                dispatched.programs.append((shape, packed))
+                dispatched.scores.extend(
+                    (piece, self._score(hidden, row, piece))
+                    for row, piece in enumerate(pieces)
+                    if piece.scored
+                )
+        for _, array in (*dispatched.programs, *dispatched.scores):
             array.copy_to_host_async()
-        return results
+        return dispatched
+
+    def _score(self, hidden: Array, row: int, piece: Piece) -> Array:
+        """Starts ``score_prompt`` for a row of a program. It is compiled when a width is first scored."""
+        following = piece.sequence.tokens[piece.start + 1 : piece.start + piece.count + 1]
+        targets = np.zeros(hidden.shape[1], np.int32)
+        targets[: len(following)] = following
+        with self._implementation():
+            return score_prompt(self._params, hidden, np.int32(row), targets, config=self._config)
 
     def _set_logit_state(self, slot: int, new: LogitState) -> None:
         changed = _set_logit_state(self._state.logit_state, np.int32(slot), new)
@@ -310,13 +367,14 @@ class Runner:
             words[row, : len(sequence.mask)] = sequence.mask
         self._state = self._state._replace(masks=_set_masks(self._state.masks, slots, words))
 
-    def _run(self, shape: Shape, pieces: Sequence[Piece]) -> Array:
+    def _run(self, shape: Shape, pieces: Sequence[Piece]) -> tuple[Array, Array]:
+        """Starts a program; returns its results for the host and the input of the head."""
         rows = self._rows(shape, pieces)
         with self._implementation():
-            self._state, packed = run_program(self._params, self._state, rows, config=self._config)
+            self._state, packed, hidden = run_program(self._params, self._state, rows, config=self._config)
         self._ready.add(shape)
         self._awaited.discard(shape)
-        return packed
+        return packed, hidden
 
     def _shape(self, pieces: Sequence[Piece], decode: bool) -> Shape:
         blocks = max(-(-(piece.start + piece.count) // self._page_size) for piece in pieces)
