@@ -105,6 +105,55 @@ class TestAnswers:
             assert [offset for piece in pieces for offset in piece.text_offset] == [0, 1]
             assert pieces[0].top_logprobs[0] == {first: -1.0, second: -2.0}
 
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_echo(self, server, stream):
+        prompt = [letter([], 0, index) for index in (0, 1, 2)]
+        answer = complete(server, prompt=prompt, max_tokens=2, echo=True, logprobs=1, stream=stream)
+        parts: Any = [part.choices[0] for part in answer] if stream else answer.choices
+        assert parts[0].text == ("abc" if stream else "abc" + expected(prompt, 2))
+        assert "".join(part.text for part in parts) == "abc" + expected(prompt, 2)
+        pieces = [part.logprobs for part in parts]
+
+        def joined(name):
+            return [each for piece in pieces for each in getattr(piece, name)]
+
+        assert joined("tokens") == [*"abc", *expected(prompt, 2)]
+        assert joined("text_offset") == [0, 1, 2, 3, 4]
+        assert joined("token_logprobs") == [None, -2.0, -2.0, -1.0, -1.0]
+        assert joined("top_logprobs")[:3] == [None, {"c": -1.0, "b": -2.0}, {"d": -1.0, "c": -2.0}]
+
+    def test_echo_of_each_choice(self, server):
+        answer = complete(server, prompt=["the tin", "ant"], n=2, max_tokens=1, echo=True)
+        assert [choice.text[:-1] for choice in answer.choices] == ["the tin", "the tin", "ant", "ant"]
+        assert [choice.logprobs for choice in answer.choices] == [None] * 4
+
+    @pytest.mark.parametrize("logprobs", [None, 0, 2])
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_echo_without_an_answer(self, server, tokenizer, stream, logprobs):
+        answer = complete(server, prompt="the tin", max_tokens=0, echo=True, logprobs=logprobs, stream=stream)
+        parts: Any = list(answer) if stream else [answer]
+        assert [part.choices[0].text for part in parts] == (["the tin", ""] if stream else ["the tin"])
+        assert parts[-1].choices[0].finish_reason == "length"
+        ids = tokenizer("the tin").input_ids
+        if logprobs is not None:
+            offsets = parts[0].choices[0].logprobs.text_offset
+            assert offsets == [len(tokenizer.decode(ids[:end])) for end in range(len(ids))]
+            assert len(parts[0].choices[0].logprobs.token_logprobs) == len(ids)
+        else:
+            assert parts[0].choices[0].logprobs is None
+        if not stream:
+            usage = answer.usage
+            assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (
+                len(ids),
+                0,
+                len(ids),
+            )
+
+    def test_an_answer_without_tokens_needs_echo(self, server):
+        with pytest.raises(openai.BadRequestError) as caught:
+            complete(server, max_tokens=0)
+        assert caught.value.param == "max_tokens" and "echo: true" in caught.value.message
+
     def test_chat_logprobs(self, server):
         (choice,) = chat(server, logprobs=True, top_logprobs=2, max_tokens=1).choices
         (token,) = choice.logprobs.content
