@@ -8,7 +8,6 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 
@@ -17,12 +16,12 @@ from atom_jax.engine.answer_text import AnswerText
 from atom_jax.engine.buckets import Shape, make_buckets
 from atom_jax.engine.config import EngineConfig
 from atom_jax.engine.grammar import TokenMask, next_mask
-from atom_jax.engine.logprobs import TokenLogprobs
 from atom_jax.engine.outputs import Completion, FinishReason, Output, joined
 from atom_jax.engine.pace import Pace
 from atom_jax.engine.request_params import RequestParams
-from atom_jax.engine.runner import Chosen, Dispatched, Runner, unpack
-from atom_jax.engine.scheduler import Piece, Plan, Scheduler
+from atom_jax.engine.results import Chosen, token_logprobs, unpack
+from atom_jax.engine.runner import Dispatched, Runner
+from atom_jax.engine.scheduler import Scheduler
 from atom_jax.engine.sequence import SequenceState
 from atom_jax.engine.sizes import implementations, most_pages_of_request, num_pages
 from atom_jax.engine.stats import EngineStats
@@ -33,18 +32,6 @@ from pallas_kernels.devices import BATCH_INVARIANT, READS_CONTEXT_ONLY
 _MAX_MODEL_LEN = 4096
 
 _logger = logging.getLogger(__name__)
-
-
-class _Step(NamedTuple):
-    """A step that was given to the device and whose results were not read yet.
-
-    Attributes:
-      began: when it was given to the device, in seconds of ``perf_counter``.
-    """
-
-    plan: Plan
-    dispatched: Dispatched
-    began: float
 
 
 class Engine:
@@ -103,14 +90,13 @@ class Engine:
             buckets=buckets,
         )
         self._requests: dict[str, tuple[SequenceState, AnswerText]] = {}
-        self._pending: _Step | None = None
+        self._pending: Dispatched | None = None
         self._failure: BaseException | None = None
         self._preemptions = 0  # of schedulers before this one
         self._arrivals = 0
         self._prompt_tokens = self._generated_tokens = self._cached_tokens = self._steps = 0
         self._host_seconds = self._step_seconds = 0.0
         self._last_read = 0.0
-        self._program_ended, self._seen_ending = 0.0, False
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles every program, so that no request has to wait for a compilation.
@@ -222,8 +208,7 @@ class Engine:
         before, self._pending = self._pending, None
         plan = self._scheduler.schedule()
         if plan.pieces:
-            dispatched = self._runner.dispatch(plan)
-            self._pending = _Step(plan, dispatched, time.perf_counter())
+            self._pending = self._runner.dispatch(plan)
             self._steps += 1
             self._count_host_time(before, began)
         outputs = [] if before is None else self._read(before)
@@ -231,7 +216,7 @@ class Engine:
         self._step_seconds += self._last_read - began
         return outputs
 
-    def _count_host_time(self, before: _Step | None, began: float) -> None:
+    def _count_host_time(self, before: Dispatched | None, began: float) -> None:
         """Adds to ``host_seconds`` the time during which the device may have had no work.
 
         Args:
@@ -240,19 +225,21 @@ class Engine:
         """
         if before is None:
             self._host_seconds += time.perf_counter() - began
-        elif all(array.is_ready() for _, array in (*before.dispatched.programs, *before.dispatched.scores)):
+        elif all(array.is_ready() for _, array in (*before.programs, *before.scores)):
             # The device has finished, nobody knows when. All time since the last read of results is counted.
             self._host_seconds += time.perf_counter() - self._last_read
 
-    def _read(self, step: _Step) -> list[Output]:
+    def _read(self, step: Dispatched) -> list[Output]:
         """Waits for the results of a step and turns them into outputs."""
         outputs = []
-        self._measure(step)
-        programs, scores = step.dispatched
+        self._pace.wait(step)
+        programs, scores = step.programs, step.scores
         arrays = jax.device_get([array for _, array in (*programs, *scores)])
         results = [unpack(array) for array in arrays]
         for (piece, _), scored in zip(scores, results[len(programs) :], strict=True):
-            _add_prompt_logprobs(piece, scored)
+            wanted = piece.sequence.params.prompt_logprobs
+            for position in piece.scored:
+                piece.sequence.prompt_logprobs += token_logprobs(wanted, scored, position - piece.start)
         groups = [pieces for pieces in (step.plan.decode, step.plan.prefill) if pieces]
         for pieces, chosen in zip(groups, results[: len(programs)], strict=True):
             for row, piece in enumerate(pieces):
@@ -263,23 +250,6 @@ class Engine:
                 elif piece.ends_prompt and not piece.sequence.params.max_new_tokens:
                     outputs.append(self._without_answer(piece.sequence))
         return outputs
-
-    def _measure(self, step: _Step) -> None:
-        """Waits for the programs of a step; gives ``Pace`` the durations of those it saw begin and end."""
-        programs, scores = step.dispatched
-        for shape, array in programs:
-            seen_ending = not array.is_ready()
-            array.block_until_ready()
-            now = time.perf_counter()
-            idle = step.began >= self._program_ended  # the device waited for this step
-            if seen_ending and (idle or self._seen_ending):
-                self._pace.record(shape, now - max(self._program_ended, step.began))
-            self._program_ended, self._seen_ending = now, seen_ending
-        if scores:
-            _, last = scores[-1]
-            self._seen_ending = not last.is_ready()
-            last.block_until_ready()
-            self._program_ended = time.perf_counter()
 
     def _output(self, sequence: SequenceState, chosen: Chosen, row: int) -> Output:
         """Adds the token that was chosen for a row to its request, and ends the request if it is the last."""
@@ -300,7 +270,7 @@ class Engine:
             request_id=sequence.request_id,
             token_ids=(token,),
             text=text,
-            logprobs=_token_logprobs(sequence.params.logprobs, chosen, row),
+            logprobs=token_logprobs(sequence.params.logprobs, chosen, row),
             finish_reason=answer.finish_reason,
             prompt_tokens=sequence.prompt_tokens,
             completion_tokens=answer.tokens,
@@ -418,16 +388,3 @@ class Engine:
         self._scheduler = self._make_scheduler()
         self._runner.reset()
         self._failure = None
-
-
-def _add_prompt_logprobs(piece: Piece, scored: Chosen) -> None:
-    wanted = piece.sequence.params.prompt_logprobs
-    for position in piece.scored:
-        piece.sequence.prompt_logprobs += _token_logprobs(wanted, scored, position - piece.start)
-
-
-def _token_logprobs(wanted: int | None, chosen: Chosen, row: int) -> tuple[TokenLogprobs, ...]:
-    if wanted is None:
-        return ()
-    top = zip(chosen.top_ids[row, :wanted].tolist(), chosen.top_logprobs[row, :wanted].tolist(), strict=True)
-    return (TokenLogprobs(int(chosen.token[row]), float(chosen.logprob[row]), tuple(top)),)

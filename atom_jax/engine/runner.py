@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,18 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from atom_jax.checkpoint import Model
 from atom_jax.config import ModelConfig
 from atom_jax.engine.buckets import Buckets, Shape
-from atom_jax.engine.logprobs import MAX_LOGPROBS
+from atom_jax.engine.results import packed_logprobs, score_prompt
 from atom_jax.engine.scheduler import Piece, Plan
 from atom_jax.engine.sequence import SequenceState
 from atom_jax.generation import activation_dtype
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import merge
-from atom_jax.perplexity import by_rows
 from atom_jax.progress import Progress
 from atom_jax.sampling import (
     LogitState,
@@ -40,7 +40,6 @@ from atom_jax.sampling import (
 )
 from pallas_kernels import PagedKVCache
 from pallas_kernels.dispatch import current_implementation
-from pallas_kernels.fixed_order import log_softmax
 
 # In place of a token id: the last token that was chosen for the sequence. The host may not know it yet.
 _ON_DEVICE = -1
@@ -99,7 +98,7 @@ class Rows(NamedTuple):
 
 
 class Dispatched(NamedTuple):
-    """What was given to the device in a step. An array is read with ``unpack``.
+    """A step that was given to the device. An array is read with ``unpack``.
 
     The arrays are of the type jax.Array, but its type stubs do not have the method ``is_ready``.
 
@@ -107,26 +106,13 @@ class Dispatched(NamedTuple):
       programs: the shape of each program, and its results.
       scores: the pieces with positions to be scored, and their results: a row for each token of the piece.
         They are computed after the programs.
+      began: when it was given to the device, in seconds of ``perf_counter``.
     """
 
+    plan: Plan
     programs: list[tuple[Shape, Any]]
     scores: list[tuple[Piece, Any]]
-
-
-class Chosen(NamedTuple):
-    """What a program returns for the host. ``top`` is MAX_LOGPROBS, or the size of a smaller vocabulary.
-
-    Attributes:
-      token: the chosen token of each row, or the one in the prompt.
-      logprob: its log-probability; 0 if no row of the program wants log-probabilities, as the next two.
-      top_ids: the most likely tokens, the most likely first.
-      top_logprobs: their log-probabilities.
-    """
-
-    token: Int32[np.ndarray, " rows"]
-    logprob: Float32[np.ndarray, " rows"]
-    top_ids: Int32[np.ndarray, "rows top"]
-    top_logprobs: Float32[np.ndarray, "rows top"]
+    began: float
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
@@ -163,42 +149,10 @@ def run_program(
     logit_state = record(state.logit_state, rows.sampling, jnp.asarray(rows.slot), token)
     cache = dataclasses.replace(cache, block_tables=state.cache.block_tables)
 
-    none = jnp.zeros(jax.eval_shape(_packed_logprobs, logits, token).shape, jnp.int32)
-    logprobs = lax.cond(jnp.any(rows.logprobs), _packed_logprobs, lambda *_: none, logits, token)
+    none = jnp.zeros(jax.eval_shape(packed_logprobs, logits, token).shape, jnp.int32)
+    logprobs = lax.cond(jnp.any(rows.logprobs), packed_logprobs, lambda *_: none, logits, token)
     packed = jnp.concatenate([token[:, None], logprobs], axis=1)
     return DeviceState(cache, last_tokens, logit_state, state.masks), packed, hidden
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def score_prompt(
-    params: nnx.State,
-    hidden: Float[Array, "rows width hidden"],
-    row: Int32[Array | np.ndarray, ""],
-    targets: Int32[Array | np.ndarray, " width"],
-    *,
-    config: ModelConfig,
-) -> Int32[Array, "width packed"]:
-    """The log-probabilities of the tokens after each token of a row of a program.
-
-    It is not a part of ``run_program``. So what is written to the cache is the same bit for bit whether or
-    not a prompt is scored, and what is compiled for it does not depend on the length of block tables.
-
-    Args:
-      params: parameters of the model.
-      hidden: from ``run_program``.
-      row: the row of the piece.
-      targets: the token after each of its tokens.
-      config: configuration of the model.
-
-    Returns:
-      As the packed array of ``run_program``, with the targets as the chosen tokens.
-    """
-    model = merge(params, config)
-
-    def packed(hidden: Array, targets: Array) -> Array:
-        return jnp.concatenate([targets[:, None], _packed_logprobs(model.logits(hidden), targets)], axis=1)
-
-    return by_rows(packed, hidden[row], jnp.asarray(targets))
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
@@ -213,32 +167,11 @@ def _set_masks(
     return masks.at[slots].set(new, mode="drop")
 
 
-def _packed_logprobs(
-    logits: Float32[Array, "rows vocab"], token: Int32[Array, " rows"]
-) -> Int32[Array, "rows logprobs"]:
-    """For each row: the bits of the token's logprob, the most likely tokens, the bits of their logprobs.
-
-    Bits of float32 as int32, so that all fit into one array.
-    """
-    logprobs = log_softmax(logits)
-    top, ids = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
-    chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)
-    bits = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.int32)
-    return jnp.concatenate([bits(chosen), ids.astype(jnp.int32), bits(top)], axis=1)
-
-
 def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
     """Bytes of one page in all layers together; ``dtype`` is the type of pages that are not quantized."""
     page = jax.eval_shape(lambda: init_cache(config, 1, page_size, page_size=page_size, dtype=dtype))
     fields = (page.k_pages, page.v_pages, page.k_scales, page.v_scales)
     return sum(field.size * field.dtype.itemsize for field in fields if field is not None)
-
-
-def unpack(packed: Int32[np.ndarray, "rows packed"]) -> Chosen:
-    """The fields of an array that ``run_program`` or ``score_prompt`` returns for the host."""
-    top = (packed.shape[1] - 2) // 2
-    token, logprob, ids, logprobs = np.split(packed, [1, 2, 2 + top], axis=1)
-    return Chosen(token[:, 0], logprob.view(np.float32)[:, 0], ids, logprobs.view(np.float32))
 
 
 class Runner:
@@ -328,22 +261,23 @@ class Runner:
         ]
         for first in range(0, len(masked), _MASKS):
             self._set_masks(masked[first : first + _MASKS])
-        dispatched = Dispatched([], [])
+        programs: list[tuple[Shape, Any]] = []
+        scores: list[tuple[Piece, Any]] = []
         for pieces in (plan.decode, plan.prefill):
             if pieces:
                 shape = self._shape(pieces, pieces is plan.decode)
                 if shape in self._awaited:
                     shape = self._buckets.substitute(shape, self._ready) or shape
                 packed, hidden = self._run(shape, pieces)
-                dispatched.programs.append((shape, packed))
-                dispatched.scores.extend(
+                programs.append((shape, packed))
+                scores.extend(
                     (piece, self._score(hidden, row, piece))
                     for row, piece in enumerate(pieces)
                     if piece.scored
                 )
-        for _, array in (*dispatched.programs, *dispatched.scores):
+        for _, array in (*programs, *scores):
             array.copy_to_host_async()
-        return dispatched
+        return Dispatched(plan, programs, scores, time.perf_counter())
 
     def _score(self, hidden: Array, row: int, piece: Piece) -> Array:
         """Starts ``score_prompt`` for a row of a program. It is compiled when a width is first scored."""

@@ -13,7 +13,7 @@ import pytest
 
 from atom_jax.checkpoint import Model
 from atom_jax.engine import Completion, Engine, RequestParams, TokenLogprobs
-from atom_jax.engine.runner import score_prompt
+from atom_jax.engine.results import score_prompt
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward
 from pallas_kernels.devices import REFERENCE
