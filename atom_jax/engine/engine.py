@@ -8,7 +8,6 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import jax
 
@@ -17,12 +16,12 @@ from atom_jax.engine.answer_text import AnswerText
 from atom_jax.engine.buckets import Shape, make_buckets
 from atom_jax.engine.config import EngineConfig
 from atom_jax.engine.grammar import TokenMask, next_mask
-from atom_jax.engine.logprobs import TokenLogprobs
 from atom_jax.engine.outputs import Completion, FinishReason, Output, joined
 from atom_jax.engine.pace import Pace
 from atom_jax.engine.request_params import RequestParams
-from atom_jax.engine.runner import Chosen, Runner, unpack
-from atom_jax.engine.scheduler import Plan, Scheduler
+from atom_jax.engine.results import Chosen, token_logprobs, unpack
+from atom_jax.engine.runner import Dispatched, Runner
+from atom_jax.engine.scheduler import Scheduler
 from atom_jax.engine.sequence import SequenceState
 from atom_jax.engine.sizes import implementations, most_pages_of_request, num_pages
 from atom_jax.engine.stats import EngineStats
@@ -33,19 +32,6 @@ from pallas_kernels.devices import BATCH_INVARIANT, READS_CONTEXT_ONLY
 _MAX_MODEL_LEN = 4096
 
 _logger = logging.getLogger(__name__)
-
-
-class _Dispatched(NamedTuple):
-    """A step that was given to the device and whose results were not read yet.
-
-    Attributes:
-      programs: from ``Runner.dispatch``.
-      dispatched: when it was given to the device, in seconds of ``perf_counter``.
-    """
-
-    plan: Plan
-    programs: list[tuple[Shape, Any]]
-    dispatched: float
 
 
 class Engine:
@@ -104,14 +90,13 @@ class Engine:
             buckets=buckets,
         )
         self._requests: dict[str, tuple[SequenceState, AnswerText]] = {}
-        self._pending: _Dispatched | None = None
+        self._pending: Dispatched | None = None
         self._failure: BaseException | None = None
         self._preemptions = 0  # of schedulers before this one
         self._arrivals = 0
         self._prompt_tokens = self._generated_tokens = self._cached_tokens = self._steps = 0
         self._host_seconds = self._step_seconds = 0.0
         self._last_read = 0.0
-        self._program_ended, self._seen_ending = 0.0, False
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles every program, so that no request has to wait for a compilation.
@@ -233,8 +218,7 @@ class Engine:
         before, self._pending = self._pending, None
         plan = self._scheduler.schedule()
         if plan.pieces:
-            programs = self._runner.dispatch(plan)
-            self._pending = _Dispatched(plan, programs, time.perf_counter())
+            self._pending = self._runner.dispatch(plan)
             self._steps += 1
             self._count_host_time(before, began)
         outputs = [] if before is None else self._read(before)
@@ -242,7 +226,7 @@ class Engine:
         self._step_seconds += self._last_read - began
         return outputs
 
-    def _count_host_time(self, before: _Dispatched | None, began: float) -> None:
+    def _count_host_time(self, before: Dispatched | None, began: float) -> None:
         """Adds to ``host_seconds`` the time during which the device may have had no work.
 
         Args:
@@ -251,32 +235,31 @@ class Engine:
         """
         if before is None:
             self._host_seconds += time.perf_counter() - began
-        elif all(array.is_ready() for _, array in before.programs):
+        elif all(array.is_ready() for _, array in (*before.programs, *before.scores)):
             # The device has finished, nobody knows when. All time since the last read of results is counted.
             self._host_seconds += time.perf_counter() - self._last_read
 
-    def _read(self, step: _Dispatched) -> list[Output]:
+    def _read(self, step: Dispatched) -> list[Output]:
         """Waits for the results of a step and turns them into outputs."""
         outputs = []
-        self._measure(step)
-        results = [unpack(array) for array in jax.device_get([array for _, array in step.programs])]
+        self._pace.wait(step)
+        programs, scores = step.programs, step.scores
+        arrays = jax.device_get([array for _, array in (*programs, *scores)])
+        results = [unpack(array) for array in arrays]
+        for (piece, _), scored in zip(scores, results[len(programs) :], strict=True):
+            wanted = piece.sequence.params.prompt_logprobs
+            for position in piece.scored:
+                piece.sequence.prompt_logprobs += token_logprobs(wanted, scored, position - piece.start)
         groups = [pieces for pieces in (step.plan.decode, step.plan.prefill) if pieces]
-        for pieces, chosen in zip(groups, results, strict=True):
+        for pieces, chosen in zip(groups, results[: len(programs)], strict=True):
             for row, piece in enumerate(pieces):
-                if piece.chooses and not piece.sequence.ended:
+                if piece.sequence.ended:
+                    continue
+                if piece.chooses:
                     outputs.append(self._output(piece.sequence, chosen, row))
+                elif piece.ends_prompt and not piece.sequence.params.max_new_tokens:
+                    outputs.append(self._without_answer(piece.sequence))
         return outputs
-
-    def _measure(self, step: _Dispatched) -> None:
-        """Waits for the programs of a step; gives ``Pace`` the durations of those it saw begin and end."""
-        for shape, array in step.programs:
-            seen_ending = not array.is_ready()
-            array.block_until_ready()
-            now = time.perf_counter()
-            idle = step.dispatched >= self._program_ended  # the device waited for this step
-            if seen_ending and (idle or self._seen_ending):
-                self._pace.record(shape, now - max(self._program_ended, step.dispatched))
-            self._program_ended, self._seen_ending = now, seen_ending
 
     def _output(self, sequence: SequenceState, chosen: Chosen, row: int) -> Output:
         """Adds the token that was chosen for a row to its request, and ends the request if it is the last."""
@@ -285,25 +268,49 @@ class Engine:
         self._scheduler.receive(sequence, token)
         self._generated_tokens += 1
         text = answer.add(token)
-        if answer.tokens == 1:
-            self._prompt_tokens += sequence.prompt_tokens
-            self._cached_tokens += sequence.cached_tokens or 0
+        first = answer.tokens == 1
+        if first:
+            self._count_prompt(sequence)
         if answer.finish_reason is None and sequence.token_mask is not None:
             reason = self._advance_grammar(sequence, sequence.token_mask, token)
             text += "" if reason is None else answer.end(reason)
         if answer.finish_reason is not None:
-            del self._requests[sequence.request_id]
-            self._scheduler.remove(sequence)
+            self._end(sequence)
         return Output(
             request_id=sequence.request_id,
             token_ids=(token,),
             text=text,
-            logprobs=_token_logprobs(sequence.params.logprobs, chosen, row),
+            logprobs=token_logprobs(sequence.params.logprobs, chosen, row),
             finish_reason=answer.finish_reason,
             prompt_tokens=sequence.prompt_tokens,
             completion_tokens=answer.tokens,
             cached_tokens=sequence.cached_tokens or 0,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
         )
+
+    def _without_answer(self, sequence: SequenceState) -> Output:
+        """Ends a request that only asks for the log-probabilities of its prompt."""
+        self._count_prompt(sequence)
+        self._end(sequence)
+        return Output(
+            request_id=sequence.request_id,
+            token_ids=(),
+            text="",
+            logprobs=(),
+            finish_reason="length",
+            prompt_tokens=sequence.prompt_tokens,
+            completion_tokens=0,
+            cached_tokens=sequence.cached_tokens or 0,
+            prompt_logprobs=tuple(sequence.prompt_logprobs),
+        )
+
+    def _count_prompt(self, sequence: SequenceState) -> None:
+        self._prompt_tokens += sequence.prompt_tokens
+        self._cached_tokens += sequence.cached_tokens or 0
+
+    def _end(self, sequence: SequenceState) -> None:
+        del self._requests[sequence.request_id]
+        self._scheduler.remove(sequence)
 
     def _advance_grammar(
         self, sequence: SequenceState, token_mask: TokenMask, token: int
@@ -391,10 +398,3 @@ class Engine:
         self._scheduler = self._make_scheduler()
         self._runner.reset()
         self._failure = None
-
-
-def _token_logprobs(wanted: int | None, chosen: Chosen, row: int) -> tuple[TokenLogprobs, ...]:
-    if wanted is None:
-        return ()
-    top = zip(chosen.top_ids[row, :wanted].tolist(), chosen.top_logprobs[row, :wanted].tolist(), strict=True)
-    return (TokenLogprobs(int(chosen.token[row]), float(chosen.logprob[row]), tuple(top)),)

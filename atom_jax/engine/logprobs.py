@@ -1,4 +1,4 @@
-"""The log-probabilities that come with a generated token, if the request asks for them."""
+"""The log-probabilities that come with a token of an answer or a prompt, if the request asks for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class TokenLogprobs:
     """Natural logarithms of probabilities under the model itself: before temperature, top-k and top-p.
 
     Attributes:
-      token_id: the token that was chosen.
+      token_id: the token that was chosen, or the one in the prompt.
       logprob: the log-probability of ``token_id``.
       top: (token id, log-probability) of the most likely tokens, as many as the request asked for, the most
         likely first.

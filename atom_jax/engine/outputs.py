@@ -26,6 +26,8 @@ class Output:
       prompt_tokens: number of tokens of the prompt.
       completion_tokens: number of tokens of the answer so far.
       cached_tokens: number of prompt tokens whose keys and values were found in the cache.
+      prompt_logprobs: one entry for each token of the prompt after the first, in the first output of a
+        request that asks for them.
     """
 
     request_id: str
@@ -36,6 +38,7 @@ class Output:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Completion:
     text: str
     logprobs: tuple[TokenLogprobs, ...]
     finish_reason: FinishReason
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 def joined(outputs: Sequence[Output]) -> Completion:
@@ -57,4 +61,5 @@ def joined(outputs: Sequence[Output]) -> Completion:
         text="".join(output.text for output in outputs),
         logprobs=tuple(entry for output in outputs for entry in output.logprobs),
         finish_reason=reason,
+        prompt_logprobs=outputs[0].prompt_logprobs,
     )

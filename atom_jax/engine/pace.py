@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
+from typing import Any
 
 from atom_jax.engine.buckets import Buckets, Shape
+from atom_jax.engine.runner import Dispatched
 
 # The share of the newest measurement in an estimate.
 _NEWEST = 0.5
@@ -23,6 +26,24 @@ class Pace:
         self._max_decode_delay = max_decode_delay
         self._decode: dict[int, float] = {}  # by number of rows
         self._prefill: dict[int, float] = {}  # by number of tokens
+        self._program_ended, self._seen_ending = 0.0, False
+
+    def wait(self, step: Dispatched) -> None:
+        """Waits for the programs of a step and records the durations of those it saw begin and end."""
+        for shape, array in step.programs:
+            before, before_seen = self._program_ended, self._seen_ending
+            self._await(array)
+            idle = step.began >= before  # the device waited for this step
+            if self._seen_ending and (idle or before_seen):
+                self.record(shape, self._program_ended - max(before, step.began))
+        for _, array in step.scores[-1:]:
+            self._await(array)
+
+    def _await(self, array: Any) -> None:
+        """Waits for what the device computes next."""
+        self._seen_ending = not array.is_ready()
+        array.block_until_ready()
+        self._program_ended = time.perf_counter()
 
     def record(self, shape: Shape, seconds: float) -> None:
         """Takes the measured duration of a program."""

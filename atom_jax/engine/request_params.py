@@ -15,7 +15,8 @@ class RequestParams:
     """How one prompt is to be continued.
 
     Attributes:
-      max_new_tokens: the answer ends after this many tokens at the latest.
+      max_new_tokens: the answer ends after this many tokens at the latest. 0 is possible with
+        ``prompt_logprobs``: there is no answer then.
       sampling: how a token is drawn.
       seed: of the random draws, 0 to 2**64 - 1. How a token is drawn depends on this and on the token's index
         in the answer alone. None: another one for each answer.
@@ -24,6 +25,8 @@ class RequestParams:
       ignore_eos: if true, the model's own end-of-sequence ids do not end the answer (for benchmarks).
       logprobs: None: no log-probabilities. A number N, at most 20: those of the chosen token and of the N
         most likely tokens.
+      prompt_logprobs: the same for each token of the prompt after the first. Such a prompt is computed
+        without the prefix cache, which has no logits.
       grammar: what the answer must look like; None: anything. Each token is chosen among those that the
         grammar allows. The answer ends with the reason "stop" where the grammar does, and with "abort" if the
         grammar fails or allows no token.
@@ -41,15 +44,19 @@ class RequestParams:
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     continues: bool = True
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise AtomError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
+        if self.max_new_tokens < (self.prompt_logprobs is None):
+            least = "1, or 0 with prompt_logprobs" if self.prompt_logprobs is None else "0"
+            raise AtomError(f"max_new_tokens must be at least {least}, found {self.max_new_tokens}")
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise AtomError(f"seed must be 0 to 2**64 - 1, found {self.seed}")
         if not all(self.stop):
             raise AtomError("a stop string must not be empty")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise AtomError(f"logprobs must be 0 to {MAX_LOGPROBS}, found {self.logprobs}")
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(self, name)
+            if wanted is not None and not 0 <= wanted <= MAX_LOGPROBS:
+                raise AtomError(f"{name} must be 0 to {MAX_LOGPROBS}, found {wanted}")

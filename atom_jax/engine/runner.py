@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,17 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from atom_jax.checkpoint import Model
 from atom_jax.config import ModelConfig
 from atom_jax.engine.buckets import Buckets, Shape
-from atom_jax.engine.logprobs import MAX_LOGPROBS
+from atom_jax.engine.results import packed_logprobs, score_prompt
 from atom_jax.engine.scheduler import Piece, Plan
 from atom_jax.engine.sequence import SequenceState
 from atom_jax.generation import activation_dtype
 from atom_jax.kv_cache import init_cache
-from atom_jax.llama import forward
+from atom_jax.llama import merge
 from atom_jax.progress import Progress
 from atom_jax.sampling import (
     LogitState,
@@ -39,7 +40,6 @@ from atom_jax.sampling import (
 )
 from pallas_kernels import PagedKVCache
 from pallas_kernels.dispatch import current_implementation
-from pallas_kernels.fixed_order import log_softmax
 
 # In place of a token id: the last token that was chosen for the sequence. The host may not know it yet.
 _ON_DEVICE = -1
@@ -97,39 +97,42 @@ class Rows(NamedTuple):
     logprobs: Bool[Array | np.ndarray, " rows"]
 
 
-class Chosen(NamedTuple):
-    """What a program returns for the host. ``top`` is MAX_LOGPROBS, or the size of a smaller vocabulary.
+class Dispatched(NamedTuple):
+    """A step that was given to the device. An array is read with ``unpack``.
+
+    The arrays are of the type jax.Array, but its type stubs do not have the method ``is_ready``.
 
     Attributes:
-      token: the chosen token of each row.
-      logprob: its log-probability; 0 if no row of the program wants log-probabilities, as the next two.
-      top_ids: the most likely tokens, the most likely first.
-      top_logprobs: their log-probabilities.
+      programs: the shape of each program, and its results.
+      scores: the pieces with positions to be scored, and their results: a row for each token of the piece.
+        They are computed after the programs.
+      began: when it was given to the device, in seconds of ``perf_counter``.
     """
 
-    token: Int32[np.ndarray, " rows"]
-    logprob: Float32[np.ndarray, " rows"]
-    top_ids: Int32[np.ndarray, "rows top"]
-    top_logprobs: Float32[np.ndarray, "rows top"]
+    plan: Plan
+    programs: list[tuple[Shape, Any]]
+    scores: list[tuple[Piece, Any]]
+    began: float
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def run_program(
     params: nnx.State, state: DeviceState, rows: Rows, *, config: ModelConfig
-) -> tuple[DeviceState, Int32[Array, "rows packed"]]:
+) -> tuple[DeviceState, Int32[Array, "rows packed"], Float[Array, "rows width hidden"]]:
     """Writes the keys and values of each row's tokens to the cache and chooses the token after them.
 
     Returns:
       The new state, and all results for the host in one array, so that there is one transfer. ``unpack``
-      turns it into ``Chosen``.
+      turns it into ``Chosen``. And the input of the head for every token, which ``score_prompt`` needs.
     """
     columns = jnp.arange(rows.tokens.shape[1], dtype=jnp.int32)
     positions = jnp.where(columns < rows.count[:, None], rows.start[:, None] + columns, -1)
     tokens = jnp.where(rows.tokens < 0, state.last_tokens[rows.source][:, None], rows.tokens)
-    last = jnp.maximum(rows.count - 1, 0)[:, None]
+    last = jnp.maximum(rows.count - 1, 0)[:, None, None]
     cache = dataclasses.replace(state.cache, block_tables=jnp.asarray(rows.tables))
-    logits, cache = forward(params, tokens, positions, cache, config=config, select=last)
-    logits = logits[:, 0]
+    model = merge(params, config)
+    hidden, cache = model.hidden(tokens, positions, cache)
+    logits = model.logits(jnp.take_along_axis(hidden, last, axis=1))[:, 0]
 
     keys = jax.random.wrap_key_data(jnp.asarray(rows.seed), impl="threefry2x32")
     keys = jax.vmap(jax.random.fold_in)(keys, rows.index)
@@ -146,11 +149,10 @@ def run_program(
     logit_state = record(state.logit_state, rows.sampling, jnp.asarray(rows.slot), token)
     cache = dataclasses.replace(cache, block_tables=state.cache.block_tables)
 
-    none = jnp.zeros(jax.eval_shape(_packed_logprobs, logits, token).shape, jnp.int32)
-    logprobs = lax.cond(jnp.any(rows.logprobs), _packed_logprobs, lambda *_: none, logits, token)
-    return DeviceState(cache, last_tokens, logit_state, state.masks), jnp.concatenate(
-        [token[:, None], logprobs], axis=1
-    )
+    none = jnp.zeros(jax.eval_shape(packed_logprobs, logits, token).shape, jnp.int32)
+    logprobs = lax.cond(jnp.any(rows.logprobs), packed_logprobs, lambda *_: none, logits, token)
+    packed = jnp.concatenate([token[:, None], logprobs], axis=1)
+    return DeviceState(cache, last_tokens, logit_state, state.masks), packed, hidden
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
@@ -165,32 +167,11 @@ def _set_masks(
     return masks.at[slots].set(new, mode="drop")
 
 
-def _packed_logprobs(
-    logits: Float32[Array, "rows vocab"], token: Int32[Array, " rows"]
-) -> Int32[Array, "rows logprobs"]:
-    """For each row: the bits of the token's logprob, the most likely tokens, the bits of their logprobs.
-
-    Bits of float32 as int32, so that all fit into one array.
-    """
-    logprobs = log_softmax(logits)
-    top, ids = lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
-    chosen = jnp.take_along_axis(logprobs, token[:, None], axis=1)
-    bits = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.int32)
-    return jnp.concatenate([bits(chosen), ids.astype(jnp.int32), bits(top)], axis=1)
-
-
 def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
     """Bytes of one page in all layers together; ``dtype`` is the type of pages that are not quantized."""
     page = jax.eval_shape(lambda: init_cache(config, 1, page_size, page_size=page_size, dtype=dtype))
     fields = (page.k_pages, page.v_pages, page.k_scales, page.v_scales)
     return sum(field.size * field.dtype.itemsize for field in fields if field is not None)
-
-
-def unpack(packed: Int32[np.ndarray, "rows packed"]) -> Chosen:
-    """The fields of the array that ``run_program`` returns for the host."""
-    top = (packed.shape[1] - 2) // 2
-    token, logprob, ids, logprobs = np.split(packed, [1, 2, 2 + top], axis=1)
-    return Chosen(token[:, 0], logprob.view(np.float32)[:, 0], ids, logprobs.view(np.float32))
 
 
 class Runner:
@@ -247,7 +228,7 @@ class Runner:
         for done, shape in enumerate(shapes):
             if progress is not None:
                 progress(done, len(shapes))
-            self._run(shape, ()).block_until_ready()
+            jax.block_until_ready(self._run(shape, ()))
         if progress is not None:
             progress(len(shapes), len(shapes))
 
@@ -281,13 +262,8 @@ class Runner:
         self._ready.add(shape)
         self._awaited.discard(shape)
 
-    def dispatch(self, plan: Plan) -> list[tuple[Shape, Any]]:
-        """Starts the programs of a step and the transfer of their results to the host.
-
-        Returns:
-          For each program its shape, and an array that ``unpack`` reads. It is a jax.Array, but the type
-          stubs of jax.Array do not have the method ``is_ready``.
-        """
+    def dispatch(self, plan: Plan) -> Dispatched:
+        """Starts the programs of a step and the transfer of their results to the host."""
         for sequence in plan.admitted:
             if sequence.params.sampling.adjusts:
                 prompt, answer = np.split(np.asarray(sequence.tokens), [sequence.prompt_tokens])
@@ -298,16 +274,31 @@ class Runner:
         ]
         for first in range(0, len(masked), _MASKS):
             self._set_masks(masked[first : first + _MASKS])
-        results = []
+        programs: list[tuple[Shape, Any]] = []
+        scores: list[tuple[Piece, Any]] = []
         for pieces in (plan.decode, plan.prefill):
             if pieces:
                 shape = self._shape(pieces, pieces is plan.decode)
                 if shape in self._awaited:
                     shape = self._buckets.substitute(shape, self._ready) or shape
-                results.append((shape, self._run(shape, pieces)))
-        for _, array in results:
+                packed, hidden = self._run(shape, pieces)
+                programs.append((shape, packed))
+                scores.extend(
+                    (piece, self._score(hidden, row, piece))
+                    for row, piece in enumerate(pieces)
+                    if piece.scored
+                )
+        for _, array in (*programs, *scores):
             array.copy_to_host_async()
-        return results
+        return Dispatched(plan, programs, scores, time.perf_counter())
+
+    def _score(self, hidden: Array, row: int, piece: Piece) -> Array:
+        """Starts ``score_prompt`` for a row of a program. It is compiled when a width is first scored."""
+        following = piece.sequence.tokens[piece.start + 1 : piece.start + piece.count + 1]
+        targets = np.zeros(hidden.shape[1], np.int32)
+        targets[: len(following)] = following
+        with self._implementation():
+            return score_prompt(self._params, hidden, np.int32(row), targets, config=self._config)
 
     def _set_logit_state(self, slot: int, new: LogitState) -> None:
         changed = _set_logit_state(self._state.logit_state, np.int32(slot), new)
@@ -323,13 +314,14 @@ class Runner:
             words[row, : len(sequence.mask)] = sequence.mask
         self._state = self._state._replace(masks=_set_masks(self._state.masks, slots, words))
 
-    def _run(self, shape: Shape, pieces: Sequence[Piece]) -> Array:
+    def _run(self, shape: Shape, pieces: Sequence[Piece]) -> tuple[Array, Array]:
+        """Starts a program; returns its results for the host and the input of the head."""
         rows = self._rows(shape, pieces)
         with self._implementation():
-            self._state, packed = run_program(self._params, self._state, rows, config=self._config)
+            self._state, packed, hidden = run_program(self._params, self._state, rows, config=self._config)
         self._ready.add(shape)
         self._awaited.discard(shape)
-        return packed
+        return packed, hidden
 
     def _shape(self, pieces: Sequence[Piece], decode: bool) -> Shape:
         blocks = max(-(-(piece.start + piece.count) // self._page_size) for piece in pieces)

@@ -39,6 +39,7 @@ class Piece:
       chooses: whether the row chooses the next new token of the sequence. False where the token after the
         piece is known already, because it belongs to the prompt or to an answer that is computed again.
       index: index in the answer of the token after the piece.
+      scored: positions of the piece for which the log-probability of the prompt's next token is wanted.
     """
 
     sequence: SequenceState
@@ -46,6 +47,12 @@ class Piece:
     count: int
     chooses: bool
     index: int
+    scored: range = range(0)
+
+    @property
+    def ends_prompt(self) -> bool:
+        """Whether the last token of the prompt is computed."""
+        return self.start < self.sequence.prompt_tokens <= self.start + self.count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,12 +306,16 @@ class Scheduler:
     def _match(self, sequence: SequenceState) -> list[int]:
         """The cached pages of the beginning of the sequence; NO_PAGE for those the next query does not see.
 
-        Never all tokens: the last one is always computed, because its logits are needed.
+        Never all tokens: the last one is always computed, because its logits are needed. And no token whose
+        logits are needed for the log-probabilities of the prompt.
         """
         if not self._prefix_caching:
             return []
         extend_hashes(sequence.hashes, sequence.tokens, self._page_size)
-        hashes = sequence.hashes[: (self._prefill_end(sequence) - 1) // self._page_size]
+        most = self._prefill_end(sequence) - 1
+        if sequence.scored < _to_score(sequence):
+            most = sequence.scored
+        hashes = sequence.hashes[: most // self._page_size]
         in_sight = None if self._window is None else max(self.pages(self._window - 1), 1)
         return self.pool.match(hashes, in_sight=in_sight, unit=self._cache_unit)
 
@@ -336,10 +347,12 @@ class Scheduler:
         """The piece of the next ``count`` tokens, which are counted as computed from now on."""
         start = sequence.computed
         sequence.computed += count
-        chooses = sequence.computed == sequence.total
+        chooses = sequence.computed == sequence.total and sequence.params.max_new_tokens > 0
         index = sequence.computed - sequence.prompt_tokens
         sequence.in_flight += chooses
-        return Piece(sequence, start, count, chooses, index)
+        scored = range(sequence.scored, min(sequence.computed, _to_score(sequence)))
+        sequence.scored += len(scored)
+        return Piece(sequence, start, count, chooses, index, scored)
 
     def _vacate(self, sequence: SequenceState) -> None:
         """Takes the pages and the slot from a running sequence."""
@@ -350,6 +363,11 @@ class Scheduler:
         sequence.out_of_sight = 0
         sequence.slot = -1
         sequence.computed = 0
+
+
+def _to_score(sequence: SequenceState) -> int:
+    """For how many positions the log-probability of the prompt's next token is wanted."""
+    return 0 if sequence.params.prompt_logprobs is None else sequence.prompt_tokens - 1
 
 
 def _held(pages: list[int]) -> list[int]:

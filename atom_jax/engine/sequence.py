@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from atom_jax.engine.grammar import TokenMask
+from atom_jax.engine.logprobs import TokenLogprobs
 from atom_jax.engine.request_params import RequestParams
 
 
@@ -31,6 +32,9 @@ class SequenceState:
       prefill_until: positions below this are computed in chunks, the others one at a time.
       published: number of pages that the prefix cache was told about.
       cached_tokens: prompt tokens that were found in the cache when the request was first admitted.
+      scored: number of positions whose log-probabilities are computed, or will be by a program that is
+        dispatched. They are not computed again after a preemption.
+      prompt_logprobs: of the first tokens of the prompt after the first one, as far as the host knows them.
       token_mask: the state of the request's grammar; None if it has none.
       mask: which tokens may come after ``tokens``, as ``TokenMask.mask``; None without a grammar.
       ended: the answer is complete or was aborted: results that still arrive are ignored.
@@ -51,6 +55,8 @@ class SequenceState:
     prefill_until: int = 0
     published: int = 0
     cached_tokens: int | None = None
+    scored: int = 0
+    prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     token_mask: TokenMask | None = None
     mask: UInt32[np.ndarray, " words"] | None = None
     ended: bool = False

@@ -75,7 +75,7 @@ def _new_tokens(request: ApiRequest, longest: int, max_model_len: int) -> int:
     """
     if isinstance(request, CompletionRequest):
         field, limit = "prompt", "max_tokens"
-        wanted = request.max_tokens or 16
+        wanted = 16 if request.max_tokens is None else request.max_tokens
     else:
         field = "messages"
         limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"

@@ -149,6 +149,7 @@ class _BaseRequest(Fields):
                 stop_ids=tuple(self.stop_token_ids or ()),
                 ignore_eos=bool(self.ignore_eos),
                 logprobs=self.num_logprobs,
+                prompt_logprobs=self.num_prompt_logprobs,
                 grammar=grammar,
                 continues=self.continues,
             )
@@ -159,6 +160,16 @@ class _BaseRequest(Fields):
     def num_logprobs(self) -> int | None:
         """How many of the most likely tokens are listed with each token; None: no log-probabilities."""
         raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return None
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the text of an answer begins with the prompt."""
+        return False
 
     @property
     def continues(self) -> bool:
@@ -196,7 +207,6 @@ class CompletionRequest(_BaseRequest):
     unsupported: ClassVar = {
         **_BaseRequest.unsupported,
         "best_of": (None, 1),
-        "echo": (None, False),
         "suffix": (None, ""),
     }
 
@@ -211,13 +221,31 @@ class CompletionRequest(_BaseRequest):
             custom_error_message="Input should be a string, a list of strings, or lists of token ids",
         ),
     ]
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    max_tokens: Annotated[int, Field(ge=0)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = False
     add_special_tokens: bool | None = True
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise field_error("max_tokens", "must be at least 1; 0 needs echo: true")
+        return self
 
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        if not self.echo:
+            return None
+        # The engine computes a prompt without an answer only for its log-probabilities.
+        return 0 if self.logprobs is None and self.max_tokens == 0 else self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
 
     @property
     def continues(self) -> bool:

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from atom_jax.engine import Output, TokenLogprobs
+from atom_jax.openai.echo import echo_of
 from atom_jax.openai.engine_requests import EngineRequests
 from atom_jax.openai.errors import ApiError
-from atom_jax.openai.requests import ApiRequest, ChatCompletionRequest
+from atom_jax.openai.requests import ApiRequest, ChatCompletionRequest, CompletionRequest
 from atom_jax.openai.served_model import ServedModel
 from atom_jax.openai.tools import CallReader, ToolCall
 
@@ -28,6 +29,7 @@ class _Choice:
     """One choice as far as it has been generated.
 
     Attributes:
+      begun: whether there was an output.
       logprobs: in the API's form; only collected where the response is not streamed.
       logprob_chars: number of characters of the tokens whose log-probabilities were written.
       decoder: knows the bytes of those tokens that are not yet a character.
@@ -36,6 +38,7 @@ class _Choice:
     """
 
     text: str = ""
+    begun: bool = False
     logprobs: dict[str, list[object]] = dataclasses.field(default_factory=dict)
     finish_reason: ApiFinishReason | None = None
     completion_tokens: int = 0
@@ -51,8 +54,8 @@ class _Choice:
 class ApiResponse:
     """The response to one request, collected from the engine's outputs.
 
-    ``add`` takes an output and returns what a stream sends for it. ``whole`` returns the response after all
-    outputs were added. All JSON objects are dicts.
+    ``add`` takes an output and returns the chunks that a stream sends for it. ``whole`` returns the response
+    after all outputs were added. All JSON objects are dicts.
 
     Attributes:
       id: of the response, unique.
@@ -72,8 +75,8 @@ class ApiResponse:
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(index, {"delta": delta}, None, None) for index in range(len(self._choices))]
 
-    def add(self, index: int, output: Output) -> dict[str, object] | None:
-        """Takes an output of choice ``index``; returns the chunk to send, or None if there is none.
+    def add(self, index: int, output: Output) -> list[dict[str, object]]:
+        """Takes an output of choice ``index``; returns the chunks to send, a prompt that is echoed first.
 
         Raises:
           ApiError: the engine gave the answer up. OpenAI has no finish reason for that, and an answer in part
@@ -83,6 +86,8 @@ class ApiResponse:
             message = "the grammar of the answer (response_format or tools) has failed"
             raise ApiError(500, message, code="grammar_failed")
         choice = self._choices[index]
+        chunks = [] if choice.begun or not self._request.echoes else [self._echo(index, output)]
+        choice.begun = True
         text, calls = _separate(choice.reader, output)
         first_call = len(choice.calls)
         choice.text += text
@@ -93,18 +98,41 @@ class ApiResponse:
         choice.completion_tokens = output.completion_tokens
         choice.cached_tokens = output.cached_tokens
         logprobs = self._logprobs(choice, output.logprobs) if output.logprobs else None
-        if not self._request.stream:
-            for name, values in (logprobs or {}).items():
-                choice.logprobs.setdefault(name, []).extend(values)
+        self._collect(choice, logprobs)
         if not (text or calls or logprobs or output.finish_reason):
-            return None
+            return chunks
         delta: dict[str, object] = {"content": text} if text or not (calls or output.finish_reason) else {}
         if calls:
             delta["tool_calls"] = [
                 {"index": first_call + place, **call.as_json} for place, call in enumerate(calls)
             ]
         new = {"delta": delta} if self._chat else {"text": text}
-        return self._chunk(index, new, logprobs and self._with_refusal(logprobs), choice.finish_reason)
+        logprobs = logprobs and self._with_refusal(logprobs)
+        return [*chunks, self._chunk(index, new, logprobs, choice.finish_reason)]
+
+    def _echo(self, index: int, output: Output) -> dict[str, object]:
+        """Puts the prompt before the answer of choice ``index``, of which ``output`` is the first."""
+        assert isinstance(self._request, CompletionRequest)
+        choice, number = self._choices[index], index // len(self._engine_requests.params)
+        ids = self._engine_requests.prompts[number]
+        echo = echo_of(self._request.prompts[number], ids, self._texts)
+        choice.text, choice.logprob_chars = echo.text, len(echo.text)
+        logprobs: dict[str, list[object]] | None = None
+        if self._request.num_logprobs is not None:  # nothing is known of the first token
+            entries = output.prompt_logprobs
+            logprobs = {
+                "tokens": [self._texts[token].name for token in ids],
+                "token_logprobs": [None, *(_finite(entry.logprob) for entry in entries)],
+                "top_logprobs": [None, *(self._alternatives(entry) for entry in entries)],
+                "text_offset": [*echo.offsets],
+            }
+        self._collect(choice, logprobs)
+        return self._chunk(index, {"text": echo.text}, logprobs, None)
+
+    def _collect(self, choice: _Choice, logprobs: Mapping[str, list[object]] | None) -> None:
+        if not self._request.stream:
+            for name, values in (logprobs or {}).items():
+                choice.logprobs.setdefault(name, []).extend(values)
 
     def closing(self) -> list[dict[str, object]]:
         """The chunks at the end of a stream: the number of tokens, if the request asks for it."""

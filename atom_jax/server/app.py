@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
+from atom_jax.engine import Output
 from atom_jax.openai.bodies import parse_json, read_request
 from atom_jax.openai.errors import ApiError
 from atom_jax.openai.fields import Fields
@@ -226,7 +227,7 @@ async def _collect(response: ApiResponse, output_stream: OutputStream, request: 
 
     async def collect() -> None:
         async for index, output in output_stream:
-            response.add(index, output)
+            await _add(response, index, output)
             if output.logprobs:
                 await asyncio.sleep(0)  # many may have arrived, and each takes a while
 
@@ -246,6 +247,13 @@ async def _collect(response: ApiResponse, output_stream: OutputStream, request: 
         tasks[0].result()
     except (TimeoutError, Stopped) as error:
         raise unanswered(error) from error
+
+
+async def _add(response: ApiResponse, index: int, output: Output) -> list[dict[str, object]]:
+    """``response.add``; in another thread if there are the log-probabilities of a whole prompt to write."""
+    if output.prompt_logprobs:
+        return await asyncio.to_thread(response.add, index, output)
+    return response.add(index, output)
 
 
 class _EventStream(StreamingResponse):
@@ -269,7 +277,7 @@ async def _events(response: ApiResponse, output_stream: OutputStream) -> AsyncIt
         yield _event(chunk)
     try:
         async for index, output in output_stream:
-            if (chunk := response.add(index, output)) is not None:
+            for chunk in await _add(response, index, output):
                 yield _event(chunk)
             if output.logprobs:
                 await asyncio.sleep(0)

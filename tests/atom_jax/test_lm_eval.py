@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 
 from atom_jax import forward, generate, init_cache, load
+from atom_jax.engine import Engine, EngineConfig
 from atom_jax.errors import AtomError
+from atom_jax.openai.served_model import served_model
+from atom_jax.server.app import Service
+from atom_jax.server.config import ServerConfig
 from tests.atom_jax.command import ROOT, TEXT, fails, run, run_json
+from tests.atom_jax.server.fake import running
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'atom-jax[eval]', see docs/testing.md")
 adapter = importlib.import_module("atom_jax.lm_eval_adapter")
@@ -111,6 +116,58 @@ class TestLogLikelihood:
     def test_what_cannot_be_scored(self, lm, context, continuation, tokens):
         with pytest.raises(AtomError, match=f"a continuation of {tokens} tokens cannot be scored"):
             lm.loglikelihood(requests("loglikelihood", (context, continuation)))
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    settings = EngineConfig(page_size=16, max_num_seqs=3, max_model_len=128, token_budget=64)
+    engine = Engine(model, settings)
+    with running(Service(ServerConfig("tiny"), engine, served_model(model, engine))) as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def clients(server, checkpoint):
+    """One that asks for two prompts in a request, and one with several requests at a time."""
+    pytest.importorskip("tenacity", reason="needs lm-eval's clients: pip install 'lm-eval[api]'")
+    kind = importlib.import_module("lm_eval.models.openai_completions").LocalCompletionsAPI
+    options = {
+        "model": "tiny",
+        "base_url": f"{server}/v1/completions",
+        "tokenizer": str(checkpoint / "tokenizer"),
+        "tokenizer_backend": "huggingface",
+        "max_length": 128,
+        "max_retries": 1,
+    }
+    return [kind(**options, batch_size=2), kind(**options, num_concurrent=3)]
+
+
+class TestServer:
+    """lm-eval's own client of servers, on the same checkpoint."""
+
+    def test_log_likelihoods_are_the_adapters(self, clients, lm):
+        pairs = [("the ant", " in"), ("a", " 1212 in the hut"), ("the tin and the inn", " x"), ("", "12")]
+        wanted = lm.loglikelihood(requests("loglikelihood", *pairs))
+        for client in clients:
+            found = client.loglikelihood(requests("loglikelihood", *pairs))
+            for (log, greedy), (wanted_log, wanted_greedy) in zip(found, wanted, strict=True):
+                assert log == pytest.approx(wanted_log, abs=1e-3)
+                assert greedy == wanted_greedy
+
+    def test_what_is_greedy(self, clients, model):
+        context = ids(model, "the ant")
+        out = generate(
+            model.params,
+            np.array([context]),
+            np.array([len(context)]),
+            config=model.config.replace(eos_token_ids=()),
+            max_new_tokens=3,
+        )
+        best = np.asarray(out.tokens)[0].tolist()
+        other = [*best[:2], (best[2] + 1) % model.config.vocab_size]
+        for client in clients:
+            asked = [(("", ""), context, continuation) for continuation in (best, other)]
+            assert [greedy for _, greedy in client._loglikelihood_tokens(asked)] == [True, False]
 
 
 def rolling(model, text):

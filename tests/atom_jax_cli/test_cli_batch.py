@@ -89,7 +89,7 @@ def test_the_format_is_openais(go):
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"prompt": "a", "echo": True}, "echo"),
+        ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a" * 100}, "prompt"),
         ({"stream": True}, "stream"),
         ({"prompt": [1], "stop": [""]}, "stop.0"),

@@ -11,7 +11,7 @@ import numpy as np
 from atom_jax.engine.buckets import make_buckets
 from atom_jax.engine.config import EngineConfig
 from atom_jax.engine.request_params import RequestParams
-from atom_jax.engine.scheduler import Plan, Scheduler, most_pages
+from atom_jax.engine.scheduler import Piece, Plan, Scheduler, most_pages
 from atom_jax.engine.sequence import SequenceState
 
 EOS = 0
@@ -83,14 +83,17 @@ class Server:
         self.limit: int | None = None  # of the step that is planned
         self.contents = np.zeros((self.config.num_pages, self.config.page_size), object)
         self.last_tokens = [0] * self.config.max_num_seqs
-        self.pending: deque[list[tuple[SequenceState, int]]] = deque()
+        self.pending: deque[list[tuple[Piece, int]]] = deque()
+        self.scored: dict[SequenceState, list[int]] = {}  # positions in the order of their results
         self.slots: dict[SequenceState, int] = {}
         self.ended: list[SequenceState] = []
         self.admitted: list[int] = []
         self.arrivals = 0
 
-    def add(self, prompt: Sequence[int], max_new_tokens: int, grammar: bool = False) -> SequenceState:
-        params = RequestParams(max_new_tokens=max_new_tokens)
+    def add(
+        self, prompt: Sequence[int], max_new_tokens: int, grammar: bool = False, scored: bool = False
+    ) -> SequenceState:
+        params = RequestParams(max_new_tokens=max_new_tokens, prompt_logprobs=0 if scored else None)
         sequence = SequenceState(str(self.arrivals), params, self.arrivals, list(prompt), len(prompt))
         sequence.token_mask = ANYTHING if grammar else None
         self.arrivals += 1
@@ -120,8 +123,12 @@ class Server:
             self.read()
         return plan
 
-    def run(self, plan: Plan) -> list[tuple[SequenceState, int]]:
-        """What the device does, in the order of dispatch; the host sees it later."""
+    def run(self, plan: Plan) -> list[tuple[Piece, int]]:
+        """What the device does, in the order of dispatch; the host sees it later.
+
+        Returns:
+          The pieces, and the token after each.
+        """
         results = []
         for piece in plan.pieces:
             sequence, size = piece.sequence, self.config.page_size
@@ -147,12 +154,19 @@ class Server:
                 self.contents[page, position % size] = prefix
             if piece.chooses:
                 self.last_tokens[sequence.slot] = chosen(prefix)
-                results.append((sequence, chosen(prefix)))
+            results.append((piece, chosen(prefix)))
         return results
 
     def read(self) -> None:
-        for sequence, token in self.pending.popleft():
+        for piece, token in self.pending.popleft():
+            sequence = piece.sequence
             if sequence.ended:
+                continue
+            self.scored.setdefault(sequence, []).extend(piece.scored)
+            if piece.ends_prompt and not sequence.params.max_new_tokens:
+                self.scheduler.remove(sequence)
+                self.ended.append(sequence)
+            if not piece.chooses:
                 continue
             self.scheduler.receive(sequence, token)
             generated = len(sequence.tokens) - sequence.prompt_tokens
@@ -179,6 +193,7 @@ class Server:
                 end = piece.start + piece.count
                 assert end % self.buckets.chunk == 0 or end == piece.sequence.prefill_until
         for piece in plan.pieces:
+            assert all(piece.start <= position < piece.start + piece.count for position in piece.scored)
             if piece.sequence.token_mask is not None and piece.chooses:
                 assert piece.start + piece.count == len(piece.sequence.tokens), "its mask is not known"
         for sequence in plan.admitted:

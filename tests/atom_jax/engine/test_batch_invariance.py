@@ -23,6 +23,7 @@ from atom_jax.checkpoint import Model
 from atom_jax.config import ModelConfig, preset
 from atom_jax.engine import Completion, Engine, EngineConfig, RequestParams
 from atom_jax.engine.logprobs import MAX_LOGPROBS
+from atom_jax.engine.outputs import joined
 from atom_jax.explain import step_choices
 from atom_jax.generation import generate, stream
 from atom_jax.kv_cache import init_cache
@@ -91,7 +92,12 @@ def requests(draw: st.DrawFn) -> Request:
     sampling = draw(st.sampled_from([SamplingParams(), SamplingParams(temperature=0.8, top_k=50, top_p=0.9)]))
     new = draw(st.integers(1, SIZES.max_model_len - len(prompt) if SIZES.max_model_len else 1))
     params = RequestParams(
-        new, sampling, seed=draw(st.integers(0, 3)), ignore_eos=True, logprobs=MAX_LOGPROBS
+        new,
+        sampling,
+        seed=draw(st.integers(0, 3)),
+        ignore_eos=True,
+        logprobs=MAX_LOGPROBS,
+        prompt_logprobs=draw(st.sampled_from([None, None, 2])),
     )
     return Request(prompt, params, draw(st.sampled_from([0, 0, 1, 3])))
 
@@ -109,15 +115,7 @@ def serve(engine: Engine, arrivals: list[Request]) -> Mapping[str, Completion]:
         pause += 1
         for output in engine.step():
             parts[output.request_id].append(output)
-    return {
-        name: Completion(
-            token_ids=tuple(token for output in outputs for token in output.token_ids),
-            text="".join(output.text for output in outputs),
-            logprobs=tuple(entry for output in outputs for entry in output.logprobs),
-            finish_reason=outputs[-1].finish_reason,
-        )
-        for name, outputs in parts.items()
-    }
+    return {name: joined(outputs) for name, outputs in parts.items()}
 
 
 @pytest.mark.slow

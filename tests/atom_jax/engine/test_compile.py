@@ -74,7 +74,7 @@ def test_larger_programs_serve_while_smaller_ones_are_not_there(
     monkeypatch.setattr(
         engine._runner,
         "dispatch",
-        lambda plan: (result := dispatch(plan), dispatched.extend(s for s, _ in result))[0],
+        lambda plan: (result := dispatch(plan), dispatched.extend(s for s, _ in result.programs))[0],
     )
     assert engine.generate(prompts[:1], GREEDY) == expected[:1]
     assert set(dispatched) == set(largest)

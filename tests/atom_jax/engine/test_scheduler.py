@@ -41,11 +41,13 @@ class Traffic:
     """Random requests, many of which begin alike, and aborts.
 
     Prompts end in 1 to ``most_own`` tokens that are not shared. ``grammars`` is the share of requests that
-    have a grammar.
+    have a grammar, ``scored`` of those that ask for the log-probabilities of their prompts.
     """
 
-    def __init__(self, served: Server, seed: int, most_own: int = 5, grammars: float = 0.0) -> None:
-        self.grammars = grammars
+    def __init__(
+        self, served: Server, seed: int, most_own: int = 5, grammars: float = 0.0, scored: float = 0.0
+    ) -> None:
+        self.grammars, self.scored = grammars, scored
         self.served, self.rng, self.most_own = served, np.random.default_rng(seed), most_own
         self.prefixes = [list(self.rng.integers(1, VOCABULARY, 24)) for _ in range(3)]
         self.prompts: dict[int, list[int]] = {}
@@ -57,7 +59,10 @@ class Traffic:
         own = rng.integers(1, VOCABULARY, rng.integers(1, self.most_own + 1))
         prompt = [int(token) for token in (*shared, *own)]
         new = int(rng.integers(1, self.served.max_model_len - len(prompt) + 1))
-        sequence = self.served.add(prompt, new, grammar=rng.random() < self.grammars)
+        scored = rng.random() < self.scored
+        if scored and rng.random() < 0.5:
+            new = 0
+        sequence = self.served.add(prompt, new, grammar=rng.random() < self.grammars, scored=scored)
         self.prompts[sequence.arrival] = prompt
 
     def abort(self) -> None:
@@ -84,6 +89,8 @@ class Traffic:
         for sequence in served.ended:
             prompt = self.prompts[sequence.arrival]
             assert answered(sequence) == answer(prompt, sequence.params.max_new_tokens)
+            wanted = [] if sequence.params.prompt_logprobs is None else list(range(len(prompt) - 1))
+            assert served.scored[sequence] == wanted, "each once and in order"
         assert served.admitted == sorted(served.admitted)
         pool = served.scheduler.pool
         assert pool.available == pool.num_pages
@@ -116,10 +123,17 @@ def test_random_traffic(
     more=st.integers(0, 30),
     window=st.one_of(st.none(), st.integers(2, MAX_LENGTH + 1)),
     grammars=st.sampled_from([0.0, 0.5, 1.0]),
+    scored=st.sampled_from([0.0, 0.5, 1.0]),
 )
 @hypothesis.settings(max_examples=20)
-def test_random_traffic_with_chunks_of_any_length_and_grammars(
-    deterministic: bool, prefix_caching: bool, seed: int, more: int, window: int | None, grammars: float
+def test_random_traffic_with_chunks_of_any_length_grammars_and_scored_prompts(
+    deterministic: bool,
+    prefix_caching: bool,
+    seed: int,
+    more: int,
+    window: int | None,
+    grammars: float,
+    scored: float,
 ) -> None:
     """Beside decoding a chunk may have another length in every step."""
     least = 10 if window is None else min(10, most_pages(window, 16, 4))
@@ -129,7 +143,7 @@ def test_random_traffic_with_chunks_of_any_length_and_grammars(
     served = dataclasses.replace(
         served, prefill_limit=lambda rows: int(widths.choice(served.buckets.prefill_widths))
     )
-    traffic = Traffic(served, seed, grammars=grammars)
+    traffic = Traffic(served, seed, grammars=grammars, scored=scored)
     traffic.run(120)
     traffic.check()
 
@@ -289,8 +303,8 @@ def test_pages_of_an_ended_sequence_go_to_another_while_its_surplus_step_is_in_f
     while not first.ended:
         page = first.pages[0] if first.pages else page
         served.step()
-    (surplus,) = served.pending[0][0][:1]  # dispatched before the end was known
-    assert surplus is first
+    surplus, _ = served.pending[0][0]  # dispatched before the end was known
+    assert surplus.sequence is first
     second = served.add([9] * 6, 3)
     served.step()
     assert page in second.pages

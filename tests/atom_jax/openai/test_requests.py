@@ -43,7 +43,7 @@ def refused(read, **changes):
         (completion, "min_tokens", 1),
         (completion, "min_tokens", False),
         (completion, "suffix", "x"),
-        (completion, "echo", True),
+        (chat, "echo", True),
         (completion, "best_of", 3),
         (completion, "best_of", True),
     ],

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, cast
 import pytest
 
 from atom_jax.engine import FinishReason, Output, RequestParams, TokenLogprobs
+from atom_jax.openai.echo import echo_of
 from atom_jax.openai.engine_requests import EngineRequests
 from atom_jax.openai.errors import ApiError
 from atom_jax.openai.requests import ChatCompletionRequest, CompletionRequest
@@ -31,7 +32,7 @@ def whole():
         chunks: Any = []
         for count, token in enumerate(ids, 1):
             logprobs = (TokenLogprobs(token, -1.0, others),)
-            chunks.append(response.add(0, Output("", (token,), "", logprobs, None, 1, count, 0)))
+            chunks += response.add(0, Output("", (token,), "", logprobs, None, 1, count, 0))
         if request.stream:
             parts = [chunk["choices"][0]["logprobs"] for chunk in chunks]
             return {name: [each for part in parts for each in part[name] or ()] for name in parts[0]}
@@ -74,6 +75,23 @@ def test_parts_of_characters_have_their_bytes(whole, stream):
     logprobs = whole(completion(stream=stream), parts)
     assert logprobs["tokens"] == [token["token"] for token in tokens]
     assert logprobs["text_offset"] == [0, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces", "text", "offsets"),
+    [
+        ("a b", ["<s>", "▁a", "▁b"], "a b", [0, 0, 1]),  # BOS and the first space are the tokenizer's
+        ([], ["<s>", "▁a", "▁b"], "<s> a b", [0, 3, 5]),
+        ([], ["a", "<0xC3>", "<0xA9>", "b"], "aéb", [0, 1, 1, 2]),
+        ([], ["a", "<0xC3>"], "a\ufffd", [0, 1]),  # the answer may go on within a character
+        ("é", ["<s>", "▁", "<0xC3>", "<0xA9>", "</s>"], "é", [0, 0, 0, 0, 1]),
+        ("\u00c5", ["▁a", "b"], "\u00c5", [0, 1]),  # the tokenizer has normalized the text
+    ],
+)
+def test_text_of_an_echo(prompt, pieces, text, offsets):
+    tokenizer: Any = sentencepiece()
+    ids = tokenizer.convert_tokens_to_ids(pieces)
+    assert echo_of(prompt, ids, TokenTexts(tokenizer)) == (text, offsets)
 
 
 @pytest.mark.parametrize("text", ["naïve 日本 👍", "a\tb\n", "ÿĀ\x00\xad"])
@@ -149,7 +167,7 @@ class TestCalls:
         chunks = []
         for count, piece in enumerate(pieces, 1):
             ended = reason if count == len(pieces) else None
-            chunks.append(response.add(0, Output("", (1,), piece, (), ended, 1, count, 0)))
+            chunks += response.add(0, Output("", (1,), piece, (), ended, 1, count, 0))
         (choice,) = cast("Any", response.whole()["choices"])
         return [cast("Any", chunk)["choices"][0] for chunk in chunks if chunk], choice
 

@@ -32,6 +32,8 @@ class _FakeRequest:
 class FakeEngine(Engine):
     """Follows the contract of ``Engine``: one page a request, one token a request and step.
 
+    Tokens of a prompt have the log-probability -2, and the token after each of them in the vocabulary has -1.
+
     Token i of an answer is (sum of the prompt + seed + i) modulo 26, a letter. An answer gets no more than
     ``pause_after`` tokens until that is None again, so that it lasts as long as a test needs it. It ends for
     the reason ``end_reason``.
@@ -102,6 +104,15 @@ class FakeEngine(Engine):
 
     def _advance(self, request_id: str, request: _FakeRequest) -> Output:
         params = request.params
+        prompt_logprobs = ()
+        if params.prompt_logprobs is not None and not request.produced:
+            prompt_logprobs = tuple(
+                TokenLogprobs(token, -2.0, ((token + 1, -1.0), (token, -2.0))[: params.prompt_logprobs])
+                for token in request.prompt[1:]
+            )
+        if not params.max_new_tokens:
+            del self.requests[request_id]
+            return Output(request_id, (), "", (), "length", len(request.prompt), 0, 0, prompt_logprobs)
         token = letter(request.prompt, params.seed or 0, request.produced)
         request.produced += 1
         self.generated += 1
@@ -121,6 +132,7 @@ class FakeEngine(Engine):
             prompt_tokens=len(request.prompt),
             completion_tokens=request.produced,
             cached_tokens=1,
+            prompt_logprobs=prompt_logprobs,
         )
 
     @property

@@ -15,8 +15,8 @@ from atom_jax.checkpoint import Model
 from atom_jax.engine import Engine, EngineConfig, RequestParams
 from atom_jax.openai.served_model import served_model
 from atom_jax.sampling import SamplingParams
-from atom_jax.server.service import Service
 from atom_jax.server.compilation import Compilation
+from atom_jax.server.service import Service
 from tests.atom_jax.engine.test_engine import compilations
 from tests.atom_jax.server.fake import FakeEngine, config, running, served, until
 

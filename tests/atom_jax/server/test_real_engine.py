@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from openai import OpenAI
@@ -97,6 +99,29 @@ def test_logprobs_are_those_of_the_greedy_choice(client):
         logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
     ):
         assert top[token] == logprob == max(top.values()) < 0
+
+
+def test_echo_has_the_logprobs_of_the_model(client, model):
+    """The prompt is longer than a chunk of the engine, and the answer is the one without echo."""
+    prompt = "the tin and the ant in the inn at the hut"
+    ids = model.tokenizer(prompt).input_ids
+    assert len(ids) > 16
+    tokens = np.asarray([ids], np.int32)
+    cache = atom_jax.init_cache(model.config, 1, 128, dtype=jnp.float32)
+    positions = np.arange(len(ids), dtype=np.int32)[None]
+    logits, _ = atom_jax.forward(model.params, tokens, positions, cache, config=model.config)
+    expected = np.asarray(jax.nn.log_softmax(logits[0, :-1]))[np.arange(len(ids) - 1), ids[1:]]
+    options = {"prompt": prompt, "logprobs": 1, "max_tokens": 4}
+    plain = complete(client, **options).choices[0]
+    for asked in (prompt, ids):
+        (choice,) = complete(client, **options | {"prompt": asked}, echo=True).choices
+        first, *others = choice.logprobs.token_logprobs
+        assert first is None and choice.logprobs.top_logprobs[0] is None
+        np.testing.assert_allclose(others[:-4], expected, atol=1e-3)
+        assert choice.logprobs.tokens[-4:] == plain.logprobs.tokens
+        assert choice.text.endswith(prompt + plain.text)
+        for token, offset in zip(choice.logprobs.tokens[1:], choice.logprobs.text_offset[1:], strict=True):
+            assert choice.text.startswith(token, offset) or token.startswith("bytes:")
 
 
 def test_answers_in_json(client):
