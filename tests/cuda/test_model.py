@@ -24,12 +24,14 @@ BATCH, PROMPT, NEW_TOKENS = 4, 256, 64
 # Of the logits, in relative norm. Every rounding that falls to the other side costs a seventh of a group's
 # maximum: small errors grow like their square root. Seen on a CPU in a narrow model with this branch gain:
 # noise of 2e-3 in attention and 1e-4 in the matmuls makes 6e-3 of the logits, heads in a wrong order 2.5e-2.
-LOGITS = 1e-2
+# Rotated inner channels (by ``Format.rotate_inner``) are seldom near zero, where no noise changes the
+# rounding: the same noise then makes four times as much of the logits.
+LOGITS = {False: 1e-2, True: 4e-2}
 # No kernel rounds the input of the INT8 head.
 MODEL_KERNELS = f"{support.KERNELS} reference"
-# Errors of that norm are 1e-2 of the logits' deviation each; the difference of two stays within three
+# Errors of such a norm are this much of the logits' deviation each; the difference of two stays within three
 # deviations of its own.
-CLOSE_CALL = 3 * 2**0.5 * LOGITS
+CLOSE_CALL = 3 * 2**0.5
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,7 @@ def compare_greedy(
     caches = {name: init_cache(config, batch, prompt + new_tokens) for name in (kernels, "reference")}
     worst = {"prefill": 0.0, "decode": 0.0}
     differing = 0
+    limit = LOGITS[config.format.rotate_inner]
 
     def both(kind: str, inputs: jax.Array, first: int) -> tuple[jax.Array, jax.Array]:
         width = inputs.shape[1]
@@ -79,24 +82,30 @@ def compare_greedy(
         assert bool(jnp.isfinite(ours).all()), f"{kind} at {first}: logits are not finite"
         error = compare.relative_norm(ours, theirs)
         worst[kind] = max(worst[kind], error)
-        assert error < LOGITS, f"{kind} at {first}: {error:.2e}, ATOM_JAX_SEED={support.SEED}"
+        assert error < limit, f"{kind} at {first}: {error:.2e}, ATOM_JAX_SEED={support.SEED}"
         return ours, theirs
 
     both("prefill", tokens[:, : prompt // 2], 0)
     ours, theirs = both("prefill", tokens[:, prompt // 2 :], prompt // 2)
     for i in range(new_tokens):
         token = jnp.argmax(ours, axis=-1)
-        differing += check_choice(np.asarray(token), np.asarray(theirs))
+        differing += check_choice(np.asarray(token), np.asarray(theirs), CLOSE_CALL * limit)
         if i + 1 < new_tokens:
             ours, theirs = both("decode", token[:, None].astype(jnp.int32), prompt + i)
     return {**worst, "differing": differing}
 
 
-def check_choice(tokens: np.ndarray, logits: np.ndarray) -> int:
-    """How many of ``tokens`` are not the best of ``logits`` [batch, vocab]; asserts that those came close."""
+def check_choice(tokens: np.ndarray, logits: np.ndarray, close: float) -> int:
+    """How many of ``tokens`` are not the best of ``logits`` [batch, vocab]; asserts that those came close.
+
+    Args:
+      tokens: chosen by the kernels.
+      logits: of the reference.
+      close: how far below the best a token may be, in standard deviations of the logits.
+    """
     rows = np.arange(len(tokens))
     missing = (logits.max(axis=-1) - logits[rows, tokens]) / logits.std(axis=-1)
-    assert missing.max() < CLOSE_CALL, f"a token {missing.max():.2f} deviations below the best was chosen"
+    assert missing.max() < close, f"a token {missing.max():.2f} deviations below the best was chosen"
     return int((missing > 0).sum())
 
 

@@ -13,4 +13,4 @@ pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 def test_folding_the_order_costs_little(perplexity_ratio: Callable[[str], float]) -> None:
     # First the one that no other file of tests needs: another worker may be at the other.
     per_layer = perplexity_ratio("per_layer")
-    assert abs(math.log(per_layer / perplexity_ratio("atom"))) <= math.log(1.04)  # measured: 1.285 and 1.317
+    assert abs(math.log(per_layer / perplexity_ratio("atom"))) <= math.log(1.04)  # measured: 1.284 and 1.297

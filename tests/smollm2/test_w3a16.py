@@ -10,4 +10,4 @@ pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 
 
 def test_loses_little(perplexity_ratio: Callable[[str], float]) -> None:
-    assert perplexity_ratio("w3a16") <= 1.9  # measured: 1.767
+    assert perplexity_ratio("w3a16") <= 1.83  # measured: 1.711

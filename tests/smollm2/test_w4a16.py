@@ -10,4 +10,4 @@ pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 
 
 def test_loses_little(perplexity_ratio: Callable[[str], float]) -> None:
-    assert perplexity_ratio("w4a16") <= 1.2  # measured: 1.157
+    assert perplexity_ratio("w4a16") <= 1.19  # measured: 1.148

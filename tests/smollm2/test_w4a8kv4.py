@@ -10,4 +10,4 @@ pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 
 
 def test_loses_little(perplexity_ratio: Callable[[str], float]) -> None:
-    assert perplexity_ratio("w4a8kv4") <= 1.26  # measured: 1.212
+    assert perplexity_ratio("w4a8kv4") <= 1.24  # measured: 1.194

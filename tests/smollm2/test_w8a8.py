@@ -10,4 +10,4 @@ pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 
 
 def test_loses_little(perplexity_ratio: Callable[[str], float]) -> None:
-    assert perplexity_ratio("w8a8") <= 1.03  # measured: 1.018
+    assert perplexity_ratio("w8a8") <= 1.04  # measured: 1.026

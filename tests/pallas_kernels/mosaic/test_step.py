@@ -15,7 +15,9 @@ from tests.pallas_kernels.ptx import emulate
 BATCH, PROMPT, NEW_TOKENS = 2, 80, 3
 
 
-def small_model(architecture: str, num_kv_heads: int, windows: tuple[int | None, ...]) -> ModelConfig:
+def small_model(
+    architecture: str, num_kv_heads: int, windows: tuple[int | None, ...], *, rotate_inner: bool
+) -> ModelConfig:
     return ModelConfig(
         architecture=architecture,
         vocab_size=512,
@@ -28,24 +30,26 @@ def small_model(architecture: str, num_kv_heads: int, windows: tuple[int | None,
         max_position_embeddings=256,
         qk_norm=architecture.startswith("Qwen3"),
         windows=windows,
-        format=preset("w4a4kv4", group_size=64, num_outliers=64, center_keys=True),
+        format=preset("w4a4kv4", group_size=64, num_outliers=64, center_keys=True, rotate_inner=rotate_inner),
     )
 
 
 @needs_cuda_compiler
 @needs_updates_in_place
 @pytest.mark.parametrize(
-    ("architecture", "num_kv_heads", "windows"),
+    ("architecture", "num_kv_heads", "windows", "rotate_inner"),
     [
-        ("LlamaForCausalLM", 3, ()),
-        ("Qwen3ForCausalLM", 1, ()),
-        pytest.param("MistralForCausalLM", 3, (30, 30), marks=pytest.mark.nightly),
-        ("Qwen2ForCausalLM", 3, (None, 70)),
+        ("LlamaForCausalLM", 3, (), True),
+        ("Qwen3ForCausalLM", 1, (), False),
+        pytest.param("MistralForCausalLM", 3, (30, 30), False, marks=pytest.mark.nightly),
+        ("Qwen2ForCausalLM", 3, (None, 70), False),
     ],
 )
-def test_steps_equal_the_reference(architecture: str, num_kv_heads: int, windows: tuple[int | None, ...]):
+def test_steps_equal_the_reference(
+    architecture: str, num_kv_heads: int, windows: tuple[int | None, ...], rotate_inner: bool
+):
     """Two chunks of a prompt, then tokens one by one: logits, and the tokens chosen by them."""
-    config = small_model(architecture, num_kv_heads, windows)
+    config = small_model(architecture, num_kv_heads, windows, rotate_inner=rotate_inner)
     params = random_params(config, support.key_of(architecture))
     with emulate.emulated((0, 1)) as runs:
         found = test_model.compare_greedy(
