@@ -49,7 +49,7 @@ def serve(
         ),
     ] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="File with such keys, one a line.", show_default=False)
+        Path | None, typer.Option(help="File with such keys, one a line.", show_default="none")
     ] = None,
     allowed_origins: Annotated[
         list[str] | None,

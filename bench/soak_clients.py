@@ -135,7 +135,7 @@ class Client:
 
     async def refused(self) -> None:
         wrong = [
-            {"echo": True},
+            {"suffix": "x"},
             {"temperature": -1},
             {"n": 0},
             {"prompt": "a b " * MAX_MODEL_LEN},

@@ -82,7 +82,7 @@ def test_wrong_settings_are_refused(written, name, value, tmp_path):
 
 
 def test_they_can_be_turned_off(written, tokenizer):
-    config = types.SimpleNamespace(vocab_size=300)
+    config = types.SimpleNamespace(vocab_size=300, eos_token_ids=(0,))
     model: Any = types.SimpleNamespace(path=written({"temperature": 0.5}), tokenizer=tokenizer, config=config)
     engine: Any = types.SimpleNamespace(max_model_len=64)
     assert served_model(model, engine).sampling.temperature == 0.5

@@ -178,10 +178,10 @@ def test_model_comparison_sees_a_wrong_op(monkeypatch: pytest.MonkeyPatch):
 
 def test_close_calls():
     logits = np.array([[0.0, 3.0, 2.999, -4.0], [1.0, 0.0, -1.0, 0.5]])
-    assert test_model.check_choice(np.array([1, 0]), logits) == 0
-    assert test_model.check_choice(np.array([2, 0]), logits) == 1
+    assert test_model.check_choice(np.array([1, 0]), logits, 0.04) == 0
+    assert test_model.check_choice(np.array([2, 0]), logits, 0.04) == 1
     with pytest.raises(AssertionError, match="below the best"):
-        test_model.check_choice(np.array([0, 0]), logits)
+        test_model.check_choice(np.array([0, 0]), logits, 0.04)
 
 
 def test_random_params_have_the_models_shapes():

@@ -8,6 +8,7 @@ import socket
 import openai
 import pytest
 
+from atom_jax.openai.errors import invalid_request
 from tests.atom_jax.server.fake import MAX_MODEL_LEN, until
 from tests.atom_jax.server.test_server import JSON, LONG, complete, server
 

@@ -40,8 +40,9 @@ def schema(tokenizer):
     with running(Service(config(), FakeEngine(num_pages=64), served(tokenizer))) as (url, _):
         document = httpx.get(f"{url}/openapi.json").json()
         for each in document["components"]["schemas"].values():
-            if "model" in each["properties"]:
-                each["properties"]["model"] = {"enum": ["tiny"]}  # otherwise most answers would be 404
+            if "model" in each["properties"]:  # otherwise most answers would be 404
+                optional = "model" not in each.get("required", ())
+                each["properties"]["model"] = {"enum": ["tiny", None] if optional else ["tiny"]}
         schema = schemathesis.openapi.from_dict(document)
         schema.config.update(base_url=url)
         yield schema
