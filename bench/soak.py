@@ -3,11 +3,12 @@
     python -m bench.soak CHECKPOINT
 
 Starts ``atom-jax serve CHECKPOINT --deterministic`` with few cache pages and first sends each prompt while
-nothing else runs. Then it sends a random mixture: whole and streamed answers, streams that the client drops,
-clients that leave, bodies that are too large, malformed or only half sent, prompts that are too long. It
-checks that
+nothing else runs, some of them with penalties and biases. Then it sends a random mixture: whole and streamed
+answers, JSON of a schema, calls of tools, streams that the client drops, clients that leave, bodies that are
+too large, malformed or only half sent, prompts that are too long. It checks that
 
 * every answer equals the answer to the same prompt without other requests;
+* JSON and the arguments of calls follow their schema;
 * every bad request gets the right status;
 * at the end there are as many free pages as at the start, and the memory did not grow;
 * the server ends with status 0 on SIGTERM.
@@ -117,8 +118,8 @@ def killed_batch(
     source, results = folder / "in.jsonl", folder / "out.jsonl"
     with source.open("w") as file:
         for number, (case, tokens) in enumerate(asked):
-            body = {"model": MODEL_NAME, "prompt": case.prompt, "max_tokens": tokens, "temperature": 0}
-            record = {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body}
+            request = {"method": "POST", "url": "/v1/completions", "body": case.body(tokens)}
+            record = {"custom_id": str(number), **request}
             file.write(json.dumps(record) + "\n")
 
     def done() -> int:
@@ -183,7 +184,12 @@ def main(
     """Runs it, saves bench/results/soak.json and fails if anything was wrong."""
     where = record.environment()
     config = read_config(checkpoint)
-    asked = {"requests": requests, "clients": clients, "max_words": max_words, "max_tokens": max_tokens}
+    asked: dict[str, Any] = {
+        "requests": requests,
+        "clients": clients,
+        "max_words": max_words,
+        "max_tokens": max_tokens,
+    }
     memory: list[int] = []
     options = (*OPTIONS, "--memory-gb", f"{memory_gb(config, pages):.9f}")
     limits = ("--max-body-kb", str(MAX_BODY_KB), "--log-level", "warning")

@@ -20,6 +20,27 @@ MODEL_NAME = "soak"
 MAX_MODEL_LEN = 256
 MAX_BODY_KB = 64
 
+# Beside greedy decoding as it is: fields that change which token is the best. Each prompt has one of them.
+_CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {"frequency_penalty": 1.5, "presence_penalty": -0.5},
+    {"repetition_penalty": 1.3, "logit_bias": {"5": -100, "20": 2}},
+)
+_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "animal": {"enum": ["cat", "bird"]},
+        "red": {"type": "boolean"},
+        "legs": {"type": "integer", "minimum": 0, "maximum": 12},
+    },
+    "required": ["animal", "red", "legs"],
+    "additionalProperties": False,
+}
+_TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": _SCHEMA}} for name in ("paint", "count")
+]
+
 _WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "12", "red", "birds", "in", "one", "tree")
 
 
@@ -31,12 +52,18 @@ class SoakCase:
       text: of the answer.
       tokens: number of tokens of the answer.
       max_tokens: the limit with which the answer was made.
+      changes: fields of its requests beside the usual ones.
     """
 
     prompt: str
     text: str
     tokens: int
     max_tokens: int
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def body(self, max_tokens: int) -> dict[str, Any]:
+        """A request for the answer, or for its beginning."""
+        return greedy_body(self.prompt, max_tokens) | self.changes
 
     def holds(self, text: str, tokens: int, max_tokens: int) -> bool:
         """Whether ``text``, of ``tokens`` tokens, is the right answer for this limit ``max_tokens``."""
@@ -57,9 +84,7 @@ class Client:
 
     def _body(self, **changes: Any) -> tuple[SoakCase, dict[str, Any]]:
         case = self.rng.choice(self.cases)
-        count = answer_length(self.rng, case.max_tokens)
-        body = {"model": MODEL_NAME, "prompt": case.prompt, "max_tokens": count, "temperature": 0}
-        return case, body | changes
+        return case, case.body(answer_length(self.rng, case.max_tokens)) | changes
 
     async def _post(self, **options: Any) -> httpx.Response:
         return await self.http.post("/v1/completions", **options)
@@ -88,6 +113,46 @@ class Client:
             text += "".join(choice["text"] for choice in event["choices"])
             tokens = (event["usage"] or {}).get("completion_tokens", 0)
         self._check(case, body, text, tokens)
+
+    async def structured(self) -> None:
+        """JSON of a schema, drawn at random."""
+        schema = {"name": "animal", "schema": _SCHEMA}
+        message = await self._chat(response_format={"type": "json_schema", "json_schema": schema})
+        if message is not None:
+            self._check_animal(message["content"])
+
+    async def called(self) -> None:
+        """A tool that must be called."""
+        message = await self._chat(tools=_TOOLS, tool_choice="required", parallel_tool_calls=False)
+        for call in () if message is None else message["tool_calls"]:
+            if call["function"]["name"] not in ("paint", "count"):
+                self.wrong.append(f"there is no such tool: {call}")
+            self._check_animal(call["function"]["arguments"])
+
+    async def _chat(self, **changes: Any) -> dict[str, Any] | None:
+        """The message that answers a chat; None if it was cut off by its limit."""
+        messages = [{"role": "user", "content": " ".join(self.rng.choices(_WORDS, k=4))}]
+        body = {
+            "model": MODEL_NAME,
+            "messages": messages,
+            "max_tokens": 40,
+            "seed": self.rng.getrandbits(32),
+        }
+        response = await self.http.post("/v1/chat/completions", json=body | changes)
+        if response.status_code != 200:
+            self.wrong.append(f"{response.status_code} {response.text[:200]}")
+            return None
+        (choice,) = response.json()["choices"]
+        return None if choice["finish_reason"] == "length" else choice["message"]
+
+    def _check_animal(self, text: str) -> None:
+        try:
+            value = json.loads(text)
+            right = (value["animal"] in ("cat", "bird"), type(value["red"]), value["legs"] <= 12)
+        except (ValueError, KeyError, TypeError):
+            right = None
+        if right != (True, bool, True):
+            self.wrong.append(f"not of the schema: {text!r}")
 
     async def dropped(self) -> None:
         """Closes a stream after a few events."""
@@ -158,9 +223,11 @@ class Client:
     def kinds(self) -> dict[Callable[[], Awaitable[None]], int]:
         """The kinds of requests, and how many of a hundred have this kind."""
         return {
-            self.whole: 40,
-            self.streamed: 20,
-            self.dropped: 14,
+            self.whole: 32,
+            self.streamed: 18,
+            self.structured: 7,
+            self.called: 5,
+            self.dropped: 12,
             self.impatient: 10,
             self.oversized: 3,
             self.oversized_chunks: 3,
@@ -168,6 +235,11 @@ class Client:
             self.refused: 3,
             self.half_sent: 3,
         }
+
+
+def greedy_body(prompt: str, max_tokens: int) -> dict[str, Any]:
+    """A request for a greedy answer."""
+    return {"model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
 
 
 def answer_length(rng: random.Random, longest: int) -> int:
@@ -182,10 +254,11 @@ async def ask_alone(
     cases = []
     for number in range(count):
         prompt = f"{number} " + " ".join(rng.choices(_WORDS, k=rng.randint(1, max_words)))
-        body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        changes = _CHANGES[number % len(_CHANGES)]
+        body = greedy_body(prompt, max_tokens) | changes
         response = (await http.post("/v1/completions", json=body)).raise_for_status().json()
         tokens = response["usage"]["completion_tokens"]
-        cases.append(SoakCase(prompt, response["choices"][0]["text"], tokens, max_tokens))
+        cases.append(SoakCase(prompt, response["choices"][0]["text"], tokens, max_tokens, changes))
     return cases
 
 
@@ -197,6 +270,7 @@ async def soak(
     prompts: int = 20,
     max_words: int = 100,
     max_tokens: int = 24,
+    tools: bool = True,
     seed: int = 0,
     sample: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict[str, Any], list[SoakCase]]:
@@ -209,6 +283,7 @@ async def soak(
       prompts: number of different prompts.
       max_words: the most words of a prompt.
       max_tokens: the most tokens of an answer.
+      tools: whether some requests have tools, whose description needs room in the context.
       seed: of the random choices.
       sample: called after each request with the number of requests done.
 
@@ -220,7 +295,7 @@ async def soak(
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
         before = await metrics(http)
         client = Client(http, await ask_alone(http, rng, prompts, max_words, max_tokens), rng)
-        kinds = client.kinds
+        kinds = {kind: share for kind, share in client.kinds.items() if tools or kind != client.called}
         todo = rng.choices(list(kinds), list(kinds.values()), k=requests)
         done: collections.Counter[str] = collections.Counter()
         started = time.perf_counter()

@@ -230,7 +230,7 @@ def test_an_answer_is_the_same_from_the_cache_and_in_a_crowd(tmp_path):
 
 def test_soak(server):
     """bench/soak_clients.py says what they do; here with more clients than the engine can serve at once."""
-    run = soak(server, requests=150, clients=16, prompts=8, max_words=20, max_tokens=12)
+    run = soak(server, requests=150, clients=16, prompts=8, max_words=20, max_tokens=12, tools=False)
     result, cases = asyncio.run(run)
     assert result["wrong"] == [] and len(cases) == 8
     assert result["free_pages"] == [9, 9]
