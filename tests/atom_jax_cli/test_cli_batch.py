@@ -10,9 +10,11 @@ import time
 import pytest
 
 from atom_jax.batch import run_batch
+from atom_jax.checkpoint import TOKENIZER_FOLDER
 from tests.atom_jax.command import ROOT, fails, run_json
 from tests.atom_jax.server.fake import FakeEngine, expected, served
 from tests.convert.tiny import fails as raises
+from tests.convert.tiny import save_tokenizer
 
 
 def line(number, **changes):
@@ -168,19 +170,23 @@ PROGRAM = """
     import sys
     from pathlib import Path
     from atom_jax.batch import run_batch
+    from atom_jax.checkpoint import load_tokenizer
     from tests.atom_jax.server.fake import FakeEngine, served
 
-    engine, files = FakeEngine(step_seconds=0.004), map(Path, sys.argv[1:])
-    run_batch(engine, served(None), *files, model_name="tiny", ahead=6)
+    folder, *files = map(Path, sys.argv[1:])
+    model = served(load_tokenizer(folder))
+    run_batch(FakeEngine(step_seconds=0.004), model, *files, model_name="tiny", ahead=6)
 """
 
 
 @pytest.mark.slow
 def test_kill_loses_and_repeats_nothing(go, tmp_path):
+    (tmp_path / TOKENIZER_FOLDER).mkdir()
+    save_tokenizer(tmp_path / TOKENIZER_FOLDER)
     lines = [line(number) for number in range(120)]
     requests, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     for enough in (15, 60):
-        program = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(requests), str(out)]
+        program = [sys.executable, "-c", textwrap.dedent(PROGRAM), *map(str, (tmp_path, requests, out))]
         process = subprocess.Popen(program, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         while not out.exists() or out.read_bytes().count(b"\n") < enough:
             assert process.poll() is None, process.communicate()
