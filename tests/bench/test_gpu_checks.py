@@ -145,7 +145,7 @@ def clear_traces() -> None:
 
 
 def tiny_model() -> tuple[Any, Any]:
-    config = gpu_generate.smoke_config("w4a4kv4")
+    config = test_model.without_rotation(gpu_generate.smoke_config("w4a4kv4"))
     return config, random_params(config, jax.random.key(0))
 
 
