@@ -8,43 +8,40 @@ A checkpoint is a folder::
     params/shared        Orbax: embedding, norm, lm_head
     params/layers/0000   Orbax, one item for each layer, because a conversion writes one layer at a time
 
+A checkpoint of several shards (``Format.shards``) has an item of each shard in the place of each of these,
+whose names end with ``.0-of-8`` to ``.7-of-8``, so that a device reads no more than its part.
+
 Packed weights are stored packed. Their scales are stored as bfloat16, without loss, because the converter
 chooses scales that bfloat16 can represent. Matrices that are not quantized are bfloat16, vectors float32.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import glob
 import json
-import logging
-import os
-import re
-import shutil
-import sys
-import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 
+from atom_jax.blocks import Linear
 from atom_jax.checkpoint_versions import FORMAT_VERSION, upgraded
 from atom_jax.config import ModelConfig
 from atom_jax.embedding import Embedding, round_table
-from atom_jax.errors import AtomError, WriteError, one_line
+from atom_jax.errors import AtomError
 from atom_jax.files import read_json
 from atom_jax.kernel_check import check_kernels
 from atom_jax.llama import make_params
+from atom_jax.orbax_items import StoredParams, StoredSpecs, read_tree, write_tree
 from atom_jax.schemes import SCHEMES, w8a8
-from atom_jax.structure import index_shapes, linear_shapes, vector_shapes
+from atom_jax.shards import SpecsOf, cut, join
+from atom_jax.structure import LINEARS, index_shapes, vector_shapes
 from atom_jax.tokenizer import wrap_tokenizer
 
 if TYPE_CHECKING:
@@ -61,17 +58,7 @@ _SIZES = frozenset(
     ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
 )
 
-# By the name of a parameter: its NumPy array, or for a quantized linear a dict of its arrays by name (see
-# ``atom_jax.schemes``). ``StoredSpecs`` has a ``jax.ShapeDtypeStruct`` in the place of each array.
-StoredParams = dict[str, Any]
-StoredSpecs = dict[str, Any]
-
 _spec = jax.ShapeDtypeStruct
-
-# After a failed save: seconds without a change after which its threads count as ended, and the largest number
-# of such waits.
-_QUIET_SECONDS = 0.5
-_MOST_WAITS = 120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +81,24 @@ class Model:
         return load_tokenizer(self.path)
 
 
-def linear_spec(shape: tuple[int, int], config: ModelConfig) -> StoredSpecs | jax.ShapeDtypeStruct:
-    """Spec of a stored linear [N, K]; AtomError if its K is not outliers plus whole groups."""
-    weight = SCHEMES[config.format.scheme].weight
-    return _spec(shape, jnp.bfloat16) if weight is None else weight.stored(shape, config.format)
+def linear_spec(linear: Linear, config: ModelConfig) -> StoredSpecs | jax.ShapeDtypeStruct:
+    """Spec of a stored linear [N, K], or [blocks, N, K / blocks].
+
+    Raises:
+      AtomError: its input channels, or those of a block, are not outliers plus whole groups.
+    """
+    rows, channels = linear.shape(config)
+    blocks, weight = linear.blocks(config), SCHEMES[config.format.scheme].weight
+    shape = (rows, channels // blocks)
+    spec = _spec(shape, jnp.bfloat16) if weight is None else weight.stored(shape, config.format)
+    if blocks == 1:
+        return spec
+    return jax.tree.map(lambda block: _spec((blocks, *block.shape), block.dtype), spec)
 
 
 def layer_specs(config: ModelConfig) -> StoredSpecs:
     """Shape and dtype of every array that is stored for one layer."""
-    specs: StoredSpecs = {name: linear_spec(shape, config) for name, shape in linear_shapes(config).items()}
+    specs: StoredSpecs = {linear.weight: linear_spec(linear, config) for linear in LINEARS}
     specs |= {name: _spec(shape, jnp.float32) for name, shape in vector_shapes(config).items()}
     return specs | {name: _spec(shape, jnp.int32) for name, shape in index_shapes(config).items()}
 
@@ -116,14 +112,18 @@ def shared_specs(config: ModelConfig) -> StoredSpecs:
     return specs if config.tie_word_embeddings else specs | {"lm_head": table}
 
 
-def layer_path(checkpoint: Path, layer: int) -> Path:
-    """The folder in which a layer is stored."""
-    return checkpoint / "params" / "layers" / f"{layer:04d}"
+def layer_path(checkpoint: Path, layer: int, shard: int = 0, shards: int = 1) -> Path:
+    """The folder in which a layer, or a shard of it, is stored."""
+    return checkpoint / "params" / "layers" / f"{layer:04d}{_suffix(shard, shards)}"
 
 
-def shared_path(checkpoint: Path) -> Path:
-    """The folder in which everything outside the layers is stored."""
-    return checkpoint / "params" / "shared"
+def shared_path(checkpoint: Path, shard: int = 0, shards: int = 1) -> Path:
+    """The folder in which everything outside the layers, or a shard of it, is stored."""
+    return checkpoint / "params" / f"shared{_suffix(shard, shards)}"
+
+
+def _suffix(shard: int, shards: int) -> str:
+    return "" if shards == 1 else f".{shard}-of-{shards}"
 
 
 def stored_form(tree: Mapping[str, Any], specs: StoredSpecs) -> StoredParams:
@@ -149,117 +149,52 @@ def stored_shared(tree: Mapping[str, Any], config: ModelConfig) -> StoredParams:
     return stored_form({**tree, **rounded}, specs)
 
 
-def write_tree(path: Path, tree: StoredParams) -> None:
-    """Writes one Orbax item. Afterwards ``path`` is complete, or does not exist.
+def write_layer(checkpoint: Path, layer: int, tree: StoredParams, config: ModelConfig) -> None:
+    """Writes a layer, in the form of ``layer_specs``, as the items of its shards.
 
     Raises:
-      WriteError: the item cannot be written, e.g. because the disk is full.
+      WriteError: an item cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with _silent_orbax(), ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path.absolute(), tree, force=True)
-    except Exception as error:  # Orbax and TensorStore raise many types where a write fails
-        _remove_unfinished(path)
-        raise WriteError(f"{path}: cannot be written: {_reason(error)}") from error
+    _write(functools.partial(layer_path, checkpoint, layer), tree, config, layer_specs)
 
 
-def _remove_unfinished(path: Path) -> None:
-    """Removes the temporary folders that a failed save of ``path`` left beside it.
-
-    Orbax raises the error as soon as one array cannot be written. Threads of TensorStore go on writing the
-    other arrays, and create the folder again if it is removed. So this function removes the folders only
-    when nothing changes any more, and returns when they have not been created again.
-    """
-    before = None
-    for _ in range(_MOST_WAITS):
-        found = _stored_files(path)
-        if found == before:
-            if not found:
-                return
-            for folder in _unfinished(path):
-                shutil.rmtree(folder, ignore_errors=True)
-        before = found
-        time.sleep(_QUIET_SECONDS)
+def write_shared(checkpoint: Path, tree: StoredParams, config: ModelConfig) -> None:
+    """Writes what is outside the layers, in the form of ``shared_specs``; as ``write_layer``."""
+    _write(functools.partial(shared_path, checkpoint), tree, config, shared_specs)
 
 
-def _unfinished(path: Path) -> list[Path]:
-    return list(path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"))
+def _write(path: Callable[..., Path], tree: StoredParams, config: ModelConfig, specs: SpecsOf) -> None:
+    shards = config.format.shards
+    for shard, part in enumerate([tree] if shards == 1 else cut(tree, config, specs)):
+        write_tree(path(shard, shards), part)
 
 
-def _stored_files(path: Path) -> dict[Path, tuple[int, int]]:
-    """Size and modification time of each file and folder that an unfinished save has written so far."""
-    found = {}
-    for unfinished in _unfinished(path):
-        for folder, _, names in os.walk(unfinished):
-            for file in (Path(folder), *(Path(folder) / name for name in names)):
-                with contextlib.suppress(FileNotFoundError):  # a thread renamed it meanwhile
-                    stat = file.stat()
-                    found[file] = (stat.st_size, stat.st_mtime_ns)
-    return found
-
-
-def read_tree(path: Path, specs: StoredSpecs) -> StoredParams:
-    """Reads one Orbax item as NumPy arrays and checks it against ``specs``.
+def read_layer_part(
+    checkpoint: Path, layer: int, config: ModelConfig, part: int = 0, parts: int = 1
+) -> StoredParams:
+    """One of ``parts`` parts of a layer, as ``layer_specs`` of the part describes it; reads only its shards.
 
     Raises:
-      AtomError: the item is missing or unreadable, or a tensor in it has not the shape and dtype in
-        ``specs``.
+      AtomError: an item is missing, damaged or does not fit the configuration.
     """
-    if not path.is_dir():
-        raise AtomError(f"{path}: missing from the checkpoint")
-    try:
-        with _silent_orbax(), ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(path.absolute())
-    except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
-        raise AtomError(f"{path}: not readable: {_reason(error)}") from error
-    _check_tree(path, "", tree, specs)
-    return tree
+    return _read(functools.partial(layer_path, checkpoint, layer), config, layer_specs, part, parts)
 
 
-@contextlib.contextmanager
-def _silent_orbax() -> Iterator[None]:
-    """Turns off the log of Orbax in this context: its threads would print a traceback of every error.
-
-    After an error, the threads of TensorStore print "Event loop is closed" while they end, which can be
-    after this context. So after an error this message stays suppressed until the process ends.
-    """
-    logger = logging.getLogger("absl")
-    level, hook = logger.level, sys.unraisablehook
-
-    def print_others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    logger.setLevel(logging.CRITICAL + 1)
-    sys.unraisablehook = print_others
-    try:
-        yield
-        sys.unraisablehook = hook
-    finally:
-        logger.setLevel(level)
+def read_shared_part(checkpoint: Path, config: ModelConfig, part: int = 0, parts: int = 1) -> StoredParams:
+    """What ``shared_specs`` describes of one part; as ``read_layer_part``."""
+    return _read(functools.partial(shared_path, checkpoint), config, shared_specs, part, parts)
 
 
-def _reason(error: Exception) -> str:
-    """The operating system's message if the error of TensorStore contains one, else the error's message."""
-    said = re.search(r"([^:\[]+) \[os_error_code=", str(error))
-    return said[1].strip() if said else one_line(error)
-
-
-def _check_tree(path: Path, prefix: str, tree: Any, specs: StoredSpecs) -> None:
-    found = set(tree) if isinstance(tree, Mapping) else set()
-    if found != set(specs):
-        under = prefix.removesuffix(".") or "the root"
-        raise AtomError(f"{path}: expected {sorted(specs)} under {under}, found {sorted(map(str, found))}")
-    for name, spec in specs.items():
-        value, label = tree[name], f"{prefix}{name}"
-        if isinstance(spec, dict):
-            _check_tree(path, f"{label}.", value, spec)
-        elif not hasattr(value, "shape") or value.shape != spec.shape or value.dtype != spec.dtype:
-            dtype, shape = getattr(value, "dtype", type(value).__name__), list(getattr(value, "shape", ()))
-            raise AtomError(
-                f"{path}: tensor {label}: expected {spec.dtype}{list(spec.shape)}, found {dtype}{shape}"
-            )
+def _read(
+    path: Callable[..., Path], config: ModelConfig, specs: SpecsOf, part: int, parts: int
+) -> StoredParams:
+    shards = config.format.shards
+    whole, own = config if parts == 1 else config.part(parts), config.part(shards)
+    if shards == 1:
+        return read_tree(path(), specs(config))
+    mine = range(part * shards // parts, (part + 1) * shards // parts)
+    trees = [read_tree(path(shard, shards), specs(own)) for shard in mine]
+    return join(trees, whole, own, specs)
 
 
 def write_config(checkpoint: Path, config: ModelConfig) -> None:
@@ -293,6 +228,7 @@ def read_config(checkpoint: Path) -> ModelConfig:
             raise AtomError(f"{file}: {name} must be a positive integer, found {data[name]!r}")
     try:
         config = ModelConfig.from_json(data)
+        config.part(config.format.shards)
         layer_specs(config)
     except AtomError as error:
         raise AtomError(f"{file}: {error}") from error
@@ -314,11 +250,12 @@ def layer_params(tree: StoredParams, config: ModelConfig) -> dict[str, Any]:
       tree: parameters of one layer, or of a stack of layers (every array has a leading layer axis).
       config: configuration of the model.
     """
-    weight, shapes = SCHEMES[config.format.scheme].weight, linear_shapes(config)
+    weight, linears = SCHEMES[config.format.scheme].weight, {linear.weight: linear for linear in LINEARS}
 
     def revive(name: str, value: Any) -> Any:
         if weight is not None and isinstance(value, Mapping):
-            return weight.revive(value, shapes[name], config.format)
+            rows, channels = linears[name].shape(config)
+            return weight.revive(value, (rows, channels // linears[name].blocks(config)), config.format)
         return jnp.asarray(value)
 
     return {name: revive(name, value) for name, value in tree.items()}
@@ -326,7 +263,7 @@ def layer_params(tree: StoredParams, config: ModelConfig) -> dict[str, Any]:
 
 def load_layer(checkpoint: Path, layer: int, config: ModelConfig) -> dict[str, Any]:
     """The ``layer_params`` of one layer of a checkpoint of this configuration."""
-    return layer_params(read_tree(layer_path(checkpoint, layer), layer_specs(config)), config)
+    return layer_params(read_layer_part(checkpoint, layer, config), config)
 
 
 def shared_params(tree: StoredParams, config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:
@@ -345,6 +282,11 @@ def shared_params(tree: StoredParams, config: ModelConfig, dtype: jnp.dtype) -> 
 
     params = {name: revive(value) for name, value in tree.items()}
     return {**params, "embedding": Embedding(params["embedding"], dtype)}
+
+
+def load_shared(checkpoint: Path, config: ModelConfig, dtype: jnp.dtype) -> dict[str, Any]:
+    """The ``shared_params`` of a checkpoint of this configuration."""
+    return shared_params(read_shared_part(checkpoint, config), config, dtype)
 
 
 def default_dtype() -> jnp.dtype:
@@ -375,9 +317,9 @@ def load(path: str | Path, *, dtype: jnp.dtype | None = None) -> Model:
     specs = layer_specs(config)
     stacked = jax.tree.map(lambda spec: np.empty((config.num_layers, *spec.shape), spec.dtype), specs)
     for layer in range(config.num_layers):
-        tree = read_tree(layer_path(path, layer), specs)
+        tree = read_layer_part(path, layer, config)
         jax.tree.map(lambda stack, value, layer=layer: stack.__setitem__(layer, value), stacked, tree)
-    tree = shared_params(read_tree(shared_path(path), shared_specs(config)), config, dtype)
+    tree = load_shared(path, config, dtype)
     # Popped one by one, so that no more than one parameter is in host and device memory at the same time.
     layers = {name: layer_params({name: stacked.pop(name)}, config)[name] for name in list(stacked)}
     return Model(path, config, make_params(config, {**tree, "layers": layers}))

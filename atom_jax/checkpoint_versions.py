@@ -7,7 +7,7 @@ from typing import Any, Literal
 from atom_jax.config import check_choice
 from atom_jax.errors import AtomError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 # Settings of the converter, which version 1 of config.json contained too.
 _RECIPE_OF_VERSION_1 = frozenset(("clip_w", "gptq", "rotate", "migrate", "smooth_keys"))
@@ -24,7 +24,9 @@ def upgraded(data: dict[str, Any], version: int) -> dict[str, Any]:
         data = _from_version_1(data)
     if version < 3:
         data = _with_setting(data, "head_bits", 16)  # the embedding and the head were always bfloat16
-    return _with_setting(data, "rotate_inner", False) if version < 4 else data
+    if version < 4:
+        data = _with_setting(data, "rotate_inner", False)
+    return _with_setting(data, "shards", 1) if version < 5 else data
 
 
 def _from_version_1(data: dict[str, Any]) -> dict[str, Any]:

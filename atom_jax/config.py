@@ -67,6 +67,9 @@ class Format:
       head_bits: bits of each value in the embedding and in the head: 8, with a scale for each row and
         multiplied as in w8a8; 16 means floating point.
       center_keys: whether a stored mean of each key channel is subtracted before the key is rounded to INT4.
+      shards: number of equal parts into which the layers are cut, for as many devices or a divisor of it
+        (``ModelConfig.part``). Linears that are split along their input channels (o and down) then consist of
+        as many blocks, each with groups and outliers of its own.
 
     Raises:
       AtomError: a value is not supported, or the scheme does not use the setting.
@@ -83,6 +86,7 @@ class Format:
     kv_rope: KvRope = "post"
     head_bits: Literal[8, 16] = 8
     center_keys: bool = True
+    shards: int = 1
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -91,6 +95,8 @@ class Format:
             raise not_one_of("group size", self.group_size, GROUP_SIZES)
         if self.num_outliers < 0:
             raise AtomError(f"number of outliers must not be negative, found {self.num_outliers}")
+        if type(self.shards) is not int or self.shards < 1:
+            raise AtomError(f"number of shards must be a positive integer, found {self.shards!r}")
         check_unused(self.scheme, SCHEMES[self.scheme].unused, vars(self))
         check_fraction("clip_a", self.clip_a)
         for name, values in (
@@ -228,6 +234,42 @@ class ModelConfig:
     def of_layer(self, layer: int) -> ModelConfig:
         """The configuration of a model that consists of this one layer."""
         return self.replace(num_layers=1, windows=self.windows[layer : layer + 1])
+
+    def part(self, parts: int) -> ModelConfig:
+        """The configuration of one of ``parts`` equal parts of the model, which is what one device computes.
+
+        A part has some of the heads, of the inner channels of the MLP and of the vocabulary (the last part of
+        which is padded), and of each linear in blocks ``format.shards / parts`` of them. Where there are
+        fewer kv heads than parts, neighbouring parts have the same one.
+
+        Raises:
+          AtomError: the model, or its checkpoint, cannot be divided so.
+        """
+        if parts < 1 or self.format.shards % parts:
+            raise AtomError(
+                f"a checkpoint of {self.format.shards} shards does not run on {parts} devices; "
+                f"convert the original model with --shards {parts}, or a multiple of it"
+            )
+        if problem := self.indivisible(parts):
+            raise AtomError(f"the model cannot be divided into {parts} parts: {problem}")
+        blocks = self.format.shards // parts
+        return self.replace(
+            vocab_size=blocks * -(-self.vocab_size // self.format.shards),
+            num_heads=self.num_heads // parts,
+            num_kv_heads=max(1, self.num_kv_heads // parts),
+            intermediate_size=self.intermediate_size // parts,
+            format=dataclasses.replace(self.format, shards=blocks),
+        )
+
+    def indivisible(self, parts: int) -> str | None:
+        """Why heads or inner channels cannot be divided among ``parts`` devices; None if they can."""
+        if self.num_heads % parts:
+            return f"{self.num_heads} heads"
+        if self.num_kv_heads % parts and parts % self.num_kv_heads:
+            return f"{self.num_kv_heads} kv heads"
+        if self.intermediate_size % parts:
+            return f"{self.intermediate_size} inner channels of the MLP"
+        return None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -8,7 +8,7 @@ import jax
 
 from atom_jax.checkpoint import StoredSpecs, linear_spec
 from atom_jax.config import ModelConfig
-from atom_jax.structure import linear_shapes
+from atom_jax.structure import LINEARS, linear_shapes
 
 
 def stored_bytes(specs: StoredSpecs | jax.ShapeDtypeStruct) -> int:
@@ -18,6 +18,5 @@ def stored_bytes(specs: StoredSpecs | jax.ShapeDtypeStruct) -> int:
 
 def bits_per_weight(config: ModelConfig) -> float:
     """Stored bits for each weight of the linears in the layers, scales and padding included."""
-    shapes = linear_shapes(config).values()
-    size = sum(stored_bytes(linear_spec(shape, config)) for shape in shapes)
-    return 8 * size / sum(math.prod(shape) for shape in shapes)
+    size = sum(stored_bytes(linear_spec(linear, config)) for linear in LINEARS)
+    return 8 * size / sum(math.prod(shape) for shape in linear_shapes(config).values())

@@ -18,8 +18,16 @@ def vector_shapes(config: ModelConfig) -> dict[str, tuple[int]]:
     return {name: shape for block in BLOCKS for name, shape in block.vectors(config).items()}
 
 
-def index_shapes(config: ModelConfig) -> dict[str, tuple[int]]:
-    """Shape of each order of input channels of a layer, by name; empty unless ``gather_inputs``."""
+def index_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each order of input channels of a layer, by name; empty unless ``gather_inputs``.
+
+    The order of a linear that is stored in blocks is one of each block, [blocks, channels / blocks].
+    """
     if not config.format.gather_inputs:
         return {}
-    return {linear.indices: (linear.channels(config),) for linear in LINEARS if linear.indices is not None}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for linear in LINEARS:
+        if linear.indices is not None:
+            channels, blocks = linear.channels(config), linear.blocks(config)
+            shapes[linear.indices] = (channels,) if blocks == 1 else (blocks, channels // blocks)
+    return shapes

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
-from atom_jax.checkpoint import load_layer, read_tree, shared_params, shared_path, shared_specs
+from atom_jax.checkpoint import load_layer, load_shared
 from atom_jax.config import ModelConfig
 from atom_jax.perplexity import PerplexityResult
 from atom_jax.progress import Progress
@@ -45,8 +45,7 @@ def checkpoint_perplexity(
         for layer in range(config.num_layers):
             yield load_layer(checkpoint, layer, config)
 
-    stored = read_tree(shared_path(checkpoint), shared_specs(config))
-    shared = shared_params(stored, config, jnp.dtype(jnp.float32))
+    shared = load_shared(checkpoint, config, jnp.dtype(jnp.float32))
     return streamed_perplexity(
         layers, shared, tokens, config=config, seq_len=window_length(config), progress=progress
     )

@@ -14,10 +14,9 @@ from jaxtyping import Int32
 from atom_jax.checkpoint import (
     CARD_FILE,
     TOKENIZER_FOLDER,
-    shared_path,
     stored_shared,
     write_config,
-    write_tree,
+    write_shared,
 )
 from atom_jax.errors import AtomError
 from atom_jax.progress import StageProgress
@@ -314,6 +313,6 @@ def _write_shared(
     if order is not None:
         shared = permute_shared(shared, order)
         windows = np.ascontiguousarray(windows[..., order])
-    stored = stored_shared(shared, source.config.replace(format=recipe.format))
-    write_tree(shared_path(workspace.checkpoint), stored)
+    config = source.config.replace(format=recipe.format)
+    write_shared(workspace.checkpoint, stored_shared(shared, config), config)
     return windows, order

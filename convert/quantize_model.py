@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from atom_jax.checkpoint import layer_path, layer_specs, stored_form, write_tree
+from atom_jax.checkpoint import layer_specs, stored_form, write_layer
 from atom_jax.errors import AtomError
 from atom_jax.progress import Progress
 from convert.float_model import read_layer
@@ -71,7 +71,7 @@ def quantize_model(
             errors.append(layer_errors)
             if targets:
                 workspace.write_arrays(targets_file(layer), targets)
-        write_tree(layer_path(workspace.checkpoint, layer), stored_form(params, layer_specs(config)))
+        write_layer(workspace.checkpoint, layer, stored_form(params, layer_specs(config)), config)
         if windows.size:
             run_in_place(params, windows, config.of_layer(layer))
             if not np.isfinite(windows).all():

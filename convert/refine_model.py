@@ -12,15 +12,11 @@ import numpy as np
 from jaxtyping import Int32
 
 from atom_jax.checkpoint import (
-    layer_path,
     layer_specs,
     load_layer,
-    read_tree,
-    shared_params,
-    shared_path,
-    shared_specs,
+    load_shared,
     stored_form,
-    write_tree,
+    write_layer,
 )
 from atom_jax.config import ModelConfig
 from atom_jax.embedding import head_table
@@ -104,7 +100,7 @@ def refine_model(
         if recipe.exact_sink and recipe.format.center_keys:
             params["k_mean"] = exact_sink(params, first, config=own)
             first = run_windows(params, first[:, None], config=own)[:, 0]
-        write_tree(layer_path(workspace.checkpoint, index), stored_form(params, specs))
+        write_layer(workspace.checkpoint, index, stored_form(params, specs), config)
         progress("write", index + 1, config.num_layers)
     return {
         "steps": schedule.steps,
@@ -166,8 +162,7 @@ def _problem(
     held_out: list[int],
     workspace: Workspace,
 ) -> Problem:
-    stored = read_tree(shared_path(workspace.checkpoint), shared_specs(config))
-    shared = shared_params(stored, config, jnp.dtype(jnp.float32))
+    shared = load_shared(workspace.checkpoint, config, jnp.dtype(jnp.float32))
     floats = read_shared(source)
     layers = [_read_layer(layer, config, workspace) for layer in range(config.num_layers)]
     weights = {linear.weight: layers[0].latents[linear.name].quantized for linear in LINEARS}

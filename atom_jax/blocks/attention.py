@@ -19,7 +19,7 @@ _LINEARS = (
     Linear(
         name="qkv",
         producer="input_norm",
-        rows=lambda config: config.q_size + 2 * config.kv_size,
+        segments=lambda config: (config.q_size, config.kv_size, config.kv_size),
         channels=lambda config: config.hidden_size,
         has_bias=lambda config: config.qkv_bias,
         residual=False,
@@ -28,7 +28,7 @@ _LINEARS = (
     Linear(
         name="o",
         producer="attention",
-        rows=lambda config: config.hidden_size,
+        segments=lambda config: (config.hidden_size,),
         channels=lambda config: config.q_size,
         has_bias=lambda config: config.o_bias,
         residual=True,

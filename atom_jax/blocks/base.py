@@ -32,23 +32,25 @@ OnCache = Callable[[PagedKVCache], PagedKVCache]
 class Linear:
     """One linear of a layer, with a weight of shape ``[rows, channels]``.
 
-    ``rows``, ``channels`` and ``has_bias`` are functions of the model's configuration.
+    ``segments``, ``channels`` and ``has_bias`` are functions of the model's configuration.
 
     Attributes:
       name: name of the projection, e.g. "qkv".
       producer: the operation that produces its input. The norms normalize the residual stream; ``silu``
         stands for ``silu(gate) * up``.
-      rows: number of rows of the weight, which are the output channels.
+      segments: numbers of rows of the weight, which are the output channels, one for each of the projections
+        that are fused in it.
       channels: number of columns of the weight, which are the input channels.
       has_bias: whether the linear has a bias in a model of this configuration.
       residual: whether its output is added to the residual stream.
-      split: the axis along which the weight can be divided among devices. With "rows" each device computes
-        some of the heads or of the MLP's inner channels; with "channels" it multiplies those it computed.
+      split: the axis along which the weight is divided among devices. With "rows" each device computes
+        some of the heads or of the MLP's inner channels; with "channels" it multiplies those it computed, and
+        the weight is stored in ``Format.shards`` blocks.
     """
 
     name: str
     producer: Producer
-    rows: Callable[[ModelConfig], int]
+    segments: Callable[[ModelConfig], tuple[int, ...]]
     channels: Callable[[ModelConfig], int]
     has_bias: Callable[[ModelConfig], bool]
     residual: bool
@@ -77,6 +79,13 @@ class Linear:
 
     def shape(self, config: ModelConfig) -> tuple[int, int]:
         return self.rows(config), self.channels(config)
+
+    def rows(self, config: ModelConfig) -> int:
+        return sum(self.segments(config))
+
+    def blocks(self, config: ModelConfig) -> int:
+        """Number of blocks of input channels in which the weight is stored (``Format.shards``)."""
+        return config.format.shards if self.split == "channels" else 1
 
 
 class Step(NamedTuple):

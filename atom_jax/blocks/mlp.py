@@ -13,7 +13,7 @@ _LINEARS = (
     Linear(
         name="gate_up",
         producer="post_attention_norm",
-        rows=lambda config: 2 * config.intermediate_size,
+        segments=lambda config: (config.intermediate_size, config.intermediate_size),
         channels=lambda config: config.hidden_size,
         has_bias=lambda config: config.mlp_bias,
         residual=False,
@@ -22,7 +22,7 @@ _LINEARS = (
     Linear(
         name="down",
         producer="silu",
-        rows=lambda config: config.hidden_size,
+        segments=lambda config: (config.hidden_size,),
         channels=lambda config: config.intermediate_size,
         has_bias=lambda config: config.mlp_bias,
         residual=True,

@@ -20,10 +20,9 @@ from atom_jax.checkpoint import (
     layer_specs,
     load_layer,
     shared_params,
-    shared_path,
     shared_specs,
     stored_shared,
-    write_tree,
+    write_shared,
 )
 from atom_jax.config import Format, ModelConfig, preset
 from atom_jax.errors import AtomError
@@ -286,7 +285,7 @@ class _Ablation:
         shared, order, windows = self._start(source, recipe)
         folder = self.results.folder / step.name
         with open_workspace(folder, self.results.job | {"recipe": recipe.settings()}) as workspace:
-            write_tree(shared_path(workspace.checkpoint), stored_shared(shared, config))
+            write_shared(workspace.checkpoint, stored_shared(shared, config), config)
             quantize_model(
                 source, recipe, windows, order, workspace, functools.partial(self.progress, "quantize")
             )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atom_jax import checkpoint
+from atom_jax import checkpoint, orbax_items
 from atom_jax.config import ModelConfig, preset
 from atom_jax.embedding import Embedding
 from atom_jax.kv_cache import init_cache
@@ -57,8 +57,8 @@ def write(folder: Path, config: ModelConfig) -> tuple[list[checkpoint.StoredPara
     layers = [random_tree(checkpoint.layer_specs(config), seed) for seed in range(config.num_layers)]
     shared = random_tree(checkpoint.shared_specs(config), 99)
     for index, layer in enumerate(layers):
-        checkpoint.write_tree(checkpoint.layer_path(folder, index), layer)
-    checkpoint.write_tree(checkpoint.shared_path(folder), shared)
+        orbax_items.write_tree(checkpoint.layer_path(folder, index), layer)
+    orbax_items.write_tree(checkpoint.shared_path(folder), shared)
     checkpoint.write_config(folder, config)
     (folder / checkpoint.TOKENIZER_FOLDER).mkdir()
     save_tokenizer(folder / checkpoint.TOKENIZER_FOLDER)
@@ -77,15 +77,15 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 
     thread = threading.Thread(target=write_on)
 
-    class Failing(checkpoint.ocp.StandardCheckpointer):
+    class Failing(orbax_items.ocp.StandardCheckpointer):
         def save(self, *args: Any, **kwargs: Any) -> None:
             thread.start()
             time.sleep(0.05)
             raise OSError("File too large")
 
-    monkeypatch.setattr(checkpoint.ocp, "StandardCheckpointer", Failing)
+    monkeypatch.setattr(orbax_items.ocp, "StandardCheckpointer", Failing)
     with fails("shared: cannot be written", "File too large"):
-        checkpoint.write_tree(tmp_path / "shared", {"norm": np.ones(4, np.float32)})
+        orbax_items.write_tree(tmp_path / "shared", {"norm": np.ones(4, np.float32)})
     assert not thread.is_alive() and not list(tmp_path.iterdir())
 
 
@@ -169,7 +169,7 @@ def rewrite(change: Callable[[checkpoint.StoredParams], Any], layer: int = 1) ->
         tree = random_tree(specs(CONFIGS["groups"]), 0)
         change(tree)
         shutil.rmtree(path)
-        checkpoint.write_tree(path, tree)
+        orbax_items.write_tree(path, tree)
 
     return damage
 
@@ -255,12 +255,12 @@ def formatted(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("edit", "part"),
     [
-        (edited(format_version=5), "not an Atom-JAX checkpoint of version 1 to 4 (found 5)"),
-        (edited(format_version=True), "not an Atom-JAX checkpoint of version 1 to 4 (found True)"),
-        (edited(format_version="2"), "not an Atom-JAX checkpoint of version 1 to 4 (found '2')"),
+        (edited(format_version=6), "not an Atom-JAX checkpoint of version 1 to 5 (found 6)"),
+        (edited(format_version=True), "not an Atom-JAX checkpoint of version 1 to 5 (found True)"),
+        (edited(format_version="2"), "not an Atom-JAX checkpoint of version 1 to 5 (found '2')"),
         (edited(format_version=2, format=[]), "model configuration is not readable"),
         (edited(format_version=1), "model configuration is not readable: no settings under 'quantization'"),
-        (lambda data: {"model_type": "llama"}, "not an Atom-JAX checkpoint of version 1 to 4 (found None)"),
+        (lambda data: {"model_type": "llama"}, "not an Atom-JAX checkpoint of version 1 to 5 (found None)"),
         (edited(surprise=1), "surprise"),
         (lambda data: {k: v for k, v in data.items() if k != "rope"}, "rope"),
         (lambda data: {k: v for k, v in data.items() if k != "hidden_size"}, "hidden_size"),

@@ -11,18 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from atom_jax.checkpoint import (
-    CARD_FILE,
-    layer_path,
-    layer_specs,
-    read_config,
-    read_tree,
-    shared_path,
-    shared_specs,
-)
+from atom_jax.checkpoint import CARD_FILE, layer_path, layer_specs, read_config, shared_path, shared_specs
 from atom_jax.config import ModelConfig
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward
+from atom_jax.orbax_items import read_tree
 from convert.card import read_card
 from convert.pipeline import ConvertOptions
 from convert.recipe import Recipe, has_setting, make_recipe

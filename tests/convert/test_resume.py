@@ -38,7 +38,7 @@ class Steps:
         self.seen: list[str] = []
         self.kill_before: int | None = None
         for owner, name in (
-            (pipeline, "write_tree"),
+            (pipeline, "write_shared"),
             (pipeline, "write_config"),
             (pipeline, "write_card"),
             (Workspace, "write_json"),
@@ -65,7 +65,7 @@ class Steps:
         def counted(*args: Any, **kwargs: Any) -> Any:
             paths = [str(arg) for arg in args if isinstance(arg, (str, Path))]
             # What Orbax does, in its own threads, is left to the test with a real signal.
-            inside_orbax = name != "write_tree" and any("/params/" in path for path in paths)
+            inside_orbax = name != "write_shared" and any("/params/" in path for path in paths)
             ours = name.startswith("write_") or any(".partial" in path for path in paths)
             if ours and not inside_orbax:
                 if len(self.seen) == self.kill_before:
@@ -178,7 +178,16 @@ def test_killed_while_an_error_cleans_up(
 
 
 @pytest.mark.parametrize(
-    "kind", ["write_array", "write_arrays", "write_tree", "write_json", "write_config", "write_card"]
+    "kind",
+    [
+        "write_array",
+        "write_arrays",
+        "write_shared",
+        "write_layer",
+        "write_json",
+        "write_config",
+        "write_card",
+    ],
 )
 def test_full_disk_once(
     kind: str,
@@ -204,9 +213,9 @@ def test_full_disk_once(
 
     for owner, names in (
         (Workspace, ("write_array", "write_arrays", "write_json")),
-        (pipeline, ("write_tree", "write_config", "write_card")),
-        (quantize_model, ("write_tree",)),
-        (refine_model, ("write_tree",)),
+        (pipeline, ("write_shared", "write_config", "write_card")),
+        (quantize_model, ("write_layer",)),
+        (refine_model, ("write_layer",)),
     ):
         for name in names:
             monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))

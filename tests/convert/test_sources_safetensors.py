@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from atom_jax.checkpoint import read_config, read_tree, shared_path, shared_specs
+from atom_jax.checkpoint import read_config, shared_path, shared_specs
+from atom_jax.orbax_items import read_tree
 from convert.card import read_card
 from convert.pipeline import ConvertOptions, convert
 from convert.recipe import make_recipe

@@ -11,7 +11,8 @@ import jax
 import pytest
 
 import atom_jax
-from atom_jax.checkpoint import layer_path, layer_specs, read_tree
+from atom_jax.checkpoint import layer_path, layer_specs
+from atom_jax.orbax_items import read_tree
 from atom_jax.structure import linear_shapes
 from convert.card import read_card
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from atom_jax.checkpoint import layer_path, layer_specs, read_tree
+from atom_jax.checkpoint import layer_path, layer_specs
+from atom_jax.orbax_items import read_tree
 from convert.ablation.results import RESULTS_FILE
 from convert.ablation.run import AblationOptions, ablate
 from convert.ablation.steps import FLOAT, AblationStep, recipes
