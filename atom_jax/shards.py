@@ -1,9 +1,9 @@
 """How a layer is cut into the shards of a checkpoint, and how a part of the model is joined from them.
 
-The rules follow from the declarations of the linears (``atom_jax.blocks``). A linear that is split by rows is
-cut within each of its segments: qkv within q, k and v, gate and up within both. A linear that is split by input
-channels is a stack of blocks, one a shard. A vector is cut like the rows that it belongs to. What has the same
-shape in a shard as in the whole, such as a norm, is in every shard.
+The rules follow from the declarations of the linears (``atom_jax.blocks``). A linear that is split by rows
+is cut within each of its segments: qkv within q, k and v, gate and up within both. A linear that is split by
+input channels is a stack of blocks, one a shard. A vector is cut like the rows that it belongs to. What has
+the same shape in a shard as in the whole, such as a norm, is in every shard.
 """
 
 from __future__ import annotations
