@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
@@ -23,7 +22,7 @@ from atom_jax.engine.scheduler import Piece, Plan
 from atom_jax.engine.sequence import SequenceState
 from atom_jax.generation import activation_dtype
 from atom_jax.kv_cache import init_cache
-from atom_jax.llama import merge
+from atom_jax.llama import Params, merge
 from atom_jax.progress import Progress
 from atom_jax.sampling import (
     LogitState,
@@ -117,7 +116,7 @@ class Dispatched(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def run_program(
-    params: nnx.State, state: DeviceState, rows: Rows, *, config: ModelConfig
+    params: Params, state: DeviceState, rows: Rows, *, config: ModelConfig
 ) -> tuple[DeviceState, Int32[Array, "rows packed"], Float[Array, "rows width hidden"]]:
     """Writes the keys and values of each row's tokens to the cache and chooses the token after them.
 
