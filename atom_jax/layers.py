@@ -62,7 +62,8 @@ def weight_blocks(weight: Any, count: int) -> list[Any]:
     if not isinstance(weight, LayerOf):
         return [jax.tree.map(lambda array, block=block: array[block], weight) for block in range(count)]
     # The blocks of all layers are one stack, so that none is copied.
-    stack = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), weight.stack)
+    merged = lambda array: array.reshape(array.shape[0] * count, *array.shape[2:])  # noqa: E731
+    stack = jax.tree.map(merged, weight.stack)
     return [LayerOf(stack, weight.layer * count + block) for block in range(count)]
 
 

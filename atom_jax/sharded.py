@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,10 @@ from atom_jax.collectives import AXIS, Group, all_gather
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from atom_jax.kv_cache import PAGE_SIZE, init_cache
-from atom_jax.llama import Llama, merge
+from atom_jax.llama import Llama, Params, merge
 from pallas_kernels import PagedKVCache
+
+Tree = TypeVar("Tree")
 
 _REPLICATED = PartitionSpec()
 _DEVICES = PartitionSpec(AXIS)
@@ -172,6 +174,30 @@ def shard_params(parts: Iterable[nnx.State], group: Group) -> ShardedParams:
         return jax.make_array_from_single_device_arrays(shape, sharding, list(arrays))
 
     return ShardedParams(jax.tree.map(assemble, *placed), group)
+
+
+def on_devices(make: Callable[[], Tree], params: Params) -> Tree:
+    """What ``make`` returns, where parameters are: caches divided by heads, all else on every device."""
+    if not isinstance(params, ShardedParams):
+        return make()
+    mesh = params.group.mesh
+
+    def is_cache(node: Any) -> bool:
+        return isinstance(node, PagedKVCache)
+
+    def specs(node: Any) -> Any:
+        return cache_specs(node) if is_cache(node) else _REPLICATED
+
+    divided = jax.tree.map(specs, jax.eval_shape(make), is_leaf=is_cache)
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), divided, is_leaf=lambda node: isinstance(node, PartitionSpec)
+    )
+    return jax.jit(make, out_shardings=shardings)()
+
+
+def num_parts(params: Params) -> int:
+    """The number of devices among which the model is divided."""
+    return params.group.size if isinstance(params, ShardedParams) else 1
 
 
 def cache_specs(cache: PagedKVCache) -> PagedKVCache:
