@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from atom_jax.blocks import Linear
 from atom_jax.checkpoint_versions import FORMAT_VERSION, upgraded
@@ -37,9 +38,10 @@ from atom_jax.embedding import Embedding, round_table
 from atom_jax.errors import AtomError
 from atom_jax.files import read_json
 from atom_jax.kernel_check import check_kernels
-from atom_jax.llama import make_params
+from atom_jax.llama import Params, make_params
 from atom_jax.orbax_items import StoredParams, StoredSpecs, read_tree, write_tree
 from atom_jax.schemes import SCHEMES, w8a8
+from atom_jax.sharded import local_devices, make_group, shard_params
 from atom_jax.shards import SpecsOf, cut, join
 from atom_jax.structure import LINEARS, index_shapes, vector_shapes
 from atom_jax.tokenizer import wrap_tokenizer
@@ -68,12 +70,12 @@ class Model:
     Attributes:
       path: folder of the checkpoint.
       config: configuration of the model.
-      params: parameters on the default device, as ``make_params`` returns them.
+      params: parameters as ``make_params`` returns them, or divided among devices.
     """
 
     path: Path
     config: ModelConfig
-    params: nnx.State
+    params: Params
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -294,8 +296,14 @@ def default_dtype() -> jnp.dtype:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
-def load(path: str | Path, *, dtype: jnp.dtype | None = None) -> Model:
-    """Loads a converted checkpoint onto the default device. Needs neither torch nor the original model.
+def load(
+    path: str | Path,
+    *,
+    dtype: jnp.dtype | None = None,
+    mesh: Mesh | None = None,
+    fixed_order: bool | None = None,
+) -> Model:
+    """Loads a converted checkpoint. Needs neither torch nor the original model.
 
     On a GPU for which there are kernels, the kernels are first compared with the reference in separate
     processes, once for each kind of device and each version (docs/doctor.md). A kernel that fails is named
@@ -304,25 +312,46 @@ def load(path: str | Path, *, dtype: jnp.dtype | None = None) -> Model:
     Args:
       path: folder written by ``atom-jax convert``.
       dtype: dtype of activations and of a cache that is not quantized; None for ``default_dtype()``.
+      mesh: the devices among which the model is divided, with one axis; their number divides the checkpoint's
+        shards. A process reads the shards of its own devices only. None for the default device.
+      fixed_order: whether sums over devices have a fixed order, so that any number of devices gives the same
+        bits (``atom_jax.collectives``); None for yes on CPUs and no elsewhere. Only with a mesh.
 
     Raises:
-      AtomError: the folder is not a checkpoint, or a part of it is missing, damaged or does not fit the
-        configuration.
+      AtomError: the folder is not a checkpoint, a part of it is missing, damaged or does not fit the
+        configuration, or it does not run on so many devices.
     """
     path = Path(path)
     config = read_config(path)
     if (message := check_kernels()) is not None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     dtype = default_dtype() if dtype is None else dtype
-    specs = layer_specs(config)
-    stacked = jax.tree.map(lambda spec: np.empty((config.num_layers, *spec.shape), spec.dtype), specs)
-    for layer in range(config.num_layers):
-        tree = read_layer_part(path, layer, config)
+    if mesh is None:
+        return Model(path, config, _load_part(path, config, dtype))
+    group = make_group(mesh, fixed_order)
+    config.part(group.size)
+
+    def parts() -> Iterator[nnx.State]:
+        for part, device in enumerate(group.mesh.devices):
+            if device in local_devices(group):
+                with jax.default_device(device):
+                    params = _load_part(path, config, dtype, part, group.size)
+                yield params
+
+    return Model(path, config, shard_params(parts(), group))
+
+
+def _load_part(path: Path, config: ModelConfig, dtype: jnp.dtype, part: int = 0, parts: int = 1) -> nnx.State:
+    """The parameters of one of ``parts`` parts of the model, on the default device."""
+    own = config if parts == 1 else config.part(parts)
+    stacked = jax.tree.map(lambda spec: np.empty((own.num_layers, *spec.shape), spec.dtype), layer_specs(own))
+    for layer in range(own.num_layers):
+        tree = read_layer_part(path, layer, config, part, parts)
         jax.tree.map(lambda stack, value, layer=layer: stack.__setitem__(layer, value), stacked, tree)
-    tree = load_shared(path, config, dtype)
+    tree = shared_params(read_shared_part(path, config, part, parts), own, dtype)
     # Popped one by one, so that no more than one parameter is in host and device memory at the same time.
-    layers = {name: layer_params({name: stacked.pop(name)}, config)[name] for name in list(stacked)}
-    return Model(path, config, make_params(config, {**tree, "layers": layers}))
+    layers = {name: layer_params({name: stacked.pop(name)}, own)[name] for name in list(stacked)}
+    return make_params(own, {**tree, "layers": layers})
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype = jnp.bfloat16) -> nnx.State:

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from atom_jax.collectives import AXIS, Group
 from pallas_kernels import QuantizedWeight, quantize_int8
 from pallas_kernels.nn import rounded
 
@@ -32,8 +34,20 @@ class Embedding:
     table: Table
     dtype: jnp.dtype
 
-    def rows(self, tokens: Int32[Array, " m"]) -> Float[Array, "m hidden"]:
-        """The vectors of ``tokens``; ids beyond the vocabulary count as the last one."""
+    def rows(self, tokens: Int32[Array, " m"], group: Group | None = None) -> Float[Array, "m hidden"]:
+        """The vectors of ``tokens``; ids beyond the vocabulary count as the last one.
+
+        Each device of a ``group`` has an equal part of the table, in order.
+        """
+        if group is None:
+            return self._rows(tokens)
+        size = self.table.shape[0]
+        local = tokens - lax.axis_index(AXIS) * size
+        mine = (local >= 0) & (local < size)
+        # All terms but one are zero, so the sum is exact.
+        return lax.psum(jnp.where(mine[:, None], self._rows(local), 0), AXIS)
+
+    def _rows(self, tokens: Int32[Array, " m"]) -> Float[Array, "m hidden"]:
         if not isinstance(self.table, QuantizedWeight):
             return jnp.take(self.table, tokens, axis=0, mode="clip").astype(self.dtype)
         values = jnp.take(self.table.outliers, tokens, axis=0, mode="clip").astype(jnp.float32)

@@ -6,14 +6,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from atom_jax.checkpoint import abstract_params, default_dtype
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError, not_one_of
-from atom_jax.generation import activation_dtype
-from atom_jax.kv_cache import init_cache
-from atom_jax.llama import merge
+from atom_jax.llama import Params, merge
 from pallas_kernels.devices import IMPLEMENTATIONS, NEED_VERDICT
 from pallas_kernels.dispatch import AUTO, Choice, cost, describe, record_choices, use_implementation
 from pallas_kernels.roofline import H200, seconds
@@ -48,7 +45,7 @@ class Line(NamedTuple):
 
 
 def step_choices(
-    params: nnx.State, config: ModelConfig, *, batch: int, seq: int, context: int
+    params: Params, config: ModelConfig, *, batch: int, seq: int, context: int
 ) -> list[tuple[Part, Choice]]:
     """What runs each op of a step: those of a layer once, as one program serves all layers, and of the head.
 
@@ -58,8 +55,7 @@ def step_choices(
       params: parameters of the model, or their shapes.
       config, batch, seq, context: as in ``explain``.
     """
-    dtype = activation_dtype(params, config)
-    cache = jax.eval_shape(lambda: init_cache(config, batch, context, dtype=dtype))
+    cache = jax.eval_shape(lambda: merge(params, config).new_cache(batch, context))
     tokens = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
     choices: list[tuple[Part, Choice]] = []
 

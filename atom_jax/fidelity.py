@@ -13,14 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from atom_jax.config import ModelConfig
 from atom_jax.embedding import Table, round_table
 from atom_jax.errors import AtomError
 from atom_jax.intervals import Ratios, perplexity_ratios
-from atom_jax.llama import merge
+from atom_jax.llama import Llama, Params, merge
 from atom_jax.perplexity import by_rows, exp_of_mean, make_windows, start_windows, targets
 from atom_jax.progress import Progress, StageProgress
 from pallas_kernels import QuantizedWeight
@@ -114,7 +113,7 @@ class Comparison:
 
 @functools.partial(jax.jit, static_argnames=("config", "residuals"))
 def window_states(
-    params: nnx.State,
+    params: Params,
     tokens: Int32[Array, "batch seq"],
     lengths: Int32[Array, " batch"],
     *,
@@ -130,8 +129,8 @@ def window_states(
 
 @functools.partial(jax.jit, static_argnames=("config_a", "config_b"))
 def window_sums(
-    params_a: nnx.State,
-    params_b: nnx.State,
+    params_a: Params,
+    params_b: Params,
     hidden_a: Float[Array, "batch seq hidden_a"],
     hidden_b: Float[Array, "batch seq hidden_b"],
     tokens: Int32[Array, "batch seq"],
@@ -244,21 +243,23 @@ def _as_int8(table: Table | np.ndarray) -> Shaped[np.ndarray, "vocab hidden"]:
 
 
 def _order_or_reason(
-    params_a: nnx.State, params_b: nnx.State, config_a: ModelConfig, config_b: ModelConfig
+    params_a: Params, params_b: Params, config_a: ModelConfig, config_b: ModelConfig
 ) -> tuple[Int32[np.ndarray, " hidden"] | None, str | None]:
     """(``match_channels``, None), or (None, the reason why the residual streams cannot be compared)."""
     if config_a.num_layers != config_b.num_layers:
         return None, f"the models have {config_a.num_layers} and {config_b.num_layers} layers"
+    model_a, model_b = merge(params_a, config_a), merge(params_b, config_b)
+    if not (isinstance(model_a, Llama) and isinstance(model_b, Llama)):
+        return None, "a model is divided among devices"
     try:
-        models = merge(params_a, config_a), merge(params_b, config_b)
-        return match_channels(*(model.embedding.get_value().table for model in models)), None
+        return match_channels(*(model.embedding.get_value().table for model in (model_a, model_b))), None
     except AtomError as error:
         return None, str(error)
 
 
 def compare(
-    params_a: nnx.State,
-    params_b: nnx.State,
+    params_a: Params,
+    params_b: Params,
     tokens: Sequence[int] | np.ndarray,
     *,
     config_a: ModelConfig,
@@ -323,8 +324,8 @@ def compare(
 
 
 def compare_texts(
-    params_a: nnx.State,
-    params_b: nnx.State,
+    params_a: Params,
+    params_b: Params,
     texts: Mapping[str, Sequence[int] | np.ndarray],
     *,
     config_a: ModelConfig,

@@ -9,14 +9,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int, Int32, Key
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
-from atom_jax.kv_cache import init_cache
-from atom_jax.llama import forward, merge
+from atom_jax.llama import Params, forward, merge
 from atom_jax.sampling import (
     LogitState,
     SamplingParams,
@@ -103,7 +101,7 @@ def _choose(
 
 
 def prefill(
-    params: nnx.State,
+    params: Params,
     tokens: Int32[Array, "batch prompt"],
     settings: BatchSettings,
     logit_state: LogitState,
@@ -135,7 +133,7 @@ def prefill(
 
 
 def decode_step(
-    params: nnx.State, settings: BatchSettings, state: DecodeState, config: ModelConfig
+    params: Params, settings: BatchSettings, state: DecodeState, config: ModelConfig
 ) -> tuple[DecodeState, Int32[Array, " batch"]]:
     """Writes the last token of each row to the cache and chooses the next; finished rows are padding."""
     positions = jnp.where(state.done, -1, settings.lengths + state.generated - 1)
@@ -149,7 +147,7 @@ def decode_step(
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
 def _generate(params, tokens, settings, logit_state, max_new_tokens, *, config, capacity):
     batch, width = tokens.shape
-    cache = init_cache(config, batch, width + capacity, dtype=activation_dtype(params, config))
+    cache = merge(params, config).new_cache(batch, width + capacity)
     state = prefill(params, tokens, settings, logit_state, cache, config)
     out = jnp.zeros((batch, capacity), jnp.int32).at[:, 0].set(state.token)
 
@@ -171,18 +169,16 @@ def _generate(params, tokens, settings, logit_state, max_new_tokens, *, config, 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
 def _prefill_new_cache(params, tokens, settings, logit_state, *, config, capacity):
-    cache = init_cache(
-        config, tokens.shape[0], tokens.shape[1] + capacity, dtype=activation_dtype(params, config)
-    )
+    cache = merge(params, config).new_cache(tokens.shape[0], tokens.shape[1] + capacity)
     return prefill(params, tokens, settings, logit_state, cache, config)
 
 
 _step = jax.jit(decode_step, static_argnames=("config",), donate_argnames=("state",))
 
 
-def activation_dtype(params: nnx.State, config: ModelConfig) -> jnp.dtype:
+def activation_dtype(params: Params, config: ModelConfig) -> jnp.dtype:
     """Dtype of the residual stream, which is also the dtype of the pages of a float KV cache."""
-    return merge(params, config).embedding.get_value().dtype
+    return merge(params, config).dtype
 
 
 def _prepare(
@@ -251,7 +247,7 @@ def _check_prompts(ids: np.ndarray, counts: np.ndarray, config: ModelConfig, max
 
 
 def generate(
-    params: nnx.State,
+    params: Params,
     tokens: Int[Array | np.ndarray, "batch prompt"],
     lengths: Int[Array | np.ndarray, " batch"],
     *,
@@ -288,7 +284,7 @@ def generate(
 
 
 def stream(
-    params: nnx.State,
+    params: Params,
     tokens: Int[Array | np.ndarray, "batch prompt"],
     lengths: Int[Array | np.ndarray, " batch"],
     *,
@@ -313,7 +309,7 @@ def stream(
 
 
 def _stream(
-    params: nnx.State,
+    params: Params,
     prompts: Int32[Array, "batch bucket"],
     settings: BatchSettings,
     logit_state: LogitState,

@@ -17,6 +17,7 @@ def init_cache(
     *,
     page_size: int = PAGE_SIZE,
     dtype: jnp.dtype = jnp.bfloat16,
+    parts: int = 1,
 ) -> PagedKVCache:
     """An empty cache in which each sequence owns pages of its own.
 
@@ -26,12 +27,14 @@ def init_cache(
       max_length: number of tokens of each sequence that must fit; rounded up to whole pages.
       page_size: number of tokens of a page.
       dtype: dtype of the pages if they are in floating point (kv_bits 16); else it is ignored.
+      parts: number of devices among which the heads are divided (``atom_jax.sharded``). Each has at least
+        one, so with fewer kv heads than devices some are there several times.
     """
     blocks = -(-max_length // page_size)
     return init_paged_kv_cache(
         num_layers=config.num_layers,
         num_pages=batch * blocks,
-        num_kv_heads=config.num_kv_heads,
+        num_kv_heads=max(config.num_kv_heads, parts),
         page_size=page_size,
         head_dim=config.head_dim,
         block_tables=jnp.arange(batch * blocks, dtype=jnp.int32).reshape(batch, blocks),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -46,10 +46,25 @@ def one_layer(params: Params, layer: Int32[Array, ""]) -> Params:
     packed = tuple(_FORMATS)
 
     def select(leaf: Any) -> Any:
-        is_weight = isinstance(leaf, packed) or leaf.ndim == len(("layers", "n", "k"))
+        if isinstance(leaf, packed):
+            return LayerOf(leaf, layer)
+        # Orders of input channels in blocks have as many axes as a weight, but are integers.
+        is_weight = leaf.ndim >= len(("layers", "n", "k")) and jnp.issubdtype(leaf.dtype, jnp.floating)
         return LayerOf(leaf, layer) if is_weight else at_layer(leaf, layer)
 
     return jax.tree.map(select, params, is_leaf=lambda leaf: isinstance(leaf, packed))
+
+
+def weight_blocks(weight: Any, count: int) -> list[Any]:
+    """The blocks of a weight that is stored in ``count`` blocks of input channels; itself if that is one."""
+    if count == 1:
+        return [weight]
+    if not isinstance(weight, LayerOf):
+        return [jax.tree.map(lambda array, block=block: array[block], weight) for block in range(count)]
+    # The blocks of all layers are one stack, so that none is copied.
+    merged = lambda array: array.reshape(array.shape[0] * count, *array.shape[2:])  # noqa: E731
+    stack = jax.tree.map(merged, weight.stack)
+    return [LayerOf(stack, weight.layer * count + block) for block in range(count)]
 
 
 def norm_input(
@@ -72,6 +87,35 @@ def linear_input(
     if fmt := activation_format(weight, config):
         return quantize(x, fmt, indices)
     return x
+
+
+def attention_inputs(
+    x: Float[Array, "m k"],
+    weights: Sequence[Weight],
+    indices: Int32[Array, "*blocks k_of_block"] | None,
+    config: ModelConfig,
+) -> list[Activation]:
+    """The output of attention as ``linear_input`` of each of the blocks ``weights`` of o_proj."""
+    count = len(weights)
+    orders = [None] * count if indices is None else list(indices.reshape(count, -1))
+    return [
+        linear_input(part, weight, order, config)
+        for part, weight, order in zip(jnp.split(x, count, axis=1), weights, orders, strict=True)
+    ]
+
+
+def mlp_inputs(
+    gate_up: Float[Array, "m two_k"], weights: Sequence[Weight], config: ModelConfig
+) -> list[Activation]:
+    """``mlp_input`` of each of the blocks ``weights`` of down_proj; ``gate_up`` has all of gate first."""
+    if len(weights) == 1:
+        return [mlp_input(gate_up, weights[0], config)]
+    gate, up = jnp.split(gate_up, 2, axis=1)
+    halves = zip(*(jnp.split(half, len(weights), axis=1) for half in (gate, up)), strict=True)
+    return [
+        mlp_input(jnp.concatenate(both, axis=1), weight, config)
+        for both, weight in zip(halves, weights, strict=True)
+    ]
 
 
 def mlp_input(gate_up: Float[Array, "m two_k"], weight: Weight, config: ModelConfig) -> Activation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,20 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from atom_jax.blocks import BLOCKS, LayerParams, OnCache, OnLinear, Step, make_step
+from atom_jax.collectives import Group
 from atom_jax.config import ModelConfig
 from atom_jax.embedding import Embedding
+from atom_jax.kv_cache import PAGE_SIZE, init_cache
 from atom_jax.layers import head_logits, one_layer
 from atom_jax.structure import index_shapes, linear_shapes, vector_shapes
 from pallas_kernels import PagedKVCache
 from pallas_kernels.nn import rms_norm
+
+if TYPE_CHECKING:
+    from atom_jax.sharded import ShardedLlama, ShardedParams
+
+# What ``load`` returns and all functions take: parameters on one device, or divided among several.
+Params: TypeAlias = "nnx.State | ShardedParams"
 
 
 class Layer(nnx.Module):
@@ -42,6 +50,7 @@ class Layer(nnx.Module):
         step: Step,
         on_linear: OnLinear | None = None,
         on_cache: OnCache | None = None,
+        group: Group | None = None,
     ) -> tuple[Float[Array, "m hidden"], PagedKVCache]:
         """The residual stream after the layer, and the cache with this layer's keys and values.
 
@@ -54,8 +63,9 @@ class Layer(nnx.Module):
             name, its input, and the function that gives its output for an input; for float weights only.
           on_cache: called with the cache before attention reads it, which it may replace; for float caches
             only.
+          group: the devices of which each has a part of the layer; None if the layer is in one piece.
         """
-        params = LayerParams(self.param, self.config, x.dtype, on_linear, on_cache)
+        params = LayerParams(self.param, self.config, x.dtype, on_linear, on_cache, group)
         for block in BLOCKS:
             x, cache = block.run(x, cache, layer, step, params)
         return x, cache
@@ -72,6 +82,15 @@ class Llama(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Param(params["lm_head"])
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the residual stream, which is also that of the pages of a cache in floating point."""
+        return self.embedding.get_value().dtype
+
+    def new_cache(self, batch: int, max_length: int, page_size: int = PAGE_SIZE) -> PagedKVCache:
+        """An empty cache of the model, see ``init_cache``."""
+        return init_cache(self.config, batch, max_length, page_size=page_size, dtype=self.dtype)
+
     def hidden(
         self, tokens: Int32[Array, "batch seq"], positions: Int32[Array, "batch seq"], cache: PagedKVCache
     ) -> tuple[Float[Array, "batch seq hidden"], PagedKVCache]:
@@ -84,17 +103,21 @@ class Llama(nnx.Module):
         positions: Int32[Array, "batch seq"],
         cache: PagedKVCache,
         observe: Callable[[Float[Array, "m hidden"]], Any],
+        group: Group | None = None,
     ) -> tuple[Float[Array, "batch seq hidden"], PagedKVCache, Any]:
-        """``hidden``, and the results of ``observe`` on the residual stream after each layer, stacked."""
+        """``hidden``, and the results of ``observe`` on the residual stream after each layer, stacked.
+
+        With a ``group`` the model is this device's part.
+        """
         step = make_step(positions, cache, self.config)
-        x = self.embedding.get_value().rows(tokens.reshape(-1))
+        x = self.embedding.get_value().rows(tokens.reshape(-1), group)
         structure, stacked = nnx.split(self.layers)
 
         def body(carry, _):
             # The index is counted up in the carry: slicing it from a scanned array would cost a kernel launch
             # in each layer.
             x, cache, layer = carry
-            x, cache = nnx.merge(structure, one_layer(stacked, layer))(x, cache, layer, step)
+            x, cache = nnx.merge(structure, one_layer(stacked, layer))(x, cache, layer, step, group=group)
             return (x, cache, layer + 1), observe(x)
 
         start = (x, cache, jnp.int32(0))
@@ -132,14 +155,22 @@ def graphdef(config: ModelConfig) -> nnx.GraphDef:
     return nnx.split(Llama(config, tree))[0]
 
 
-def merge(params: nnx.State, config: ModelConfig) -> Llama:
+@overload
+def merge(params: nnx.State, config: ModelConfig) -> Llama: ...
+
+
+@overload
+def merge(params: Params, config: ModelConfig) -> Llama | ShardedLlama: ...
+
+
+def merge(params: Params, config: ModelConfig) -> Llama | ShardedLlama:
     """The model with the parameters ``params``."""
-    return nnx.merge(graphdef(config), params)
+    return nnx.merge(graphdef(config), params) if isinstance(params, nnx.State) else params.merge(config)
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
 def forward(
-    params: nnx.State,
+    params: Params,
     tokens: Int32[Array, "batch seq"],
     positions: Int32[Array, "batch seq"],
     cache: PagedKVCache,

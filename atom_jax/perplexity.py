@@ -7,22 +7,23 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int32, Shaped
 
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from atom_jax.generation import PREFILL_CHUNK
-from atom_jax.kv_cache import init_cache
-from atom_jax.llama import Llama, merge
+from atom_jax.llama import Llama, Params, merge
 from atom_jax.progress import Progress
 from pallas_kernels import PagedKVCache
+
+if TYPE_CHECKING:
+    from atom_jax.sharded import ShardedLlama
 
 # Number of rows whose logits are in memory at once: they are float32 [rows, vocab], the largest array of an
 # evaluation.
@@ -95,7 +96,7 @@ def sum_nll(
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def window_nll(
-    params: nnx.State,
+    params: Params,
     tokens: Int32[Array, "batch seq"],
     lengths: Int32[Array, " batch"],
     *,
@@ -107,7 +108,7 @@ def window_nll(
 
 
 def hidden_in_chunks(
-    model: Llama, tokens: Int32[Array, "batch seq"], lengths: Int32[Array, " batch"]
+    model: Llama | ShardedLlama, tokens: Int32[Array, "batch seq"], lengths: Int32[Array, " batch"]
 ) -> Float[Array, "batch seq hidden"]:
     """The input of the head for every token, in chunks as in ``generate``, to bound attention's memory."""
     batch, seq = tokens.shape
@@ -126,13 +127,13 @@ def hidden_in_chunks(
 
 
 def start_windows(
-    model: Llama, tokens: Int32[Array, "batch seq"], lengths: Int32[Array, " batch"]
+    model: Llama | ShardedLlama, tokens: Int32[Array, "batch seq"], lengths: Int32[Array, " batch"]
 ) -> tuple[Int32[Array, "batch seq"], PagedKVCache]:
     """Positions of the tokens of each row, -1 beyond its length, and an empty cache with room for them."""
     batch, seq = tokens.shape
     columns = jnp.arange(seq, dtype=jnp.int32)
     positions = jnp.where(columns < lengths[:, None], columns, -1)
-    return positions, init_cache(model.config, batch, seq, dtype=model.embedding.get_value().dtype)
+    return positions, model.new_cache(batch, seq)
 
 
 def make_windows(
@@ -182,7 +183,7 @@ def exp_of_mean(nll: float, tokens: int, whose: str) -> float:
 
 
 def perplexity(
-    params: nnx.State,
+    params: Params,
     tokens: Sequence[int] | np.ndarray,
     *,
     config: ModelConfig,
@@ -216,7 +217,7 @@ def perplexity(
 
 
 def windows_nll(
-    params: nnx.State,
+    params: Params,
     windows: Int32[np.ndarray, "windows seq"],
     lengths: Int32[np.ndarray, " windows"],
     *,

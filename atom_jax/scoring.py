@@ -9,12 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int32
 
 from atom_jax.config import ModelConfig
 from atom_jax.generation import bucket
-from atom_jax.llama import merge
+from atom_jax.llama import Params, merge
 from atom_jax.perplexity import by_rows, hidden_in_chunks
 from atom_jax.progress import Progress
 from pallas_kernels.fixed_order import log_softmax
@@ -29,7 +28,7 @@ class Scored(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def score_batch(
-    params: nnx.State,
+    params: Params,
     tokens: Int32[Array, "batch seq"],
     lengths: Int32[Array, " batch"],
     columns: Int32[Array, "batch n"],
@@ -60,7 +59,7 @@ def score_batch(
 
 
 def score(
-    params: nnx.State,
+    params: Params,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     config: ModelConfig,

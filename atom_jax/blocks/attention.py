@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int32
 
 from atom_jax.blocks.base import Block, LayerParams, Linear, Step, bias_shapes
 from atom_jax.config import ModelConfig
-from atom_jax.layers import linear_input, norm_input
+from atom_jax.layers import attention_inputs, norm_input
 from atom_jax.rope import rope_table
 from pallas_kernels import PagedKVCache, kv_append, paged_attention
 
@@ -100,8 +100,8 @@ def _run(
         key_rope=step.key_rope,
         window=layer_window(config, layer),
     ).reshape(x.shape[0], config.q_size)
-    inputs = linear_input(attended, param("o_proj"), param("o_indices"), config)
-    return params.project("o", inputs, residual=x), cache
+    inputs = attention_inputs(attended, params.blocks("o"), param("o_indices"), config)
+    return params.project_blocks("o", inputs, residual=x), cache
 
 
 ATTENTION = Block(_LINEARS, _vectors, _run)

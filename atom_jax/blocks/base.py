@@ -7,14 +7,15 @@ and the converter's passes, derives them from these declarations (``atom_jax.str
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from atom_jax.collectives import Group, all_reduce, sum_in_pairs
 from atom_jax.config import ModelConfig
-from atom_jax.layers import Activation, linear
+from atom_jax.layers import Activation, Weight, linear, weight_blocks
 from pallas_kernels import PagedKVCache, QuantizedActivation
 
 # The operation that produces the input of a linear.
@@ -117,6 +118,7 @@ class LayerParams:
       dtype: dtype of the residual stream and of the linears' outputs.
       on_linear: called in the place of each linear (``OnLinear``); for float weights only.
       on_cache: called with the cache before attention reads it, which it may replace; for float caches only.
+      group: the devices that compute the layer together; None for one alone.
     """
 
     param: Callable[[str], Any]
@@ -124,6 +126,7 @@ class LayerParams:
     dtype: jnp.dtype
     on_linear: OnLinear | None = None
     on_cache: OnCache | None = None
+    group: Group | None = None
 
     def project(
         self, name: str, inputs: Activation, residual: Float[Array, "m n"] | None = None
@@ -138,6 +141,28 @@ class LayerParams:
             return product(inputs)
         assert not isinstance(inputs, QuantizedActivation), "on_linear is for float weights"
         return self.on_linear(name, inputs, product)
+
+    def blocks(self, name: str) -> list[Weight]:
+        """The blocks of the linear ``name``, which is split by its input channels."""
+        return weight_blocks(self.param(f"{name}_proj"), self.config.format.shards)
+
+    def project_blocks(
+        self, name: str, inputs: Sequence[Activation], residual: Float[Array, "m n"]
+    ) -> Float[Array, "m n"]:
+        """As ``project``, from the input of each block; the sum over the blocks of all devices.
+
+        Products are added in float32, and bias and residual last.
+        """
+        if len(inputs) == 1 and self.group is None:
+            return self.project(name, inputs[0], residual)
+        assert self.on_linear is None, "on_linear is for models in one piece"
+        blocks = zip(inputs, self.blocks(name), strict=True)
+        total = sum_in_pairs([linear(block, weight, None, jnp.float32) for block, weight in blocks])
+        if self.group is not None:
+            total = all_reduce(total, self.group, self.dtype).astype(jnp.float32)
+        if (bias := self.param(f"{name}_bias")) is not None:
+            total += bias
+        return (total + residual).astype(self.dtype)
 
     def cached(self, cache: PagedKVCache) -> PagedKVCache:
         """The cache that attention reads."""

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int32
 
 from atom_jax.blocks.base import Block, LayerParams, Linear, Step, bias_shapes
 from atom_jax.config import ModelConfig
-from atom_jax.layers import mlp_input, norm_input
+from atom_jax.layers import mlp_inputs, norm_input
 from pallas_kernels import PagedKVCache
 
 _LINEARS = (
@@ -47,8 +47,8 @@ def _run(
     normed = norm_input(
         x, param("post_attention_norm"), param("gate_up_proj"), param("gate_up_indices"), config
     )
-    inner = mlp_input(params.project("gate_up", normed), param("down_proj"), config)
-    return params.project("down", inner, residual=x), cache
+    inner = mlp_inputs(params.project("gate_up", normed), params.blocks("down"), config)
+    return params.project_blocks("down", inner, residual=x), cache
 
 
 MLP = Block(_LINEARS, _vectors, _run)

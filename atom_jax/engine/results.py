@@ -8,13 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from atom_jax.config import ModelConfig
 from atom_jax.engine.logprobs import MAX_LOGPROBS, TokenLogprobs
-from atom_jax.llama import merge
+from atom_jax.llama import Params, merge
 from atom_jax.perplexity import by_rows
 from pallas_kernels.fixed_order import log_softmax
 
@@ -51,7 +50,7 @@ def packed_logprobs(
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def score_prompt(
-    params: nnx.State,
+    params: Params,
     hidden: Float[Array, "rows width hidden"],
     row: Int32[Array | np.ndarray, ""],
     targets: Int32[Array | np.ndarray, " width"],

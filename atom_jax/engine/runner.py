@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
@@ -21,9 +20,8 @@ from atom_jax.engine.buckets import Buckets, Shape
 from atom_jax.engine.results import packed_logprobs, score_prompt
 from atom_jax.engine.scheduler import Piece, Plan
 from atom_jax.engine.sequence import SequenceState
-from atom_jax.generation import activation_dtype
 from atom_jax.kv_cache import init_cache
-from atom_jax.llama import merge
+from atom_jax.llama import Params, merge
 from atom_jax.progress import Progress
 from atom_jax.sampling import (
     LogitState,
@@ -38,6 +36,7 @@ from atom_jax.sampling import (
     sample,
     sampling_rows,
 )
+from atom_jax.sharded import ShardedParams, on_devices
 from pallas_kernels import PagedKVCache
 from pallas_kernels.dispatch import current_implementation
 
@@ -117,7 +116,7 @@ class Dispatched(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def run_program(
-    params: nnx.State, state: DeviceState, rows: Rows, *, config: ModelConfig
+    params: Params, state: DeviceState, rows: Rows, *, config: ModelConfig
 ) -> tuple[DeviceState, Int32[Array, "rows packed"], Float[Array, "rows width hidden"]]:
     """Writes the keys and values of each row's tokens to the cache and chooses the token after them.
 
@@ -167,11 +166,20 @@ def _set_masks(
     return masks.at[slots].set(new, mode="drop")
 
 
-def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
-    """Bytes of one page in all layers together; ``dtype`` is the type of pages that are not quantized."""
-    page = jax.eval_shape(lambda: init_cache(config, 1, page_size, page_size=page_size, dtype=dtype))
+def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype, parts: int = 1) -> int:
+    """Bytes of one page in all layers together, on one device.
+
+    Args:
+      config: configuration of the model.
+      page_size: tokens in a page.
+      dtype: type of pages that are not quantized.
+      parts: number of devices among which the heads are divided.
+    """
+    page = jax.eval_shape(
+        lambda: init_cache(config, 1, page_size, page_size=page_size, dtype=dtype, parts=parts)
+    )
     fields = (page.k_pages, page.v_pages, page.k_scales, page.v_scales)
-    return sum(field.size * field.dtype.itemsize for field in fields if field is not None)
+    return sum(field.size * field.dtype.itemsize for field in fields if field is not None) // parts
 
 
 class Runner:
@@ -195,21 +203,26 @@ class Runner:
         self._slots = slots
         self._buckets = buckets
         self._num_pages = num_pages
-        self._dtype = activation_dtype(model.params, model.config)
         self._implementation = current_implementation()
         self._state = self._new_state()
-        self._abstract_state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._state)
+        divided = isinstance(model.params, ShardedParams)
+        self._abstract_state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if divided else None),
+            self._state,
+        )
         self._ready: set[Shape] = set()  # programs that are compiled
         self._awaited: set[Shape] = set()  # programs that somebody is about to compile
 
     def _new_state(self) -> DeviceState:
-        cache = init_cache(
-            self._config, 1, self._num_pages * self._page_size, page_size=self._page_size, dtype=self._dtype
-        )
-        vocab = self._config.vocab_size
-        masks = jnp.zeros((self._slots, mask_words(vocab)), jnp.uint32)
-        last_tokens = jnp.zeros((self._slots,), jnp.int32)
-        return DeviceState(cache, last_tokens, empty_logit_state(self._slots, vocab), masks)
+        vocab, model = self._config.vocab_size, merge(self._params, self._config)
+
+        def empty() -> DeviceState:
+            cache = model.new_cache(1, self._num_pages * self._page_size, self._page_size)
+            masks = jnp.zeros((self._slots, mask_words(vocab)), jnp.uint32)
+            last_tokens = jnp.zeros((self._slots,), jnp.int32)
+            return DeviceState(cache, last_tokens, empty_logit_state(self._slots, vocab), masks)
+
+        return on_devices(empty, self._params)
 
     def reset(self) -> None:
         """Makes the state anew if a program that was interrupted has taken it; its contents are lost."""

@@ -11,6 +11,7 @@ from atom_jax.engine.scheduler import most_pages
 from atom_jax.errors import AtomError
 from atom_jax.explain import step_choices
 from atom_jax.generation import activation_dtype
+from atom_jax.sharded import num_parts
 
 _MAX_DEFAULT_BYTES = 4 * 2**30
 
@@ -41,12 +42,13 @@ def num_pages(model: Model, config: EngineConfig, max_model_len: int) -> int:
     """Number of pages of the cache, from ``num_pages``, ``memory_bytes`` or the default."""
     if config.num_pages is not None:
         return config.num_pages
-    size = page_bytes(model.config, config.page_size, activation_dtype(model.params, model.config))
+    dtype = activation_dtype(model.params, model.config)
+    size = page_bytes(model.config, config.page_size, dtype, num_parts(model.params))
     if config.memory_bytes is not None:
         if config.memory_bytes < size:
             raise AtomError(f"memory_bytes {config.memory_bytes} is less than a page, {size} bytes")
         return config.memory_bytes // size
     wanted = config.max_num_seqs * most_pages_of_request(model, config, max_model_len)
     pages = max(1, min(wanted, _MAX_DEFAULT_BYTES // size))
-    _logger.info("%d pages of %d tokens, %.2f GiB", pages, config.page_size, pages * size / 2**30)
+    _logger.info("%d pages of %d tokens, %.2f GiB a device", pages, config.page_size, pages * size / 2**30)
     return pages

@@ -293,6 +293,7 @@ def version_1(data: dict[str, Any], **recipe: Any) -> dict[str, Any]:
     format = dict(data["format"])
     del format["head_bits"]  # 16 before version 3
     del format["rotate_inner"]  # false before version 4
+    del format["shards"]  # 1 before version 5
     reorder = "per_layer" if format.pop("gather_inputs") else "folded"
     made = {"clip_w": None, "gptq": True, "rotate": False, "migrate": True, "smooth_keys": None}
     settings = {**format, **made, "reorder": reorder, **recipe}
@@ -309,11 +310,18 @@ def version_2(data: dict[str, Any]) -> dict[str, Any]:
 
 def version_3(data: dict[str, Any]) -> dict[str, Any]:
     """The configuration as version 3 wrote it, whose inner channels were never rotated."""
+    data = version_4(data)
     format = {name: value for name, value in data["format"].items() if name != "rotate_inner"}
     return {**data, "format_version": 3, "format": format}
 
 
-@pytest.mark.parametrize("before", [version_1, version_2, version_3])
+def version_4(data: dict[str, Any]) -> dict[str, Any]:
+    """The configuration as version 4 wrote it, whose layers were never cut into shards."""
+    format = {name: value for name, value in data["format"].items() if name != "shards"}
+    return {**data, "format_version": 4, "format": format}
+
+
+@pytest.mark.parametrize("before", [version_1, version_2, version_3, version_4])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_earlier_versions_are_read(
     name: str, before: Callable[[dict[str, Any]], dict[str, Any]], tmp_path: Path
