@@ -1,4 +1,4 @@
-"""Linears that are stored in blocks of input channels (``Format.shards``), each a quantized weight of its own.
+"""Linears that are stored in blocks of input channels (``Format.shards``), each a weight of its own.
 
 A float weight is [N, K] in the converter, its blocks one after the other along K. What is stored of it is a
 stack of blocks: every array has a leading axis of blocks, and the channels of a block are its groups and then
@@ -60,7 +60,7 @@ def by_block(
 
 
 def flat_order(indices: Any) -> Any:
-    """An order of input channels [K] from the orders within each block, [blocks, K / blocks]; [K] as it is."""
+    """The order of input channels [K] from those within blocks, [blocks, K / blocks]; [K] as it is."""
     if indices.ndim == 1:
         return indices
     blocks, size = indices.shape

@@ -102,7 +102,7 @@ def permute_mlp(layer: Mapping[str, np.ndarray], perm: Int[np.ndarray, "i"]) -> 
 
 
 def deal(order: Int32[np.ndarray, "k"], blocks: int) -> Int32[np.ndarray, "k"]:
-    """An order of all channels (or heads) dealt among ``blocks``: each ascends, and all get equally large ones.
+    """An order of channels or heads, dealt among ``blocks``: each ascends, and all get equally large ones.
 
     Args:
       order: the permutation that sorts by ascending energy; its size must be a multiple of ``blocks``.

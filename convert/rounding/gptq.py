@@ -110,9 +110,7 @@ def gptq(
     weight, hessian = jnp.asarray(weight, jnp.float32), jnp.asarray(hessian, jnp.float32)
     order = rounding_order(channels, num_outliers, group_size, stored_blocks)
     factors = factorize(hessian[order][:, order], damping)
-    quantized = _sweep(
-        weight[:, order], factors, clip_w, group_size, num_outliers, block_size, stored_blocks
-    )
+    quantized = _sweep(weight[:, order], factors, clip_w, group_size, num_outliers, block_size, stored_blocks)
     # NaN or infinity in a weight makes the scale of its group not finite, so this checks input and result.
     if not bool(jnp.all(jnp.isfinite(quantized.scales))):
         raise AtomError(f"weight [{rows}, {channels}] holds NaN or infinity, or values too large to quantize")

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from convert.recipe import Recipe
 
 
+Quantize = Callable[
+    [Float32[Array, "n k"], Float32[Array, "k k"] | None, "Recipe", int],
+    PackedWeight,
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """The converter's part of a scheme. Each module of this package defines one, as ``METHOD``.
@@ -32,8 +38,10 @@ class Method:
       unused: the settings of ``Recipe`` that the scheme does not use, with the value that each must have.
     """
 
-    quantize: Callable[[Float32[Array, "n k"], Float32[Array, "k k"] | None, Recipe, int], PackedWeight] | None
-    rounding_order: Callable[[Float32[Array, "k k"], Recipe, int], Int[Array | np.ndarray, " k"]] | None = None
+    quantize: Quantize | None
+    rounding_order: Callable[[Float32[Array, "k k"], Recipe, int], Int[Array | np.ndarray, " k"]] | None = (
+        None
+    )
     refined: bool = True
     unused: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
