@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from atom_jax_cli.console import LOG_SECONDS, JsonOption, note, print_json, progress_bars, stderr
 from atom_jax_cli.engine import (
-    CheckpointArgument,
     DeterministicOption,
     GenerationConfigOption,
     MaxModelLenOption,
@@ -28,6 +27,7 @@ from atom_jax_cli.engine import (
     served_name,
     uses_generation_config,
 )
+from atom_jax_cli.model import CheckpointArgument, TensorParallelOption
 
 if TYPE_CHECKING:
     from atom_jax.batch import BatchProgress
@@ -49,6 +49,7 @@ def batch(
     token_budget: TokenBudgetOption = 512,
     prefix_caching: PrefixCachingOption = True,
     deterministic: DeterministicOption = False,
+    tensor_parallel: TensorParallelOption = 1,
     generation_config: GenerationConfigOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
@@ -68,6 +69,7 @@ def batch(
         token_budget=token_budget,
         prefix_caching=prefix_caching,
         deterministic=deterministic,
+        tensor_parallel=tensor_parallel,
     )
     with progress_bars() as report:
         engine.warm_up(lambda done, total: report("programs compiled", done, total))

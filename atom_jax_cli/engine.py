@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atom_jax_cli.console import format_bytes, note, stderr
-from atom_jax_cli.kernels import check_kernels_for
+from atom_jax_cli.console import format_bytes, note
+from atom_jax_cli.model import load_model
 
 if TYPE_CHECKING:
     from atom_jax.checkpoint import Model
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 _ENGINE = "Engine"
 
-CheckpointArgument = Annotated[
-    Path, typer.Argument(metavar="CKPT", help="Converted checkpoint.", show_default=False)
-]
 ModelNameOption = Annotated[
     str | None,
     typer.Option(help="What requests call the model.", show_default="the folder's name"),
@@ -26,7 +23,7 @@ ModelNameOption = Annotated[
 MemoryOption = Annotated[
     float | None,
     typer.Option(
-        help="For weights and cache together; what the weights leave becomes cache pages.",
+        help="Of each device, for weights and cache together; what the weights leave becomes cache pages.",
         show_default="weights and 4 GiB, or less",
         rich_help_panel=_ENGINE,
     ),
@@ -81,31 +78,31 @@ def load_engine(
     token_budget: int,
     prefix_caching: bool,
     deterministic: bool,
+    tensor_parallel: int,
 ) -> tuple[Model, Engine]:
     """Loads a checkpoint and makes an engine for it. Its programs are not compiled yet.
 
     Args:
       checkpoint: folder.
-      memory_gb: memory for weights and cache together, in 10**9 bytes.
+      memory_gb: memory of each device for weights and cache together, in 10**9 bytes.
       page_size, max_num_seqs, max_model_len, token_budget, prefix_caching, deterministic: as in
         ``EngineConfig``.
+      tensor_parallel: number of devices among which the model is divided.
 
     Raises:
-      AtomError: there is no checkpoint, or the sizes do not fit it or each other.
+      AtomError: there is no checkpoint, it does not run on so many devices, or the sizes do not fit it or
+        each other.
     """
     import jax
 
-    from atom_jax import load
     from atom_jax.compilation_cache import enable_compilation_cache
     from atom_jax.engine import Engine, EngineConfig
     from atom_jax.errors import AtomError
 
     enable_compilation_cache()
-    check_kernels_for(checkpoint)
-    with stderr.status("Loading the checkpoint"):
-        model = load(checkpoint)
-        model.tokenizer  # noqa: B018  without a tokenizer it fails now, not at the first request
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    model = load_model(checkpoint, tensor_parallel, deterministic=deterministic)
+    model.tokenizer  # noqa: B018  without a tokenizer it fails now, not at the first request
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) // tensor_parallel
     memory = None if memory_gb is None else int(memory_gb * 1e9) - weights
     if memory is not None and memory <= 0:
         raise AtomError(f"--memory-gb {memory_gb:g}: the weights alone take {format_bytes(weights)}")
@@ -120,8 +117,9 @@ def load_engine(
     )
     engine = Engine(model, config)
     stats = engine.stats()
+    each = "" if tensor_parallel == 1 else f" on each of {tensor_parallel} devices"
     note(
-        f"weights {format_bytes(weights)}; {stats.num_pages} cache pages of {config.page_size} tokens; "
+        f"weights {format_bytes(weights)}{each}; {stats.num_pages} cache pages of {config.page_size} tokens; "
         f"up to {max_num_seqs} answers of {engine.max_model_len} tokens at once"
     )
     return model, engine

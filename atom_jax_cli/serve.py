@@ -15,7 +15,6 @@ import typer
 from atom_jax.errors import AtomError, not_one_of
 from atom_jax_cli.console import note
 from atom_jax_cli.engine import (
-    CheckpointArgument,
     DeterministicOption,
     GenerationConfigOption,
     MaxModelLenOption,
@@ -29,6 +28,7 @@ from atom_jax_cli.engine import (
     served_name,
     uses_generation_config,
 )
+from atom_jax_cli.model import CheckpointArgument, TensorParallelOption
 
 _LIMITS = "Limits"
 _KEYS_VARIABLE = "ATOM_JAX_API_KEY"
@@ -72,6 +72,7 @@ def serve(
     token_budget: TokenBudgetOption = 512,
     prefix_caching: PrefixCachingOption = True,
     deterministic: DeterministicOption = False,
+    tensor_parallel: TensorParallelOption = 1,
     generation_config: GenerationConfigOption = "auto",
     max_queue: Annotated[
         int, typer.Option(help="Answers that wait; more are refused (429).", min=0, rich_help_panel=_LIMITS)
@@ -144,6 +145,7 @@ def serve(
             token_budget=token_budget,
             prefix_caching=prefix_caching,
             deterministic=deterministic,
+            tensor_parallel=tensor_parallel,
         )
         service = Service(config, engine, served_model(model, engine, generation_config=with_defaults))
         address, programs = url_of(sock), service.engine.compilation.total

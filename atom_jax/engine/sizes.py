@@ -11,7 +11,8 @@ from atom_jax.engine.scheduler import most_pages
 from atom_jax.errors import AtomError
 from atom_jax.explain import step_choices
 from atom_jax.generation import activation_dtype
-from atom_jax.sharded import num_parts
+from atom_jax.sharded import num_parts, sums_in_order
+from pallas_kernels.devices import BATCH_INVARIANT
 
 _MAX_DEFAULT_BYTES = 4 * 2**30
 
@@ -27,6 +28,11 @@ def implementations(model: Model, config: EngineConfig, max_model_len: int) -> s
         for _, choice in step_choices(model.params, model.config, batch=batch, seq=seq, context=max_model_len)
     ]
     return {choice.implementation for choice in choices}
+
+
+def is_batch_invariant(model: Model, run: set[str]) -> bool:
+    """Whether answers do not depend on the batch, whatever its shape, if the implementations are ``run``."""
+    return run <= BATCH_INVARIANT and sums_in_order(model.params)
 
 
 def most_pages_of_request(model: Model, config: EngineConfig, max_model_len: int) -> int:
