@@ -20,6 +20,7 @@ from atom_jax.config import ModelConfig, preset
 from atom_jax.engine import Engine, EngineConfig, RequestParams
 from atom_jax.errors import AtomError
 from atom_jax.llama import forward, merge
+from atom_jax.schemes import SCHEMES
 from atom_jax.scoring import score
 from atom_jax.sharded import ShardedParams, first_devices
 from atom_jax.shards import cut, join
@@ -89,22 +90,21 @@ def test_same_bits_with_the_residual_stream_divided_by_tokens(fixed_order: bool,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 8])
-@pytest.mark.parametrize("scheme", ["bf16", "w3a16", "w4a16", "w4a4kv4", "w4a8kv4", "w8a8"])
-def test_all_schemes_at_all_degrees(scheme: str, kv_heads: int, gather: bool, tmp_path: Path) -> None:
-    if gather and scheme != "w4a4kv4":
-        pytest.skip("only w4a4kv4 gathers its inputs")
-    config = sharded_config(scheme, 8, num_kv_heads=kv_heads, tie_word_embeddings=kv_heads == 1)
+@pytest.mark.parametrize("scheme", [*SCHEMES, "w4a4kv4 with gathered inputs"])
+def test_all_schemes_at_all_degrees(scheme: str, kv_heads: int, tmp_path: Path) -> None:
+    name, _, gather = scheme.partition(" ")
+    config = sharded_config(name, 8, num_kv_heads=kv_heads, tie_word_embeddings=kv_heads == 1)
     if gather:
         config = config.replace(format=dataclasses.replace(config.format, gather_inputs=True))
     write_sharded(tmp_path, config)
     expected = logits(atom_jax.load(tmp_path))
     assert expected[0].std() > 0.05
-    for devices in (1, 2, 4, 8):
+    for devices in (2, 4, 8):
         model = atom_jax.load(tmp_path, mesh=first_devices(devices))
-        for same in (model, scattered(model)):
-            jax.tree.map(np.testing.assert_array_equal, logits(same), expected)
+        jax.tree.map(np.testing.assert_array_equal, logits(model), expected)
+        if devices == 4:
+            jax.tree.map(np.testing.assert_array_equal, logits(scattered(model)), expected)
 
 
 def test_three_devices(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_functions_on_a_divided_model(models: tuple[Model, Model]) -> None:
         steps = np.stack([token for token, _ in atom_jax.stream(*arguments, **more)], axis=1)
         text = atom_jax.perplexity(params, list(range(40)), config=config, seq_len=16)
         pairs = score(params, [((1, 2, 3), (4, 5))], config=config)
-        return [np.asarray(tokens), steps, text.perplexity, [pair.logprob for pair in pairs]]
+        return [np.asarray(tokens), steps, text.perplexity, pairs]
 
     first, second = map(results, models)
     jax.tree.map(np.testing.assert_array_equal, first, second)
