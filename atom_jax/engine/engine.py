@@ -28,7 +28,6 @@ from atom_jax.engine.stats import EngineStats
 from atom_jax.errors import AtomError, one_line
 from atom_jax.progress import Progress
 from pallas_kernels.devices import BATCH_INVARIANT, READS_CONTEXT_ONLY
-from pallas_kernels.native.parallel import compiling_in_parallel
 
 _MAX_MODEL_LEN = 4096
 
@@ -66,8 +65,7 @@ class Engine:
         if self._num_pages < most_pages_of_request(model, config, self.max_model_len):
             # A request must not be longer than the cache.
             self.max_model_len = min(self.max_model_len, self._num_pages * config.page_size)
-        with compiling_in_parallel():
-            run = implementations(model, config, self.max_model_len)
+        run = implementations(model, config, self.max_model_len)
         if config.deterministic and run <= BATCH_INVARIANT:
             config = dataclasses.replace(config, deterministic=False)  # the kernels see to it
         buckets = make_buckets(config, self.max_model_len, one_table=run <= READS_CONTEXT_ONLY)

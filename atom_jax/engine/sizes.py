@@ -11,6 +11,7 @@ from atom_jax.engine.scheduler import most_pages
 from atom_jax.errors import AtomError
 from atom_jax.explain import step_choices
 from atom_jax.generation import activation_dtype
+from pallas_kernels.native.parallel import compiling_in_parallel
 
 _MAX_DEFAULT_BYTES = 4 * 2**30
 
@@ -18,13 +19,16 @@ _logger = logging.getLogger(__name__)
 
 
 def implementations(model: Model, config: EngineConfig, max_model_len: int) -> set[str]:
-    """The implementations that run the ops of the model."""
+    """The implementations that run the ops of the model. Their kernels are compiled afterwards."""
     decode, prefill = (config.max_num_seqs, 1), (1, config.token_budget)
-    choices = [
-        choice
-        for batch, seq in (decode, prefill)
-        for _, choice in step_choices(model.params, model.config, batch=batch, seq=seq, context=max_model_len)
-    ]
+    with compiling_in_parallel():
+        choices = [
+            choice
+            for batch, seq in (decode, prefill)
+            for _, choice in step_choices(
+                model.params, model.config, batch=batch, seq=seq, context=max_model_len
+            )
+        ]
     return {choice.implementation for choice in choices}
 
 
