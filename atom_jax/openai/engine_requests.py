@@ -23,7 +23,9 @@ class EngineRequests:
 
     Attributes:
       prompts: token ids of each prompt.
-      params: one entry for each of the ``n`` choices. Every prompt is continued once with each entry.
+      params: one entry for each of the ``n`` choices. Every prompt is continued once with each entry. Only
+        the first asks for the log-probabilities of the prompt, which are those of all choices, unless there
+        is no answer at all.
     """
 
     prompts: tuple[list[int], ...]
@@ -57,7 +59,10 @@ def make_engine_requests(request: ApiRequest, model: ServedModel) -> EngineReque
     new_tokens = _new_tokens(request, field, longest, model.max_model_len)
     seed = secrets.randbits(63) if request.seed is None else request.seed
     grammar = _grammar(request, model) if chat else None
-    return EngineRequests(tuple(prompts), tuple(request.params(new_tokens, seed, model.sampling, grammar)))
+    first, *others = request.params(new_tokens, seed, model.sampling, grammar)
+    if new_tokens:
+        others = [dataclasses.replace(each, prompt_logprobs=None) for each in others]
+    return EngineRequests(tuple(prompts), (first, *others))
 
 
 def _grammar(request: ChatCompletionRequest, model: ServedModel) -> Grammar | None:
