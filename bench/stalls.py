@@ -84,7 +84,12 @@ def main(
         httpx.Client(base_url=url, timeout=600) as http,
     ):
         model = http.get("/v1/models").raise_for_status().json()["data"][0]["id"]
-        body: dict[str, object] = {"model": model, "prompt": "The capital of France is", "max_tokens": 64, "ignore_eos": True}
+        body: dict[str, object] = {
+            "model": model,
+            "prompt": "The capital of France is",
+            "max_tokens": 64,
+            "ignore_eos": True,
+        }
         many: dict[str, object] = body | {"n": 32, "logprobs": 20}
         lists = b'{"model": "x", "prompt": [' + b"[]," * 700_000
         lists = lists[: 2**21 - 8] + b"[]]}"
