@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atom_jax_cli.console import format_bytes, note
+from atom_jax_cli.kernels import check_kernels_for
 from atom_jax_cli.model import load_model
 
 if TYPE_CHECKING:
@@ -95,13 +96,21 @@ def load_engine(
     """
     import jax
 
+    from atom_jax.checkpoint import abstract_params, default_dtype, read_config
     from atom_jax.compilation_cache import enable_compilation_cache
     from atom_jax.engine import Engine, EngineConfig
     from atom_jax.errors import AtomError
+    from atom_jax.explain import step_choices
+    from pallas_kernels.native.parallel import compiling_in_parallel
 
     enable_compilation_cache()
-    model = load_model(checkpoint, tensor_parallel, deterministic=deterministic)
-    model.tokenizer  # noqa: B018  without a tokenizer it fails now, not at the first request
+    check_kernels_for(checkpoint)
+    with compiling_in_parallel():
+        # The kernels of its programs are compiled while it is read. Any step will do: all call the same.
+        shapes = read_config(checkpoint)
+        step_choices(abstract_params(shapes, default_dtype()), shapes, batch=1, seq=1, context=page_size)
+        model = load_model(checkpoint, tensor_parallel, deterministic=deterministic)
+        model.tokenizer  # noqa: B018  without a tokenizer it fails now, not at the first request
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) // tensor_parallel
     memory = None if memory_gb is None else int(memory_gb * 1e9) - weights
     if memory is not None and memory <= 0:

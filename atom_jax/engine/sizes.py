@@ -13,6 +13,7 @@ from atom_jax.explain import step_choices
 from atom_jax.generation import activation_dtype
 from atom_jax.sharded import num_parts, sums_in_order
 from pallas_kernels.devices import BATCH_INVARIANT
+from pallas_kernels.native.parallel import compiling_in_parallel
 
 _MAX_DEFAULT_BYTES = 4 * 2**30
 
@@ -20,13 +21,16 @@ _logger = logging.getLogger(__name__)
 
 
 def implementations(model: Model, config: EngineConfig, max_model_len: int) -> set[str]:
-    """The implementations that run the ops of the model."""
+    """The implementations that run the ops of the model. Their kernels are compiled afterwards."""
     decode, prefill = (config.max_num_seqs, 1), (1, config.token_budget)
-    choices = [
-        choice
-        for batch, seq in (decode, prefill)
-        for _, choice in step_choices(model.params, model.config, batch=batch, seq=seq, context=max_model_len)
-    ]
+    with compiling_in_parallel():
+        choices = [
+            choice
+            for batch, seq in (decode, prefill)
+            for _, choice in step_choices(
+                model.params, model.config, batch=batch, seq=seq, context=max_model_len
+            )
+        ]
     return {choice.implementation for choice in choices}
 
 

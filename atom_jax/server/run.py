@@ -99,6 +99,13 @@ def serve(
     # while long answers are made, and nothing else could run meanwhile.
     gc.collect()
     gc.freeze()
+    tell = service.on_compiled
+
+    def compiled() -> None:
+        gc.freeze()  # the programs stay, too
+        tell()
+
+    service.on_compiled = compiled
     DrainingServer(service, log_level=log_level).run(sockets=[sock])
 
 

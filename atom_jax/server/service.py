@@ -64,6 +64,7 @@ class Service:
     def _prepare(self) -> None:
         """Makes what the first requests of some kinds would have to wait for."""
         self.model.literal_tokens  # noqa: B018
+        self.model.token_bound  # noqa: B018
 
     async def submit(self, request: ApiRequest) -> tuple[ApiResponse, OutputStream]:
         """Gives a request to the engine.
