@@ -12,7 +12,7 @@ from atom_jax_cli.kernels import check_kernels_for
 
 if TYPE_CHECKING:
     from atom_jax.checkpoint import Model
-    from atom_jax.engine import Engine
+    from atom_jax.engine import Engine, EngineConfig
 
 _ENGINE = "Engine"
 
@@ -71,58 +71,32 @@ DeterministicOption = Annotated[
 ]
 
 
-def load_engine(
-    checkpoint: Path,
-    *,
-    memory_gb: float | None,
-    page_size: int,
-    max_num_seqs: int,
-    max_model_len: int | None,
-    token_budget: int,
-    prefix_caching: bool,
-    deterministic: bool,
-) -> tuple[Model, Engine]:
+def load_engine(checkpoint: Path, config: EngineConfig, *, memory_gb: float | None) -> tuple[Model, Engine]:
     """Loads a checkpoint and makes an engine for it. Its programs are not compiled yet.
 
     Args:
       checkpoint: folder.
+      config: of the engine, without ``memory_bytes``.
       memory_gb: memory for weights and cache together, in 10**9 bytes.
-      page_size, max_num_seqs, max_model_len, token_budget, prefix_caching, deterministic: as in
-        ``EngineConfig``.
 
     Raises:
       AtomError: there is no checkpoint, or the sizes do not fit it or each other.
     """
-    import jax
-
     from atom_jax import load
     from atom_jax.compilation_cache import enable_compilation_cache
-    from atom_jax.engine import Engine, EngineConfig
-    from atom_jax.errors import AtomError
+    from atom_jax.engine import Engine
+    from atom_jax.engine.sizes import weight_bytes, within_memory
 
     enable_compilation_cache()
     check_kernels_for(checkpoint)
     with stderr.status("Loading the checkpoint"):
         model = load(checkpoint)
         model.tokenizer  # noqa: B018  without a tokenizer it fails now, not at the first request
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    memory = None if memory_gb is None else int(memory_gb * 1e9) - weights
-    if memory is not None and memory <= 0:
-        raise AtomError(f"--memory-gb {memory_gb:g}: the weights alone take {format_bytes(weights)}")
-    config = EngineConfig(
-        memory_bytes=memory,
-        page_size=page_size,
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
-        token_budget=token_budget,
-        prefix_caching=prefix_caching,
-        deterministic=deterministic,
-    )
-    engine = Engine(model, config)
+    engine = Engine(model, within_memory(model, config, memory_gb))
     stats = engine.stats()
     note(
-        f"weights {format_bytes(weights)}; {stats.num_pages} cache pages of {config.page_size} tokens; "
-        f"up to {max_num_seqs} answers of {engine.max_model_len} tokens at once"
+        f"weights {format_bytes(weight_bytes(model))}; {stats.num_pages} cache pages of {config.page_size} "
+        f"tokens; up to {config.max_num_seqs} answers of {engine.max_model_len} tokens at once"
     )
     return model, engine
 

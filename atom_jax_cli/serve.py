@@ -108,6 +108,7 @@ def serve(
     if log_level not in _LOG_LEVELS:
         raise not_one_of("log level", log_level, _LOG_LEVELS)
 
+    from atom_jax.engine import EngineConfig
     from atom_jax.openai.served_model import served_model
     from atom_jax.server.config import ServerConfig
     from atom_jax.server.run import bind, is_open, url_of
@@ -129,22 +130,21 @@ def serve(
         request_timeout=request_timeout,
         drain_timeout=drain_timeout,
     )
+    engine_config = EngineConfig(
+        page_size=page_size,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        token_budget=token_budget,
+        prefix_caching=prefix_caching,
+        deterministic=deterministic,
+    )
     with bind(host, port) as sock:
         if not config.api_keys and is_open(sock):
             note(
                 f"warning: whoever reaches {url_of(sock)} can use the model; "
                 f"--api-key or {_KEYS_VARIABLE} asks for a key"
             )
-        model, engine = load_engine(
-            checkpoint,
-            memory_gb=memory_gb,
-            page_size=page_size,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            token_budget=token_budget,
-            prefix_caching=prefix_caching,
-            deterministic=deterministic,
-        )
+        model, engine = load_engine(checkpoint, engine_config, memory_gb=memory_gb)
         service = Service(config, engine, served_model(model, engine, generation_config=with_defaults))
         address, programs = url_of(sock), service.engine.compilation.total
         service.on_ready = lambda: note(f"after {seconds():.1f} s {config.model_name} at {address}")

@@ -1,6 +1,7 @@
 """``atom-jax batch``: every request has one result in the end, whatever stops a run."""
 
 import fcntl
+import functools
 import json
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import time
 
 import pytest
 
-from atom_jax.batch import run_batch
+from atom_jax.batch import engine_answers
+from atom_jax.batch_files import run_batch
 from atom_jax.checkpoint import TOKENIZER_FOLDER
 from tests.atom_jax.command import ROOT, fails, run_json
 from tests.atom_jax.server.fake import FakeEngine, expected, served
@@ -50,7 +52,8 @@ def go(tmp_path, tokenizer):
     def run(lines, engine=None, ahead=6):
         requests, results = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
         engine = engine or FakeEngine()
-        end = run_batch(engine, served(tokenizer), requests, results, model_name="tiny", ahead=ahead)
+        answer = functools.partial(engine_answers, engine, served(tokenizer), ahead=ahead)
+        end = run_batch(answer, requests, results, model_name="tiny")
         assert not engine.requests
         return results, end
 
@@ -169,13 +172,15 @@ def test_one_run_at_a_time(go, tmp_path):
 PROGRAM = """
     import sys
     from pathlib import Path
-    from atom_jax.batch import run_batch
+    from atom_jax.batch import engine_answers
+    from atom_jax.batch_files import run_batch
     from atom_jax.checkpoint import load_tokenizer
     from tests.atom_jax.server.fake import FakeEngine, served
 
     folder, *files = map(Path, sys.argv[1:])
     model = served(load_tokenizer(folder))
-    run_batch(FakeEngine(step_seconds=0.004), model, *files, model_name="tiny", ahead=6)
+    engine = FakeEngine(step_seconds=0.004)
+    run_batch(lambda requests: engine_answers(engine, model, requests, ahead=6), *files, model_name="tiny")
 """
 
 
