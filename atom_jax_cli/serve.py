@@ -91,8 +91,18 @@ def serve(
         int,
         typer.Option(help="Most connections, file descriptors permitting.", min=1, rich_help_panel=_LIMITS),
     ] = 1000,
+    drain_delay: Annotated[
+        float,
+        typer.Option(
+            help="Seconds after SIGTERM in which requests are still accepted while /health says draining.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = 0.0,
     drain_timeout: Annotated[
-        float, typer.Option(help="Seconds that answers have to end after SIGTERM.", rich_help_panel=_LIMITS)
+        float,
+        typer.Option(
+            help="Seconds that answers have to end after SIGTERM and that.", rich_help_panel=_LIMITS
+        ),
     ] = 30.0,
     log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "info",
 ) -> None:
@@ -128,7 +138,9 @@ def serve(
         head_timeout=head_timeout,
         idle_timeout=idle_timeout,
         request_timeout=request_timeout,
+        drain_delay=drain_delay,
         drain_timeout=drain_timeout,
+        page_size=page_size,
     )
     engine_config = EngineConfig(
         page_size=page_size,
