@@ -15,6 +15,7 @@ import logging
 import os
 import queue
 import re
+import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -33,6 +34,7 @@ from atom_jax.openai.served_model import ServedModel, served_model
 
 # How many blocks of requests a replica works on at a time: its engine has enough to do while one block ends.
 BLOCKS_AT_ONCE = 8
+_CONNECT_SECONDS = 10
 
 
 class BatchAnswerer:
@@ -211,6 +213,7 @@ def connected(address: str, replicas: int | None) -> Iterator[Replicas]:
         # To stdout a thread of Ray prints the traceback of every worker that dies. What matters becomes one
         # line, by _failure; the rest is in Ray's own logs.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        _check_address(address)
         dashboard = False if address == "local" else None  # there is one in other clusters, or not
         try:
             ray.init(address, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR)
@@ -220,6 +223,16 @@ def connected(address: str, replicas: int | None) -> Iterator[Replicas]:
             yield _replicas(address, replicas, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         finally:
             ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raises AtomError if nobody listens at ``host:port``, which Ray would try for minutes."""
+    found = re.fullmatch(r"\[?([^/]+?)\]?:(\d+)", address)
+    if found:
+        try:
+            socket.create_connection((found[1], int(found[2])), timeout=_CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise AtomError(f"Ray cluster {address}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _replicas(address: str, wanted: int | None, nodes: Sequence[Mapping[str, float]]) -> Replicas:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from atom_jax.errors import AtomError
-from atom_jax.ray_batch import AnsweringThread, Replicas, _failure, _replicas
+from atom_jax.ray_batch import AnsweringThread, Replicas, _check_address, _failure, _replicas
 from tests.atom_jax.command import fails
 from tests.atom_jax.server.fake import FakeEngine, expected, served
 
@@ -92,6 +92,13 @@ def test_replicas_follow_from_the_cluster(wanted, nodes, replicas):
 def test_replicas_that_do_not_fit_are_refused(wanted, nodes, found):
     with pytest.raises(AtomError, match=f"here:1: .* do not fit on its {found}; see --replicas"):
         _replicas("here:1", wanted, nodes)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "127.0.0.1:99999", "nowhere.invalid:6379"])
+def test_a_cluster_that_is_not_there(address):
+    with pytest.raises(AtomError) as caught:
+        _check_address(address)
+    assert str(caught.value).startswith(f"Ray cluster {address}: ") and "\n" not in str(caught.value)
 
 
 def test_an_error_of_a_replica_is_its_last_line():
