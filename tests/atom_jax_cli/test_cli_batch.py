@@ -11,7 +11,7 @@ import time
 import pytest
 
 from atom_jax.batch import engine_answers
-from atom_jax.batch_files import run_batch
+from atom_jax.batch_files import BatchResult, run_batch
 from atom_jax.checkpoint import TOKENIZER_FOLDER
 from tests.atom_jax.command import ROOT, fails, run_json
 from tests.atom_jax.server.fake import FakeEngine, expected, served
@@ -136,6 +136,36 @@ def test_nothing_is_done_twice(go):
     assert path.read_text().startswith(before)
     assert texts(path) == answers(8)
     assert (end.done, end.tokens) == (8, sum(len(answers(8)[f"r{n}"]) for n in (5, 6, 7)))
+
+
+def run_with(answer, tmp_path):
+    requests = write(tmp_path / "in.jsonl", [line(number) for number in range(3)])
+    return run_batch(answer, requests, tmp_path / "out.jsonl", model_name="tiny")
+
+
+def test_a_second_result_of_a_request_is_left_out(tmp_path):
+    def twice(requests):
+        for request in requests:
+            yield BatchResult(request.custom_id, 200, {"answer": 1}, tokens=2)
+            yield BatchResult(request.custom_id, 200, {"answer": 2}, tokens=2)
+
+    end = run_with(twice, tmp_path)
+    assert (end.done, end.tokens) == (3, 6)
+    found = [(each["custom_id"], each["response"]["body"]) for each in read(tmp_path / "out.jsonl")]
+    assert found == [(f"r{number}", {"answer": 1}) for number in range(3)]
+
+
+def test_a_request_without_a_result_is_an_error(tmp_path):
+    with raises(tmp_path / "out.jsonl", "2 requests got no result"):
+        run_with(lambda requests: [BatchResult(next(requests).custom_id, 200, {})], tmp_path)
+    assert len(read(tmp_path / "out.jsonl")) == 1
+    run_with(lambda requests: (BatchResult(each.custom_id, 200, {}) for each in requests), tmp_path)
+    assert [each["custom_id"] for each in read(tmp_path / "out.jsonl")] == ["r0", "r1", "r2"]
+
+
+def test_nobody_is_asked_when_all_is_done(go, tmp_path):
+    go([line(number) for number in range(3)])
+    run_with(None, tmp_path)
 
 
 def test_a_torn_line_is_done_again(go, tmp_path):

@@ -17,7 +17,8 @@ ray = pytest.importorskip("ray", reason="pip install 'atom-jax[ray]'")
 
 COUNT = 400
 OPTIONS = ("--max-num-seqs", 4, "--max-model-len", 32, "--token-budget", 68)
-NODE: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+# Ray believes that the nodes have GPUs. JAX runs on the CPU.
+NODE: dict[str, Any] = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 80 * 2**20}
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +70,7 @@ def choices(path):
 
 
 def command(cluster, checkpoint, requests, out):
-    return ["batch", checkpoint, requests, out, *OPTIONS, "--ray", cluster.address, "--replicas", 2, "--json"]
+    return ["batch", checkpoint, requests, out, *OPTIONS, "--ray", cluster.address, "--json"]
 
 
 def start(arguments):
@@ -115,6 +116,7 @@ def test_a_kill_loses_and_repeats_nothing(cluster, checkpoint, requests, alone, 
     stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     assert json.loads(stdout)["done"] == COUNT and "Traceback" not in stderr
+    assert "replicas: 2, each with one GPU" in stderr
     assert choices(out) == alone
 
 
@@ -133,10 +135,11 @@ def test_a_killed_driver_goes_on_where_it_was(cluster, checkpoint, requests, alo
     assert choices(out) == alone
 
 
-def test_what_is_wrong_is_one_line(cluster, requests, tmp_path):
+def test_what_is_wrong_is_one_line(environment, requests, tmp_path):
     out = tmp_path / "out.jsonl"
-    here = subprocess_run(*command(cluster, tmp_path / "tiny", requests, out))
+    here = subprocess_run("batch", tmp_path / "tiny", requests, out, *OPTIONS, "--ray", "local", "--json")
     assert here.returncode == 2 and here.stdout == "" and "Traceback" not in here.stderr
+    assert "replicas: 1, each with CPUs" in here.stderr
     assert here.stderr.splitlines()[-1].startswith(f"error: {tmp_path}/tiny/config.json: no such file")
     assert out.read_bytes() == b""
 
