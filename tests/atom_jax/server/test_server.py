@@ -323,6 +323,24 @@ class TestMetrics:
         assert got[answers % ("/v1/completions", 200)] == got[answers % ("/v1/completions", 404)] == 1
         assert got[answers % ("other", 404)] == 1
 
+    def test_the_endpoint_picker_finds_its_names(self, serve, engine):
+        """docs/proposals/003-model-server-protocol of kubernetes-sigs/gateway-api-inference-extension."""
+        engine.pause_after = 1
+        server = serve(page_size=16)
+        stream = complete(server, prompt=["a"] * 7, stream=True)  # the engine has 4 pages, one for a request
+        until(lambda: server.service.engine.stats.waiting == 3)
+        got = self.values(server)
+        assert got["vllm:num_requests_waiting"] == 3
+        assert got["vllm:num_requests_running"] == 4
+        assert got["vllm:kv_cache_usage_perc"] == 1.0
+        assert got['vllm:cache_config_info{block_size="16",num_gpu_blocks="4"}'] == 1
+        text = server.http.get("/metrics").text
+        assert "# TYPE vllm:num_requests_waiting gauge" in text
+        assert "# TYPE vllm:cache_config_info gauge" in text
+        engine.pause_after = None
+        list(stream)
+        until(lambda: self.values(server)["vllm:kv_cache_usage_perc"] == 0)
+
     def test_two_servers_share_nothing(self, serve):
         first, second = serve(), serve()
         complete(first)
