@@ -146,7 +146,9 @@ def first_devices(count: int) -> Mesh:
     """A mesh of the first ``count`` devices; AtomError if there are fewer."""
     devices = jax.devices()
     if not 1 <= count <= len(devices):
-        raise AtomError(f"{count} devices wanted, found {len(devices)} ({devices[0].platform})")
+        platform = devices[0].platform
+        remedy = f"; JAX_NUM_CPU_DEVICES={count} divides a CPU" if platform == "cpu" else ""
+        raise AtomError(f"{count} devices wanted, found {len(devices)} ({platform}){remedy}")
     return Mesh(np.asarray(devices[:count]), (AXIS,))
 
 
@@ -193,6 +195,11 @@ def on_devices(make: Callable[[], Tree], params: Params) -> Tree:
         lambda spec: NamedSharding(mesh, spec), divided, is_leaf=lambda node: isinstance(node, PartitionSpec)
     )
     return jax.jit(make, out_shardings=shardings)()
+
+
+def sums_in_order(params: Params) -> bool:
+    """Whether the order of float sums over devices does not depend on the batch."""
+    return not isinstance(params, ShardedParams) or params.group.fixed_order
 
 
 def num_parts(params: Params) -> int:

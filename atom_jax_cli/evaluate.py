@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,18 +13,17 @@ from rich.table import Table
 
 from atom_jax.errors import AtomError
 from atom_jax_cli.console import JsonOption, note, print_json, progress_bars, stderr, stdout
-from atom_jax_cli.kernels import check_kernels_for
+from atom_jax_cli.model import CheckpointArgument, TensorParallelOption, load_model
 
 if TYPE_CHECKING:
+    from atom_jax.checkpoint import Model
     from atom_jax.lm_eval_adapter import Metric
 
 _TEXT, _TASKS = "Perplexity of a text", "Tasks (lm-eval)"
 
 
 def evaluate(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="Converted checkpoint.", show_default=False)
-    ],
+    checkpoint: CheckpointArgument,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -65,31 +66,31 @@ def evaluate(
         typer.Option(help="Folder with tasks of your own.", show_default="none", rich_help_panel=_TASKS),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences at a time.", min=1, rich_help_panel=_TASKS)] = 8,
+    tensor_parallel: TensorParallelOption = 1,
     json_output: JsonOption = False,
 ) -> None:
     """Measure the perplexity of a text (--text), or results on tasks of lm-eval (--tasks)."""
     if (text is None) == (tasks is None):
         raise AtomError("give either --text FILE or --tasks NAMES")
+    load = functools.partial(load_model, checkpoint, tensor_parallel)
     if text is not None:
-        _perplexity(checkpoint, text, seq_len, max_tokens, json_output)
+        _perplexity(load, text, seq_len, max_tokens, json_output)
     elif tasks is not None:
-        _tasks(checkpoint, tasks, limit, num_fewshot, include_path, batch_size, json_output)
+        _tasks(load, tasks, limit, num_fewshot, include_path, batch_size, json_output)
 
 
 def _perplexity(
-    checkpoint: Path, text: Path, seq_len: int, max_tokens: int | None, json_output: bool
+    load: Callable[[], Model], text: Path, seq_len: int, max_tokens: int | None, json_output: bool
 ) -> None:
     from atom_jax.text import encode, read_text
 
     content = read_text(text)
 
-    from atom_jax import load, perplexity
+    from atom_jax import perplexity
     from atom_jax.checkpoint import TOKENIZER_FOLDER
 
-    check_kernels_for(checkpoint)
-    with stderr.status("Loading the checkpoint"):
-        model = load(checkpoint)
-        tokens = encode(checkpoint / TOKENIZER_FOLDER, content)
+    model = load()
+    tokens = encode(model.path / TOKENIZER_FOLDER, content)
     with progress_bars() as report:
         result = perplexity(
             model.params,
@@ -110,7 +111,7 @@ def _perplexity(
 
 
 def _tasks(
-    checkpoint: Path,
+    load: Callable[[], Model],
     tasks: str,
     limit: int | None,
     num_fewshot: int | None,
@@ -123,11 +124,7 @@ def _tasks(
     with stderr.status("Loading the tasks"):
         loaded = load_tasks(tasks.split(","), include_path)
 
-    from atom_jax import load
-
-    check_kernels_for(checkpoint)
-    with stderr.status("Loading the checkpoint"):
-        model = load(checkpoint)
+    model = load()
     with progress_bars() as report:
         lm = AtomLM(model, batch_size=batch_size, report=report)
         result = run_tasks(lm, loaded, limit=limit, num_fewshot=num_fewshot)

@@ -14,7 +14,7 @@ import typer
 
 from atom_jax.errors import AtomError
 from atom_jax_cli.console import JsonOption, note, print_json, stderr, stdout
-from atom_jax_cli.kernels import check_kernels_for
+from atom_jax_cli.model import CheckpointArgument, TensorParallelOption, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,9 +26,7 @@ _SAMPLING = "Sampling"
 
 
 def generate(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="Converted checkpoint.", show_default=False)
-    ],
+    checkpoint: CheckpointArgument,
     text: Annotated[
         str | None, typer.Argument(metavar="[PROMPT]", help="Text to continue.", show_default=False)
     ] = None,
@@ -61,18 +59,17 @@ def generate(
             help="Token that ends a text, besides the model's own; repeatable.", show_default="none"
         ),
     ] = None,
+    tensor_parallel: TensorParallelOption = 1,
     json_output: JsonOption = False,
 ) -> None:
     """Continue one or more prompts."""
     prompts = _prompts(([] if text is None else [text]) + (prompt or []), prompts_file)
 
-    from atom_jax import SamplingParams, load
+    from atom_jax import SamplingParams
 
     sampling = SamplingParams(temperature, top_k, top_p)
-    check_kernels_for(checkpoint)
-    with stderr.status("Loading the checkpoint"):
-        model = load(checkpoint)
-        ids = [encode_prompt(model.tokenizer, text, chat=chat) for text in prompts]
+    model = load_model(checkpoint, tensor_parallel)
+    ids = [encode_prompt(model.tokenizer, text, chat=chat) for text in prompts]
     generation = Generation(model, max_new_tokens, sampling, seed, stop_id or ())
     if len(prompts) == 1:
         tokens, timing = generation.stream(ids[0], echo=not json_output)

@@ -23,11 +23,11 @@ from atom_jax.engine.results import Chosen, token_logprobs, unpack
 from atom_jax.engine.runner import Dispatched, Runner
 from atom_jax.engine.scheduler import Scheduler
 from atom_jax.engine.sequence import SequenceState
-from atom_jax.engine.sizes import implementations, most_pages_of_request, num_pages
+from atom_jax.engine.sizes import implementations, is_batch_invariant, most_pages_of_request, num_pages
 from atom_jax.engine.stats import EngineStats
 from atom_jax.errors import AtomError, one_line
 from atom_jax.progress import Progress
-from pallas_kernels.devices import BATCH_INVARIANT, READS_CONTEXT_ONLY
+from pallas_kernels.devices import READS_CONTEXT_ONLY
 
 _MAX_MODEL_LEN = 4096
 
@@ -66,7 +66,7 @@ class Engine:
             # A request must not be longer than the cache.
             self.max_model_len = min(self.max_model_len, self._num_pages * config.page_size)
         run = implementations(model, config, self.max_model_len)
-        if config.deterministic and run <= BATCH_INVARIANT:
+        if config.deterministic and is_batch_invariant(model, run):
             config = dataclasses.replace(config, deterministic=False)  # the kernels see to it
         buckets = make_buckets(config, self.max_model_len, one_table=run <= READS_CONTEXT_ONLY)
         self._pace = Pace(buckets, config.max_decode_delay)
