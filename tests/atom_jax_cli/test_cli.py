@@ -49,7 +49,8 @@ class TestConvert:
         options = "--scheme w4a4kv4 --group-size 32 --num-outliers 64 --clip-w 0.8 --clip-a 0.7 --no-gptq "
         options += (
             "--no-migrate --refine 9 --smooth-keys 0.3 --no-center-keys "
-            "--reorder per_layer --kv-bits 16 --kv-rope pre --shards 2 --calib org/data --calib-tokens 1024 --seed 3 "
+            "--reorder per_layer --kv-bits 16 --kv-rope pre --shards 2 "
+            "--calib org/data --calib-tokens 1024 --seed 3 "
         )
         options += f"--eval-text {text} --eval-tokens 77 --revision main"
         result = run("convert", "org/model", tmp_path / "out", *options.split())
