@@ -44,7 +44,7 @@ def stack_blocks(layer: FloatParams, stored: ModelConfig) -> FloatParams:
     return {**layer, **weights}
 
 
-def per_block(function: Callable[[Array], Any], weight: Array | np.ndarray, blocks: int) -> Any:
+def per_block(function: Callable[[Any], Any], weight: Array | np.ndarray, blocks: int) -> Any:
     """``function`` of a weight [N, K], or the stack of its results for the blocks, [N, K / blocks] each."""
     return function(weight) if blocks == 1 else jax.vmap(function)(cut(jnp.asarray(weight), blocks))
 

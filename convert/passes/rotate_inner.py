@@ -49,7 +49,7 @@ def _transformed(
     blocks: int,
 ) -> Float32[Array, "m k"]:
     """Rotates the groups of each block of all rows, or the other way."""
-    return by_block(functools.partial(transform, fmt=fmt), rows, blocks)
+    return by_block(lambda part: transform(part, fmt), rows, blocks)
 
 
 def rotated_format(recipe: Recipe) -> ActivationFormat:

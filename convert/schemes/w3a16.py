@@ -24,7 +24,9 @@ def _quantize(
     values, grids, group_size = quantize_groups(
         weight, hessian, recipe.format.group_size, bits=3, blocks=blocks
     )
-    return WeightOnlyInt3(*per_block(_pack, values, blocks), *stored_grids(grids, blocks), group_size)
+    packed, high_bits = per_block(_pack, values, blocks)
+    scales, zeros = stored_grids(grids, blocks)
+    return WeightOnlyInt3(packed, high_bits, scales, zeros, group_size)
 
 
 def _pack(values: Int8[Array, "n k"]) -> tuple[Array, Array]:

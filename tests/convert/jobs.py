@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from atom_jax.checkpoint import CARD_FILE, read_config, read_layer_part, read_shared_part
 from atom_jax.config import ModelConfig
 from atom_jax.kv_cache import init_cache
-from atom_jax.llama import forward
+from atom_jax.llama import Params, forward
 from convert.card import read_card
 from convert.pipeline import ConvertOptions
 from convert.recipe import Recipe, has_setting, make_recipe
@@ -76,7 +75,7 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
         assert actual[part] == expected[part], part
 
 
-def logits(params: nnx.State, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
+def logits(params: Params, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
     """Float32 logits of one window of ``tokens`` [seq]."""
     cache = init_cache(config, 1, tokens.size, dtype=jnp.float32)
     positions = jnp.arange(tokens.size, dtype=jnp.int32)[None]

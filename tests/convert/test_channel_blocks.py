@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,6 @@ from hypothesis import strategies as st
 from atom_jax.schemes import SCHEMES
 from convert.channel_blocks import by_block, cut, flat_order, join
 from convert.passes.reorder import deal, energy_order, head_order
-from convert.recipe import Recipe
 from convert.refine.latent import grid, integers, make_latent, with_integers
 from convert.rounding.gptq import rounding_order
 from convert.schemes import METHODS, quantize, rounding_target
@@ -39,12 +36,12 @@ def output_error(weight: jax.Array, quantized: jax.Array, hessian: jax.Array) ->
 
 
 def test_blocks_follow_one_another_along_the_channels() -> None:
-    weight = np.arange(12).reshape(2, 6)
+    weight = jnp.arange(12).reshape(2, 6)
     blocks = cut(weight, 3)
     np.testing.assert_array_equal(blocks, [[[0, 1], [6, 7]], [[2, 3], [8, 9]], [[4, 5], [10, 11]]])
     np.testing.assert_array_equal(join(blocks), weight)
     np.testing.assert_array_equal(flat_order(np.array([[1, 0], [0, 1], [1, 0]])), [1, 0, 2, 3, 5, 4])
-    sums = by_block(lambda rows: np.cumsum(rows, axis=1), weight, 3)
+    sums = by_block(lambda rows: jnp.cumsum(rows, axis=1), weight, 3)
     np.testing.assert_array_equal(sums, [[0, 1, 2, 5, 4, 9], [6, 13, 8, 17, 10, 21]])
 
 
@@ -141,11 +138,3 @@ def test_heads_are_dealt(seed: int, kv_heads: int, group: int, blocks: int) -> N
     if blocks <= kv_heads:  # each block has as many of the hottest kv heads
         hottest = np.sort(energy.reshape(kv_heads, group, 2).sum(axis=2).max(axis=1))[-blocks:]
         np.testing.assert_array_equal(np.sort(heads[:, -1]), hottest)
-
-
-def test_one_block_is_not_a_stack() -> None:
-    weight, hessian = weight_and_hessian()
-    recipe: Recipe = tiny_recipe("w4a4kv4")
-    whole = quantize(weight, hessian, recipe, 1)
-    assert whole.shape == weight.shape
-    assert dataclasses.asdict(whole).keys() == dataclasses.asdict(quantize(weight, None, recipe)).keys()
