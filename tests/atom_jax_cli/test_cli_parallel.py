@@ -45,6 +45,15 @@ def test_batch(sharded: Path, tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
+def test_explain_shows_what_one_device_runs(sharded: Path) -> None:
+    """A part has half of the rows of gate and up."""
+    shapes = [
+        {line["shape"] for line in run_json("explain", sharded, *options)["decode"]}
+        for options in ((), ("--tensor-parallel", 2))
+    ]
+    assert any("1024" in shape for shape in shapes[0]) and not any("1024" in shape for shape in shapes[1])
+
+
 def test_errors(sharded: Path, checkpoint: Path) -> None:
     fails("generate", sharded, PROMPT, "--tensor-parallel", 4, parts=["2 shards", "4 devices", "--shards 4"])
     fails("generate", checkpoint, PROMPT, "--tensor-parallel", 2, parts=["1 shards", "--shards 2"])
