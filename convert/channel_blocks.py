@@ -8,7 +8,7 @@ its own outliers. Rows of activations are quantized block by block, too: ``by_bl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,9 @@ from jaxtyping import Array, Shaped
 
 from atom_jax.config import Format, ModelConfig
 from atom_jax.structure import LINEARS
-from convert.float_model import FloatParams
+
+if TYPE_CHECKING:
+    from convert.float_model import FloatParams
 
 
 def block_counts(config: ModelConfig, format: Format) -> dict[str, int]:
