@@ -7,8 +7,8 @@ its own outliers. Rows of activations are quantized block by block, too: ``by_bl
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,6 @@ from jaxtyping import Array, Shaped
 
 from atom_jax.config import Format, ModelConfig
 from atom_jax.structure import LINEARS
-
-if TYPE_CHECKING:
-    from convert.float_model import FloatParams
 
 
 def block_counts(config: ModelConfig, format: Format) -> dict[str, int]:
@@ -40,7 +37,7 @@ def join(weight: Shaped[Array, "*blocks n k"]) -> Shaped[Array, "n channels"]:
     return weight if weight.ndim == 2 else weight.swapaxes(0, 1).reshape(weight.shape[1], -1)
 
 
-def stack_blocks(layer: FloatParams, stored: ModelConfig) -> FloatParams:
+def stack_blocks(layer: Mapping[str, np.ndarray], stored: ModelConfig) -> dict[str, np.ndarray]:
     """A float layer with the weights of its linears in the blocks in which they are stored."""
     weights = {linear.weight: cut(layer[linear.weight], linear.blocks(stored)) for linear in LINEARS}
     return {**layer, **weights}
