@@ -109,6 +109,7 @@ def serve(
     if log_level not in _LOG_LEVELS:
         raise not_one_of("log level", log_level, _LOG_LEVELS)
 
+    from atom_jax import distributed
     from atom_jax.openai.served_model import served_model
     from atom_jax.server.config import ServerConfig
     from atom_jax.server.run import bind, is_open, url_of
@@ -154,6 +155,7 @@ def serve(
         run(service, sock, log_level=log_level)
     status = 0 if service.engine.failure is None else 1
     if service.engine.compilation.running:
+        distributed.end(failure="" if status == 0 else f"exit status {status}")
         # It cannot be interrupted. The end of the interpreter would end its thread in the middle of C++ code,
         # which aborts the process.
         sys.stdout.flush()
