@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import socket
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from jax._src import distributed as jax_distributed
 from jax._src.clusters import ClusterEnv
 
 from atom_jax.errors import AtomError, one_line
-from atom_jax.process_group import ProcessGroup, accept, join
+from atom_jax.process_group import ProcessGroup, accept, exit_at_once, join
 
 # Key under which process 0 says where the others connect.
 _KEY = "atom_jax/leader"
@@ -73,15 +74,24 @@ def initialize(
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_shard_autotuning" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_shard_autotuning=false".strip()
+    _check_address(found)
+    # Where the others do not come, JAX would abort the process.
+    message = f"after {_START_SECONDS} s the {found.num_processes} processes have not met at"
+    message += f" {found.coordinator_address}; does each run, with this address?"
+    timer = threading.Timer(_START_SECONDS, exit_at_once, [message])
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             *found,
             cluster_detection_method="deactivate",
-            initialization_timeout=_START_SECONDS,
+            initialization_timeout=2 * _START_SECONDS,
             shutdown_timeout_seconds=_END_SECONDS,
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise AtomError(f"the processes do not find each other: {one_line(error)}") from error
+    finally:
+        timer.cancel()
     _group = _connect(timeout)
     return _group
 
@@ -93,6 +103,21 @@ class _Cluster(NamedTuple):
     num_processes: int | None
     process_id: int | None
     local_device_ids: Sequence[int] | None
+
+
+def _check_address(cluster: _Cluster) -> None:
+    """AtomError unless the coordinator's address has a port, which is free if it is this process's."""
+    address = str(cluster.coordinator_address)
+    port = address.rpartition(":")[2]
+    if ":" not in address or not port.isdecimal():
+        raise AtomError(f"--coordinator-address {address!r} is not HOST:PORT")
+    if cluster.process_id == 0:
+        try:
+            socket.create_server(("", int(port))).close()
+        except (OSError, OverflowError) as error:
+            raise AtomError(
+                f"--coordinator-address {address}: {getattr(error, 'strerror', error)}"
+            ) from error
 
 
 def _detect(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> _Cluster:

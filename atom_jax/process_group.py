@@ -157,7 +157,7 @@ class ProcessGroup:
     def abandon(self, failure: str) -> NoReturn:
         """Ends this process and all others at once, from any thread; arguments as in ``end``."""
         self.end(failure)
-        _exit(failure)
+        exit_at_once(failure)
 
     # What the thread that watches does.
 
@@ -218,7 +218,7 @@ class ProcessGroup:
         """Ends this process, whatever its other threads wait for. The leader takes the others along."""
         if self.is_leader:
             self._tell([peer for peer in self._peers if peer is not cause], message)
-        _exit(message)
+        exit_at_once(message)
 
     def _tell(self, peers: list[_Peer], failure: str) -> None:
         for peer in peers:
@@ -229,7 +229,8 @@ class ProcessGroup:
                 continue  # it has ended already
 
 
-def _exit(message: str) -> NoReturn:
+def exit_at_once(message: str) -> NoReturn:
+    """Ends this process with ``EXIT_LOST`` and a message, whatever its other threads wait for."""
     # Directly, because another thread may hold the locks of sys.stderr, or hang.
     os.write(2, f"error: {message}\n".encode())
     os._exit(EXIT_LOST)

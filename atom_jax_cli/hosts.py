@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -73,6 +74,8 @@ def on_hosts(command: Callable[..., None]) -> Callable[..., None]:
             if group.is_leader:
                 command(checkpoint=checkpoint, **settings)
             else:
+                # A cluster that ends sends SIGTERM to all. Process 0 may still have answers to complete.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 enable_compilation_cache()
                 follow(group, checkpoint)
 

@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.slow
 ENGINE = ("--model-name", "tiny", "--max-num-seqs", 4, "--page-size", 16, "--max-model-len", 64)
 ENGINE = (*ENGINE, "--token-budget", 32)
 REQUESTS = 48
+TASKS = ROOT / "tests/atom_jax/tasks"
 
 
 def free_port() -> int:
@@ -71,7 +74,7 @@ class Hosts:
 
     def alone(self, command: str, *arguments: object) -> str:
         """What one process prints that has one device."""
-        process = self._start(command, self.whole, arguments)
+        process = self.start_one(command, self.whole, arguments)
         output, messages = process.communicate(timeout=300)
         assert process.returncode == 0, messages
         return output
@@ -81,7 +84,7 @@ class Hosts:
         cluster = ("--coordinator-address", f"127.0.0.1:{free_port()}", "--num-processes", 2)
         arguments = (*arguments, "--tensor-parallel", devices, *cluster)
         return [
-            self._start(command, part, (*arguments, "--process-id", process))
+            self.start_one(command, part, (*arguments, "--process-id", process))
             for process, part in enumerate(self.parts)
         ]
 
@@ -95,7 +98,9 @@ class Hosts:
         assert ended[1][0] == ""
         return ended[0][0]
 
-    def _start(self, command: str, checkpoint: Path, arguments: tuple[object, ...]) -> subprocess.Popen[str]:
+    def start_one(
+        self, command: str, checkpoint: Path, arguments: tuple[object, ...]
+    ) -> subprocess.Popen[str]:
         line = [sys.executable, "-m", "atom_jax", command, str(checkpoint), *map(str, arguments)]
         pipe = subprocess.PIPE
         process = subprocess.Popen(
@@ -159,6 +164,7 @@ def expected(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         ("generate", PROMPT, "--max-new-tokens", 8, "--temperature", 1, "--json"),
         ("generate", PROMPT, "--prompt", "an inn", "--max-new-tokens", 8, "--json"),
         ("eval", "--text", None, "--seq-len", 32, "--json"),
+        ("eval", "--tasks", "atom_choice,atom_generate", "--include-path", TASKS, "--json"),
     ],
 )
 def test_the_output_of_one_process(hosts: Hosts, arguments: tuple[object, ...]) -> None:
@@ -182,7 +188,7 @@ def wait_for_results(results: Path, leader: subprocess.Popen[str]) -> None:
     while leader.poll() is None:
         if results.exists() and results.read_bytes().count(b"\n") >= 4:
             return
-        os.sched_yield()
+        time.sleep(0.02)
     raise AssertionError(leader.communicate())
 
 
@@ -209,6 +215,44 @@ def test_batch_resumes_after_a_lost_process(
     assert answers(results) == expected
 
 
+def ready(leader: subprocess.Popen[str]) -> str:
+    """The address of a server, when it answers."""
+    assert leader.stderr is not None
+    for line in leader.stderr:
+        if line.startswith("after ") and " at http://" in line:
+            return line.split()[-1]
+    raise AssertionError(leader.communicate())
+
+
+def complete(address: str, number: int) -> Any:
+    request_body = json.dumps(request(number)["body"]).encode()
+    headers = {"Content-Type": "application/json"}
+    url = address + request(number)["url"]
+    with urllib.request.urlopen(urllib.request.Request(url, request_body, headers)) as response:
+        return json.load(response)["choices"]
+
+
+def test_serve_answers_and_ends_in_order(hosts: Hosts, expected: dict[str, Any]) -> None:
+    leader, follower = hosts.start("serve", "--port", 0, *ENGINE)
+    address = ready(leader)
+    for number in range(4):
+        assert complete(address, number) == expected[str(number)]
+    for process in (follower, leader):  # as a cluster does; only the leader knows what is to be done first
+        process.terminate()
+    for process in (leader, follower):
+        _, messages = process.communicate(timeout=120)
+        assert process.returncode == 0, messages
+
+
+def test_serve_ends_with_a_lost_process(hosts: Hosts) -> None:
+    leader, follower = hosts.start("serve", "--port", 0, *ENGINE)
+    complete(ready(leader), 0)
+    follower.kill()
+    _, messages = leader.communicate(timeout=120)
+    assert f"error: process 1 ({socket.gethostname()}:{follower.pid}) is gone: " in messages
+    assert leader.returncode == EXIT_LOST
+
+
 def test_an_error_of_one_process_is_reported_by_both(hosts: Hosts, tmp_path: Path) -> None:
     damaged = shutil.copytree(hosts.parts[1], tmp_path / "damaged")
     shutil.rmtree(damaged / "params/layers/0001.3-of-4")
@@ -226,6 +270,39 @@ def test_an_error_of_one_process_is_reported_by_both(hosts: Hosts, tmp_path: Pat
     reason = f"error: process 1 ({socket.gethostname()}:{follower.pid}) has failed: {damaged}"
     assert message.splitlines()[-1].startswith(reason)
     assert leader.returncode == EXIT_LOST
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--num-processes", 2), "--process-id"),
+        (
+            ("--coordinator-address", "host0", "--num-processes", 2, "--process-id", 1),
+            "'host0' is not HOST:PORT",
+        ),
+        (
+            ("--coordinator-address", "host0:1", "--num-processes", 2, "--process-id", 2),
+            "process_id < num_processes",
+        ),
+    ],
+)
+def test_options_that_make_no_group(hosts: Hosts, options: tuple[object, ...], message: str) -> None:
+    process = hosts.start_one("generate", hosts.whole, (PROMPT, *options))
+    _, messages = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert messages.startswith("error: ") and message in " ".join(messages.split())
+
+
+def test_a_port_in_use_and_a_process_alone(hosts: Hosts) -> None:
+    with socket.create_server(("", 0)) as used:
+        address = f"127.0.0.1:{used.getsockname()[1]}"
+        options = (PROMPT, "--coordinator-address", address, "--process-id", 0)
+        alone = hosts.start_one("generate", hosts.whole, (*options, "--num-processes", 1))
+        assert alone.wait(timeout=120) == 0
+        process = hosts.start_one("generate", hosts.whole, (*options, "--num-processes", 2))
+        _, messages = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert messages == f"error: --coordinator-address {address}: Address already in use\n"
 
 
 def test_each_process_needs_a_part(hosts: Hosts) -> None:
