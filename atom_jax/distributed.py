@@ -109,15 +109,13 @@ def _check_address(cluster: _Cluster) -> None:
     """AtomError unless the coordinator's address has a port, which is free if it is this process's."""
     address = str(cluster.coordinator_address)
     port = address.rpartition(":")[2]
-    if ":" not in address or not port.isdecimal():
+    if ":" not in address or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise AtomError(f"--coordinator-address {address!r} is not HOST:PORT")
     if cluster.process_id == 0:
         try:
             socket.create_server(("", int(port))).close()
-        except (OSError, OverflowError) as error:
-            raise AtomError(
-                f"--coordinator-address {address}: {getattr(error, 'strerror', error)}"
-            ) from error
+        except OSError as error:
+            raise AtomError(f"--coordinator-address {address}: {os.strerror(error.errno or 0)}") from error
 
 
 def _detect(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> _Cluster:
