@@ -1,51 +1,18 @@
-"""Answers a file of requests in OpenAI's batch format; an interrupted run can be continued.
-
-When a request is complete, its result is appended to the file of results as one line. No other state is
-kept: after any interruption, the next run removes an incomplete last line and answers the requests that
-have no result yet.
-"""
+"""Answers the requests of a batch with one engine."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
-import json
-import os
-import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 
+from atom_jax.batch_files import REQUEST_KINDS, BatchRequest, BatchResult
 from atom_jax.engine import Engine, Output
 from atom_jax.errors import AtomError
 from atom_jax.openai.bodies import read_request
 from atom_jax.openai.engine_requests import make_engine_requests
 from atom_jax.openai.errors import ApiError
-from atom_jax.openai.requests import ChatCompletionRequest, CompletionRequest
 from atom_jax.openai.responses import ApiResponse
 from atom_jax.openai.served_model import ServedModel
-
-_REQUESTS: dict[str, type[CompletionRequest] | type[ChatCompletionRequest]] = {
-    "/v1/completions": CompletionRequest,
-    "/v1/chat/completions": ChatCompletionRequest,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchProgress:
-    """How many requests of a run are done.
-
-    Attributes:
-      total: number of requests in the file.
-      done: number of requests that have a result, from this run or an earlier one.
-      failed: number of requests that this run answered with an error.
-      tokens: number of tokens that this run generated.
-    """
-
-    total: int
-    done: int
-    failed: int
-    tokens: int
 
 
 @dataclasses.dataclass
@@ -63,103 +30,36 @@ class _Running:
     unfinished: int
 
 
-@dataclasses.dataclass(frozen=True)
-class _BatchLine:
-    """One line of the file of requests.
+def engine_answers(
+    engine: Engine, model: ServedModel, requests: Iterator[BatchRequest | None], *, ahead: int
+) -> Iterator[BatchResult]:
+    """Yields the result of each of ``requests``, in the order in which the results are complete.
 
-    Attributes:
-      custom_id: the name of the request, unique in the file.
-      url: the endpoint, one of ``_REQUESTS``.
-      body: the request as the server would receive it, a JSON object.
-    """
-
-    custom_id: str
-    url: str
-    body: dict[str, object]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Result:
-    """The answer to one request.
-
-    Attributes:
-      custom_id: the name of the request in both files.
-      status: HTTP status code that the server would send.
-      body: the response or the error, a JSON object.
-      tokens: number of generated tokens.
-    """
-
-    custom_id: str
-    status: int
-    body: Mapping[str, object]
-    tokens: int = 0
-
-
-def run_batch(
-    engine: Engine,
-    model: ServedModel,
-    requests: Path,
-    results: Path,
-    *,
-    model_name: str,
-    ahead: int,
-    on_result: Callable[[BatchProgress], None] = lambda progress: None,
-) -> BatchProgress:
-    """Answers all requests that have no result yet; at the end ``results`` has one line for each request.
-
-    The line of a request that cannot be answered has the status and the error that the server would send.
+    The result of a request that cannot be answered has the status and the error that the server would send.
 
     Args:
       engine: an engine that has no unfinished requests.
       model: the engine's model.
-      requests: file of JSON Lines with ``custom_id``, ``method``, ``url`` and ``body``.
-      results: file for the results; created, or continued if it exists.
-      model_name: the name that the requests must have in ``model``.
+      requests: what to answer. None means that no request is there now, but some may come later: the engine
+        goes on with those that it has.
       ahead: the next request is given to the engine only while the engine has fewer unfinished choices
         than this, running and waiting ones together.
-      on_result: called once at the beginning, and after every result.
-
-    Returns:
-      The progress at the end of the run.
-
-    Raises:
-      AtomError: a file is not in the batch format, ``results`` has results of other requests, or another run
-        is writing ``results``.
     """
-    ids = check_requests(requests, model_name)
-    with _open_results(results) as file:
-        finished = _read_results(results, file, ids)
-        progress = BatchProgress(len(ids), len(finished), 0, 0)
-        on_result(progress)
-        waiting = (line for line in _read_requests(requests, model_name) if line.custom_id not in finished)
-        for result in _results(engine, model, waiting, ahead):
-            _append(file, result)
-            progress = dataclasses.replace(
-                progress,
-                done=progress.done + 1,
-                failed=progress.failed + (result.status != 200),
-                tokens=progress.tokens + result.tokens,
-            )
-            on_result(progress)
-    return progress
-
-
-def _results(
-    engine: Engine, model: ServedModel, lines: Iterator[_BatchLine], ahead: int
-) -> Iterator[_Result]:
-    """Yields the result of each of ``lines``, in the order in which the results are complete."""
     running: dict[str, tuple[_Running, int]] = {}
     more = True
     while more or running:
         while more and len(running) < ahead:
-            line = next(lines, None)
-            if line is None:
+            try:
+                request = next(requests)
+            except StopIteration:
                 more = False
                 break
+            if request is None:
+                break
             try:
-                running |= _add_to_engine(engine, model, line)
+                running |= _add_to_engine(engine, model, request)
             except ApiError as error:
-                yield _Result(line.custom_id, error.status, error.body)
+                yield BatchResult(request.custom_id, error.status, error.body)
         for output in engine.step() if running else ():
             if output.request_id not in running:
                 continue  # another choice of its request has failed in this step
@@ -167,18 +67,18 @@ def _results(
                 ended = _take(running, output)
             except ApiError as error:
                 failed, _ = running[output.request_id]
-                for request_id in [each for each, (request, _) in running.items() if request is failed]:
+                for request_id in [each for each, (other, _) in running.items() if other is failed]:
                     engine.abort(request_id)
                     del running[request_id]
-                yield _Result(failed.custom_id, error.status, error.body)
+                yield BatchResult(failed.custom_id, error.status, error.body)
                 continue
             if ended is not None:
                 response = ended.response
-                yield _Result(ended.custom_id, 200, response.whole(), response.completion_tokens)
+                yield BatchResult(ended.custom_id, 200, response.whole(), response.completion_tokens)
 
 
-def _add_to_engine(engine: Engine, model: ServedModel, line: _BatchLine) -> dict[str, tuple[_Running, int]]:
-    """Gives the request in a line to the engine, as one engine request for each choice.
+def _add_to_engine(engine: Engine, model: ServedModel, line: BatchRequest) -> dict[str, tuple[_Running, int]]:
+    """Gives a request to the engine, as one engine request for each choice.
 
     Returns:
       A dict from the id of each engine request to the request of the file and the index of the choice.
@@ -187,7 +87,7 @@ def _add_to_engine(engine: Engine, model: ServedModel, line: _BatchLine) -> dict
       ApiError: the request cannot be answered; in this case the engine has none of its choices.
     """
     try:
-        request = read_request(_REQUESTS[line.url], line.body)
+        request = read_request(REQUEST_KINDS[line.url], line.body)
         if request.stream:
             raise ApiError(400, "stream: a batch has no streams; leave it out", param="stream")
         engine_requests = make_engine_requests(request, model)
@@ -217,128 +117,3 @@ def _take(running: dict[str, tuple[_Running, int]], output: Output) -> _Running 
     del running[output.request_id]
     request.unfinished -= 1
     return None if request.unfinished else request
-
-
-def check_requests(path: Path, model_name: str) -> set[str]:
-    """The custom ids in a file of requests.
-
-    Raises:
-      AtomError: a line is not in the batch format, or is for another model; the message names the line.
-    """
-    return {line.custom_id for line in _read_requests(path, model_name)}
-
-
-def _read_requests(path: Path, model_name: str) -> Iterator[_BatchLine]:
-    """Yields the lines of a file of requests. Errors are those of ``check_requests``."""
-    seen: set[str] = set()
-    with path.open("rb") as file:
-        for number, line in _lines(file):
-            where = f"{path}: line {number}"
-            record = _json_object(line, where)
-            custom_id, url, body = (record.get(key) for key in ("custom_id", "url", "body"))
-            if not isinstance(custom_id, str) or not custom_id:
-                raise AtomError(f'{where} has no "custom_id" string')
-            if not _is_unicode(custom_id):  # half of a surrogate pair: JSON can express it, a file cannot
-                raise AtomError(f"{where}: custom_id {custom_id!r} is not valid Unicode")
-            if custom_id in seen:
-                raise AtomError(f"{where}: custom_id {custom_id!r} is there twice")
-            if record.get("method") != "POST" or not isinstance(url, str) or url not in _REQUESTS:
-                raise AtomError(f"{where}: POST to one of {', '.join(_REQUESTS)} expected")
-            if not isinstance(body, dict):
-                raise AtomError(f'{where} has no "body" object')
-            model = body.get("model")
-            if isinstance(model, str) and model != model_name:
-                raise AtomError(f"{where} is for model {model!r}; give --model-name to call this model so")
-            seen.add(custom_id)
-            yield _BatchLine(custom_id, url, body)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not empty, each with its line number (the first is 1)."""
-    return ((number, line) for number, line in enumerate(file, 1) if line.strip())
-
-
-def _json_object(line: bytes, where: str) -> dict[str, object]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # bad UTF-8 or JSON, too many digits, too deep nesting
-        raise AtomError(f"{where} is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise AtomError(f"{where}: a JSON object expected, found {type(record).__name__}")
-    return record
-
-
-@contextlib.contextmanager
-def _open_results(path: Path) -> Iterator[int]:
-    """Opens the file of results for reading and appending, and locks it against other processes.
-
-    Yields:
-      The file descriptor.
-
-    Raises:
-      AtomError: another process holds the lock.
-    """
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AtomError(f"{path}: another run writes it") from None
-        yield file
-    finally:
-        os.close(file)
-
-
-def _read_results(path: Path, file: int, ids: Collection[str]) -> set[str]:
-    """The custom ids that have a result. An incomplete last line is removed from the file.
-
-    Args:
-      path: path of the file of results, for reading and for error messages.
-      file: descriptor of the same file.
-      ids: custom ids of all requests.
-
-    Raises:
-      AtomError: a line is not a result of one of the requests, or a request has two results.
-    """
-    finished: set[str] = set()
-    complete = 0
-    with path.open("rb") as reader:
-        for number, line in _lines(reader):
-            if not line.endswith(b"\n"):
-                break
-            where = f"{path}: line {number}"
-            custom_id = _json_object(line, where).get("custom_id")
-            if not isinstance(custom_id, str) or custom_id not in ids:
-                raise AtomError(f"{where} is a result of {custom_id!r}, which is not among the requests")
-            if custom_id in finished:
-                raise AtomError(f"{where}: custom_id {custom_id!r} is there twice")
-            finished.add(custom_id)
-            complete = reader.tell()
-    os.ftruncate(file, complete)
-    return finished
-
-
-def _append(file: int, result: _Result) -> None:
-    """Appends a line to the file of results and waits until it is on the disk."""
-    record = {
-        "id": f"batch_req_{uuid.uuid4().hex}",
-        "custom_id": result.custom_id,
-        "response": {
-            "status_code": result.status,
-            "request_id": uuid.uuid4().hex,
-            "body": result.body,
-        },
-        "error": None,
-    }
-    line = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-    while line:
-        line = line[os.write(file, line) :]
-    os.fsync(file)

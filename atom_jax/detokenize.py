@@ -122,3 +122,17 @@ def _byte_ids(tokenizer: PreTrainedTokenizerFast) -> dict[int, int]:
             found[token] = byte
     whole = len(found) == 256 and text_of_tokens(tokenizer, [next(iter(found))]) == "a"
     return found if whole else {}
+
+
+@functools.cache
+def byte_of_sign() -> dict[str, int]:
+    """The byte that each character of a byte-level piece stands for (GPT-2's alphabet).
+
+    The printable characters of Latin-1 stand for themselves; the other bytes, in order, are the characters
+    from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + index): byte for index, byte in enumerate(others)
+    }

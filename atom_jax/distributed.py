@@ -150,8 +150,8 @@ def _connect(timeout: float) -> ProcessGroup:
 
 def _listen(host: str) -> socket.socket:
     """A socket at this address, or at all addresses if others know this process by one that it has not."""
-    family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
     try:
+        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except OSError:
         return socket.create_server(("", 0))

@@ -19,6 +19,7 @@ from pallas_kernels import (
     quantize,
     silu_quantize,
 )
+from pallas_kernels.fixed_order import uncontracted
 from pallas_kernels.nn import rms_norm, silu_mul
 from pallas_kernels.qarrays import LayerOf, at_layer, like
 
@@ -150,7 +151,8 @@ def head_logits(
     if fmt is None:
         return linear(hidden, head, None, jnp.float32)
     rounded = quantize(hidden, fmt)
-    left = quantize(hidden.astype(jnp.float32) - rounded.dequantize(), fmt)
+    difference = uncontracted(hidden.astype(jnp.float32)) - uncontracted(rounded.dequantize())
+    left = quantize(difference, fmt)
     both = QuantizedActivation(
         jnp.concatenate([rounded.body, left.body]),
         jnp.concatenate([rounded.outliers, left.outliers]),

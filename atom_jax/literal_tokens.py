@@ -15,9 +15,22 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from atom_jax.errors import AtomError
+from atom_jax.token_bound import TokenBound
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+class TooManyTokensError(AtomError):
+    """A text has more tokens than are wanted.
+
+    Attributes:
+      least: the number of its tokens at least.
+    """
+
+    def __init__(self, least: int) -> None:
+        super().__init__(f"the text has at least {least} tokens")
+        self.least = least
 
 
 class LiteralTokens:
@@ -41,15 +54,18 @@ class LiteralTokens:
         signs = "".join({sign for sign in "".join(special) if not sign.isalnum() and not sign.isspace()})
         self._signs = re.compile(f"[{re.escape(signs)}]" if signs else r"(?!)")
         self._renamed = _renamed(tokenizer.backend_tokenizer, self._names)
+        self._bound = TokenBound(self._renamed)
 
-    def encode(self, render: Callable[[Callable[[str], str]], str]) -> list[int]:
+    def encode(self, render: Callable[[Callable[[str], str]], str], most: int | None = None) -> list[int]:
         """The token ids of a text that is made from messages.
 
         Args:
           render: makes the text, and applies the function that it is given to every string that comes from
             a message, such as its content. It is called twice at most.
+          most: more tokens than these need not be found; None for any number.
 
         Raises:
+          TooManyTokensError: it can be told from the length of the text that it has more than ``most``.
           AtomError: strings of the messages together, or with the text around them, make the name of a
             special token.
         """
@@ -78,6 +94,8 @@ class LiteralTokens:
                 )
         text = self._special.sub(lambda match: self._names[match[0]], text)
         text = re.sub(f"{mark}n(\\d+)e", lambda match: hidden[int(match[1])], text)
+        if most is not None and (least := self._bound.least(text)) > most:
+            raise TooManyTokensError(least)
         # Unlike encode, encode_batch lets other threads run meanwhile.
         return self._renamed.encode_batch([text], add_special_tokens=False)[0].ids
 

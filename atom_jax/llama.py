@@ -13,12 +13,12 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from atom_jax.blocks import BLOCKS, LayerParams, OnCache, OnLinear, Step, make_step
-from atom_jax.collectives import Group
+from atom_jax.collectives import Group, all_gather, own_share
 from atom_jax.config import ModelConfig
 from atom_jax.embedding import Embedding
 from atom_jax.kv_cache import PAGE_SIZE, init_cache
-from atom_jax.layers import head_logits, one_layer
-from atom_jax.structure import index_shapes, linear_shapes, vector_shapes
+from atom_jax.layers import activation_format, head_logits, one_layer
+from atom_jax.structure import LINEARS, index_shapes, linear_shapes, vector_shapes
 from pallas_kernels import PagedKVCache
 from pallas_kernels.nn import rms_norm
 
@@ -51,11 +51,12 @@ class Layer(nnx.Module):
         on_linear: OnLinear | None = None,
         on_cache: OnCache | None = None,
         group: Group | None = None,
+        scattered: bool = False,
     ) -> tuple[Float[Array, "m hidden"], PagedKVCache]:
         """The residual stream after the layer, and the cache with this layer's keys and values.
 
         Args:
-          x: the residual stream before the layer; a row for each token.
+          x: the residual stream before the layer; a row for each token, or each of the device's share.
           cache: the KV cache of all layers.
           layer: index of the layer in the cache and in the windows of the configuration.
           step: what all layers share in this forward pass.
@@ -64,8 +65,9 @@ class Layer(nnx.Module):
           on_cache: called with the cache before attention reads it, which it may replace; for float caches
             only.
           group: the devices of which each has a part of the layer; None if the layer is in one piece.
+          scattered: whether ``x`` has only this device's share of the tokens.
         """
-        params = LayerParams(self.param, self.config, x.dtype, on_linear, on_cache, group)
+        params = LayerParams(self.param, self.config, x.dtype, on_linear, on_cache, group, scattered)
         for block in BLOCKS:
             x, cache = block.run(x, cache, layer, step, params)
         return x, cache
@@ -111,19 +113,33 @@ class Llama(nnx.Module):
         """
         step = make_step(positions, cache, self.config)
         x = self.embedding.get_value().rows(tokens.reshape(-1), group)
+        scattered = group is not None and self._scatters(tokens.size, group)
+        if group is not None and scattered:
+            x = own_share(x, group)
         structure, stacked = nnx.split(self.layers)
 
         def body(carry, _):
             # The index is counted up in the carry: slicing it from a scanned array would cost a kernel launch
             # in each layer.
             x, cache, layer = carry
-            x, cache = nnx.merge(structure, one_layer(stacked, layer))(x, cache, layer, step, group=group)
-            return (x, cache, layer + 1), observe(x)
+            run = nnx.merge(structure, one_layer(stacked, layer))
+            x, cache = run(x, cache, layer, step, group=group, scattered=scattered)
+            return (x, cache, layer + 1), observe(all_gather(x, axis=0) if scattered else x)
 
         start = (x, cache, jnp.int32(0))
         (x, cache, _), seen = lax.scan(body, start, length=self.config.num_layers)
         x = rms_norm(x, self.norm.get_value(), self.config.rms_norm_eps)
+        x = all_gather(x, axis=0) if scattered else x
         return x.reshape(*tokens.shape, -1), cache, seen
+
+    def _scatters(self, num_tokens: int, group: Group) -> bool:
+        """Whether each device keeps the residual stream of its share of the tokens alone."""
+        quantized = all(
+            activation_format(self.layers.param(linear.weight), self.config) is not None
+            for linear in LINEARS
+            if linear.reads_residual
+        )
+        return quantized and num_tokens >= group.scatter_from and num_tokens % group.size == 0
 
     def logits(self, hidden: Float[Array, "*lead hidden"]) -> Float32[Array, "*lead vocab"]:
         tied = self.config.tie_word_embeddings

@@ -85,7 +85,7 @@ class ShardedLlama:
         observe: Callable[[Float[Array, "m hidden"]], Any],
     ) -> tuple[Float[Array, "batch seq hidden"], PagedKVCache, Any]:
         """As ``Llama.observed``."""
-        tokens = jnp.minimum(tokens, self.config.vocab_size - 1)
+        tokens = jnp.clip(tokens, 0, self.config.vocab_size - 1)
         specs = cache_specs(cache)
 
         def run(model: Llama, tokens: Array, positions: Array, cache: PagedKVCache) -> Any:

@@ -8,7 +8,7 @@ import jax
 
 from atom_jax.checkpoint import StoredSpecs, linear_spec
 from atom_jax.config import ModelConfig
-from atom_jax.structure import LINEARS, linear_shapes
+from atom_jax.structure import LINEARS, num_weights
 
 
 def stored_bytes(specs: StoredSpecs | jax.ShapeDtypeStruct) -> int:
@@ -19,4 +19,4 @@ def stored_bytes(specs: StoredSpecs | jax.ShapeDtypeStruct) -> int:
 def bits_per_weight(config: ModelConfig) -> float:
     """Stored bits for each weight of the linears in the layers, scales and padding included."""
     size = sum(stored_bytes(linear_spec(linear, config)) for linear in LINEARS)
-    return 8 * size / sum(math.prod(shape) for shape in linear_shapes(config).values())
+    return 8 * config.num_layers * size / num_weights(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from atom_jax.blocks import BLOCKS
 from atom_jax.config import ModelConfig
 
@@ -11,6 +13,11 @@ LINEARS = tuple(linear for block in BLOCKS for linear in block.linears)
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Shape [N, K] of each linear of a layer, by the name of its weight."""
     return {linear.weight: linear.shape(config) for linear in LINEARS}
+
+
+def num_weights(config: ModelConfig) -> int:
+    """Number of weights of the linears in all layers."""
+    return config.num_layers * sum(math.prod(shape) for shape in linear_shapes(config).values())
 
 
 def vector_shapes(config: ModelConfig) -> dict[str, tuple[int]]:

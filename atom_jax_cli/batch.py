@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from atom_jax.errors import AtomError
 from atom_jax_cli.console import LOG_SECONDS, JsonOption, note, print_json, progress_bars, stderr
 from atom_jax_cli.engine import (
     DeterministicOption,
@@ -30,7 +32,10 @@ from atom_jax_cli.engine import (
 from atom_jax_cli.model import CheckpointArgument, TensorParallelOption
 
 if TYPE_CHECKING:
-    from atom_jax.batch import BatchProgress
+    from atom_jax.batch_files import BatchProgress, BatchRequest, BatchResult
+    from atom_jax.engine import EngineConfig
+
+_CLUSTER = "Cluster"
 
 
 def batch(
@@ -51,39 +56,67 @@ def batch(
     deterministic: DeterministicOption = False,
     tensor_parallel: TensorParallelOption = 1,
     generation_config: GenerationConfigOption = "auto",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Share the requests among replicas on a Ray cluster: host:port, auto for the one that this "
+            "machine belongs to, local for this machine alone.",
+            show_default="this process answers",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            help="Replicas of the model.",
+            min=1,
+            show_default="one for each GPU, or for each node without any",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Answer the requests in IN (OpenAI's batch format); an interrupted run goes on where it was."""
-    from atom_jax.batch import check_requests, run_batch
-    from atom_jax.openai.served_model import served_model
+    from atom_jax.batch_files import check_requests, run_batch
+    from atom_jax.engine import EngineConfig
 
+    if replicas is not None and ray is None:
+        raise AtomError("--replicas needs a Ray cluster: give --ray too, e.g. --ray local")
     with_defaults = uses_generation_config(generation_config)
     name = served_name(checkpoint, model_name)
     check_requests(requests, name)  # loading and compiling take minutes: find errors before
-    model, engine = load_engine(
-        checkpoint,
-        memory_gb=memory_gb,
+    config = EngineConfig(
         page_size=page_size,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         token_budget=token_budget,
         prefix_caching=prefix_caching,
         deterministic=deterministic,
-        tensor_parallel=tensor_parallel,
     )
-    with progress_bars() as report:
-        engine.warm_up(lambda done, total: report("programs compiled", done, total))
-    started = time.perf_counter()
-    with _bar() as on_result:
-        end = run_batch(
-            engine,
-            served_model(model, engine, generation_config=with_defaults),
-            requests,
-            results,
-            model_name=name,
-            ahead=2 * max_num_seqs,
-            on_result=on_result,
-        )
+    with contextlib.ExitStack() as stack:
+        if ray is None:
+            answer = _in_this_process(
+                checkpoint, config, memory_gb, tensor_parallel, generation_config=with_defaults
+            )
+        else:
+            from atom_jax.ray_batch import connected, ray_answers
+
+            cluster = stack.enter_context(connected(ray, replicas, tensor_parallel))
+            devices = "CPUs" if not cluster.gpus else f"GPUs: {cluster.gpus}"
+            note(f"replicas: {cluster.count}, each with {devices}")
+            answer = functools.partial(
+                ray_answers,
+                replicas=cluster,
+                checkpoint=checkpoint,
+                config=config,
+                memory_gb=memory_gb,
+                tensor_parallel=tensor_parallel,
+                generation_config=with_defaults,
+            )
+        started = time.perf_counter()
+        on_result = stack.enter_context(_bar())
+        end = run_batch(answer, requests, results, model_name=name, on_result=on_result)
     seconds = time.perf_counter() - started
     rate = end.tokens / seconds
     if json_output:
@@ -92,7 +125,26 @@ def batch(
     note(f"{seconds:.1f} s: {rate:.1f} tokens/s")
 
 
-@contextmanager
+def _in_this_process(
+    checkpoint: Path,
+    config: EngineConfig,
+    memory_gb: float | None,
+    tensor_parallel: int,
+    *,
+    generation_config: bool,
+) -> Callable[[Iterator[BatchRequest]], Iterator[BatchResult]]:
+    """What ``run_batch`` calls to answer requests with an engine of this process."""
+    from atom_jax.batch import engine_answers
+    from atom_jax.openai.served_model import served_model
+
+    model, engine = load_engine(checkpoint, config, memory_gb=memory_gb, tensor_parallel=tensor_parallel)
+    with progress_bars() as report:
+        engine.warm_up(lambda done, total: report("programs compiled", done, total))
+    served = served_model(model, engine, generation_config=generation_config)
+    return lambda requests: engine_answers(engine, served, requests, ahead=2 * config.max_num_seqs)
+
+
+@contextlib.contextmanager
 def _bar() -> Iterator[Callable[[BatchProgress], None]]:
     """Shows results done and tokens per second on stderr while the block runs.
 

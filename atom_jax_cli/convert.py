@@ -18,6 +18,7 @@ _SETTINGS = {
     "group_size": "groups of",
     "num_outliers": "number of outliers",
     "refine": "steps of refinement",
+    "shards": "number of shards",
 }
 _WEIGHTS, _CACHE, DATA_PANEL = "Weights and activations", "KV cache", "Data and evaluation"
 
@@ -168,6 +169,15 @@ def convert(
             rich_help_panel=_WEIGHTS,
         ),
     ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            help="Parts into which the checkpoint is cut: as many devices can run it, or a divisor of it.",
+            min=1,
+            show_default="8, 4 or 2 where more than 15 billion weights are in the layers, else 1",
+            rich_help_panel=_WEIGHTS,
+        ),
+    ] = None,
     kv_bits: Annotated[
         int | None, typer.Option(help="4 or 16.", show_default=_default("kv_bits"), rich_help_panel=_CACHE)
     ] = None,
@@ -248,6 +258,7 @@ def convert(
         rotate_inner=rotate_inner,
         refine=refine,
         head_bits=head_bits,
+        shards=shards,
         kv_bits=kv_bits,
         kv_groups=kv_groups,
         kv_rope=kv_rope,
@@ -256,7 +267,7 @@ def convert(
         exact_sink=exact_sink,
     )
     recipe = make_recipe(scheme, **changes)
-    given = {"group_size": group_size, "num_outliers": num_outliers, "refine": refine}
+    given = {"group_size": group_size, "num_outliers": num_outliers, "refine": refine, "shards": shards}
     flexible = tuple(name for name, value in given.items() if value is None and has_setting(scheme, name))
 
     from convert.pipeline import ConvertOptions

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atom_jax_cli.console import format_bytes, note
+from atom_jax_cli.kernels import check_kernels_for
 from atom_jax_cli.model import load_model
 
 if TYPE_CHECKING:
     from atom_jax.checkpoint import Model
-    from atom_jax.engine import Engine
+    from atom_jax.engine import Engine, EngineConfig
 
 _ENGINE = "Engine"
 
@@ -69,58 +70,43 @@ DeterministicOption = Annotated[
 
 
 def load_engine(
-    checkpoint: Path,
-    *,
-    memory_gb: float | None,
-    page_size: int,
-    max_num_seqs: int,
-    max_model_len: int | None,
-    token_budget: int,
-    prefix_caching: bool,
-    deterministic: bool,
-    tensor_parallel: int,
+    checkpoint: Path, config: EngineConfig, *, memory_gb: float | None, tensor_parallel: int = 1
 ) -> tuple[Model, Engine]:
     """Loads a checkpoint and makes an engine for it. Its programs are not compiled yet.
 
     Args:
       checkpoint: folder.
+      config: of the engine, without ``memory_bytes``.
       memory_gb: memory of each device for weights and cache together, in 10**9 bytes.
-      page_size, max_num_seqs, max_model_len, token_budget, prefix_caching, deterministic: as in
-        ``EngineConfig``.
       tensor_parallel: number of devices among which the model is divided.
 
     Raises:
       AtomError: there is no checkpoint, it does not run on so many devices, or the sizes do not fit it or
         each other.
     """
-    import jax
-
+    from atom_jax.checkpoint import abstract_params, default_dtype, read_config
     from atom_jax.compilation_cache import enable_compilation_cache
-    from atom_jax.engine import Engine, EngineConfig
-    from atom_jax.errors import AtomError
+    from atom_jax.engine import Engine
+    from atom_jax.engine.sizes import weight_bytes, within_memory
+    from atom_jax.explain import step_choices
+    from pallas_kernels.native.parallel import compiling_in_parallel
 
     enable_compilation_cache()
-    model = load_model(checkpoint, tensor_parallel, deterministic=deterministic)
-    model.tokenizer  # noqa: B018  without a tokenizer it fails now, not at the first request
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) // tensor_parallel
-    memory = None if memory_gb is None else int(memory_gb * 1e9) - weights
-    if memory is not None and memory <= 0:
-        raise AtomError(f"--memory-gb {memory_gb:g}: the weights alone take {format_bytes(weights)}")
-    config = EngineConfig(
-        memory_bytes=memory,
-        page_size=page_size,
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
-        token_budget=token_budget,
-        prefix_caching=prefix_caching,
-        deterministic=deterministic,
-    )
-    engine = Engine(model, config)
+    check_kernels_for(checkpoint)
+    with compiling_in_parallel():
+        # The kernels of its programs are compiled while it is read. Any step will do: all call the same.
+        shapes = read_config(checkpoint)
+        params = abstract_params(shapes, default_dtype())
+        step_choices(params, shapes, batch=1, seq=1, context=config.page_size)
+        model = load_model(checkpoint, tensor_parallel, deterministic=config.deterministic)
+        model.tokenizer  # noqa: B018  without a tokenizer it fails now, not at the first request
+    engine = Engine(model, within_memory(model, config, memory_gb))
     stats = engine.stats()
     each = "" if tensor_parallel == 1 else f" on each of {tensor_parallel} devices"
     note(
-        f"weights {format_bytes(weights)}{each}; {stats.num_pages} cache pages of {config.page_size} tokens; "
-        f"up to {max_num_seqs} answers of {engine.max_model_len} tokens at once"
+        f"weights {format_bytes(weight_bytes(model))}{each}; {stats.num_pages} cache pages of "
+        f"{config.page_size} tokens; up to {config.max_num_seqs} answers of {engine.max_model_len} tokens "
+        "at once"
     )
     return model, engine
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from atom_jax_cli.console import JsonOption, print_json, stdout
+from atom_jax_cli.model import CheckpointArgument, TensorParallelOption
 
 if TYPE_CHECKING:
     from atom_jax.explain import Line
 
 
 def explain(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="Converted checkpoint.", show_default=False)
-    ],
+    checkpoint: CheckpointArgument,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a decode step.")] = 16,
     prompt: Annotated[int, typer.Option(min=2, help="Tokens of a prefill chunk of one sequence.")] = 512,
     context: Annotated[int, typer.Option(min=2, help="Tokens a sequence's cache holds.")] = 2048,
@@ -25,6 +23,7 @@ def explain(
         str,
         typer.Option(help="auto, native_cpu, reference, or mosaic_sm90 to see what a Hopper GPU would run."),
     ] = "auto",
+    tensor_parallel: TensorParallelOption = 1,
     json_output: JsonOption = False,
 ) -> None:
     """Show what would run each op of a decode step and a prefill chunk here, and with which tiles."""
@@ -34,6 +33,8 @@ def explain(
     from atom_jax.explain import explain as explain_step
 
     config = read_config(checkpoint)
+    if tensor_parallel > 1:
+        config = config.part(tensor_parallel)  # what one of the devices runs
     context = max(context, prompt)
     steps = {
         "decode": explain_step(config, batch=batch, seq=1, context=context, implementation=implementation),

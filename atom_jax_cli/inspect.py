@@ -43,6 +43,8 @@ def inspect(
         stdout.print(_facts("number of outliers", card["outliers"]))
     if card.get("relative_error"):
         stdout.print(_errors(card["relative_error"]))
+    if card.get("shards"):
+        stdout.print(_facts("shards", card["shards"]))
     if card.get("perplexity"):
         stdout.print(_facts("perplexity", card["perplexity"]))
     if card.get("seconds"):

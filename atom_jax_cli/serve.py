@@ -92,8 +92,18 @@ def serve(
         int,
         typer.Option(help="Most connections, file descriptors permitting.", min=1, rich_help_panel=_LIMITS),
     ] = 1000,
+    drain_delay: Annotated[
+        float,
+        typer.Option(
+            help="Seconds after SIGTERM in which requests are still accepted while /health says draining.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = 0.0,
     drain_timeout: Annotated[
-        float, typer.Option(help="Seconds that answers have to end after SIGTERM.", rich_help_panel=_LIMITS)
+        float,
+        typer.Option(
+            help="Seconds that answers have to end after SIGTERM and that.", rich_help_panel=_LIMITS
+        ),
     ] = 30.0,
     log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "info",
 ) -> None:
@@ -110,6 +120,7 @@ def serve(
         raise not_one_of("log level", log_level, _LOG_LEVELS)
 
     from atom_jax import distributed
+    from atom_jax.engine import EngineConfig
     from atom_jax.openai.served_model import served_model
     from atom_jax.server.config import ServerConfig
     from atom_jax.server.run import bind, is_open, url_of
@@ -129,7 +140,17 @@ def serve(
         head_timeout=head_timeout,
         idle_timeout=idle_timeout,
         request_timeout=request_timeout,
+        drain_delay=drain_delay,
         drain_timeout=drain_timeout,
+        page_size=page_size,
+    )
+    engine_config = EngineConfig(
+        page_size=page_size,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        token_budget=token_budget,
+        prefix_caching=prefix_caching,
+        deterministic=deterministic,
     )
     with bind(host, port) as sock:
         if not config.api_keys and is_open(sock):
@@ -138,15 +159,7 @@ def serve(
                 f"--api-key or {_KEYS_VARIABLE} asks for a key"
             )
         model, engine = load_engine(
-            checkpoint,
-            memory_gb=memory_gb,
-            page_size=page_size,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            token_budget=token_budget,
-            prefix_caching=prefix_caching,
-            deterministic=deterministic,
-            tensor_parallel=tensor_parallel,
+            checkpoint, engine_config, memory_gb=memory_gb, tensor_parallel=tensor_parallel
         )
         service = Service(config, engine, served_model(model, engine, generation_config=with_defaults))
         address, programs = url_of(sock), service.engine.compilation.total

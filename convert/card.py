@@ -38,6 +38,7 @@ def make_card(
     outliers: dict[str, Any] | None,
     relative_error: list[dict[str, float]],
     refinement: dict[str, Any] | None,
+    shards: dict[str, Any] | None,
     before: PerplexityResult | None,
     after: PerplexityResult | None,
     seconds: dict[str, Any] | None,
@@ -53,6 +54,7 @@ def make_card(
       relative_error: for each layer the error of each linear, see
         ``convert.quantize_layer.quantize_layer``.
       refinement: what ``convert.refine_model.refine_model`` returns; None without a refinement.
+      shards: what the shards cost, from ``convert.shards.about_shards``; None if there is one.
       before: perplexity of the float model; None if there is no evaluation text.
       after: perplexity of the checkpoint on the same text.
       seconds: how long the conversion took, from ``StageClock``; None if an interrupted run did a part of it.
@@ -64,6 +66,7 @@ def make_card(
         "outliers": outliers,
         "relative_error": relative_error,
         "refinement": refinement,
+        "shards": shards,
         "perplexity": None,
         "seconds": seconds,
         "notes": list(notes),

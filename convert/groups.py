@@ -1,7 +1,8 @@
 """Which group sizes and numbers of outliers a model allows: a linear must be whole groups plus outliers.
 
 All linears share one group size and one number of outliers. So their numbers of input channels must all have
-the same remainder when divided by the group size.
+the same remainder when divided by the group size. Of a linear that is stored in blocks (``Format.shards``)
+each block has groups and outliers of its own, so it is the channels of a block that count.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from atom_jax.config import GROUP_SIZES, Format, ModelConfig
 from atom_jax.errors import AtomError
 from atom_jax.schemes import SCHEMES
-from atom_jax.structure import linear_shapes
+from atom_jax.structure import LINEARS
 
 _WITHOUT_GROUPS = (
     f"no groups of {', '.join(map(str, GROUP_SIZES))} suit every linear: use the scheme w8a8, which has "
@@ -56,11 +57,37 @@ def check_groups(name: str, channels: int, group_size: int | None, num_outliers:
 
 
 def check_model(config: ModelConfig) -> None:
-    """AtomError if the groups of the format do not suit every linear of the model, see ``check_linears``."""
+    """AtomError if the groups of the format do not suit every linear of the model, see ``check_linears``.
+
+    The shards of the format must divide the model (``convert.shards.check_division``).
+    """
     format = config.format
-    if has_groups(format):
-        outliers = format.num_outliers if has_outliers(format) else None
-        check_linears(_channels(config), format.group_size, outliers)
+    if not has_groups(format):
+        return
+    outliers = format.num_outliers if has_outliers(format) else None
+    try:
+        check_linears(block_channels(config), format.group_size, outliers)
+    except AtomError as error:
+        others = [
+            shards
+            for shards in range(1, format.shards)
+            if config.indivisible(shards) is None and _suits(with_shards(config, shards))
+        ]
+        if not others:
+            raise
+        raise AtomError(f"{error}, or {_or(others)} shards") from error
+
+
+def _suits(config: ModelConfig) -> bool:
+    format = config.format
+    outliers = format.num_outliers if has_outliers(format) else None
+    counts = block_channels(config).values()
+    return all(_problem(count, format.group_size, outliers) is None for count in counts)
+
+
+def with_shards(config: ModelConfig, shards: int) -> ModelConfig:
+    """The configuration with another number of shards."""
+    return config.replace(format=dataclasses.replace(config.format, shards=shards))
 
 
 def check_linears(channels: Mapping[str, int], group_size: int | None, num_outliers: int | None) -> None:
@@ -95,10 +122,11 @@ def choose_groups(
     allows a number of outliers of at most a quarter of the narrowest linear's input channels, preferably
     above zero. Of the numbers that it allows, the one is chosen that is nearest to an eighth of these
     channels, or to the format's number if that is smaller. The GPU kernels support the chosen number if the
-    input channels of all linears are multiples of 32.
+    input channels of all linears are multiples of 32. With shards the channels of a block count, and a number
+    of outliers that suits is not kept if it is more than a quarter of the narrowest block.
 
     Args:
-      config: configuration of the model, with the format to start from.
+      config: configuration of the model, with the format to start from; its shards must divide the model.
       flexible: the names in ``CHOOSABLE`` of the settings that may change.
       measured_outliers: whether the number of outliers is measured later (``convert.passes.outliers``). If
         so, only the group size is chosen here, such that there are numbers to choose from.
@@ -110,9 +138,10 @@ def choose_groups(
     if not has_groups(format):
         return format
     if not has_outliers(format):
-        fits = [(size, 0) for size in GROUP_SIZES if all(k % size == 0 for k in _channels(config).values())]
+        counts = block_channels(config).values()
+        fits = [(size, 0) for size in GROUP_SIZES if all(count % size == 0 for count in counts)]
     else:
-        fits = _fits(_channels(config).values())
+        fits = _fits(block_channels(config).values())
     if "group_size" not in flexible:
         fits = [fit for fit in fits if fit[0] == format.group_size]
     if measured_outliers:
@@ -122,6 +151,8 @@ def choose_groups(
         if "num_outliers" not in flexible and has_outliers(format):
             fits = [fit for fit in fits if fit[1] == format.num_outliers]
         suits = (format.group_size, format.num_outliers) in fits
+        if format.shards > 1 and "num_outliers" in flexible:
+            suits = suits and format.num_outliers <= _most_outliers(config)
     if suits or not fits:  # if nothing fits, ``check_model`` raises the error
         return format
     size, outliers = min(fits, key=lambda fit: _rank(config, *fit))
@@ -130,12 +161,12 @@ def choose_groups(
 
 
 def _most_outliers(config: ModelConfig) -> int:
-    return 2 * min(_channels(config).values()) // _OUTLIER_PART
+    return 2 * min(block_channels(config).values()) // _OUTLIER_PART
 
 
 def _rank(config: ModelConfig, size: int, outliers: int) -> tuple[bool, bool, int, int, int]:
     """Sort key of a group size and a number of outliers; the best has the smallest key."""
-    wanted = min(config.format.num_outliers, min(_channels(config).values()) // _OUTLIER_PART)
+    wanted = min(config.format.num_outliers, min(block_channels(config).values()) // _OUTLIER_PART)
     return (
         outliers > _most_outliers(config),
         outliers == 0 and wanted > 0,
@@ -145,9 +176,14 @@ def _rank(config: ModelConfig, size: int, outliers: int) -> tuple[bool, bool, in
     )
 
 
-def _channels(config: ModelConfig) -> dict[str, int]:
-    """Number of input channels of each linear, by name."""
-    return {name: columns for name, (_, columns) in linear_shapes(config).items()}
+def block_channels(config: ModelConfig) -> dict[str, int]:
+    """Number of input channels of each linear, or of each block of one, by the name for error messages."""
+    counts = {}
+    for linear in LINEARS:
+        blocks = linear.blocks(config)
+        name = linear.weight if blocks == 1 else f"{linear.weight}, each of {blocks} shards"
+        counts[name] = linear.channels(config) // blocks
+    return counts
 
 
 def _problem(channels: int, group_size: int | None, num_outliers: int | None) -> str | None:

@@ -26,7 +26,7 @@ from convert import groups
 from convert.calibrate.texts import Calibration, load_calibration, load_training
 from convert.card import Card, make_card, read_card, versions, write_card
 from convert.float_model import read_shared
-from convert.groups import choose_groups
+from convert.groups import choose_groups, with_shards
 from convert.measure import checkpoint_perplexity, source_perplexity
 from convert.passes.order import ResidualOrder, permute_shared, residual_order
 from convert.passes.outliers import about_outliers, candidates, outlier_errors
@@ -35,6 +35,7 @@ from convert.quantize_layer import check_recipe, needs_calibration
 from convert.quantize_model import quantize_model
 from convert.recipe import Recipe
 from convert.refine_model import check_windows, default_steps, refine_model
+from convert.shards import about_shards, check_division, default_shards
 from convert.sources import Source, open_source
 from convert.stage_clock import StageClock
 from convert.streaming import Windows, embed
@@ -60,7 +61,8 @@ class ConvertOptions:
         number is then ignored.
       flexible: names in ``CHOOSABLE`` of the settings that the user did not choose. If group size and number
         of outliers of the recipe do not suit every linear of the model, others are chosen; "refine" is chosen
-        by the size of the model and the scheme (``convert.refine_model.default_steps``).
+        by the size of the model and the scheme (``convert.refine_model.default_steps``), and "shards" by the
+        size of the model (``convert.shards.default_shards``).
 
     Raises:
       AtomError: ``auto_outliers`` is set for a scheme without outliers.
@@ -89,7 +91,7 @@ class ConvertOptions:
 
 
 # The settings that can be chosen for a model.
-CHOOSABLE = groups.CHOOSABLE | {"refine"}
+CHOOSABLE = groups.CHOOSABLE | {"refine", "shards"}
 
 
 def convert(
@@ -181,6 +183,7 @@ def _convert(
         outliers=outliers,
         relative_error=errors,
         refinement=refinement,
+        shards=about_shards(config),
         before=before,
         after=after,
         seconds=None if workspace.resumed else clock.seconds(),
@@ -194,8 +197,11 @@ def _convert(
 def _with_choices(source: Source, options: ConvertOptions) -> ConvertOptions:
     """The options with the flexible settings chosen for the model."""
     recipe = options.recipe
-    config = source.config.replace(format=recipe.format)
-    format = choose_groups(config, options.flexible, measured_outliers=options.auto_outliers)
+    config, measured = source.config.replace(format=recipe.format), options.auto_outliers
+    if "shards" in options.flexible:
+        config = with_shards(config, default_shards(config, options.flexible, measured_outliers=measured))
+    check_division(config)
+    format = choose_groups(config, options.flexible, measured_outliers=measured)
     recipe = dataclasses.replace(recipe, format=format)
     if "refine" in options.flexible:
         recipe = recipe.replace(refine=default_steps(source.config, recipe.format.scheme))

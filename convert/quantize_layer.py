@@ -17,6 +17,7 @@ from atom_jax.errors import AtomError
 from atom_jax.schemes import PackedWeight
 from atom_jax.structure import LINEARS, index_shapes, vector_shapes
 from convert.calibrate.statistics import LayerStatistics, layer_statistics
+from convert.channel_blocks import block_counts, join
 from convert.float_model import FloatParams
 from convert.groups import check_model
 from convert.passes import Pass
@@ -76,7 +77,7 @@ class QuantizedLayer(NamedTuple):
     """A layer after its quantization.
 
     Attributes:
-      params: the parameters of ``atom_jax.llama.Layer``.
+      params: the parameters of ``atom_jax.llama.Layer``; a stack of blocks for a linear that is stored so.
       errors: for each linear the relative error of its output on the calibration data, ``||X (W - Wq)^T|| /
         ||X W^T||`` (``||W - Wq|| / ||W||`` without a Hessian).
       targets: for each linear, by the name of its weight, the float weight from which a refinement of the
@@ -93,7 +94,7 @@ def _relative_error(weight: Array, quantized: PackedWeight, hessian: Array | Non
     def energy(matrix: Array) -> Array:
         return jnp.vdot(matrix, matrix if hessian is None else matrix @ hessian)
 
-    return jnp.sqrt(energy(weight - quantized.dequantize()) / jnp.maximum(energy(weight), 1e-30))
+    return jnp.sqrt(energy(weight - join(quantized.dequantize())) / jnp.maximum(energy(weight), 1e-30))
 
 
 def quantize_layer(
@@ -118,6 +119,7 @@ def quantize_layer(
         layer, statistics = prepare_layer(layer, statistics, config, recipe)
         hessians = dict(statistics.hessians)
     stored = config.replace(format=recipe.format)
+    blocks = block_counts(config, recipe.format)
     unquantized = vector_shapes(stored).keys() | index_shapes(stored).keys()
     params: dict[str, Any] = {name: jnp.asarray(layer[name]) for name in layer if name in unquantized}
     errors, targets = {}, {}
@@ -126,9 +128,9 @@ def quantize_layer(
         weight = jnp.asarray(layer.pop(name))
         hessian = hessians.pop(linear.name, None)
         try:
-            params[name] = quantize(weight, hessian, recipe)
+            params[name] = quantize(weight, hessian, recipe, blocks[linear.name])
             if recipe.refine:
-                target = rounding_target(weight, params[name], hessian, recipe)
+                target = rounding_target(weight, params[name], hessian, recipe, blocks[linear.name])
                 targets[name] = np.asarray(make_latent(params[name], target).target)
         except AtomError as error:
             raise AtomError(f"{name}: {error}") from error

@@ -9,6 +9,7 @@ import numpy as np
 from atom_jax.checkpoint import layer_specs, stored_form, write_layer
 from atom_jax.errors import AtomError
 from atom_jax.progress import Progress
+from convert.channel_blocks import stack_blocks
 from convert.float_model import read_layer
 from convert.passes.order import ResidualOrder
 from convert.passes.reorder import permute_residual
@@ -71,6 +72,8 @@ def quantize_model(
             errors.append(layer_errors)
             if targets:
                 workspace.write_arrays(targets_file(layer), targets)
+        else:
+            params = stack_blocks(params, config)
         write_layer(workspace.checkpoint, layer, stored_form(params, layer_specs(config)), config)
         if windows.size:
             run_in_place(params, windows, config.of_layer(layer))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from atom_jax.embedding import head_table
 from atom_jax.errors import AtomError
 from atom_jax.progress import Progress, StageProgress
 from atom_jax.schemes import PackedWeight
-from atom_jax.structure import LINEARS, linear_shapes
+from atom_jax.structure import LINEARS, num_weights
 from convert.calibrate.self_sampling import SEQUENCE_LENGTH
 from convert.calibrate.statistics import on_device
 from convert.float_model import read_layer, read_shared
@@ -49,8 +48,7 @@ def default_steps(config: ModelConfig, scheme: str) -> int:
     """Number of steps that suit a model by default: 0 for a model that would take hours on a CPU, or INT8."""
     if not METHODS[scheme].refined:
         return 0
-    weights = config.num_layers * sum(math.prod(shape) for shape in linear_shapes(config).values())
-    return REFINE_STEPS if weights <= REFINE_MOST_WEIGHTS else 0
+    return REFINE_STEPS if num_weights(config) <= REFINE_MOST_WEIGHTS else 0
 
 
 def refine_model(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float32
 
 # So many parts of a row are combined by one fused loop. More of them need fewer loops, but longer programs.
@@ -29,6 +30,17 @@ def _fold(
             first = combine(first, part)
         x = first
     return x
+
+
+def uncontracted(x: Float32[Array, "*s"]) -> Float32[Array, "*s"]:
+    """``x``, whose last product is rounded before anything is added to it.
+
+    XLA's CPU compiler may multiply and add with one rounding. Whether it does depends on what else it fuses
+    into the loop, and so on the program around it. It does not look through a clamp, which changes nothing
+    but infinity.
+    """
+    most = jnp.finfo(jnp.float32).max
+    return lax.clamp(-most, x, most)
 
 
 def row_sum(x: Float32[Array, "*s n"]) -> Float32[Array, "*s 1"]:

@@ -26,13 +26,21 @@ def _gpu_wanted(markexpr: str) -> bool:
     return re.search(r"(?<!not )\bcuda\b", markexpr) is not None
 
 
+def _use_cpu_devices(count: int) -> None:
+    """Makes JAX divide the CPU into devices, here and in processes that tests start."""
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(count))
+    import jax  # a plugin of pytest may have imported it already, which has read the environment
+
+    jax.config.update("jax_num_cpu_devices", int(os.environ["JAX_NUM_CPU_DEVICES"]))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if _gpu_wanted(config.option.markexpr):
         # Other frameworks (cuBLAS peers, torch) share the device with the tests.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     else:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # a model is divided among some of them
+        _use_cpu_devices(8)  # a model is divided among some of them
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m deselects by marker

@@ -80,7 +80,7 @@ def _run(
     normed = norm_input(x, param("input_norm"), param("qkv_proj"), param("qkv_indices"), config)
     k_mean = param("k_mean")
     q, cache = kv_append(
-        params.project("qkv", normed),
+        params.project("qkv", params.of_all_tokens(normed)),
         cache,
         layer=layer,
         slots=step.slots,
@@ -99,7 +99,7 @@ def _run(
         positions=step.positions,
         key_rope=step.key_rope,
         window=layer_window(config, layer),
-    ).reshape(x.shape[0], config.q_size)
+    ).reshape(-1, config.q_size)
     inputs = attention_inputs(attended, params.blocks("o"), param("o_indices"), config)
     return params.project_blocks("o", inputs, residual=x), cache
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from atom_jax.collectives import Group, all_reduce, sum_in_pairs
+from atom_jax.collectives import Group, all_reduce, gather_activation, reduce_scatter, sum_in_pairs
 from atom_jax.config import ModelConfig
 from atom_jax.layers import Activation, Weight, linear, weight_blocks
 from pallas_kernels import PagedKVCache, QuantizedActivation
@@ -119,6 +119,7 @@ class LayerParams:
       on_linear: called in the place of each linear (``OnLinear``); for float weights only.
       on_cache: called with the cache before attention reads it, which it may replace; for float caches only.
       group: the devices that compute the layer together; None for one alone.
+      scattered: whether the residual stream here is that of the device's share of the tokens.
     """
 
     param: Callable[[str], Any]
@@ -127,6 +128,7 @@ class LayerParams:
     on_linear: OnLinear | None = None
     on_cache: OnCache | None = None
     group: Group | None = None
+    scattered: bool = False
 
     def project(
         self, name: str, inputs: Activation, residual: Float[Array, "m n"] | None = None
@@ -151,6 +153,8 @@ class LayerParams:
     ) -> Float[Array, "m n"]:
         """As ``project``, from the input of each block; the sum over the blocks of all devices.
 
+        The result has the rows of ``residual``.
+
         Products are added in float32, and bias and residual last.
         """
         if len(inputs) == 1 and self.group is None:
@@ -159,10 +163,15 @@ class LayerParams:
         blocks = zip(inputs, self.blocks(name), strict=True)
         total = sum_in_pairs([linear(block, weight, None, jnp.float32) for block, weight in blocks])
         if self.group is not None:
-            total = all_reduce(total, self.group, self.dtype).astype(jnp.float32)
+            reduce = reduce_scatter if self.scattered else all_reduce
+            total = reduce(total, self.group, self.dtype).astype(jnp.float32)
         if (bias := self.param(f"{name}_bias")) is not None:
             total += bias
         return (total + residual).astype(self.dtype)
+
+    def of_all_tokens(self, inputs: Activation) -> Activation:
+        """The input of a linear for all tokens, from that of the tokens whose residual stream is here."""
+        return gather_activation(inputs) if self.scattered else inputs
 
     def cached(self, cache: PagedKVCache) -> PagedKVCache:
         """The cache that attention reads."""

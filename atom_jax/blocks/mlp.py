@@ -47,7 +47,8 @@ def _run(
     normed = norm_input(
         x, param("post_attention_norm"), param("gate_up_proj"), param("gate_up_indices"), config
     )
-    inner = mlp_inputs(params.project("gate_up", normed), params.blocks("down"), config)
+    gate_up = params.project("gate_up", params.of_all_tokens(normed))
+    inner = mlp_inputs(gate_up, params.blocks("down"), config)
     return params.project_blocks("down", inner, residual=x), cache
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+
+import jax
 
 from atom_jax.checkpoint import Model
 from atom_jax.engine.config import EngineConfig
@@ -13,20 +16,49 @@ from atom_jax.explain import step_choices
 from atom_jax.generation import activation_dtype
 from atom_jax.sharded import num_parts, sums_in_order
 from pallas_kernels.devices import BATCH_INVARIANT
+from pallas_kernels.native.parallel import compiling_in_parallel
 
 _MAX_DEFAULT_BYTES = 4 * 2**30
 
 _logger = logging.getLogger(__name__)
 
 
+def weight_bytes(model: Model) -> int:
+    """The bytes that the parameters of a loaded model take on each device."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) // num_parts(model.params)
+
+
+def within_memory(model: Model, config: EngineConfig, memory_gb: float | None) -> EngineConfig:
+    """``config`` with the ``memory_bytes`` that the weights leave of a memory for weights and cache together.
+
+    Args:
+      model: as loaded.
+      config: returned as it is if there is no ``memory_gb``.
+      memory_gb: the memory of each device, in 10**9 bytes.
+
+    Raises:
+      AtomError: the weights take all of it.
+    """
+    if memory_gb is None:
+        return config
+    weights = weight_bytes(model)
+    memory = int(memory_gb * 1e9) - weights
+    if memory <= 0:
+        raise AtomError(f"--memory-gb {memory_gb:g}: the weights alone take {weights / 1e9:.2f} GB")
+    return dataclasses.replace(config, memory_bytes=memory)
+
+
 def implementations(model: Model, config: EngineConfig, max_model_len: int) -> set[str]:
-    """The implementations that run the ops of the model."""
+    """The implementations that run the ops of the model. Their kernels are compiled afterwards."""
     decode, prefill = (config.max_num_seqs, 1), (1, config.token_budget)
-    choices = [
-        choice
-        for batch, seq in (decode, prefill)
-        for _, choice in step_choices(model.params, model.config, batch=batch, seq=seq, context=max_model_len)
-    ]
+    with compiling_in_parallel():
+        choices = [
+            choice
+            for batch, seq in (decode, prefill)
+            for _, choice in step_choices(
+                model.params, model.config, batch=batch, seq=seq, context=max_model_len
+            )
+        ]
     return {choice.implementation for choice in choices}
 
 

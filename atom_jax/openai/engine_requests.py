@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from atom_jax.chat import TemplateVariableError, chat_text, reads_tools
 from atom_jax.engine import Grammar, RequestParams
 from atom_jax.errors import AtomError
+from atom_jax.literal_tokens import TooManyTokensError
 from atom_jax.openai.errors import ApiError
 from atom_jax.openai.messages import ChatPrompt, map_strings
 from atom_jax.openai.requests import ApiRequest, ChatCompletionRequest, CompletionRequest
@@ -22,7 +23,9 @@ class EngineRequests:
 
     Attributes:
       prompts: token ids of each prompt.
-      params: one entry for each of the ``n`` choices. Every prompt is continued once with each entry.
+      params: one entry for each of the ``n`` choices. Every prompt is continued once with each entry. Only
+        the first asks for the log-probabilities of the prompt, which are those of all choices, unless there
+        is no answer at all.
     """
 
     prompts: tuple[list[int], ...]
@@ -42,17 +45,24 @@ def make_engine_requests(request: ApiRequest, model: ServedModel) -> EngineReque
       AtomError: the engine does not accept a parameter.
     """
     chat = isinstance(request, ChatCompletionRequest)
-    prompts = [chat_ids(request, model)] if chat else _prompts(request, model)
+    field = "messages" if chat else "prompt"
+    try:
+        prompts = [chat_ids(request, model, model.max_model_len)] if chat else _prompts(request, model)
+    except TooManyTokensError as error:
+        requested = f"at least {error.least} tokens (all in the {field})"
+        raise _context_error(model.max_model_len, requested, field) from error
     check_ids("stop_token_ids", request.stop_token_ids or (), model)
     check_ids("logit_bias", [int(token) for token in request.logit_bias or ()], model)
-    field = "messages" if chat else "prompt"
     if not all(prompts):
         raise ApiError(400, f"{field}: there are no tokens to continue", param=field)
     longest = max(map(len, prompts))
-    new_tokens = _new_tokens(request, longest, model.max_model_len)
+    new_tokens = _new_tokens(request, field, longest, model.max_model_len)
     seed = secrets.randbits(63) if request.seed is None else request.seed
     grammar = _grammar(request, model) if chat else None
-    return EngineRequests(tuple(prompts), tuple(request.params(new_tokens, seed, model.sampling, grammar)))
+    first, *others = request.params(new_tokens, seed, model.sampling, grammar)
+    if new_tokens:
+        others = [dataclasses.replace(each, prompt_logprobs=None) for each in others]
+    return EngineRequests(tuple(prompts), (first, *others))
 
 
 def _grammar(request: ChatCompletionRequest, model: ServedModel) -> Grammar | None:
@@ -67,29 +77,39 @@ def _grammar(request: ChatCompletionRequest, model: ServedModel) -> Grammar | No
         raise ApiError(400, f"{field}: {error}", param=field) from error
 
 
-def _new_tokens(request: ApiRequest, longest: int, max_model_len: int) -> int:
-    """The most new tokens of an answer to a prompt of ``longest`` tokens.
+def _new_tokens(request: ApiRequest, field: str, longest: int, max_model_len: int) -> int:
+    """The most new tokens of an answer to a prompt of ``longest`` tokens, the value of ``field``.
 
     Raises:
-      ApiError: prompt and answer do not fit the context. Clients know the error by its words or its code.
+      ApiError: prompt and answer do not fit the context.
     """
     if isinstance(request, CompletionRequest):
-        field, limit = "prompt", "max_tokens"
+        limit = "max_tokens"
         wanted = 16 if request.max_tokens is None else request.max_tokens
     else:
-        field = "messages"
         limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
         # The answer of a chat without a limit ends where the model ends it, or where the context is full.
         wanted = request.max_completion_tokens or request.max_tokens or max(max_model_len - longest, 1)
     if longest + wanted <= max_model_len:
         return wanted
-    too_long = longest >= max_model_len
-    raise ApiError(
+    requested = f"{longest + wanted} tokens ({longest} in the {field}, {wanted} in the completion)"
+    raise _context_error(max_model_len, requested, field, None if longest >= max_model_len else limit)
+
+
+def _context_error(max_model_len: int, requested: str, field: str, limit: str | None = None) -> ApiError:
+    """The error for a request that does not fit the context. Clients know it by its words or its code.
+
+    Args:
+      max_model_len: the length of the context.
+      requested: the number of tokens.
+      field: the field with the prompt.
+      limit: the field that would make the answer shorter, if that is enough.
+    """
+    return ApiError(
         400,
-        f"This model's maximum context length is {max_model_len} tokens. However, you requested "
-        f"{longest + wanted} tokens ({longest} in the {field}, {wanted} in the completion). "
-        f"Please reduce the length of the {field}{'' if too_long else f' or {limit}'}.",
-        param=field if too_long else limit,
+        f"This model's maximum context length is {max_model_len} tokens. However, you requested {requested}. "
+        f"Please reduce the length of the {field}{'' if limit is None else f' or {limit}'}.",
+        param=limit or field,
         code="context_length_exceeded",
     )
 
@@ -98,6 +118,8 @@ def _prompts(request: CompletionRequest, model: ServedModel) -> list[list[int]]:
     prompts = []
     for prompt in request.prompts:
         if isinstance(prompt, str):
+            if (least := model.token_bound.least(prompt)) > model.max_model_len:
+                raise TooManyTokensError(least)  # to find out the exact number could take seconds
             special = request.add_special_tokens is not False
             prompts.append(text_ids(prompt, model, add_special_tokens=special))
         else:
@@ -113,10 +135,16 @@ def check_ids(field: str, ids: Sequence[int], model: ServedModel) -> None:
         raise ApiError(400, message, param=field)
 
 
-def chat_ids(prompt: ChatPrompt, model: ServedModel) -> list[int]:
+def chat_ids(prompt: ChatPrompt, model: ServedModel, most: int | None = None) -> list[int]:
     """The token ids of a chat. Names of special tokens in messages are text.
 
+    Args:
+      prompt: the chat.
+      model: its tokenizer.
+      most: as in ``LiteralTokens.encode``.
+
     Raises:
+      TooManyTokensError: as there.
       ApiError: the chat template does not accept the messages or a variable, or there is none.
     """
 
@@ -140,7 +168,9 @@ def chat_ids(prompt: ChatPrompt, model: ServedModel) -> list[int]:
 
     try:
         # The template itself writes the special tokens.
-        return model.literal_tokens.encode(render)
+        return model.literal_tokens.encode(render, most)
+    except TooManyTokensError:
+        raise
     except TemplateVariableError as error:
         raise ApiError(400, f"chat_template_kwargs: {error}", param="chat_template_kwargs") from error
     except AtomError as error:

@@ -65,6 +65,8 @@ class ApiResponse:
         self._request, self._engine_requests, self._texts = request, engine_requests, model.token_texts
         self._chat = isinstance(request, ChatCompletionRequest)
         self._choices = [_Choice(reader=_call_reader(request)) for _ in engine_requests.choices]
+        self._prompt_logprobs: dict[int, Sequence[TokenLogprobs]] = {}  # of each prompt that has them
+        self._early: dict[int, list[tuple[int, Output]]] = {}  # came before those of their prompt
         self.id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
@@ -82,11 +84,22 @@ class ApiResponse:
           ApiError: the engine gave the answer up. OpenAI has no finish reason for that, and an answer in part
             must not pass for a whole one.
         """
+        prompt = index // len(self._engine_requests.params)
+        if self._request.num_prompt_logprobs is None or prompt in self._prompt_logprobs:
+            return self._add(index, output)
+        if index % len(self._engine_requests.params):  # the first choice has those of the prompt
+            self._early.setdefault(prompt, []).append((index, output))
+            return []
+        self._prompt_logprobs[prompt] = output.prompt_logprobs
+        outputs = [(index, output), *self._early.pop(prompt, ())]
+        return [chunk for index, output in outputs for chunk in self._add(index, output)]
+
+    def _add(self, index: int, output: Output) -> list[dict[str, object]]:
         if output.finish_reason == "abort":
             message = "the grammar of the answer (response_format or tools) has failed"
             raise ApiError(500, message, code="grammar_failed")
         choice = self._choices[index]
-        chunks = [] if choice.begun or not self._request.echoes else [self._echo(index, output)]
+        chunks = [] if choice.begun or not self._request.echoes else [self._echo(index)]
         choice.begun = True
         text, calls = _separate(choice.reader, output)
         first_call = len(choice.calls)
@@ -110,8 +123,8 @@ class ApiResponse:
         logprobs = logprobs and self._with_refusal(logprobs)
         return [*chunks, self._chunk(index, new, logprobs, choice.finish_reason)]
 
-    def _echo(self, index: int, output: Output) -> dict[str, object]:
-        """Puts the prompt before the answer of choice ``index``, of which ``output`` is the first."""
+    def _echo(self, index: int) -> dict[str, object]:
+        """Puts the prompt before the answer of choice ``index``."""
         assert isinstance(self._request, CompletionRequest)
         choice, number = self._choices[index], index // len(self._engine_requests.params)
         ids = self._engine_requests.prompts[number]
@@ -119,7 +132,7 @@ class ApiResponse:
         choice.text, choice.logprob_chars = echo.text, len(echo.text)
         logprobs: dict[str, list[object]] | None = None
         if self._request.num_logprobs is not None:  # nothing is known of the first token
-            entries = output.prompt_logprobs
+            entries = self._prompt_logprobs[number]
             logprobs = {
                 "tokens": [self._texts[token].name for token in ids],
                 "token_logprobs": [None, *(_finite(entry.logprob) for entry in entries)],

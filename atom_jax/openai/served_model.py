@@ -11,6 +11,7 @@ from atom_jax.generation_defaults import default_sampling
 from atom_jax.literal_tokens import LiteralTokens
 from atom_jax.openai.token_texts import TokenTexts
 from atom_jax.sampling import SamplingParams
+from atom_jax.token_bound import TokenBound
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -42,6 +43,11 @@ class ServedModel:
     def literal_tokens(self) -> LiteralTokens:
         """Tokenizes chats."""
         return LiteralTokens(self.tokenizer)
+
+    @functools.cached_property
+    def token_bound(self) -> TokenBound:
+        """Tells of a text how many tokens it has at least."""
+        return TokenBound(self.tokenizer.backend_tokenizer)
 
     @functools.cached_property
     def token_texts(self) -> TokenTexts:

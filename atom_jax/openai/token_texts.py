@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from atom_jax.detokenize import text_of_tokens
+from atom_jax.detokenize import byte_of_sign, text_of_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,7 +39,7 @@ class TokenTexts:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
         kinds = _kinds(tokenizer)
-        self._byte_of_sign = _byte_of_sign() if "ByteLevel" in kinds else None
+        self._byte_of_sign = byte_of_sign() if "ByteLevel" in kinds else None
         self._has_byte_pieces = "ByteFallback" in kinds
         self._known: dict[int, TokenText] = {}
 
@@ -82,17 +81,3 @@ def _kinds(tokenizer: PreTrainedTokenizerFast) -> set[str]:
         return set()
     settings = json.loads(decoder.__getstate__())
     return {each["type"] for each in (settings, *settings.get("decoders", ()))}
-
-
-@functools.cache
-def _byte_of_sign() -> dict[str, int]:
-    """The byte that each character of a byte-level piece stands for (GPT-2's alphabet).
-
-    The printable characters of Latin-1 stand for themselves; the other bytes, in order, are the characters
-    from U+0100 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(0x100 + index): byte for index, byte in enumerate(others)
-    }

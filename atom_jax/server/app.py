@@ -76,7 +76,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(
         guard,
         config=service.config,
-        is_draining=lambda: service.draining,
+        is_closed=lambda: service.closed,
         count=count,
     )
     if service.config.allowed_origins:
@@ -136,6 +136,10 @@ def create_app(service: Service) -> FastAPI:
         state = service.state
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
+    async def live() -> Response:
+        state = service.state
+        return JSONResponse({"status": state}, 503 if state == "failed" else 200)
+
     async def metrics() -> Response:
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
@@ -148,6 +152,7 @@ def create_app(service: Service) -> FastAPI:
     get("/v1/models", models, errors)
     get("/v1/models/{name:path}", model, errors | error_responses([404]))
     get("/health", health, errors | {503: UNHEALTHY})
+    get("/live", live, errors | {503: UNHEALTHY})
     get("/metrics", metrics, errors | {200: TEXT})
     get("/", page, {}, shown=False)
     post("/v1/completions", completions, CompletionRequest)

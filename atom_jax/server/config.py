@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from atom_jax.engine import EngineConfig
 from atom_jax.errors import AtomError
 
 
@@ -27,7 +28,10 @@ class ServerConfig:
         of its answer.
       idle_timeout: seconds after which a connection without a request is closed.
       request_timeout: seconds after which a request that is not answered is aborted.
-      drain_timeout: seconds in which running answers may end after SIGTERM.
+      drain_delay: seconds after SIGTERM in which requests are still accepted, while ``/health`` tells load
+        balancers to send no more.
+      drain_timeout: seconds after that in which running answers may end.
+      page_size: tokens in a page of the engine's cache, for ``/metrics``.
     """
 
     model_name: str
@@ -41,7 +45,9 @@ class ServerConfig:
     read_timeout: float = 30.0
     idle_timeout: float = 30.0
     request_timeout: float = 600.0
+    drain_delay: float = 0.0
     drain_timeout: float = 30.0
+    page_size: int = EngineConfig.page_size
 
     def __post_init__(self) -> None:
         for name in (
@@ -55,8 +61,9 @@ class ServerConfig:
         ):
             if not 0 < getattr(self, name) < math.inf:
                 raise AtomError(f"{name} must be positive, found {getattr(self, name)}")
-        if not 0 <= self.drain_timeout < math.inf:
-            raise AtomError(f"drain_timeout must be 0 or more, found {self.drain_timeout}")
+        for name in ("drain_delay", "drain_timeout"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise AtomError(f"{name} must be 0 or more, found {getattr(self, name)}")
         if not all(key.strip() for key in self.api_keys):
             raise AtomError("the API key must not be empty")
         for host in self.allowed_hosts:

@@ -31,7 +31,7 @@ access_log = logging.getLogger("atom_jax.server.access")
 def guard(
     app: ASGIApp,
     config: ServerConfig,
-    is_draining: Callable[[], bool],
+    is_closed: Callable[[], bool],
     count: Callable[[str, int], None],
 ) -> ASGIApp:
     """Wraps ``app``, so that only requests within the limits of ``config`` and with its key reach it.
@@ -41,7 +41,7 @@ def guard(
     Args:
       app: the application.
       config: the keys and the limits.
-      is_draining: returns whether new requests are refused because the server shuts down.
+      is_closed: returns whether new requests are refused because the server shuts down.
       count: called with the path and the status of each response.
     """
     keys = [_digest(key.encode()) for key in config.api_keys]
@@ -65,7 +65,7 @@ def guard(
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        refusal = _refuse(scope, headers, config, keys, draining=is_draining())
+        refusal = _refuse(scope, headers, config, keys, closed=is_closed())
         try:
             if refusal is not None:
                 await error_response(refusal)(scope, receive, counted)
@@ -88,7 +88,7 @@ def error_response(error: ApiError) -> JSONResponse:
 
 
 def _refuse(
-    scope: Scope, headers: Headers, config: ServerConfig, keys: list[bytes], *, draining: bool
+    scope: Scope, headers: Headers, config: ServerConfig, keys: list[bytes], *, closed: bool
 ) -> ApiError | None:
     """The error to answer with before the body is read; None if the request may go on."""
     if config.allowed_hosts and not _is_allowed(headers.get("host", ""), config.allowed_hosts):
@@ -99,7 +99,7 @@ def _refuse(
         message = "the API key is missing or wrong: send 'Authorization: Bearer KEY'"
         challenge = _CLOSE | {"WWW-Authenticate": "Bearer"}
         return ApiError(401, message, code="invalid_api_key", headers=challenge)
-    if draining and scope["method"] == "POST":
+    if closed and scope["method"] == "POST":
         return ApiError(503, "the server is shutting down", headers=_CLOSE | {"Retry-After": "5"})
     return _refuse_body(headers) if scope["method"] == "POST" else None
 

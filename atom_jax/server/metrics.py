@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from atom_jax.engine import EngineStats
@@ -29,6 +29,17 @@ _GAUGES: tuple[tuple[str, str, _Read], ...] = (
         lambda stats: stats.cached_tokens / max(stats.prompt_tokens, 1),
     ),
 )
+# What the endpoint picker of the Gateway API inference extension reads from a model server, to choose among
+# replicas (docs/scaling.md). It knows these names without being told.
+_PICKER_GAUGES: tuple[tuple[str, str, _Read], ...] = (
+    ("vllm:num_requests_waiting", "Requests in the queue.", lambda stats: stats.waiting),
+    ("vllm:num_requests_running", "Requests that have pages.", lambda stats: stats.running),
+    (
+        "vllm:kv_cache_usage_perc",
+        "Share of cache pages that a request cannot have, 0 to 1.",
+        lambda stats: 1 - stats.free_pages / stats.num_pages,
+    ),
+)
 _COUNTERS: tuple[tuple[str, str, _Read], ...] = (
     ("prompt_tokens", "Tokens of admitted prompts.", lambda stats: stats.prompt_tokens),
     ("cached_tokens", "Prompt tokens that the prefix cache spared.", lambda stats: stats.cached_tokens),
@@ -50,6 +61,7 @@ class Metrics:
     Args:
       stats: returns the engine's statistics; called when ``/metrics`` is read.
       compilation: of the engine's programs.
+      page_size: tokens in a page of the engine's cache.
 
     Attributes:
       registry: of these metrics only; prometheus_client's default registry is not used.
@@ -59,7 +71,7 @@ class Metrics:
       answers: number of HTTP responses by path and status.
     """
 
-    def __init__(self, stats: Callable[[], EngineStats], compilation: Compilation) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], compilation: Compilation, page_size: int) -> None:
         self.registry = CollectorRegistry()
         self.first_token = self._histogram("time_to_first_token", "To the first token.", _SECONDS)
         self.per_output_token = self._histogram(
@@ -69,7 +81,7 @@ class Metrics:
         self.answers = Counter(
             "atom_jax_http_answers", "HTTP answers.", ("path", "status"), registry=self.registry
         )
-        self.registry.register(_EngineCollector(stats, compilation))
+        self.registry.register(_EngineCollector(stats, compilation, page_size))
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"atom_jax_{name}_seconds", text, buckets=buckets, registry=self.registry)
@@ -80,13 +92,17 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    def __init__(self, stats: Callable[[], EngineStats], compilation: Compilation) -> None:
-        self._stats, self._compilation = stats, compilation
+    def __init__(self, stats: Callable[[], EngineStats], compilation: Compilation, page_size: int) -> None:
+        self._stats, self._compilation, self._page_size = stats, compilation, page_size
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
         for name, text, read in _GAUGES:
             yield GaugeMetricFamily(f"atom_jax_{name}", text, value=read(stats))
+        for name, text, read in _PICKER_GAUGES:
+            yield GaugeMetricFamily(name, text, value=read(stats))
+        cache = {"block_size": str(self._page_size), "num_gpu_blocks": str(stats.num_pages)}
+        yield InfoMetricFamily("vllm:cache_config", "Tokens in a cache page, and all pages.", value=cache)
         compiled, total = self._compilation.compiled, self._compilation.total
         yield GaugeMetricFamily("atom_jax_programs_compiled", "Programs that are compiled.", value=compiled)
         yield GaugeMetricFamily("atom_jax_programs", "All programs.", value=total)

@@ -11,6 +11,7 @@ import ipaddress
 import random
 import socket
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -87,8 +88,8 @@ def serve(
 
     Requests are accepted at once, and answered when the engine's first programs are compiled.
 
-    After a signal new requests are refused with 503, and running ones have the drain timeout to end. After a
-    second signal the server does not wait for them.
+    After a signal ``/health`` says "draining" at once. When the drain delay is over, new requests are refused
+    with 503, and running ones have the drain timeout to end. After a second signal the server does not wait.
 
     Args:
       service: what the routes share.
@@ -99,6 +100,13 @@ def serve(
     # while long answers are made, and nothing else could run meanwhile.
     gc.collect()
     gc.freeze()
+    tell = service.on_compiled
+
+    def compiled() -> None:
+        gc.freeze()  # the programs stay, too
+        tell()
+
+    service.on_compiled = compiled
     DrainingServer(service, log_level=log_level).run(sockets=[sock])
 
 
@@ -145,11 +153,17 @@ class DrainingServer(uvicorn.Server):
     async def _drain(self) -> None:
         service = self._service
         service.draining = True
-        deadline = self._loop.time() + service.config.drain_timeout
-        while service.engine.in_flight and self._signals == 1 and self._loop.time() < deadline:
-            await asyncio.sleep(_POLL)
+        await self._wait(service.config.drain_delay, lambda: True)
+        service.closed = True
+        await self._wait(service.config.drain_timeout, lambda: service.engine.in_flight > 0)
         await service.engine.stop()  # requests that still run get an error
         self._leave()
+
+    async def _wait(self, seconds: float, needed: Callable[[], bool]) -> None:
+        """Waits so long, but only while it is ``needed``, and not after a second signal."""
+        deadline = self._loop.time() + seconds
+        while needed() and self._signals == 1 and self._loop.time() < deadline:
+            await asyncio.sleep(_POLL)
 
     def _leave(self) -> None:
         self.should_exit = True

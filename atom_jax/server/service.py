@@ -28,7 +28,8 @@ class Service:
     Attributes:
       engine: the thread of the engine.
       metrics: what ``/metrics`` shows.
-      draining: whether new requests are refused because the server shuts down.
+      draining: whether the server will end; ``/health`` says so.
+      closed: whether new requests are refused because of that.
       created: when the service was made, in seconds since 1970.
       on_failure: called when the engine has failed.
       on_ready: called when requests are answered from now on, in the thread that compiles.
@@ -48,13 +49,13 @@ class Service:
             prepare=self._prepare,
             on_compiled=lambda: self.on_compiled(),
         )
-        self.metrics = Metrics(lambda: self.engine.stats, self.engine.compilation)
-        self.draining = False
+        self.metrics = Metrics(lambda: self.engine.stats, self.engine.compilation, config.page_size)
+        self.draining = self.closed = False
         self.created = int(time.time())
 
     @property
     def state(self) -> str:
-        """What ``/health`` tells; requests are answered while it is "ok"."""
+        """What ``/health`` tells; a load balancer should send requests while it is "ok"."""
         if self.engine.failure:
             return "failed"
         if self.draining:
@@ -64,6 +65,7 @@ class Service:
     def _prepare(self) -> None:
         """Makes what the first requests of some kinds would have to wait for."""
         self.model.literal_tokens  # noqa: B018
+        self.model.token_bound  # noqa: B018
 
     async def submit(self, request: ApiRequest) -> tuple[ApiResponse, OutputStream]:
         """Gives a request to the engine.

@@ -61,6 +61,7 @@ _NAIVE: dict[str, Any] = {
     "kv_groups": 1,
     "kv_rope": "pre",
     "head_bits": 16,
+    "shards": 1,
 }
 
 

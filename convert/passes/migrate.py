@@ -33,6 +33,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from atom_jax.config import ModelConfig
 from convert import schemes
 from convert.calibrate.statistics import LayerStatistics
+from convert.channel_blocks import block_counts, flat_order
 from convert.float_model import FloatParams
 from convert.groups import has_groups
 from convert.passes.rotate_inner import rotated_format
@@ -57,7 +58,7 @@ def search_factors(
     config: ModelConfig,
     recipe: Recipe,
     round_weight: Callable[[Float32[Array, "n k"]], Any],
-    indices: Mapping[str, Int32[np.ndarray, " k"]] | None = None,
+    indices: Mapping[str, Int32[np.ndarray, "*blocks k"]] | None = None,
 ) -> ChannelFactors:
     """The best factors of each linear; all ones if migration does not make its error smaller.
 
@@ -68,20 +69,22 @@ def search_factors(
       recipe: the recipe, for the groups and the clipping of activations.
       round_weight: quantizes a float weight as the scheme does, rounding to nearest. It must be hashable,
         because it is a static argument under jit.
-      indices: for a linear whose input channels are quantized in another order, that order.
+      indices: for a linear whose input channels are quantized in another order, that order; [blocks, K /
+        blocks] for one that is stored in blocks.
     """
-    orders = indices or {}
+    orders, blocks = indices or {}, block_counts(config, recipe.format)
     return {
         name: _search(
             jnp.asarray(layer[f"{name}_proj"]),
             x,
-            None if name not in orders else jnp.asarray(orders[name]),
+            None if name not in orders else jnp.asarray(flat_order(orders[name])),
             _heads(name, config),
             partial(
                 _output_error,
                 round_weight=round_weight,
                 clip_a=recipe.format.clip_a,
                 rotated=rotated_format(recipe) if recipe.format.rotates(name) else None,
+                blocks=blocks[name],
             ),
             rows=not has_groups(recipe.format),
         )
@@ -127,7 +130,7 @@ def _shared_size(
     return np.maximum(size, 1e-5 * size.max() + 1e-30)
 
 
-@partial(jax.jit, static_argnames=("round_weight", "clip_a", "rotated"))
+@partial(jax.jit, static_argnames=("round_weight", "clip_a", "rotated", "blocks"))
 def _output_error(
     weight: Float32[Array, "n k"],
     inputs: Float32[Array, "tokens k"],
@@ -137,22 +140,23 @@ def _output_error(
     round_weight: Callable[[Float32[Array, "n k"]], Any],
     clip_a: float,
     rotated: ActivationFormat | None,
+    blocks: int,
 ) -> Float32[Array, ""]:
     """Squared error of the linear's output if both the weight and the inputs are quantized.
 
-    The groups of the format ``rotated`` are rotated before, if it is given.
+    The groups of the format ``rotated`` are rotated before, if it is given. If the linear is stored in
+    ``blocks``, the part of each row in each block is rounded as a row of its own.
     """
     scaled_weight, scaled_inputs = weight * factor, inputs / factor
     if order is not None:
         scaled_weight, scaled_inputs = scaled_weight[:, order], scaled_inputs[:, order]
+    w, x = (rows.reshape(-1, rows.shape[1] // blocks) for rows in (scaled_weight, scaled_inputs))
     if rotated is not None:
-        scaled_weight, scaled_inputs = (
-            unrotate_groups(scaled_weight, rotated),
-            rotate_groups(scaled_inputs, rotated),
-        )
-    rounded = round_weight(scaled_weight)
-    x = quantize(scaled_inputs, rounded.activation_format(clip_a)).dequantize()
-    return jnp.sum(jnp.square(x @ rounded.dequantize().T - inputs @ weight.T))
+        w, x = unrotate_groups(w, rotated), rotate_groups(x, rotated)
+    rounded = round_weight(w)
+    x = quantize(x, rounded.activation_format(clip_a)).dequantize().reshape(inputs.shape)
+    w = rounded.dequantize().reshape(weight.shape)
+    return jnp.sum(jnp.square(x @ w.T - inputs @ weight.T))
 
 
 def fold_factors(

@@ -13,8 +13,10 @@ from atom_jax.config import ModelConfig
 from atom_jax.progress import Progress
 from atom_jax.structure import LINEARS
 from convert.calibrate.statistics import LayerStatistics, on_device
+from convert.channel_blocks import block_counts, flat_order
 from convert.float_model import FloatParams, read_layer
 from convert.passes.reorder import (
+    deal,
     energy_order,
     head_order,
     permute_ends,
@@ -85,14 +87,16 @@ def fold_order(
 ) -> tuple[FloatParams, LayerStatistics]:
     """The pass: moves the input channels with the most energy last, where the order can be folded.
 
+    In a linear that is stored in blocks they come last in each block, which all get equally large ones.
     The inner channels of the MLP are always permuted, together with the rows of gate and up. With
     ``reorder="folded"`` the heads are reordered, too. The residual stream has been permuted already, for all
     layers alike (``residual_order``).
     """
-    perms = {"down": energy_order(statistics.energy("down"))}
+    blocks = block_counts(config, recipe.format)
+    perms = {"down": deal(energy_order(statistics.energy("down")), blocks["down"])}
     layer = permute_mlp(layer, perms["down"])
     if recipe.reorder == "folded":
-        heads = head_order(statistics.energy("o"), config.num_heads, config.num_kv_heads)
+        heads = head_order(statistics.energy("o"), config.num_heads, config.num_kv_heads, blocks["o"])
         layer = permute_heads(layer, heads, config)
         perms["o"] = heads.input_perm
     return layer, statistics.permuted(perms)
@@ -101,12 +105,16 @@ def fold_order(
 def choose_input_orders(
     layer: FloatParams, statistics: LayerStatistics, *, config: ModelConfig, recipe: Recipe
 ) -> tuple[FloatParams, LayerStatistics]:
-    """The pass: adds the orders in which inputs are gathered at run time; does not permute anything."""
-    orders = {
-        linear.indices: energy_order(statistics.energy(linear.name))
-        for linear in LINEARS
-        if linear.indices is not None
-    }
+    """The pass: adds the orders in which inputs are gathered at run time; does not permute anything.
+
+    Each block of a linear has an order of its own: no channel leaves its block.
+    """
+    blocks, orders = block_counts(config, recipe.format), {}
+    for linear in LINEARS:
+        if linear.indices is not None:
+            energies = statistics.energy(linear.name).reshape(blocks[linear.name], -1)
+            order = np.stack([energy_order(energy) for energy in energies])
+            orders[linear.indices] = order[0] if len(order) == 1 else order
     return {**layer, **orders}, statistics
 
 
@@ -117,6 +125,6 @@ def gather_inputs(
     orders, weights = {}, {}
     for linear in LINEARS:
         if linear.indices is not None:
-            orders[linear.name] = layer[linear.indices]
-            weights[linear.weight] = permute_inputs(layer[linear.weight], layer[linear.indices])
+            orders[linear.name] = flat_order(layer[linear.indices])
+            weights[linear.weight] = permute_inputs(layer[linear.weight], orders[linear.name])
     return {**layer, **weights}, statistics.permuted(orders)

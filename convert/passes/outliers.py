@@ -20,11 +20,11 @@ from jaxtyping import Array, Float32, Int32
 from atom_jax.config import ModelConfig
 from atom_jax.errors import AtomError
 from atom_jax.progress import Progress
-from atom_jax.structure import linear_shapes
 from convert.calibrate.statistics import on_device
+from convert.channel_blocks import block_counts, by_block
 from convert.float_model import read_layer
-from convert.groups import check_model
-from convert.passes.reorder import energy_order
+from convert.groups import block_channels, check_model
+from convert.passes.reorder import deal, energy_order
 from convert.recipe import Recipe
 from convert.sources import Source
 from convert.streaming import embed, projection_inputs, run_in_place
@@ -78,7 +78,8 @@ def _with_outliers(config: ModelConfig, number: int) -> ModelConfig:
 def candidates(config: ModelConfig) -> tuple[int, ...]:
     """The numbers of outliers to try, ascending.
 
-    They suit every linear and are at most a quarter of the input channels of the narrowest linear.
+    They suit every linear and are at most a quarter of the input channels of the narrowest linear, or block
+    of one (``Format.shards``).
 
     Args:
       config: configuration of the model, with the format; its number of outliers is ignored.
@@ -86,7 +87,7 @@ def candidates(config: ModelConfig) -> tuple[int, ...]:
     Raises:
       AtomError: no number suits every linear; the message names a linear and settings that would suit.
     """
-    channels = [shape[1] for shape in linear_shapes(config).values()]
+    channels = list(block_channels(config).values())
     step = config.format.group_size or 1
     numbers = range(min(channels) % step, min(channels) // 4 + 1, step)
     fitting = [number for number in numbers if _fits(config, number)]
@@ -115,7 +116,7 @@ def outlier_errors(
 
     It is ``||(x - Q(x)) W^T|| / ||x W^T||``, averaged over the linears of the float model. The outliers of
     each linear are its own channels with the most energy (its last channels if the recipe does not reorder),
-    and no scales are migrated.
+    dealt among its blocks if it is stored in blocks, and no scales are migrated.
 
     Args:
       source: the float model.
@@ -127,7 +128,7 @@ def outlier_errors(
     Raises:
       AtomError: no number of outliers suits the model, or its activations are not finite.
     """
-    config = source.config
+    config, blocks = source.config, block_counts(source.config, recipe.format)
     numbers = candidates(config.replace(format=recipe.format))
     x = embed(embedding, tokens[:_WINDOWS])
     errors = []
@@ -135,7 +136,14 @@ def outlier_errors(
         params = on_device(read_layer(source, layer))
         for name, rows in projection_inputs(params, x, config=config.of_layer(layer)).items():
             rotate = recipe.format.rotates(name)
-            measured = _errors(params[f"{name}_proj"], rows, numbers=numbers, recipe=recipe, rotate=rotate)
+            measured = _errors(
+                params[f"{name}_proj"],
+                rows,
+                numbers=numbers,
+                recipe=recipe,
+                rotate=rotate,
+                blocks=blocks[name],
+            )
             errors.append(np.asarray(measured, np.float64))
             if not np.isfinite(errors[-1]).all():
                 raise AtomError(f"layer {layer}: {name}_proj: its output or its inputs are not finite")
@@ -151,18 +159,19 @@ def _errors(
     numbers: tuple[int, ...],
     recipe: Recipe,
     rotate: bool,
+    blocks: int,
 ) -> Float32[Array, " numbers"]:
     order = np.arange(weight.shape[1], dtype=np.int32)
     if recipe.reorder != "none":
-        order = energy_order(np.asarray(jnp.sum(jnp.square(inputs), axis=0)))
+        order = deal(energy_order(np.asarray(jnp.sum(jnp.square(inputs), axis=0))), blocks)
+    format, size = recipe.format, order.size // blocks
     formats = tuple(
-        ActivationFormat(recipe.format.group_size or order.size - number, number, recipe.format.clip_a)
-        for number in numbers
+        ActivationFormat(format.group_size or size - number, number, format.clip_a) for number in numbers
     )
-    return _relative_errors(weight, inputs, jnp.asarray(order), formats=formats, rotate=rotate)
+    return _relative_errors(weight, inputs, jnp.asarray(order), formats=formats, rotate=rotate, blocks=blocks)
 
 
-@partial(jax.jit, static_argnames=("formats", "rotate"))
+@partial(jax.jit, static_argnames=("formats", "rotate", "blocks"))
 def _relative_errors(
     weight: Float32[Array, "n k"],
     inputs: Float32[Array, "tokens k"],
@@ -170,17 +179,18 @@ def _relative_errors(
     *,
     formats: tuple[ActivationFormat, ...],
     rotate: bool,
+    blocks: int,
 ) -> Float32[Array, " formats"]:
     """The relative output error for each format of the inputs; one program, so that all layers share it."""
     places = jnp.argsort(order)
 
-    def output_error(fmt: ActivationFormat) -> Array:
-        ordered = inputs[:, order]
+    def rounded_rows(rows: Array, fmt: ActivationFormat) -> Array:
         if rotate:
-            rounded = unrotate_groups(quantize(rotate_groups(ordered, fmt), fmt).dequantize(), fmt)
-        else:
-            rounded = quantize(ordered, fmt).dequantize()
-        rounded = rounded[:, places]
+            return unrotate_groups(quantize(rotate_groups(rows, fmt), fmt).dequantize(), fmt)
+        return quantize(rows, fmt).dequantize()
+
+    def output_error(fmt: ActivationFormat) -> Array:
+        rounded = by_block(partial(rounded_rows, fmt=fmt), inputs[:, order], blocks)[:, places]
         return jnp.linalg.norm((rounded - inputs) @ weight.T)
 
     size = jnp.linalg.norm(inputs @ weight.T)

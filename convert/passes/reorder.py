@@ -101,6 +101,19 @@ def permute_mlp(layer: Mapping[str, np.ndarray], perm: Int[np.ndarray, "i"]) -> 
     return {**layer, **changed}
 
 
+def deal(order: Int32[np.ndarray, "k"], blocks: int) -> Int32[np.ndarray, "k"]:
+    """An order of channels or heads, dealt among ``blocks``: each ascends, and all get equally large ones.
+
+    Args:
+      order: the permutation that sorts by ascending energy; its size must be a multiple of ``blocks``.
+      blocks: number of blocks; with one the order is returned as it is.
+
+    Returns:
+      The permutation in which the blocks follow one another.
+    """
+    return order.reshape(-1, blocks).T.reshape(-1)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeadOrder:
     """A reordering of attention heads that keeps every query head with its kv head.
@@ -137,7 +150,9 @@ class HeadOrder:
         return _rows(self.q_heads, np.repeat(self.channels, group, axis=0))
 
 
-def head_order(energy: Float[np.ndarray, "q"], num_heads: int, num_kv_heads: int) -> HeadOrder:
+def head_order(
+    energy: Float[np.ndarray, "q"], num_heads: int, num_kv_heads: int, blocks: int = 1
+) -> HeadOrder:
     """The order that moves o_proj's input channels with the most energy as near to the end as heads allow.
 
     A group is a kv head with its query heads. Within a group, query heads are sorted by ascending energy.
@@ -145,10 +160,15 @@ def head_order(energy: Float[np.ndarray, "q"], num_heads: int, num_kv_heads: int
     very end. A v channel is shared by all query heads of its group, so the channels are
     sorted by the sum of their energies over these heads.
 
+    If o_proj is stored in blocks, the groups are dealt among them (``deal``), so that the head with the most
+    energy of each block comes last in it. Where there are more blocks than kv heads, the query heads of a kv
+    head are dealt among its neighbouring blocks.
+
     Args:
       energy: energy of each input channel of o_proj, with heads in the original order.
       num_heads: number of query heads.
       num_kv_heads: number of kv heads.
+      blocks: number of blocks of o_proj (``ModelConfig.indivisible`` tells which numbers suit the heads).
 
     Raises:
       AtomError: the numbers do not divide each other, or an energy is NaN.
@@ -160,8 +180,9 @@ def head_order(energy: Float[np.ndarray, "q"], num_heads: int, num_kv_heads: int
     group = num_heads // num_kv_heads
     by_head = energy.reshape(num_kv_heads, group, -1)
     head_energy = by_head.sum(axis=2)
-    kv_heads = energy_order(head_energy.max(axis=1))
-    q_heads = [kv * group + energy_order(head_energy[kv]) for kv in kv_heads]
+    kv_heads = deal(energy_order(head_energy.max(axis=1)), min(blocks, num_kv_heads))
+    sharing = max(1, blocks // num_kv_heads)  # blocks that have query heads of the same kv head
+    q_heads = [kv * group + deal(energy_order(head_energy[kv]), sharing) for kv in kv_heads]
     channels = [energy_order(by_head[kv].sum(axis=0)) for kv in kv_heads]
     return HeadOrder(kv_heads, np.concatenate(q_heads).astype(np.int32), np.stack(channels))
 

@@ -1,7 +1,8 @@
 """The float weights behind quantized ones: training moves them, and the integers are rounded from them.
 
 Whatever the format is, a quantized value is linear in its integer: w = (q - zero) * step. Scales and zero
-points stay as they are.
+points stay as they are. A weight that is stored in blocks (``convert.channel_blocks``) is trained as one
+[N, K], too; only its integers are cut again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int8
 
 from atom_jax.schemes import PackedWeight
+from convert.channel_blocks import cut, join
 from pallas_kernels import QuantizedWeight, TwoLevelWeight, WeightOnlyInt3, WeightOnlyInt4
 from pallas_kernels.int3 import pack_int3, unpack_int3
 from pallas_kernels.qarrays import PACK_TILE, GroupedWeight, per_channel, unpack_int4
@@ -43,37 +45,60 @@ class Grid(NamedTuple):
     high: Array
 
 
-@singledispatch
-def integers(weight: Any) -> Int8[Array, "n k"]:
-    """The integers q of a quantized weight, input channels in stored order."""
-    raise NotImplementedError(type(weight).__name__)
+def integers(weight: PackedWeight) -> Int8[Array, "n k"]:
+    """The integers q of a quantized weight or of a stack of blocks, input channels in stored order."""
+    return join((_integers if _blocks(weight) == 1 else jax.vmap(_integers))(weight))
 
 
-@singledispatch
 def with_integers(weight: Any, q: Int8[Array, "n k"]) -> Any:
-    """The weight with the integers ``q`` in the place of its own."""
+    """The weight, or stack of blocks, with the integers ``q`` in the place of its own."""
+    blocks = _blocks(weight)
+    return (_with_integers if blocks == 1 else jax.vmap(_with_integers))(weight, cut(q, blocks))
+
+
+def grid(weight: PackedWeight) -> Grid:
+    """The values that a quantized weight, or a stack of blocks, can have."""
+    if _blocks(weight) == 1:
+        return _grid(weight)
+
+    def of_block(block: PackedWeight) -> Grid:
+        return Grid(*(jnp.broadcast_to(part, block.shape) for part in _grid(block)))
+
+    return Grid(*map(join, jax.vmap(of_block)(weight)))
+
+
+def _blocks(weight: PackedWeight) -> int:
+    return 1 if len(weight.shape) == 2 else weight.shape[0]
+
+
+@singledispatch
+def _integers(weight: Any) -> Int8[Array, "n k"]:
     raise NotImplementedError(type(weight).__name__)
 
 
 @singledispatch
-def grid(weight: Any) -> Grid:
-    """The values that a quantized weight can have."""
+def _with_integers(weight: Any, q: Int8[Array, "n k"]) -> Any:
     raise NotImplementedError(type(weight).__name__)
 
 
-@integers.register
+@singledispatch
+def _grid(weight: Any) -> Grid:
+    raise NotImplementedError(type(weight).__name__)
+
+
+@_integers.register
 def _(weight: QuantizedWeight) -> Array:
     body = unpack_int4(weight.packed, PACK_TILE)[:, : weight.body]
     return jnp.concatenate([body, weight.outliers], axis=1)
 
 
-@with_integers.register
+@_with_integers.register
 def _(weight: QuantizedWeight, q: Array) -> QuantizedWeight:
     body, outliers = q[:, : weight.body], q[:, weight.body :]
     return dataclasses.replace(weight, packed=pack_values(body), outliers=outliers)
 
 
-@grid.register
+@_grid.register
 def _(weight: QuantizedWeight) -> Grid:
     most = jnp.where(jnp.arange(weight.shape[-1]) < weight.body, BODY_MAX, TAIL_MAX).astype(jnp.float32)
     body = per_channel(weight.scales[:-1], weight.group_size)
@@ -81,22 +106,22 @@ def _(weight: QuantizedWeight) -> Grid:
     return Grid(jnp.float32(0), jnp.concatenate([body, tail], axis=1), -most - 1, most)
 
 
-@integers.register
+@_integers.register
 def _(weight: WeightOnlyInt4 | TwoLevelWeight) -> Array:
     return unpack_int4(weight.packed, PACK_TILE)[:, : weight.shape[-1]]
 
 
-@with_integers.register
+@_with_integers.register
 def _(weight: WeightOnlyInt4 | TwoLevelWeight, q: Array) -> WeightOnlyInt4 | TwoLevelWeight:
     return dataclasses.replace(weight, packed=pack_values(q))
 
 
-@grid.register
+@_grid.register
 def _(weight: WeightOnlyInt4) -> Grid:
     return Grid(*_zeros_and(weight.scales, weight), jnp.float32(-8), jnp.float32(7))
 
 
-@grid.register
+@_grid.register
 def _(weight: TwoLevelWeight) -> Grid:
     zeros, scales = _zeros_and(weight.group_scales, weight)
     # (q - zero) * group_scale must be within INT8.
@@ -105,18 +130,18 @@ def _(weight: TwoLevelWeight) -> Grid:
     return Grid(zeros, scales * weight.scales[:, None], low, high)
 
 
-@integers.register
+@_integers.register
 def _(weight: WeightOnlyInt3) -> Array:
     return unpack_int3(weight.packed, weight.high_bits)[:, : weight.shape[-1]]
 
 
-@with_integers.register
+@_with_integers.register
 def _(weight: WeightOnlyInt3, q: Array) -> WeightOnlyInt3:
     packed, high_bits = pack_int3(jnp.pad(q, ((0, 0), (0, -q.shape[1] % PACK_TILE))))
     return dataclasses.replace(weight, packed=packed, high_bits=high_bits)
 
 
-@grid.register
+@_grid.register
 def _(weight: WeightOnlyInt3) -> Grid:
     return Grid(*_zeros_and(weight.scales, weight), jnp.float32(-4), jnp.float32(3))
 
@@ -137,7 +162,7 @@ class Latent:
 
     Attributes:
       target: the float weight.
-      quantized: the quantized weight; only its scales and zero points are used.
+      quantized: the quantized weight, or a stack of blocks; only its scales and zero points are used.
       typical_step: root mean square of the steps between its values, those of finer integers as if they had
         4 bits.
     """
@@ -165,11 +190,11 @@ def make_latent(quantized: PackedWeight, target: Float32[Array | np.ndarray, "n 
     """The latent weight that rounds to ``quantized`` and is, within that, as near as possible to ``target``.
 
     Args:
-      quantized: the quantized weight.
+      quantized: the quantized weight, or a stack of blocks.
       target: the float weight that was rounded to it.
     """
     values = grid(quantized)
-    middle, reach = quantized.dequantize(), _INSIDE * values.step
+    middle, reach = join(quantized.dequantize()), _INSIDE * values.step
     steps = values.step * ((values.high - values.low + 1) / 16)
     typical_step = jnp.sqrt(jnp.mean(jnp.square(steps)))
     return Latent(jnp.clip(target, middle - reach, middle + reach), quantized, typical_step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
@@ -15,6 +16,7 @@ from atom_jax.layers import activation_format
 from atom_jax.llama import Layer
 from atom_jax.schemes import PackedWeight
 from atom_jax.structure import LINEARS
+from convert.channel_blocks import block_counts, by_block, flat_order
 from convert.refine.low_rank import LayerFactors, carry_gradient
 from convert.refine.straight_through import round_activation, round_heads
 from pallas_kernels import ActivationFormat, PagedKVCache, use_implementation
@@ -39,7 +41,7 @@ def run_rounded(
     """Runs a layer whose parameters are floats, and rounds inputs of linears and the cache.
 
     Args:
-      params: parameters of the layer, with the dequantized weights of its linears.
+      params: parameters of the layer, with the dequantized weights [N, K] of its linears.
       x: the residual stream before the layer.
       config: configuration of the layer, quantized; from ``ModelConfig.of_layer``.
       formats: from ``input_formats``.
@@ -50,17 +52,19 @@ def run_rounded(
     """
     batch, seq, hidden = x.shape
     format, by_name = config.format, dict(formats)
-    floats = config.replace(format=dataclasses.replace(format, kv_bits=16, center_keys=False))
+    floats = config.replace(format=dataclasses.replace(format, kv_bits=16, center_keys=False, shards=1))
+    blocks = block_counts(config, format)
     cache = init_cache(floats, batch, seq, dtype=x.dtype)
     positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), (batch, seq))
 
     def on_linear(name: str, inputs: Array, product: Callable[[Array], Array]) -> Array:
         indices = params.get(f"{name}_indices")
-        ordered = inputs if indices is None else jnp.take(inputs, indices, axis=-1)
+        rounded = inputs if indices is None else jnp.take(inputs, flat_order(indices), axis=-1)
         fmt = by_name[name]
         if fmt is not None and format.rotates(name):
-            ordered = rotate_groups(ordered, fmt)
-        rounded: Array = ordered if fmt is None else round_activation(ordered, fmt)
+            rounded = by_block(partial(rotate_groups, fmt=fmt), rounded, blocks[name])
+        if fmt is not None:
+            rounded = by_block(partial(round_activation, fmt=fmt), rounded, blocks[name])
         out = product(rounded)
         return out if factors is None else out + carry_gradient(rounded, factors[name])
 

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int
 
 from atom_jax.schemes import PackedWeight
+from convert.channel_blocks import join
 from convert.rounding.gptq import DAMPING, factorize
 
 
@@ -20,7 +21,7 @@ def compensated(
 
     Args:
       weight: the float weight.
-      quantized: what GPTQ made of it.
+      quantized: what GPTQ made of it, or the stack of its blocks.
       hessian: the Hessian that GPTQ was given.
       order: the channels in the order in which they were rounded.
 
@@ -28,7 +29,7 @@ def compensated(
       AtomError: the Hessian cannot be factorized.
     """
     feedback = factorize(hessian[order][:, order], DAMPING).feedback
-    return _add_corrections(weight, quantized.dequantize(), feedback, order)
+    return _add_corrections(weight, join(quantized.dequantize()), feedback, order)
 
 
 @jax.jit

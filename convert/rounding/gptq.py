@@ -61,6 +61,7 @@ def gptq(
     clip_w: float | None,
     damping: float = DAMPING,
     block_size: int = 128,
+    stored_blocks: int = 1,
 ) -> QuantizedWeight:
     """Quantizes ``weight`` so that ``||X (W - Wq)^T||`` is small, given H = X^T X (paper section 4.5).
 
@@ -72,12 +73,17 @@ def gptq(
     at that time. A dead channel (with a zero row in H) is rounded to nearest, because nothing is known about
     its inputs. The same arguments give the same bits.
 
+    A weight that is stored in blocks (``convert.channel_blocks``) is rounded in one go, too, so that channels
+    compensate errors of other blocks: the last groups of all blocks first, then those before them, and all
+    tails at the end, each with its own scale.
+
     Args:
-      weight: the weight, with input channels in stored order and the ``num_outliers`` outliers last.
+      weight: the weight, with input channels in stored order and the ``num_outliers`` outliers of each block
+        last.
       hessian: H with channels in the same order. A positive multiple of it gives the same result up to
         rounding.
       group_size: number of channels of a group of the body; None for one group over the whole body.
-      num_outliers: number of channels of the tail.
+      num_outliers: number of channels of the tail (of each block).
       clip_w: fraction of a group's largest magnitude that INT4 spans; None to search it for each group and
         row. The tail is not clipped.
       damping: fraction of each channel's energy that is added to the diagonal of H. It is a fraction of the
@@ -85,6 +91,10 @@ def gptq(
         and the compensation in all others would be damped away. While H is not positive definite in float32,
         the damping is multiplied by ten, at most ``MAX_ATTEMPTS - 1`` times.
       block_size: number of channels that are rounded between two matmuls; affects only speed.
+      stored_blocks: number of blocks in which the weight is stored.
+
+    Returns:
+      The weight; with more than one block a stack of them, [blocks, N, K / blocks].
 
     Raises:
       AtomError: the body is not made of whole groups (see ``check_groups``); the shapes do not match; the
@@ -92,25 +102,32 @@ def gptq(
         definite.
     """
     rows, channels = weight.shape
-    group_size = check_groups("weight", channels, group_size, num_outliers)
+    group_size = check_groups("weight", channels // stored_blocks, group_size, num_outliers)
     if hessian.shape != (channels, channels):
         raise AtomError(f"Hessian has shape {list(hessian.shape)}, expected {[channels, channels]}")
     if damping <= 0.0 or block_size < 1:
         raise AtomError(f"damping {damping} and block size {block_size} must be positive")
     weight, hessian = jnp.asarray(weight, jnp.float32), jnp.asarray(hessian, jnp.float32)
-    order = rounding_order(channels, num_outliers)
+    order = rounding_order(channels, num_outliers, group_size, stored_blocks)
     factors = factorize(hessian[order][:, order], damping)
-    quantized = _sweep(weight[:, order], factors, clip_w, group_size, num_outliers, block_size)
+    quantized = _sweep(weight[:, order], factors, clip_w, group_size, num_outliers, block_size, stored_blocks)
     # NaN or infinity in a weight makes the scale of its group not finite, so this checks input and result.
     if not bool(jnp.all(jnp.isfinite(quantized.scales))):
         raise AtomError(f"weight [{rows}, {channels}] holds NaN or infinity, or values too large to quantize")
     return quantized
 
 
-def rounding_order(channels: int, num_outliers: int) -> Int[np.ndarray, " k"]:
-    """The channels in the order in which ``gptq`` rounds them: the body from its end, then the tail."""
-    body = channels - num_outliers
-    return np.concatenate([np.arange(body)[::-1], np.arange(body, channels)])
+def rounding_order(
+    channels: int, num_outliers: int, group_size: int | None, stored_blocks: int
+) -> Int[np.ndarray, " k"]:
+    """The channels in the order in which ``gptq`` rounds them: the bodies from their ends, then the tails.
+
+    The groups of the blocks take turns, so that channels come by descending energy as far as groups allow.
+    """
+    blocks = np.arange(channels).reshape(stored_blocks, -1)
+    body = blocks.shape[1] - num_outliers
+    groups = blocks[:, :body].reshape(stored_blocks, -1, group_size or body)
+    return np.concatenate([groups[:, ::-1, ::-1].swapaxes(0, 1).reshape(-1), blocks[:, body:].reshape(-1)])
 
 
 def factorize(hessian: Float32[Array, "k k"], damping: float) -> HessianFactors:
@@ -190,7 +207,7 @@ def _cholesky(matrix: Float32[Array, "k k"]) -> Float32[Array, "k k"]:
     return factor[:size, :size]
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5))
+@partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _sweep(
     weight: Float32[Array, "n k"],
     factors: HessianFactors,
@@ -198,14 +215,15 @@ def _sweep(
     group_size: int,
     num_outliers: int,
     block_size: int,
+    stored_blocks: int,
 ) -> QuantizedWeight:
-    """Quantizes the body group by group, then the tail.
+    """Quantizes the body group by group, then the tail of each block.
 
-    ``weight`` and ``factors`` have the channels of the body in reverse order; the result has them in stored
-    order. Inside, arrays are transposed to [channels, rows], so that a channel is contiguous.
+    ``weight`` and ``factors`` have the channels in ``rounding_order``; the result has them in stored order.
+    Inside, arrays are transposed to [channels, rows], so that a channel is contiguous.
     """
     rows, channels = weight.shape
-    body = channels - num_outliers
+    body = channels - stored_blocks * num_outliers
     span = partial(_quantize_span, weight.T, factors, block_size=block_size)
     errors = jnp.zeros((channels, rows), jnp.float32)
 
@@ -213,10 +231,23 @@ def _sweep(
         errors, values, scale = span(errors, start, group_size, clip_w, BODY_MAX, first=group_size == body)
         return errors, (values, scale)
 
+    def tail(errors: Array, start: Array) -> tuple[Array, tuple[Array, Array]]:
+        errors, values, scale = span(errors, start, num_outliers, 1.0, TAIL_MAX, first=False)
+        return errors, (values, scale)
+
     errors, (values, scales) = lax.scan(step, errors, jnp.arange(0, body, group_size))
-    _, outliers, tail_scale = span(errors, jnp.int32(body), num_outliers, 1.0, TAIL_MAX, first=False)
-    scales = jnp.concatenate([scales[::-1], tail_scale[None]])
-    return pack_weight(values.reshape(body, rows)[::-1].T, outliers.T, scales, group_size)
+    tail_starts = body + num_outliers * jnp.arange(stored_blocks)
+    _, (outliers, tail_scales) = lax.scan(tail, errors, tail_starts)
+    # From the order of the rounding to [blocks, groups, ...] as they are stored.
+    values = values.reshape(-1, stored_blocks, group_size, rows)[::-1, :, ::-1].swapaxes(0, 1)
+    scales = scales.reshape(-1, stored_blocks, rows)[::-1].swapaxes(0, 1)
+
+    def pack(values: Array, outliers: Array, scales: Array, tail_scale: Array) -> QuantizedWeight:
+        scales = jnp.concatenate([scales, tail_scale[None]])
+        return pack_weight(values.reshape(-1, rows).T, outliers.T, scales, group_size)
+
+    parts = values, outliers, scales, tail_scales
+    return pack(*(part[0] for part in parts)) if stored_blocks == 1 else jax.vmap(pack)(*parts)
 
 
 def _quantize_span(

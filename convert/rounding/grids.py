@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int8
 
+from convert.channel_blocks import per_block
 from pallas_kernels.rounding import storage_scale
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -50,11 +51,11 @@ class Grid(NamedTuple):
 
 
 def channel_scales(weight: Float32[Array, "n k"]) -> Float32[Array, "n"]:
-    """The first-level scale of each row (output channel) of a ``TwoLevelWeight``."""
+    """The first-level scale of each row (output channel) of a ``TwoLevelWeight``, or of a block of one."""
     return storage_scale(jnp.max(jnp.abs(weight), axis=1), 1.0, PROTECTIVE_RANGE)
 
 
-@partial(jax.jit, static_argnames=("group_size", "bits", "two_level"))
+@partial(jax.jit, static_argnames=("group_size", "bits", "two_level", "blocks"))
 def fit_groups(
     weight: Float32[Array, "n k"],
     energy: Float32[Array, "k"],
@@ -62,6 +63,7 @@ def fit_groups(
     *,
     bits: int = 4,
     two_level: bool = False,
+    blocks: int = 1,
 ) -> Grid:
     """Fits the grid of every group and row; its arrays are [groups, n].
 
@@ -72,15 +74,20 @@ def fit_groups(
       bits: number of bits of an integer.
       two_level: whether the scale of a group is an integer times the scale of its row, and all values are
         INT8 multiples of the row's scale (``TwoLevelWeight``). Otherwise scales are bfloat16 numbers.
+      blocks: number of blocks in which the weight is stored; a row has a scale in each.
     """
-    unit = channel_scales(weight)[:, None] if two_level else None
+    rows, channels = weight.shape
+    units = None
+    if two_level:
+        scales = per_block(channel_scales, weight, blocks).reshape(blocks, rows, 1)
+        units = jnp.repeat(scales, channels // blocks // group_size, axis=0)
 
-    def fit(group: tuple[Array, Array]) -> Grid:
-        return _fit(group[0], group[1], unit, bits)
+    def fit(group: tuple[Array, Array, Array | None]) -> Grid:
+        return _fit(*group, bits)
 
-    rows = weight.shape[0]
     groups = jnp.swapaxes(weight.reshape(rows, -1, group_size), 0, 1)
-    return jax.tree.map(lambda a: a[..., 0], lax.map(fit, (groups, energy.reshape(-1, group_size))))
+    fitted = lax.map(fit, (groups, energy.reshape(-1, group_size), units))
+    return jax.tree.map(lambda a: a[..., 0], fitted)
 
 
 def _fit(

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int8, Int32
 
 from atom_jax.errors import AtomError
+from convert.channel_blocks import per_block
 from convert.groups import check_groups
 from convert.rounding.gptq import DAMPING, factorize
 from convert.rounding.grids import Grid, channel_scales, fit_groups
@@ -32,31 +33,54 @@ def quantize_weight_only(
     weight: Float32[Array | np.ndarray, "n k"],
     hessian: Float32[Array | np.ndarray, "k k"] | None,
     group_size: int | None,
+    blocks: int = 1,
 ) -> WeightOnlyInt4:
     """Quantizes a weight to INT4 groups, each with a scale and a zero point.
 
     Args:
       weight: the weight, with input channels in stored order.
       hessian: mean of x x^T over the inputs x, for GPTQ; None to round to nearest.
-      group_size: number of channels of a group; None for one group over the whole row.
+      group_size: number of channels of a group; None for one group over the whole row (of a block).
+      blocks: number of blocks in which the weight is stored (``convert.channel_blocks``). Groups lie within a
+        block, and channels compensate errors of all blocks.
+
+    Returns:
+      The weight; with more than one block a stack of them, [blocks, N, K / blocks].
 
     Raises:
       AtomError: K is not whole groups, or the weight or the Hessian is not usable (see ``gptq.gptq``).
     """
-    values, grids, group_size = quantize_groups(weight, hessian, group_size)
-    return WeightOnlyInt4(pack_values(values), grids.scale, grids.zero.astype(jnp.int8), group_size)
+    values, grids, group_size = quantize_groups(weight, hessian, group_size, blocks=blocks)
+    scales, zeros = stored_grids(grids, blocks)
+    return WeightOnlyInt4(per_block(pack_values, values, blocks), scales, zeros, group_size)
 
 
 def quantize_two_level(
     weight: Float32[Array | np.ndarray, "n k"],
     hessian: Float32[Array | np.ndarray, "k k"] | None,
     group_size: int | None,
+    blocks: int = 1,
 ) -> TwoLevelWeight:
-    """Quantizes to INT4 groups that dequantize to INT8; arguments and errors of ``quantize_weight_only``."""
-    values, grids, group_size = quantize_groups(weight, hessian, group_size, two_level=True)
-    scales = channel_scales(jnp.asarray(weight, jnp.float32))
-    group_scales = jnp.round(grids.scale / scales).astype(jnp.int8)
-    return TwoLevelWeight(pack_values(values), scales, group_scales, grids.zero.astype(jnp.int8), group_size)
+    """Quantizes to INT4 groups that dequantize to INT8; arguments and errors of ``quantize_weight_only``.
+
+    A row has a first-level scale in each block.
+    """
+    values, grids, group_size = quantize_groups(weight, hessian, group_size, two_level=True, blocks=blocks)
+    scales = per_block(channel_scales, jnp.asarray(weight, jnp.float32), blocks)
+    steps, zeros = stored_grids(grids, blocks)
+    group_scales = jnp.round(steps / scales[..., None, :]).astype(jnp.int8)
+    return TwoLevelWeight(per_block(pack_values, values, blocks), scales, group_scales, zeros, group_size)
+
+
+def stored_grids(
+    grids: Grid, blocks: int
+) -> tuple[Float32[Array, "*blocks groups n"], Int8[Array, "*blocks groups n"]]:
+    """Scales and zero points of all groups as those of each block."""
+    scales, zeros = (
+        values if blocks == 1 else values.reshape(blocks, -1, values.shape[1])
+        for values in (grids.scale, grids.zero)
+    )
+    return scales, zeros.astype(jnp.int8)
 
 
 def quantize_groups(
@@ -66,27 +90,28 @@ def quantize_groups(
     *,
     bits: int = 4,
     two_level: bool = False,
+    blocks: int = 1,
 ) -> tuple[Int8[Array, "n k"], Grid, int]:
     """Fits the grids and rounds the weight to them.
 
     Arguments and errors are those of ``quantize_weight_only``; ``bits`` and ``two_level`` are those of
-    ``fit_groups``.
+    ``fit_groups``. The arrays are those of the whole weight, whatever the number of blocks.
 
     Returns:
       The signed integers of ``bits`` bits, the grids [groups, n], and the group size.
     """
     channels = weight.shape[1]
-    group_size = check_groups("weight", channels, group_size, None)
+    group_size = check_groups("weight", channels // blocks, group_size, None)
     weight = jnp.asarray(weight, jnp.float32)
+    fit = partial(fit_groups, group_size=group_size, bits=bits, two_level=two_level, blocks=blocks)
     if hessian is None:
-        values, grids = _nearest(weight, group_size, bits, two_level)
+        grids = fit(weight, jnp.ones(channels))
+        values = _nearest(weight, grids, group_size)
     else:
         hessian = jnp.asarray(hessian, jnp.float32)
         order = energy_order(hessian)
         feedback = factorize(hessian[order][:, order], DAMPING).feedback
-        grids = fit_groups(
-            weight, _relative(jnp.diagonal(hessian)), group_size, bits=bits, two_level=two_level
-        )
+        grids = fit(weight, _relative(jnp.diagonal(hessian)))
         values = _sweep(weight, feedback, order, grids, group_size)
     # NaN or infinity in a weight makes the scale of its group not finite.
     if not bool(jnp.all(jnp.isfinite(grids.scale))):
@@ -105,13 +130,10 @@ def _relative(energy: Float32[Array, "k"]) -> Float32[Array, "k"]:
     return energy / jnp.where(mean > 0, mean, 1.0) + _LITTLE
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _nearest(
-    weight: Float32[Array, "n k"], group_size: int, bits: int, two_level: bool
-) -> tuple[Int8[Array, "n k"], Grid]:
-    grids = fit_groups(weight, jnp.ones(weight.shape[1]), group_size, bits=bits, two_level=two_level)
+@partial(jax.jit, static_argnums=2)
+def _nearest(weight: Float32[Array, "n k"], grids: Grid, group_size: int) -> Int8[Array, "n k"]:
     per_channel = jax.tree.map(lambda a: jnp.repeat(a.T, group_size, axis=1), grids)
-    return per_channel.round(weight), grids
+    return per_channel.round(weight)
 
 
 @partial(jax.jit, static_argnums=(4,))

@@ -28,12 +28,12 @@ METHODS = MappingProxyType(_found())
 
 
 def quantize(
-    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, recipe: Recipe
+    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, recipe: Recipe, blocks: int = 1
 ) -> PackedWeight:
     """The weight quantized for the scheme of the recipe; see ``Method.quantize``."""
     method = METHODS[recipe.format.scheme].quantize
     assert method is not None, f"the linears of {recipe.format.scheme} stay floats"
-    return method(weight, hessian, recipe)
+    return method(weight, hessian, recipe, blocks)
 
 
 def rounding_target(
@@ -41,9 +41,10 @@ def rounding_target(
     quantized: PackedWeight,
     hessian: Float32[Array, "k k"] | None,
     recipe: Recipe,
+    blocks: int = 1,
 ) -> Float32[Array, "n k"]:
     """What was rounded to ``quantized``: ``weight``, after the compensation of errors if GPTQ rounded it."""
     order = METHODS[recipe.format.scheme].rounding_order
     if order is None or hessian is None or not recipe.gptq:
         return weight
-    return compensated(weight, quantized, hessian, order(hessian, recipe))
+    return compensated(weight, quantized, hessian, order(hessian, recipe, blocks))

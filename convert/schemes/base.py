@@ -15,24 +15,33 @@ if TYPE_CHECKING:
     from convert.recipe import Recipe
 
 
+Quantize = Callable[
+    [Float32[Array, "n k"], Float32[Array, "k k"] | None, "Recipe", int],
+    PackedWeight,
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """The converter's part of a scheme. Each module of this package defines one, as ``METHOD``.
 
     Attributes:
-      quantize: called with ``(weight [N, K], hessian [K, K], recipe)``; returns the weight in the type of the
-        scheme. The Hessian is the mean of x x^T over the inputs x of the weight, or None without
-        calibration. It raises AtomError if the input channels do not suit the groups. None for a scheme
-        whose linears are not quantized.
-      rounding_order: called with the Hessian and the recipe; returns the channels in the order in which
-        ``quantize`` rounds them with GPTQ. None for a scheme without GPTQ.
+      quantize: called with ``(weight [N, K], hessian [K, K], recipe, blocks)``; returns the weight in the
+        type of the scheme, or the stack of its blocks (``convert.channel_blocks``) if there are more than
+        one. The Hessian is the mean of x x^T over the inputs x of the weight, or None without calibration.
+        It raises AtomError if the input channels do not suit the groups. None for a scheme whose linears are
+        not quantized.
+      rounding_order: called with the Hessian, the recipe and the number of blocks; returns the channels in
+        the order in which ``quantize`` rounds them with GPTQ. None for a scheme without GPTQ.
       refined: whether the rounding of a small model is refined by default
         (``convert.refine_model.default_steps``); False where it loses next to nothing.
       unused: the settings of ``Recipe`` that the scheme does not use, with the value that each must have.
     """
 
-    quantize: Callable[[Float32[Array, "n k"], Float32[Array, "k k"] | None, Recipe], PackedWeight] | None
-    rounding_order: Callable[[Float32[Array, "k k"], Recipe], Int[Array | np.ndarray, " k"]] | None = None
+    quantize: Quantize | None
+    rounding_order: Callable[[Float32[Array, "k k"], Recipe, int], Int[Array | np.ndarray, " k"]] | None = (
+        None
+    )
     refined: bool = True
     unused: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

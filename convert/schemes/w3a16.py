@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Int8
 
-from convert.rounding.group_gptq import energy_order, quantize_groups
+from convert.channel_blocks import per_block
+from convert.rounding.group_gptq import energy_order, quantize_groups, stored_grids
 from convert.schemes.base import ORDER_KEPT, Method
 from pallas_kernels import PACK_TILE, WeightOnlyInt3
 from pallas_kernels.int3 import pack_int3
@@ -17,12 +18,19 @@ if TYPE_CHECKING:
 
 
 def _quantize(
-    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, recipe: Recipe
+    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, recipe: Recipe, blocks: int
 ) -> WeightOnlyInt3:
     hessian = hessian if recipe.gptq else None
-    values, grids, group_size = quantize_groups(weight, hessian, recipe.format.group_size, bits=3)
-    padded = jnp.pad(values, ((0, 0), (0, -values.shape[1] % PACK_TILE)))
-    return WeightOnlyInt3(*pack_int3(padded), grids.scale, grids.zero.astype(jnp.int8), group_size)
+    values, grids, group_size = quantize_groups(
+        weight, hessian, recipe.format.group_size, bits=3, blocks=blocks
+    )
+    packed, high_bits = per_block(_pack, values, blocks)
+    scales, zeros = stored_grids(grids, blocks)
+    return WeightOnlyInt3(packed, high_bits, scales, zeros, group_size)
 
 
-METHOD = Method(_quantize, lambda hessian, recipe: energy_order(hessian), unused=ORDER_KEPT)
+def _pack(values: Int8[Array, "n k"]) -> tuple[Array, Array]:
+    return pack_int3(jnp.pad(values, ((0, 0), (0, -values.shape[1] % PACK_TILE))))
+
+
+METHOD = Method(_quantize, lambda hessian, recipe, blocks: energy_order(hessian), unused=ORDER_KEPT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Array, Float32, Int
@@ -17,16 +17,21 @@ if TYPE_CHECKING:
 
 
 def _quantize(
-    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, recipe: Recipe
+    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, recipe: Recipe, blocks: int
 ) -> QuantizedWeight:
-    group_size, num_outliers, clip_w = recipe.format.group_size, recipe.format.num_outliers, recipe.clip_w
+    format = recipe.format
+    settings: dict[str, Any] = {
+        "group_size": format.group_size,
+        "num_outliers": format.num_outliers,
+        "clip_w": recipe.clip_w,
+    }
     if recipe.gptq and hessian is not None:
-        return gptq(weight, hessian, group_size=group_size, num_outliers=num_outliers, clip_w=clip_w)
-    return quantize_weight(weight, group_size=group_size, num_outliers=num_outliers, clip_w=clip_w)
+        return gptq(weight, hessian, **settings, stored_blocks=blocks)
+    return quantize_weight(weight, **settings, blocks=blocks)
 
 
-def _order(hessian: Float32[Array, "k k"], recipe: Recipe) -> Int[np.ndarray, " k"]:
-    return rounding_order(hessian.shape[0], recipe.format.num_outliers)
+def _order(hessian: Float32[Array, "k k"], recipe: Recipe, blocks: int) -> Int[np.ndarray, " k"]:
+    return rounding_order(hessian.shape[0], recipe.format.num_outliers, recipe.format.group_size, blocks)
 
 
 METHOD = Method(_quantize, _order)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def _quantize(
-    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, recipe: Recipe
+    weight: Float32[Array, "n k"], hessian: Float32[Array, "k k"] | None, recipe: Recipe, blocks: int
 ) -> TwoLevelWeight:
-    return quantize_two_level(weight, hessian if recipe.gptq else None, recipe.format.group_size)
+    return quantize_two_level(weight, hessian if recipe.gptq else None, recipe.format.group_size, blocks)
 
 
-METHOD = Method(_quantize, lambda hessian, recipe: energy_order(hessian), unused=ORDER_KEPT)
+METHOD = Method(_quantize, lambda hessian, recipe, blocks: energy_order(hessian), unused=ORDER_KEPT)

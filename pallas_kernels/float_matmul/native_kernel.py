@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from pallas_kernels.native.dot_products import DotProduct
 from pallas_kernels.native.float_weights import (
     multiply_any,
@@ -18,6 +16,7 @@ from pallas_kernels.native.float_weights import (
     unpack_float32,
 )
 from pallas_kernels.native.frame import buffer, layer_of, size
+from pallas_kernels.native.jit import njit
 from pallas_kernels.native.memory import stack
 from pallas_kernels.native.tiles import BLOCK_TOKENS, LINE_BYTES, clear, copy_lines, store_results
 from pallas_kernels.native.vectors import LANES, VECTOR_BYTES

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from pallas_kernels.native.dot_products import DotProduct
 from pallas_kernels.native.frame import buffer, layer_of, size
+from pallas_kernels.native.jit import njit
 from pallas_kernels.native.memory import stack, store_int32
 from pallas_kernels.native.tiles import (
     BLOCK_TOKENS,

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
 from pallas_kernels.kv_append.native_cpu import BLOCK_TOKENS
 from pallas_kernels.native.cache import BFLOAT16, FLOAT32, INT4, MAX_HEAD_DIM
 from pallas_kernels.native.dot_products import DotProduct
 from pallas_kernels.native.frame import buffer, size
+from pallas_kernels.native.jit import njit
 from pallas_kernels.native.memory import (
     ADDRESS,
     I16,

@@ -17,7 +17,8 @@ import importlib.metadata
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import llvmlite.binding as llvm
 import numpy as np
 
 from pallas_kernels.native.instruction_sets import INSTRUCTION_SETS
+from pallas_kernels.native.parallel import postpone
 from pallas_kernels.user_cache import user_cache
 
 # The versions of XLA's foreign function interface (FFI) in which the structs are those of ``frame.py``.
@@ -72,7 +74,9 @@ def call(
     Returns:
       The results.
     """
-    target = _registered(kernel, instructions)
+    target = symbol_of(kernel, instructions)
+    if target not in _registered:
+        (postpone.get() or register)(kernel, instructions)
     run = jax.ffi.ffi_call(target, list(results), input_output_aliases=dict(in_place or {}))
     return list(run(*arguments, sizes=np.asarray(sizes, np.int64)))
 
@@ -97,30 +101,53 @@ def unsupported() -> str | None:
     return f"needs a jaxlib with version {first} to {last} of XLA's FFI, the installed one has {found}"
 
 
-@functools.cache
-def _registered(kernel: Kernel, instructions: str) -> str:
-    """Registers a kernel with XLA; returns the name of the target."""
-    target, address = compiled(kernel, instructions)
-    capsule = ctypes.pythonapi.PyCapsule_New
-    capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    jax.ffi.register_ffi_target(target, capsule(address, b"xla._CUSTOM_CALL_TARGET", None), platform="cpu")
-    return target
+def symbol_of(kernel: Kernel, instructions: str) -> str:
+    """The symbol of a kernel's handler, which is also the name of XLA's target.
 
-
-def compiled(kernel: Kernel, instructions: str) -> tuple[str, int]:
-    """The symbol of a kernel's handler and its address. The machine code is from the cache if it is there.
-
-    The symbol, which is also the name of XLA's target, contains the hash, because JAX may keep compiled
-    programs on disk: a program must never call a kernel that was changed after the program was compiled.
+    It contains the hash, because JAX may keep compiled programs on disk: a program must never call a kernel
+    that was changed after the program was compiled.
     """
-    symbol = f"atom_jax_{kernel.name}_{instructions}_{_digest(instructions)[:16]}"
-    file = user_cache() / "native" / f"{symbol}.o"
+    return f"atom_jax_{kernel.name}_{instructions}_{_digest(instructions)[:16]}"
+
+
+# The targets that XLA knows.
+_registered: set[str] = set()
+_registering = threading.Lock()
+
+
+def register(kernel: Kernel, instructions: str) -> None:
+    """Registers a kernel with XLA, and compiles it before if its machine code is not in the cache."""
+    register_code(symbol_of(kernel, instructions), machine_code(kernel, instructions))
+
+
+def register_code(symbol: str, code: bytes) -> None:
+    """Registers machine code with XLA under the name ``symbol``, unless something has that name."""
+    with _registering:
+        if symbol not in _registered:
+            capsule = ctypes.pythonapi.PyCapsule_New
+            capsule.restype = ctypes.py_object
+            capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+            handler = capsule(load(code, symbol), b"xla._CUSTOM_CALL_TARGET", None)
+            jax.ffi.register_ffi_target(symbol, handler, platform="cpu")
+            _registered.add(symbol)
+
+
+def machine_code(
+    kernel: Kernel, instructions: str, compile: Callable[[Kernel, str], bytes] | None = None
+) -> bytes:
+    """The machine code of a kernel, from the cache if it is there.
+
+    Args:
+      kernel, instructions: as in ``call``.
+      compile: compiles it otherwise; ``compile_kernel`` if None.
+    """
+    file = user_cache() / "native" / f"{symbol_of(kernel, instructions)}.o"
     try:
-        code = file.read_bytes()
+        return file.read_bytes()
     except OSError:
-        code = _compile(kernel, instructions, symbol)
+        code = (compile or compile_kernel)(kernel, instructions)
         _write(file, code)
-    return symbol, _load(code, symbol)
+        return code
 
 
 def sources() -> list[Path]:
@@ -147,16 +174,16 @@ def _features(instructions: str) -> str:
     return ",".join(f"{'+' if has else '-'}{name}" for name, has in sorted(features.items()))
 
 
-def _compile(kernel: Kernel, instructions: str, symbol: str) -> bytes:
-    """Machine code with two symbols: ``symbol``, which XLA calls, and ``symbol``_task (see ``frame.py``)."""
-    import numba
-
+def compile_kernel(kernel: Kernel, instructions: str) -> bytes:
+    """Compiles machine code with the symbol that XLA calls and the same with _task (see ``frame.py``)."""
     from pallas_kernels.native.dot_products import DOT_PRODUCTS
     from pallas_kernels.native.frame import make_handler, make_task
+    from pallas_kernels.native.jit import njit
 
+    symbol = symbol_of(kernel, instructions)
     functions = importlib.import_module(kernel.module)
     block = functions.make_block(DOT_PRODUCTS[instructions])
-    prepare = getattr(functions, "prepare", None) or numba.njit(lambda job: None)
+    prepare = getattr(functions, "prepare", None) or njit(lambda job: None)
     task = make_task(block)
     # Numba links the handler as soon as it has compiled it, when there is no task yet. That code is never
     # called, so any address will do.
@@ -202,7 +229,7 @@ def _target_machine(instructions: str) -> llvm.TargetMachine:
 _engines: list[llvm.ExecutionEngine] = []
 
 
-def _load(code: bytes, symbol: str) -> int:
+def load(code: bytes, symbol: str) -> int:
     """Loads machine code into memory; returns the address of a symbol in it."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
+from pallas_kernels.native.jit import njit
 from pallas_kernels.native.memory import ADDRESS, F32, I64, Builder, Value, at, instruction
 from pallas_kernels.native.vectors import (
     FLOATS,

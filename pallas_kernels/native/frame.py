@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from pallas_kernels.native.jit import njit
 from pallas_kernels.native.memory import (
     I64,
     Builder,

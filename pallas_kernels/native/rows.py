@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from pallas_kernels.native.frame import buffer, size
+from pallas_kernels.native.jit import njit
 from pallas_kernels.native.memory import F32, I32, Builder, Value, instruction, stack, store_float
 from pallas_kernels.native.vectors import (
     LANES,

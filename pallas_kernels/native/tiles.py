@@ -15,10 +15,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
 from pallas_kernels.native.dot_products import DotProduct
 from pallas_kernels.native.frame import buffer, size
+from pallas_kernels.native.jit import njit
 from pallas_kernels.native.memory import (
     ADDRESS,
     F32,

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
 from pallas_kernels.native.cache import INT4, MAX_HEAD_DIM
 from pallas_kernels.native.dot_products import DotProduct
 from pallas_kernels.native.float_tiles import COLUMNS, multiply_matrices
 from pallas_kernels.native.frame import buffer, size
+from pallas_kernels.native.jit import njit
 from pallas_kernels.native.memory import (
     I32,
     Builder,

@@ -9,9 +9,10 @@ float32.
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
 from pallas_kernels.native.cache import BFLOAT16, FLOAT32, INT4
+from pallas_kernels.native.jit import njit
 from pallas_kernels.native.memory import (
     ADDRESS,
     I16,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from pallas_kernels.native.dot_products import DotProduct
 from pallas_kernels.native.frame import buffer, size
+from pallas_kernels.native.jit import njit
 from pallas_kernels.native.rows import (
     CHANNELS,
     GROUP_SIZE,

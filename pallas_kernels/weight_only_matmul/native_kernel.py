@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from pallas_kernels.native.dot_products import DotProduct
 from pallas_kernels.native.float_weights import multiply_any, store_dequantized
 from pallas_kernels.native.frame import buffer, layer_of, size
+from pallas_kernels.native.jit import njit
 from pallas_kernels.native.memory import stack
 from pallas_kernels.native.tiles import BLOCK_TOKENS, OFFSET_INT4, clear, store_results, unpack_int4
 from pallas_kernels.native.vectors import (

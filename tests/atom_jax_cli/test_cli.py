@@ -40,14 +40,17 @@ class TestConvert:
     def test_options_that_are_not_given_keep_the_defaults_of_the_library(self, made, tmp_path):
         card = run_json("convert", "SRC", tmp_path / "out")
         assert card == {"made": str(tmp_path / "out")}
-        want = ConvertOptions(make_recipe("w4a4kv4"), flexible=("group_size", "num_outliers", "refine"))
+        want = ConvertOptions(
+            make_recipe("w4a4kv4"), flexible=("group_size", "num_outliers", "refine", "shards")
+        )
         assert made == [("SRC", tmp_path / "out", want)]
 
     def test_all_options(self, made, tmp_path, text):
         options = "--scheme w4a4kv4 --group-size 32 --num-outliers 64 --clip-w 0.8 --clip-a 0.7 --no-gptq "
         options += (
             "--no-migrate --refine 9 --smooth-keys 0.3 --no-center-keys "
-            "--reorder per_layer --kv-bits 16 --kv-rope pre --calib org/data --calib-tokens 1024 --seed 3 "
+            "--reorder per_layer --kv-bits 16 --kv-rope pre --shards 2 "
+            "--calib org/data --calib-tokens 1024 --seed 3 "
         )
         options += f"--eval-text {text} --eval-tokens 77 --revision main"
         result = run("convert", "org/model", tmp_path / "out", *options.split())
@@ -66,6 +69,7 @@ class TestConvert:
             kv_rope="pre",
             smooth_keys=0.3,
             center_keys=False,
+            shards=2,
         )
         want = ConvertOptions(recipe, "org/data", 1024, 3, text, 77, "main")
         assert made == [("org/model", tmp_path / "out", want)]
@@ -73,7 +77,7 @@ class TestConvert:
     def test_automatic_number_of_outliers(self, made, monkeypatch, tmp_path):
         result = run("convert", "SRC", tmp_path / "out", "--num-outliers", "auto")
         assert made[0][2] == ConvertOptions(
-            make_recipe("w4a4kv4"), auto_outliers=True, flexible=("group_size", "refine")
+            make_recipe("w4a4kv4"), auto_outliers=True, flexible=("group_size", "refine", "shards")
         )
         assert "outliers chosen" not in result.stderr  # the card of these tests has none
 
@@ -85,15 +89,16 @@ class TestConvert:
     @pytest.mark.parametrize(
         ("options", "flexible"),
         [
-            ("--group-size 64", ("num_outliers", "refine")),
-            ("--num-outliers 64", ("group_size", "refine")),
-            ("--group-size 64 --num-outliers auto", ("refine",)),
-            ("--refine 7", ("group_size", "num_outliers")),
-            ("--fast", ("group_size", "num_outliers")),
-            ("--scheme w4a16", ("group_size", "refine")),
-            ("--scheme w8a8", ("refine",)),
-            ("--scheme bf16", ()),
-            ("--scheme bf16 --fast", ()),
+            ("--group-size 64", ("num_outliers", "refine", "shards")),
+            ("--num-outliers 64", ("group_size", "refine", "shards")),
+            ("--group-size 64 --num-outliers auto", ("refine", "shards")),
+            ("--refine 7", ("group_size", "num_outliers", "shards")),
+            ("--fast", ("group_size", "num_outliers", "shards")),
+            ("--shards 4", ("group_size", "num_outliers", "refine")),
+            ("--scheme w4a16", ("group_size", "refine", "shards")),
+            ("--scheme w8a8", ("refine", "shards")),
+            ("--scheme bf16", ("shards",)),
+            ("--scheme bf16 --fast --shards 2", ()),
         ],
     )
     def test_what_is_not_given_is_flexible(self, made, tmp_path, options, flexible):
@@ -103,9 +108,11 @@ class TestConvert:
     def test_groups_that_were_chosen_are_printed(self, original, tmp_path):
         options = "--fast --no-gptq --no-migrate --smooth-keys 0 --no-center-keys --calib-tokens 128"
         result = run("convert", original, tmp_path / "out", *options.split())
-        assert "chosen for this model: groups of 64, number of outliers 0" in result.stderr
+        assert (
+            "chosen for this model: groups of 64, number of outliers 0, number of shards 1" in result.stderr
+        )
         card = json.loads((tmp_path / "out" / "quantization.json").read_text())
-        assert card["job"]["chosen"] == {"group_size": 64, "num_outliers": 0}
+        assert card["job"]["chosen"] == {"group_size": 64, "num_outliers": 0, "shards": 1}
 
     @pytest.mark.parametrize(
         ("options", "parts"),

@@ -1,6 +1,7 @@
 """``atom-jax batch``: every request has one result in the end, whatever stops a run."""
 
 import fcntl
+import functools
 import json
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import time
 
 import pytest
 
-from atom_jax.batch import run_batch
+from atom_jax.batch import engine_answers
+from atom_jax.batch_files import BatchResult, run_batch
 from atom_jax.checkpoint import TOKENIZER_FOLDER
 from tests.atom_jax.command import ROOT, fails, run_json
 from tests.atom_jax.server.fake import FakeEngine, expected, served
@@ -50,7 +52,8 @@ def go(tmp_path, tokenizer):
     def run(lines, engine=None, ahead=6):
         requests, results = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
         engine = engine or FakeEngine()
-        end = run_batch(engine, served(tokenizer), requests, results, model_name="tiny", ahead=ahead)
+        answer = functools.partial(engine_answers, engine, served(tokenizer), ahead=ahead)
+        end = run_batch(answer, requests, results, model_name="tiny")
         assert not engine.requests
         return results, end
 
@@ -135,6 +138,36 @@ def test_nothing_is_done_twice(go):
     assert (end.done, end.tokens) == (8, sum(len(answers(8)[f"r{n}"]) for n in (5, 6, 7)))
 
 
+def run_with(answer, tmp_path):
+    requests = write(tmp_path / "in.jsonl", [line(number) for number in range(3)])
+    return run_batch(answer, requests, tmp_path / "out.jsonl", model_name="tiny")
+
+
+def test_a_second_result_of_a_request_is_left_out(tmp_path):
+    def twice(requests):
+        for request in requests:
+            yield BatchResult(request.custom_id, 200, {"answer": 1}, tokens=2)
+            yield BatchResult(request.custom_id, 200, {"answer": 2}, tokens=2)
+
+    end = run_with(twice, tmp_path)
+    assert (end.done, end.tokens) == (3, 6)
+    found = [(each["custom_id"], each["response"]["body"]) for each in read(tmp_path / "out.jsonl")]
+    assert found == [(f"r{number}", {"answer": 1}) for number in range(3)]
+
+
+def test_a_request_without_a_result_is_an_error(tmp_path):
+    with raises(tmp_path / "out.jsonl", "2 requests got no result"):
+        run_with(lambda requests: [BatchResult(next(requests).custom_id, 200, {})], tmp_path)
+    assert len(read(tmp_path / "out.jsonl")) == 1
+    run_with(lambda requests: (BatchResult(each.custom_id, 200, {}) for each in requests), tmp_path)
+    assert [each["custom_id"] for each in read(tmp_path / "out.jsonl")] == ["r0", "r1", "r2"]
+
+
+def test_nobody_is_asked_when_all_is_done(go, tmp_path):
+    go([line(number) for number in range(3)])
+    run_with(None, tmp_path)
+
+
 def test_a_torn_line_is_done_again(go, tmp_path):
     lines = [line(number) for number in range(3)]
     path, _ = go(lines)
@@ -169,13 +202,15 @@ def test_one_run_at_a_time(go, tmp_path):
 PROGRAM = """
     import sys
     from pathlib import Path
-    from atom_jax.batch import run_batch
+    from atom_jax.batch import engine_answers
+    from atom_jax.batch_files import run_batch
     from atom_jax.checkpoint import load_tokenizer
     from tests.atom_jax.server.fake import FakeEngine, served
 
     folder, *files = map(Path, sys.argv[1:])
     model = served(load_tokenizer(folder))
-    run_batch(FakeEngine(step_seconds=0.004), model, *files, model_name="tiny", ahead=6)
+    engine = FakeEngine(step_seconds=0.004)
+    run_batch(lambda requests: engine_answers(engine, model, requests, ahead=6), *files, model_name="tiny")
 """
 
 

@@ -9,13 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from atom_jax.checkpoint import CARD_FILE, layer_path, layer_specs, read_config, shared_path, shared_specs
+from atom_jax.checkpoint import CARD_FILE, read_config, read_layer_part, read_shared_part
 from atom_jax.config import ModelConfig
 from atom_jax.kv_cache import init_cache
-from atom_jax.llama import forward
-from atom_jax.orbax_items import read_tree
+from atom_jax.llama import Params, forward
 from convert.card import read_card
 from convert.pipeline import ConvertOptions
 from convert.recipe import Recipe, has_setting, make_recipe
@@ -55,11 +53,8 @@ def contents(checkpoint: Path) -> dict[str, Any]:
     layers = checkpoint / "params" / "layers"
     return {
         "params": {
-            "shared": read_tree(shared_path(checkpoint), shared_specs(config)),
-            "layers": [
-                read_tree(layer_path(checkpoint, layer), layer_specs(config))
-                for layer in range(config.num_layers)
-            ],
+            "shared": read_shared_part(checkpoint, config),
+            "layers": [read_layer_part(checkpoint, layer, config) for layer in range(config.num_layers)],
         },
         "json": {
             "config.json": json.loads((checkpoint / "config.json").read_bytes()),
@@ -80,7 +75,7 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
         assert actual[part] == expected[part], part
 
 
-def logits(params: nnx.State, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
+def logits(params: Params, config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
     """Float32 logits of one window of ``tokens`` [seq]."""
     cache = init_cache(config, 1, tokens.size, dtype=jnp.float32)
     positions = jnp.arange(tokens.size, dtype=jnp.int32)[None]

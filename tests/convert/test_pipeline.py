@@ -229,9 +229,9 @@ def test_card(sources: Mapping[str, Path], text: Path, atom: Path) -> None:
     source = open_source(sources["llama"])
     card = json.loads((atom / CARD_FILE).read_text())
     assert card == read_card(atom)
-    measured = {"outliers", "relative_error", "refinement", "perplexity", "seconds"}
+    measured = {"outliers", "relative_error", "refinement", "shards", "perplexity", "seconds"}
     assert card.keys() == {"job", "calibration", "notes"} | measured
-    assert card["refinement"] is None
+    assert card["refinement"] is None and card["shards"] is None
     assert card["outliers"] is None
     job = card["job"]
     assert job["architecture"] == "LlamaForCausalLM"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis.strategies as st
@@ -11,6 +12,8 @@ from hypothesis import given
 from atom_jax.checkpoint import Model
 from atom_jax.engine import Engine, EngineConfig
 from atom_jax.engine.buckets import Shape, make_buckets
+from pallas_kernels.native import build
+from pallas_kernels.native.instruction_sets import available
 from tests.atom_jax.engine.test_engine import GREEDY, SIZES, compilations, prompts_of
 
 __all__ = ["compilations"]  # a fixture
@@ -43,6 +46,20 @@ def test_a_substitute_is_the_smallest_that_fits(number: int, ready: set[int]) ->
     if shape in there:
         assert found == shape
     assert make_buckets(EngineConfig(deterministic=True), 4096).substitute(shape, there) is None
+
+
+def test_no_kernel_waits_for_another(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine has all kernels of its programs compiled side by side; none is left for its programs."""
+    Engine(model, SIZES).generate(prompts_of(model, [3]), GREEDY)
+    needed = {symbol for symbol in build._registered if f"_{available()[0]}_" in symbol}
+    begun: set[str] = set()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(build, "_registered", set())
+    monkeypatch.setattr(build, "register", lambda *kernel: pytest.fail(f"{kernel} is compiled alone"))
+    monkeypatch.setattr(build, "machine_code", lambda *_: b"")
+    monkeypatch.setattr(build, "register_code", lambda symbol, code: begun.add(symbol))
+    Engine(model, SIZES)
+    assert begun and begun <= needed
 
 
 def test_compiled_in_another_thread_it_is_not_compiled_again(model: Model, compilations: list[str]) -> None:

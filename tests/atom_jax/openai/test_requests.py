@@ -1,5 +1,6 @@
 """Requests as they are read: what is honoured, refused, ignored, and what becomes of it in the engine."""
 
+import re
 from typing import Any
 
 import pytest
@@ -7,11 +8,13 @@ from openai.types import completion_create_params as completion_params
 from openai.types.chat import ChatCompletionMessage
 from openai.types.chat import completion_create_params as chat_params
 
+from atom_jax.openai import engine_requests
 from atom_jax.openai.bodies import read_request
 from atom_jax.openai.engine_requests import make_engine_requests
 from atom_jax.openai.errors import ApiError
 from atom_jax.openai.requests import ChatCompletionRequest, CompletionRequest
 from atom_jax.sampling import SamplingParams
+from atom_jax.token_bound import TokenBound
 from tests.atom_jax.server.fake import served
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "the tin"}]}
@@ -336,6 +339,38 @@ def test_too_long_for_the_context(tokenizer, request_, param, message):
     error = caught.value
     assert (error.status, error.code, error.param) == (400, "context_length_exceeded", param)
     assert message in error.message and "maximum context length is 64 tokens" in error.message
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (completion(prompt=["a", "tin " * 10_000]), "prompt"),
+        (chat(messages=[{"role": "user", "content": "tin " * 10_000}]), "messages"),
+    ],
+)
+def test_a_prompt_that_cannot_fit_is_not_tokenized(tokenizer, monkeypatch, request_, param):
+    model = served(tokenizer)
+    bound, renamed = model.token_bound, model.literal_tokens._renamed
+    assert bound.longest is not None
+
+    class Untouched:
+        def encode_batch(self, *_, **__):
+            pytest.fail("a text was tokenized")
+
+    monkeypatch.setattr(model.literal_tokens, "_renamed", Untouched())
+    texts: list[str] = []
+    monkeypatch.setattr(
+        engine_requests, "text_ids", lambda text, *_, **__: texts.append(text) or tokenizer(text).input_ids
+    )
+    with pytest.raises(ApiError) as caught:
+        make_engine_requests(request_, model)
+    error = caught.value
+    assert (error.status, error.code, error.param) == (400, "context_length_exceeded", param)
+    longest = TokenBound(renamed if param == "messages" else tokenizer.backend_tokenizer).longest
+    told = re.search(r"maximum context length is 64 tokens.*at least (\d+) tokens", error.message)
+    assert longest is not None and told is not None
+    least, found = -(-40_000 // longest), int(told[1])
+    assert least <= found <= least + 8 and texts == ([] if param == "messages" else ["a"])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What the API says of tokens, with a tokenizer that drops the space at the beginning of a text."""
 
+import dataclasses
 import json
 from typing import Any, ClassVar, cast
 
@@ -206,3 +207,26 @@ class TestCalls:
     def test_tools_that_may_not_be_called(self):
         _, choice = self.respond(self.ANSWER, tool_choice="none")
         assert choice["message"]["content"] == "".join(self.ANSWER)
+
+
+def test_choices_wait_for_the_logprobs_of_their_prompt():
+    """They are computed for the first choice, and others may have a token earlier."""
+    tokenizer: Any = sentencepiece()
+    params = RequestParams(logprobs=1)
+    prompts = tuple(tokenizer.convert_tokens_to_ids(["▁a", name]) for name in ("b", "▁b"))
+    requests = EngineRequests(prompts, (dataclasses.replace(params, prompt_logprobs=1), params))
+    request = completion(echo=True, n=2, stream=True, prompt=list(prompts))
+    response = ApiResponse(request, requests, served(tokenizer))
+    token = tokenizer.convert_tokens_to_ids("b")
+
+    def add(index: int, count: int) -> list[tuple[int, str]]:
+        entry = TokenLogprobs(token, -1.0, ())
+        scores = (TokenLogprobs(prompts[index // 2][1], -2.0, ()),) if index % 2 == 0 and count == 1 else ()
+        chunks: Any = response.add(index, Output("", (token,), "b", (entry,), None, 2, count, 0, scores))
+        return [(each["choices"][0]["index"], each["choices"][0]["text"]) for each in chunks]
+
+    assert request.num_prompt_logprobs == 1
+    assert add(1, 1) == add(1, 2) == add(3, 1) == []
+    assert add(0, 1) == [(0, " ab"), (0, "b"), (1, " ab"), (1, "b"), (1, "b")]
+    assert add(1, 3) == [(1, "b")]
+    assert add(2, 1) == [(2, " a b"), (2, "b"), (3, " a b"), (3, "b")]

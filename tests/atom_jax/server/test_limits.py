@@ -106,6 +106,18 @@ class TestEnd:
         assert list(stream)[-1].choices[0].finish_reason == "length"
         until(lambda: server.server.should_exit)
 
+    def test_requests_are_accepted_until_load_balancers_know(self, serve, engine):
+        server = serve(drain_delay=1000)
+        assert server.http.get("/health").json() == server.http.get("/live").json() == {"status": "ok"}
+        self.terminate(server)
+        assert server.http.get("/health").status_code == 503
+        answer = server.http.get("/live")
+        assert (answer.status_code, answer.json()) == (200, {"status": "draining"})
+        assert complete(server).choices[0].finish_reason == "length"
+        self.terminate(server)
+        until(lambda: server.server.should_exit)
+        assert server.service.closed
+
     def test_what_takes_too_long_is_told_so(self, serve, engine):
         engine.pause_after = 1
         server = serve(drain_timeout=0.1)

@@ -122,6 +122,27 @@ class TestAnswers:
         assert [choice.text[:-1] for choice in answer.choices] == ["the tin", "the tin", "ant", "ant"]
         assert [choice.logprobs for choice in answer.choices] == [None] * 4
 
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_prompt_is_scored_once_for_all_its_choices(self, server, engine, monkeypatch, stream):
+        scored = []
+        add = engine.add
+        monkeypatch.setattr(
+            engine,
+            "add",
+            lambda name, prompt, params: (scored.append(params.prompt_logprobs), add(name, prompt, params)),
+        )
+        prompts = [[letter([], 0, index) for index in order] for order in ((0, 1, 2), (2, 0))]
+        answer = complete(server, prompt=prompts, n=3, max_tokens=2, echo=True, logprobs=1, stream=stream)
+        parts: Any = list(answer) if stream else [answer]
+        choices = sorted((choice for part in parts for choice in part.choices), key=lambda each: each.index)
+        assert scored == [1, None, None] * 2
+        for number, (prompt, text) in enumerate(zip(prompts, ("abc", "ca"), strict=True)):
+            for index in range(3 * number, 3 * number + 3):
+                mine = [choice for choice in choices if choice.index == index]
+                assert "".join(choice.text for choice in mine)[:-2] == text
+                logprobs = [each for choice in mine for each in choice.logprobs.token_logprobs]
+                assert logprobs == [None, *[-2.0] * (len(prompt) - 1), -1.0, -1.0]
+
     @pytest.mark.parametrize("logprobs", [None, 0, 2])
     @pytest.mark.parametrize("stream", [False, True])
     def test_echo_without_an_answer(self, server, tokenizer, stream, logprobs):
@@ -301,6 +322,24 @@ class TestMetrics:
         answers = 'atom_jax_http_answers_total{path="%s",status="%s"}'
         assert got[answers % ("/v1/completions", 200)] == got[answers % ("/v1/completions", 404)] == 1
         assert got[answers % ("other", 404)] == 1
+
+    def test_the_endpoint_picker_finds_its_names(self, serve, engine):
+        """docs/proposals/003-model-server-protocol of kubernetes-sigs/gateway-api-inference-extension."""
+        engine.pause_after = 1
+        server = serve(page_size=16)
+        stream = complete(server, prompt=["a"] * 7, stream=True)  # the engine has 4 pages, one for a request
+        until(lambda: server.service.engine.stats.waiting == 3)
+        got = self.values(server)
+        assert got["vllm:num_requests_waiting"] == 3
+        assert got["vllm:num_requests_running"] == 4
+        assert got["vllm:kv_cache_usage_perc"] == 1.0
+        assert got['vllm:cache_config_info{block_size="16",num_gpu_blocks="4"}'] == 1
+        text = server.http.get("/metrics").text
+        assert "# TYPE vllm:num_requests_waiting gauge" in text
+        assert "# TYPE vllm:cache_config_info gauge" in text
+        engine.pause_after = None
+        list(stream)
+        until(lambda: self.values(server)["vllm:kv_cache_usage_perc"] == 0)
 
     def test_two_servers_share_nothing(self, serve):
         first, second = serve(), serve()

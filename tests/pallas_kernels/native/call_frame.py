@@ -127,7 +127,8 @@ def call(
       pool: what is done with the tasks that the kernel hands to XLA's thread pool.
       num_threads: how many threads the pool says it has.
     """
-    _, handler = build.compiled(recorded.kernel, instructions)
+    symbol = build.symbol_of(recorded.kernel, instructions)
+    handler = build.load(build.machine_code(recorded.kernel, instructions), symbol)
     arguments = [Guarded(array, at_end=at_end) for array in recorded.arguments]
     shared = {result: arguments[argument] for argument, result in recorded.in_place.items()}
     results = [
