@@ -26,6 +26,7 @@ from atom_jax.sampling import (
     sample,
     sampling_rows,
 )
+from atom_jax.sharded import replicated
 from pallas_kernels import PagedKVCache
 
 # Longer prompts are prefilled in chunks of so many tokens, which bounds the memory of attention scores.
@@ -182,6 +183,7 @@ def activation_dtype(params: Params, config: ModelConfig) -> jnp.dtype:
 
 
 def _prepare(
+    params: Params,
     tokens: Int[Array | np.ndarray, "batch prompt"],
     lengths: Int[Array | np.ndarray, " batch"],
     config: ModelConfig,
@@ -193,7 +195,7 @@ def _prepare(
     """Checks the arguments of ``generate``.
 
     Returns:
-      The prompts padded to their bucket, the settings, and the state of the prompts.
+      The prompts padded to their bucket, the settings, and the state of the prompts, on all devices.
     """
     ids, counts = np.asarray(tokens), np.asarray(lengths)
     _check_prompts(ids, counts, config, max_new_tokens)
@@ -217,12 +219,14 @@ def _prepare(
         stop_ids=jnp.asarray(stops + [-1] * (_MAX_STOP_IDS - len(stops)), jnp.int32),
     )
     if not sampling.adjusts:
-        return jnp.asarray(padded), settings, empty_logit_state(batch, config.vocab_size)
+        none = empty_logit_state(batch, config.vocab_size)
+        return replicated((jnp.asarray(padded), settings, none), params)
     states = [
         logit_state(sampling, row[:count], (), config.vocab_size)
         for row, count in zip(ids, counts, strict=True)
     ]
-    return jnp.asarray(padded), settings, jax.tree.map(lambda *rows: jnp.stack(rows), *states)
+    stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *states)
+    return replicated((jnp.asarray(padded), settings, stacked), params)
 
 
 def _check_prompts(ids: np.ndarray, counts: np.ndarray, config: ModelConfig, max_new_tokens: int) -> None:
@@ -277,8 +281,8 @@ def generate(
     Raises:
       AtomError: a prompt is malformed or too long, an id is out of range, or there are too many stop ids.
     """
-    prepared = _prepare(tokens, lengths, config, max_new_tokens, key, sampling, stop_ids)
-    steps, capacity = jnp.int32(max_new_tokens), bucket(max_new_tokens)
+    prepared = _prepare(params, tokens, lengths, config, max_new_tokens, key, sampling, stop_ids)
+    steps, capacity = np.int32(max_new_tokens), bucket(max_new_tokens)
     out, counts = _generate(params, *prepared, steps, config=config, capacity=capacity)
     return GenerateOutput(out[:, :max_new_tokens], counts)
 
@@ -304,7 +308,7 @@ def stream(
     Raises:
       AtomError: as ``generate``, raised by this call and not by the first step of the iterator.
     """
-    prepared = _prepare(tokens, lengths, config, max_new_tokens, key, sampling, stop_ids)
+    prepared = _prepare(params, tokens, lengths, config, max_new_tokens, key, sampling, stop_ids)
     return _stream(params, *prepared, config, max_new_tokens)
 
 

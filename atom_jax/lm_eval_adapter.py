@@ -25,7 +25,7 @@ import numpy as np
 
 from atom_jax.checkpoint import Model
 from atom_jax.errors import AtomError
-from atom_jax.generation import stream
+from atom_jax.hosts import call, call_stream
 from atom_jax.progress import StageProgress
 from atom_jax.sampling import SamplingParams
 from atom_jax.scoring import Scored, score
@@ -151,10 +151,10 @@ class AtomLM(_TemplateLM):
         return [(each.log_likelihood, each.is_greedy) for each in self._score(pairs, "scored continuations")]
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]], stage: str) -> list[Scored]:
-        return score(
-            self.model.params,
+        return call(
+            score,
+            self.model,
             pairs,
-            config=self.model.config,
             batch_size=self.batch_size,
             progress=lambda done, total: self._report(stage, done, total),
         )
@@ -225,11 +225,10 @@ class AtomLM(_TemplateLM):
         rows: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
         done = [False] * len(prompts)
-        for step, _ in stream(
-            self.model.params,
+        for step, _ in call_stream(
+            self.model,
             tokens,
             np.asarray([len(prompt) for prompt in prompts]),
-            config=config,
             max_new_tokens=generation.max_new_tokens,
             key=jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32)),
             sampling=generation.sampling,

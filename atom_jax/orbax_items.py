@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from atom_jax.errors import AtomError, WriteError, one_line
@@ -88,8 +89,11 @@ def read_tree(path: Path, specs: StoredSpecs) -> StoredParams:
     """
     if not path.is_dir():
         raise AtomError(f"{path}: missing from the checkpoint")
+    # Of several processes each reads its own items; Orbax would have them wait for each other.
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
     try:
-        with _silent_orbax(), ocp.StandardCheckpointer() as checkpointer:
+        with _silent_orbax(), ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
             tree = checkpointer.restore(path.absolute())
     except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
         raise AtomError(f"{path}: not readable: {_reason(error)}") from error

@@ -236,7 +236,7 @@ def windows_nll(
     found = np.zeros(len(windows))
     for row in range(len(windows)):
         one = slice(row, row + 1)
-        found[row] = window_nll(params, jnp.asarray(windows[one]), jnp.asarray(lengths[one]), config=config)
+        found[row] = window_nll(params, windows[one], lengths[one], config=config)
         if progress is not None:
             progress(int(lengths[: row + 1].sum()), int(lengths.sum()))
     return found

@@ -95,8 +95,8 @@ def score(
             tokens[place, : len(row)], lengths[place] = row, len(row)
             columns[place, :count] = np.arange(len(row) - count, len(row))
             targets[place, :count] = pairs[index][1]
-        arrays = (jnp.asarray(x) for x in (tokens, lengths, columns, targets))
-        log, greedy = (np.asarray(x) for x in score_batch(params, *arrays, config=config))
+        scores = score_batch(params, tokens, lengths, columns, targets, config=config)
+        log, greedy = (np.asarray(x) for x in scores)
         for place, (index, count) in enumerate(zip(some, counts, strict=True)):
             total = float(log[place, :count].sum(dtype=np.float64))
             results[index] = Scored(total, bool(greedy[place, :count].all()))

@@ -197,6 +197,20 @@ def on_devices(make: Callable[[], Tree], params: Params) -> Tree:
     return jax.jit(make, out_shardings=shardings)()
 
 
+def replicated(tree: Tree, params: Params) -> Tree:
+    """Arrays and random keys that are the same in all processes, on every device that has parameters."""
+    if not isinstance(params, ShardedParams):
+        return tree
+    sharding = NamedSharding(params.group.mesh, _REPLICATED)
+
+    def place(x: Any) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(place, tree)
+
+
 def sums_in_order(params: Params) -> bool:
     """Whether the order of float sums over devices does not depend on the batch."""
     return not isinstance(params, ShardedParams) or params.group.fixed_order

@@ -25,6 +25,7 @@ from atom_jax_cli import (
     serve,
 )
 from atom_jax_cli.console import ReportingCommand, ResumingCommand, prepare_process
+from atom_jax_cli.hosts import leaving_a_failed_group, on_hosts
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,10 +33,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("convert", cls=ResumingCommand)(convert.convert)
-app.command("generate", cls=ReportingCommand)(generate.generate)
-app.command("serve", cls=ReportingCommand)(serve.serve)
-app.command("batch", cls=ResumingCommand)(batch.batch)
-app.command("eval", cls=ReportingCommand)(evaluate.evaluate)
+app.command("generate", cls=ReportingCommand)(on_hosts(generate.generate))
+app.command("serve", cls=ReportingCommand)(on_hosts(serve.serve))
+app.command("batch", cls=ResumingCommand)(on_hosts(batch.batch))
+app.command("eval", cls=ReportingCommand)(on_hosts(evaluate.evaluate))
 app.command("compare", cls=ReportingCommand)(compare.compare)
 app.command("ablate", cls=ResumingCommand)(ablate.ablate)
 app.command("inspect", cls=ReportingCommand)(inspect.inspect)
@@ -66,4 +67,5 @@ def main() -> None:
     # transformers warns at every start if there is no torch. Tokenizers do not need it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     prepare_process()
-    app(prog_name="atom-jax")
+    with leaving_a_failed_group():
+        app(prog_name="atom-jax")

@@ -88,14 +88,15 @@ def _perplexity(
 
     from atom_jax import perplexity
     from atom_jax.checkpoint import TOKENIZER_FOLDER
+    from atom_jax.hosts import call
 
     model = load()
     tokens = encode(model.path / TOKENIZER_FOLDER, content)
     with progress_bars() as report:
-        result = perplexity(
-            model.params,
+        result = call(
+            perplexity,
+            model,
             tokens,
-            config=model.config,
             seq_len=seq_len,
             max_tokens=max_tokens,
             progress=lambda done, total: report("tokens", done, total),

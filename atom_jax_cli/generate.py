@@ -172,14 +172,14 @@ class Generation:
         Returns:
           The new tokens, and the timing.
         """
-        from atom_jax import stream
         from atom_jax.detokenize import StreamingDetokenizer
+        from atom_jax.hosts import call_stream
 
         detokenizer = StreamingDetokenizer(self.model.tokenizer)
         tokens: list[int] = []
         times: list[float] = []
         started = time.perf_counter()
-        for step, _ in stream(**self._request([ids])):
+        for step, _ in call_stream(self.model, **self._request([ids])):
             tokens.append(int(step[0]))
             times.append(time.perf_counter() - started)
             if echo and tokens[-1] not in self.stops:
@@ -197,9 +197,10 @@ class Generation:
         import numpy as np
 
         from atom_jax import generate
+        from atom_jax.hosts import call
 
         started = time.perf_counter()
-        out = generate(**self._request(ids))
+        out = call(generate, self.model, **self._request(ids))
         rows = zip(np.asarray(out.tokens), np.asarray(out.lengths), strict=True)
         tokens = [row[:length].tolist() for row, length in rows]
         return tokens, _timing(ids, tokens, time.perf_counter() - started)
@@ -220,14 +221,12 @@ class Generation:
     def _request(self, ids: list[list[int]]) -> dict[str, Any]:
         """The arguments of ``atom_jax.generate`` and ``stream``; prompts are padded on the right."""
         import jax
-        import jax.numpy as jnp
+        import numpy as np
 
         longest = max(map(len, ids))
         return {
-            "params": self.model.params,
-            "tokens": jnp.asarray([row + [0] * (longest - len(row)) for row in ids], jnp.int32),
-            "lengths": jnp.asarray([len(row) for row in ids], jnp.int32),
-            "config": self.model.config,
+            "tokens": np.asarray([row + [0] * (longest - len(row)) for row in ids], np.int32),
+            "lengths": np.asarray([len(row) for row in ids], np.int32),
             "max_new_tokens": self.max_new_tokens,
             "key": jax.random.key(self.seed),
             "sampling": self.sampling,

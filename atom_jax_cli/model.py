@@ -37,11 +37,11 @@ def load_model(checkpoint: Path, tensor_parallel: int = 1, *, deterministic: boo
     Raises:
       AtomError: there is no checkpoint, it does not run on so many devices, or there are fewer.
     """
-    from atom_jax import load
-    from atom_jax.sharded import first_devices
+    from atom_jax import distributed, load
+    from atom_jax.hosts import load_divided
 
     check_kernels_for(checkpoint)
     with stderr.status("Loading the checkpoint"):
-        if tensor_parallel == 1:
+        if tensor_parallel == 1 and not distributed.leads():
             return load(checkpoint)
-        return load(checkpoint, mesh=first_devices(tensor_parallel), fixed_order=deterministic or None)
+        return load_divided(checkpoint, tensor_parallel, deterministic or None)

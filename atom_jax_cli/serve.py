@@ -119,6 +119,7 @@ def serve(
     if log_level not in _LOG_LEVELS:
         raise not_one_of("log level", log_level, _LOG_LEVELS)
 
+    from atom_jax import distributed
     from atom_jax.engine import EngineConfig
     from atom_jax.openai.served_model import served_model
     from atom_jax.server.config import ServerConfig
@@ -167,6 +168,7 @@ def serve(
         run(service, sock, log_level=log_level)
     status = 0 if service.engine.failure is None else 1
     if service.engine.compilation.running:
+        distributed.end(failure="" if status == 0 else f"exit status {status}")
         # It cannot be interrupted. The end of the interpreter would end its thread in the middle of C++ code,
         # which aborts the process.
         sys.stdout.flush()

@@ -1,9 +1,7 @@
-"""What runs on the device: one jitted function, the cache, and the last token of each running sequence."""
+"""How the steps of an engine become operations of its device, and of those of other processes."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,89 +9,31 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int32, UInt32
 
+from atom_jax import distributed
 from atom_jax.checkpoint import Model
 from atom_jax.config import ModelConfig
 from atom_jax.engine.buckets import Buckets, Shape
-from atom_jax.engine.results import packed_logprobs, score_prompt
+from atom_jax.engine.device import (
+    MASKS_AT_ONCE,
+    TOKEN_ON_DEVICE,
+    Compile,
+    CompileUpdates,
+    Device,
+    MakeDevice,
+    Operation,
+    Rows,
+    Run,
+    ScorePrompt,
+    SetLogitState,
+    SetMasks,
+)
 from atom_jax.engine.scheduler import Piece, Plan
 from atom_jax.engine.sequence import SequenceState
+from atom_jax.errors import AtomError
 from atom_jax.kv_cache import init_cache
-from atom_jax.llama import Params, merge
 from atom_jax.progress import Progress
-from atom_jax.sampling import (
-    LogitState,
-    SamplingParams,
-    SamplingRows,
-    adjust,
-    allow,
-    empty_logit_state,
-    logit_state,
-    mask_words,
-    record,
-    sample,
-    sampling_rows,
-)
-from atom_jax.sharded import ShardedParams, on_devices
-from pallas_kernels import PagedKVCache
-from pallas_kernels.dispatch import current_implementation
-
-# In place of a token id: the last token that was chosen for the sequence. The host may not know it yet.
-_ON_DEVICE = -1
-# Masks go to the device so many at a time.
-_MASKS = 8
-
-
-class DeviceState(NamedTuple):
-    """What stays on the device from one program to the next. It is donated to each program.
-
-    The block table in ``cache`` is not used: every program gets the block tables of its own rows.
-
-    A slot is the place of a running sequence in all the others.
-
-    Attributes:
-      last_tokens: the token of each slot that was chosen last.
-      logit_state: of the sequences that have penalties or biases: set when they get their slot.
-      masks: of the sequences that have a grammar: set before each program that chooses a token for them.
-    """
-
-    cache: PagedKVCache
-    last_tokens: Int32[Array, " slots"]
-    logit_state: LogitState
-    masks: UInt32[Array, "slots words"]
-
-
-class Rows(NamedTuple):
-    """The rows of one program: each has tokens of one sequence. Padding rows have ``count`` 0.
-
-    Attributes:
-      tokens: token ids; -1 stands for the token in slot ``source``.
-      tables: the pages of each row's sequence, in order of positions.
-      start: position of the row's first token in its sequence.
-      count: number of tokens of the row.
-      slot: where the chosen token is stored. The number of slots means nowhere: for padding, and for a row
-        whose next token is known already.
-      source: the slot of a token that is -1.
-      index: index of the chosen token in the answer.
-      seed: the request's 64-bit seed as two words. A draw depends on ``seed`` and ``index`` alone.
-      sampling: how the token is chosen.
-      masked: whether the slot's mask says which tokens can be chosen.
-      logprobs: whether the row's log-probabilities are wanted.
-    """
-
-    tokens: Int32[Array | np.ndarray, "rows width"]
-    tables: Int32[Array | np.ndarray, "rows blocks"]
-    start: Int32[Array | np.ndarray, " rows"]
-    count: Int32[Array | np.ndarray, " rows"]
-    slot: Int32[Array | np.ndarray, " rows"]
-    source: Int32[Array | np.ndarray, " rows"]
-    index: Int32[Array | np.ndarray, " rows"]
-    seed: UInt32[Array | np.ndarray, "rows 2"]
-    sampling: SamplingRows
-    masked: Bool[Array | np.ndarray, " rows"]
-    logprobs: Bool[Array | np.ndarray, " rows"]
+from atom_jax.sampling import LogitState, SamplingParams, logit_state, mask_words, sampling_rows
 
 
 class Dispatched(NamedTuple):
@@ -114,58 +54,6 @@ class Dispatched(NamedTuple):
     began: float
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
-def run_program(
-    params: Params, state: DeviceState, rows: Rows, *, config: ModelConfig
-) -> tuple[DeviceState, Int32[Array, "rows packed"], Float[Array, "rows width hidden"]]:
-    """Writes the keys and values of each row's tokens to the cache and chooses the token after them.
-
-    Returns:
-      The new state, and all results for the host in one array, so that there is one transfer. ``unpack``
-      turns it into ``Chosen``. And the input of the head for every token, which ``score_prompt`` needs.
-    """
-    columns = jnp.arange(rows.tokens.shape[1], dtype=jnp.int32)
-    positions = jnp.where(columns < rows.count[:, None], rows.start[:, None] + columns, -1)
-    tokens = jnp.where(rows.tokens < 0, state.last_tokens[rows.source][:, None], rows.tokens)
-    last = jnp.maximum(rows.count - 1, 0)[:, None, None]
-    cache = dataclasses.replace(state.cache, block_tables=jnp.asarray(rows.tables))
-    model = merge(params, config)
-    hidden, cache = model.hidden(tokens, positions, cache)
-    logits = model.logits(jnp.take_along_axis(hidden, last, axis=1))[:, 0]
-
-    keys = jax.random.wrap_key_data(jnp.asarray(rows.seed), impl="threefry2x32")
-    keys = jax.vmap(jax.random.fold_in)(keys, rows.index)
-    source = jnp.asarray(rows.source)
-    adjusted = adjust(logits, rows.sampling, state.logit_state, source)
-    adjusted = lax.cond(
-        jnp.any(rows.masked),
-        lambda x: allow(x, jnp.asarray(rows.masked), state.masks[source]),
-        lambda x: x,
-        adjusted,
-    )
-    token = sample(adjusted, keys, rows.sampling)
-    last_tokens = state.last_tokens.at[rows.slot].set(token, mode="drop")
-    logit_state = record(state.logit_state, rows.sampling, jnp.asarray(rows.slot), token)
-    cache = dataclasses.replace(cache, block_tables=state.cache.block_tables)
-
-    none = jnp.zeros(jax.eval_shape(packed_logprobs, logits, token).shape, jnp.int32)
-    logprobs = lax.cond(jnp.any(rows.logprobs), packed_logprobs, lambda *_: none, logits, token)
-    packed = jnp.concatenate([token[:, None], logprobs], axis=1)
-    return DeviceState(cache, last_tokens, logit_state, state.masks), packed, hidden
-
-
-@functools.partial(jax.jit, donate_argnames=("state",))
-def _set_logit_state(state: LogitState, slot: Int32[Array, ""], new: LogitState) -> LogitState:
-    return jax.tree.map(lambda field, value: field.at[slot].set(value), state, new)
-
-
-@functools.partial(jax.jit, donate_argnames=("masks",))
-def _set_masks(
-    masks: UInt32[Array, "slots words"], slots: Int32[Array, " some"], new: UInt32[Array, "some words"]
-) -> UInt32[Array, "slots words"]:
-    return masks.at[slots].set(new, mode="drop")
-
-
 def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype, parts: int = 1) -> int:
     """Bytes of one page in all layers together, on one device.
 
@@ -183,9 +71,9 @@ def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype, parts: int
 
 
 class Runner:
-    """Runs the programs of an engine and keeps their state on the device.
+    """Runs the programs of an engine: turns plans into operations of a ``Device``.
 
-    The programs run the kernels of the ``use_implementation`` in which the runner was made, in any thread.
+    Where this process leads others, each operation is sent to them first (``atom_jax.distributed``).
 
     Args:
       model: with its parameters.
@@ -196,38 +84,30 @@ class Runner:
     """
 
     def __init__(self, model: Model, *, num_pages: int, page_size: int, slots: int, buckets: Buckets) -> None:
-        self._params = model.params
-        # The host decides when an answer ends, so the compiled programs do not depend on these ids.
-        self._config = model.config.replace(eos_token_ids=())
+        self._vocab_size = model.config.vocab_size
         self._page_size = page_size
         self._slots = slots
         self._buckets = buckets
-        self._num_pages = num_pages
-        self._implementation = current_implementation()
-        self._state = self._new_state()
-        divided = isinstance(model.params, ShardedParams)
-        self._abstract_state = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if divided else None),
-            self._state,
-        )
+        sizes = MakeDevice(num_pages, page_size, slots)
+        distributed.publish(sizes)
+        self._device = Device(model, sizes)
         self._ready: set[Shape] = set()  # programs that are compiled
         self._awaited: set[Shape] = set()  # programs that somebody is about to compile
 
-    def _new_state(self) -> DeviceState:
-        vocab, model = self._config.vocab_size, merge(self._params, self._config)
-
-        def empty() -> DeviceState:
-            cache = model.new_cache(1, self._num_pages * self._page_size, self._page_size)
-            masks = jnp.zeros((self._slots, mask_words(vocab)), jnp.uint32)
-            last_tokens = jnp.zeros((self._slots,), jnp.int32)
-            return DeviceState(cache, last_tokens, empty_logit_state(self._slots, vocab), masks)
-
-        return on_devices(empty, self._params)
+    def _start(self, operation: Operation) -> Any:
+        """``Device.start`` in all processes."""
+        distributed.publish(operation)
+        return self._device.start(operation)
 
     def reset(self) -> None:
-        """Makes the state anew if a program that was interrupted has taken it; its contents are lost."""
-        if any(array.is_deleted() for array in jax.tree.leaves(self._state)):
-            self._state = self._new_state()
+        """As ``Device.reset``.
+
+        Raises:
+          AtomError: this process leads others. They may have begun what was interrupted here.
+        """
+        if distributed.leads():
+            raise AtomError("an interrupted engine on several hosts cannot go on: start all processes again")
+        self._device.reset()
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compiles the program of every shape by running it on padding rows.
@@ -236,7 +116,7 @@ class Runner:
           progress: called with (programs compiled, all programs).
         """
         shapes = list(self._buckets.shapes())
-        self._set_logit_state(0, logit_state(SamplingParams(), (), (), self._config.vocab_size))
+        self._set_logit_state(0, logit_state(SamplingParams(), (), (), self._vocab_size))
         self._set_masks([])
         for done, shape in enumerate(shapes):
             if progress is not None:
@@ -261,17 +141,11 @@ class Runner:
 
     def compile_updates(self) -> None:
         """Compiles the small programs that give a slot its penalties, biases and mask; in any thread."""
-        state = self._abstract_state
-        new = logit_state(SamplingParams(), (), (), self._config.vocab_size)
-        _set_logit_state.lower(state.logit_state, np.int32(0), new).compile()
-        slots, words = np.zeros(_MASKS, np.int32), np.zeros((_MASKS, state.masks.shape[1]), np.uint32)
-        _set_masks.lower(state.masks, slots, words).compile()
+        self._start(CompileUpdates())
 
     def compile(self, shape: Shape) -> None:
         """Compiles a program without running it. May be called in any thread, whatever the others do."""
-        with self._implementation():
-            rows = self._rows(shape, ())
-            run_program.lower(self._params, self._abstract_state, rows, config=self._config).compile()
+        self._start(Compile(self._rows(shape, ())))
         self._ready.add(shape)
         self._awaited.discard(shape)
 
@@ -280,13 +154,13 @@ class Runner:
         for sequence in plan.admitted:
             if sequence.params.sampling.adjusts:
                 prompt, answer = np.split(np.asarray(sequence.tokens), [sequence.prompt_tokens])
-                new = logit_state(sequence.params.sampling, prompt, answer, self._config.vocab_size)
+                new = logit_state(sequence.params.sampling, prompt, answer, self._vocab_size)
                 self._set_logit_state(sequence.slot, new)
         masked = [
             piece.sequence for piece in plan.pieces if piece.chooses and piece.sequence.mask is not None
         ]
-        for first in range(0, len(masked), _MASKS):
-            self._set_masks(masked[first : first + _MASKS])
+        for first in range(0, len(masked), MASKS_AT_ONCE):
+            self._set_masks(masked[first : first + MASKS_AT_ONCE])
         programs: list[tuple[Shape, Any]] = []
         scores: list[tuple[Piece, Any]] = []
         for pieces in (plan.decode, plan.prefill):
@@ -294,47 +168,39 @@ class Runner:
                 shape = self._shape(pieces, pieces is plan.decode)
                 if shape in self._awaited:
                     shape = self._buckets.substitute(shape, self._ready) or shape
-                packed, hidden = self._run(shape, pieces)
-                programs.append((shape, packed))
-                scores.extend(
-                    (piece, self._score(hidden, row, piece))
-                    for row, piece in enumerate(pieces)
-                    if piece.scored
-                )
+                programs.append((shape, self._run(shape, pieces)))
+                scored = [(row, piece) for row, piece in enumerate(pieces) if piece.scored]
+                scores.extend((piece, self._score(shape, row, piece)) for row, piece in scored)
         for _, array in (*programs, *scores):
             array.copy_to_host_async()
         return Dispatched(plan, programs, scores, time.perf_counter())
 
-    def _score(self, hidden: Array, row: int, piece: Piece) -> Array:
-        """Starts ``score_prompt`` for a row of a program. It is compiled when a width is first scored."""
+    def _score(self, shape: Shape, row: int, piece: Piece) -> Any:
+        """Starts ``score_prompt`` for a row of the last program; compiled when a width is first scored."""
         following = piece.sequence.tokens[piece.start + 1 : piece.start + piece.count + 1]
-        targets = np.zeros(hidden.shape[1], np.int32)
+        targets = np.zeros(shape.width, np.int32)
         targets[: len(following)] = following
-        with self._implementation():
-            return score_prompt(self._params, hidden, np.int32(row), targets, config=self._config)
+        return self._start(ScorePrompt(np.asarray(row, np.int32), targets))
 
     def _set_logit_state(self, slot: int, new: LogitState) -> None:
-        changed = _set_logit_state(self._state.logit_state, np.int32(slot), new)
-        self._state = self._state._replace(logit_state=changed)
+        self._start(SetLogitState(np.asarray(slot, np.int32), new))
 
     def _set_masks(self, sequences: Sequence[SequenceState]) -> None:
-        """Gives the device the masks of at most ``_MASKS`` sequences."""
-        slots = np.full(_MASKS, self._slots, np.int32)
-        words = np.zeros((_MASKS, self._state.masks.shape[1]), np.uint32)
+        """Gives the device the masks of at most ``MASKS_AT_ONCE`` sequences."""
+        slots = np.full(MASKS_AT_ONCE, self._slots, np.int32)
+        words = np.zeros((MASKS_AT_ONCE, mask_words(self._vocab_size)), np.uint32)
         for row, sequence in enumerate(sequences):
             assert sequence.mask is not None
             slots[row] = sequence.slot
             words[row, : len(sequence.mask)] = sequence.mask
-        self._state = self._state._replace(masks=_set_masks(self._state.masks, slots, words))
+        self._start(SetMasks(slots, words))
 
-    def _run(self, shape: Shape, pieces: Sequence[Piece]) -> tuple[Array, Array]:
-        """Starts a program; returns its results for the host and the input of the head."""
-        rows = self._rows(shape, pieces)
-        with self._implementation():
-            self._state, packed, hidden = run_program(self._params, self._state, rows, config=self._config)
+    def _run(self, shape: Shape, pieces: Sequence[Piece]) -> Any:
+        """Starts a program; returns its results for the host."""
+        packed = self._start(Run(self._rows(shape, pieces)))
         self._ready.add(shape)
         self._awaited.discard(shape)
-        return packed, hidden
+        return packed
 
     def _shape(self, pieces: Sequence[Piece], decode: bool) -> Shape:
         blocks = max(-(-(piece.start + piece.count) // self._page_size) for piece in pieces)
@@ -359,14 +225,14 @@ class Runner:
             source=zeros(np.int32),
             index=zeros(np.int32),
             seed=zeros(np.uint32, 2),
-            sampling=sampling_rows(settings, self._config.vocab_size),
+            sampling=sampling_rows(settings, self._vocab_size),
             masked=zeros(np.bool_),
             logprobs=zeros(np.bool_),
         )
         for row, piece in enumerate(pieces):
             sequence = piece.sequence
             known = sequence.tokens[piece.start : piece.start + piece.count]
-            rows.tokens[row, : piece.count] = known or _ON_DEVICE
+            rows.tokens[row, : piece.count] = known or TOKEN_ON_DEVICE
             pages = sequence.pages[: shape.blocks]
             rows.tables[row, : len(pages)] = np.maximum(pages, 0)  # NO_PAGE is negative; no query reads there
             rows.start[row] = piece.start

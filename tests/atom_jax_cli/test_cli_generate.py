@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import atom_jax
-from atom_jax import SamplingParams, generate, load
+from atom_jax import SamplingParams, generate, hosts, load
 from atom_jax_cli.generate import Generation
 from tests.atom_jax.command import PROMPT, fails, run, run_json, subprocess_run
 
@@ -43,12 +42,12 @@ class TestGenerate:
         model = load(checkpoint)
         written, seen = [], []
 
-        def stream(**request):
+        def stream(model, **request):
             for token in model.tokenizer("the 12", add_special_tokens=False).input_ids:
                 seen.append("".join(written))
                 yield np.asarray([token]), np.asarray([True])
 
-        monkeypatch.setattr(atom_jax, "stream", stream)
+        monkeypatch.setattr(hosts, "call_stream", stream)
         monkeypatch.setattr(sys.stdout, "write", written.append)
         Generation(model, 8, SamplingParams()).stream([3], echo=True)
         assert seen == ["", "the", "the "]

@@ -235,16 +235,12 @@ def options(container: dict) -> dict[str, Any]:
         return context.params
 
 
-# Their options come with tensor parallelism and several hosts.
-LATER = pytest.mark.xfail(reason="atom-jax serve has no --tensor-parallel yet")
-
-
 @pytest.mark.parametrize(
     "folder",
     [
         "one-gpu",
         pytest.param("tensor-parallel", marks=needs_kubectl),
-        pytest.param("multi-host", marks=LATER),
+        "multi-host",
     ],
 )
 def test_command_lines_are_ours(folder):

@@ -11,7 +11,7 @@ import pytest
 import atom_jax
 from atom_jax.checkpoint import Model
 from atom_jax.engine import Engine, EngineConfig, RequestParams
-from atom_jax.engine.runner import DeviceState, Rows, run_program
+from atom_jax.engine.device import DeviceState, Rows, run_program
 from atom_jax.kv_cache import init_cache
 from atom_jax.llama import forward
 from atom_jax.sampling import SamplingParams
