@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from atom_jax.checkpoint import Model
-from atom_jax.engine import Engine, Output, runner
+from atom_jax.engine import Engine, Output, device, runner
 from atom_jax.engine.answer_text import AnswerText
 from atom_jax.engine.pages import PagePool
 from atom_jax.engine.scheduler import Scheduler
@@ -47,7 +47,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: i
 PLACES = [
     (Scheduler, "schedule"),
     (PagePool, "allocate"),
-    (runner, "run_program"),
+    (device, "run_program"),
     (runner.Runner, "dispatch"),
     (jax, "device_get"),
     (Scheduler, "receive"),

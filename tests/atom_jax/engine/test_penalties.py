@@ -151,9 +151,9 @@ def test_programs_do_not_copy_what_only_penalties_need(model: Model) -> None:
     """The counts of all tokens and the masks stay where they are: no program makes a copy of them."""
     engine = Engine(model, SIZES)
     runner = engine._runner
-    state: DeviceState = runner._state
+    state: DeviceState = runner._device._state
     rows: Rows = runner._rows(runner._buckets.decode(2, 4), ())
-    program = run_program.lower(model.params, state, rows, config=runner._config).compile().as_text()
+    program = run_program.lower(model.params, state, rows, config=runner._device._config).compile().as_text()
     assert program is not None
     for array in (state.logit_state.seen, state.masks):
         shape = f"[{','.join(map(str, array.shape))}]"
