@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import typer
+from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from atom_jax.checkpoint import TOKENIZER_FOLDER, Model, load
@@ -42,7 +43,7 @@ PAGE = DOCS / "quantization.md"
 
 @functools.partial(jax.jit, static_argnames=("config", "once"))
 def window_loss(
-    params: Any,
+    params: nnx.State,
     embedding: Embedding,
     head: Table,
     tokens: Int32[Array, "1 seq"],
@@ -65,6 +66,7 @@ def window_loss(
 
 def measure(model: Model, tokens: Int32[Any, " tokens"]) -> dict[str, float]:
     """Perplexity of a text in windows of 512 tokens, by the name of the form."""
+    assert isinstance(model.params, nnx.State), "on one device"
     embedding = merge(model.params, model.config).embedding.get_value()
     head = head_table({name: value.get_value() for name, value in model.params.items() if name != "layers"})
     embeddings = embedding, Embedding(round_table(jnp.asarray(embedding.table)), embedding.dtype)

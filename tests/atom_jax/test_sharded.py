@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -171,7 +172,8 @@ def test_cache_and_weights_are_divided(folder: Path) -> None:
     model = atom_jax.load(folder, mesh=first_devices(8))
     whole = merge(model.params, model.config).new_cache(1, 64)
     assert whole.num_kv_heads == 8
-    weight = model.params.state["layers"]["o_proj"].get_value()
+    assert isinstance(model.params, ShardedParams)
+    weight = nnx.to_pure_dict(model.params.state)["layers"]["o_proj"]
     assert weight.packed.shape[:3] == (8, model.config.num_layers, model.config.hidden_size)
     for leaf in jax.tree.leaves(model.params):
         assert [shard.data.shape[0] for shard in leaf.addressable_shards] == [1] * 8

@@ -167,6 +167,7 @@ def test_converted_model_runs(family: str, sources: Mapping[str, Path], text: Pa
 
 def dequantized(model: atom_jax.Model) -> nnx.State:
     """The float model that the weights of a checkpoint stand for, orders and rotations of inputs undone."""
+    assert isinstance(model.params, nnx.State)
     params: Any = nnx.to_pure_dict(model.params)
     layers = dict(params["layers"])
     indices = {name.removesuffix("_indices"): layers.pop(name) for name in list(layers) if "indices" in name}

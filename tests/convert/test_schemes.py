@@ -66,6 +66,7 @@ def relative(actual: np.ndarray, expected: np.ndarray) -> float:
 
 def dequantized(model: atom_jax.Model) -> nnx.State:
     """The float model that the weights of a checkpoint stand for."""
+    assert isinstance(model.params, nnx.State)
     params: Any = nnx.to_pure_dict(model.params)
     layers = dict(params["layers"])
     for name in linear_shapes(model.config):
@@ -78,6 +79,7 @@ def test_model(scheme: str, checkpoints: Mapping[str, Path], source: Path) -> No
     _, kind, limit = SCHEMES[scheme]
     model = atom_jax.load(checkpoints[scheme])
     assert model.config.format == recipe(scheme).format
+    assert isinstance(model.params, nnx.State)
     layers: Any = nnx.to_pure_dict(model.params)["layers"]
     for name, shape in linear_shapes(model.config).items():
         assert isinstance(layers[name], kind) and layers[name].shape == (2, *shape)

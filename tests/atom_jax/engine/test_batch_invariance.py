@@ -15,7 +15,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +26,7 @@ from atom_jax.engine.outputs import joined
 from atom_jax.explain import step_choices
 from atom_jax.generation import generate, stream
 from atom_jax.kv_cache import init_cache
-from atom_jax.llama import forward
+from atom_jax.llama import Params, forward
 from atom_jax.sampling import SamplingParams
 from atom_jax.scoring import score
 from pallas_kernels.devices import BATCH_INVARIANT, REFERENCE
@@ -169,7 +168,7 @@ def test_a_full_crowd(name: str, models: Callable[[str], Model]) -> None:
 LENGTHS = np.array([29, 1, 16, 32, 7, 24, 32, 20])
 
 
-def logits(params: nnx.State, config: ModelConfig, rows: list[int], chunk: int) -> list[np.ndarray]:
+def logits(params: Params, config: ModelConfig, rows: list[int], chunk: int) -> list[np.ndarray]:
     """Logits [length, vocab] of some of 8 prompts of ``LENGTHS`` tokens, computed together in chunks."""
     tokens = np.random.default_rng(2).integers(3, VOCABULARY, (8, 32)).astype(np.int32)[rows]
     cache = init_cache(config, len(rows), 32, page_size=8, dtype=jnp.float32)
