@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,14 @@ from pallas_kernels.roofline import PeakRates, seconds
 H100 = PeakRates("NVIDIA H100 SXM", 3.35e12, 1979e12, 989e12)
 # Of its 80 GB. The rest is for activations, programs and the libraries' buffers.
 USABLE_BYTES = 72e9
-# What a kernel costs beyond its roofline: to launch it, to fill its pipeline and to put partial sums together.
+# What a kernel costs beyond its roofline: to launch it, to fill its pipeline, to put partial sums together.
 # Measured on one H100 (docs/gpu.md, "The largest gaps"): 4 to 5 µs of each matmul of a decode step.
 KERNEL_SECONDS = 4.5e-6
+# Kernels that XLA makes in a layer whose activations are not quantized: two norms and silu, which are ops of
+# the other schemes.
+_FLOAT_KERNELS = 3
+# And for each sum of a layer over devices: one rounds what is summed, one adds the residual to the sum.
+_SUM_KERNELS = 2
 GPUS_OF_A_HOST = 8
 
 # How the devices sum what o_proj and down_proj give.
@@ -84,7 +89,8 @@ def gathered_bytes(config: ModelConfig) -> int:
     INT4 values count half a byte, outliers one, scales four. 0 if activations are not quantized, for then
     sums are not scattered.
     """
-    layers, total = abstract_params(config)["layers"], 0
+    params: Any = abstract_params(config)
+    layers, total = params["layers"], 0
     for linear in LINEARS:
         if not linear.reads_residual:
             continue
@@ -154,7 +160,7 @@ def link_of(devices: int) -> Link:
 
 @functools.cache
 def part_times(config: ModelConfig, batch: int, context: int) -> tuple[float, int]:
-    """Roofline seconds of a decode step of ``config`` on one H100, and the number of its ops.
+    """Roofline seconds of a decode step of ``config`` on one H100, and the number of its kernels.
 
     All ops are counted as kernels that read each input once. There is no such kernel for some of them yet
     (docs/gpu.md, "The largest gaps"): what XLA makes of those takes longer.
@@ -162,12 +168,12 @@ def part_times(config: ModelConfig, batch: int, context: int) -> tuple[float, in
     params = abstract_params(config, jnp.dtype(jnp.bfloat16))
     with use_implementation("reference"):
         choices = step_choices(params, config, batch=batch, seq=1, context=context)
-    time, ops = 0.0, 0
+    time, kernels = 0.0, 0 if gathered_bytes(config) else _FLOAT_KERNELS * config.num_layers
     for part, choice in choices:
         calls = config.num_layers if part == "layer" else 1
         time += calls * seconds(cost(choice.op, choice.call), H100)
-        ops += calls
-    return time, ops
+        kernels += calls
+    return time, kernels
 
 
 def step_time(config: ModelConfig, *, batch: int, context: int, devices: int) -> StepTime:
@@ -176,12 +182,16 @@ def step_time(config: ModelConfig, *, batch: int, context: int, devices: int) ->
     Args:
       config: configuration of the whole model, of ``devices`` shards.
     """
-    roofline, ops = part_times(config.part(devices), batch, context)
+    roofline, kernels = part_times(config.part(devices), batch, context)
     layer = layer_collectives(config, "psum", tokens=batch, devices=devices, float_bytes=2)
     embedding = Collective("all-reduce", batch * config.hidden_size * 2)
     logits = Collective("all-gather", batch * config.vocab_size * 4)
+    if devices > 1:
+        kernels += _SUM_KERNELS * len(layer) * config.num_layers
     everything = [*layer * config.num_layers, embedding, logits]
-    return StepTime(roofline, ops * KERNEL_SECONDS, collective_seconds(everything, devices, link_of(devices)))
+    return StepTime(
+        roofline, kernels * KERNEL_SECONDS, collective_seconds(everything, devices, link_of(devices))
+    )
 
 
 def bytes_of_device(config: ModelConfig, *, batch: int, context: int, devices: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The arguments of a step of a model that is divided among devices, as shapes: nothing is loaded or allocated."""
+"""The arguments of a step of a model that is divided among devices, as shapes: nothing is loaded."""
 
 from __future__ import annotations
 

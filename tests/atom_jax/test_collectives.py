@@ -1,4 +1,4 @@
-"""What the devices of a divided model send and hold, read from compiled programs: nothing is loaded or run."""
+"""What the devices of a divided model send and hold, read from compiled programs that do not run."""
 
 from __future__ import annotations
 
