@@ -44,7 +44,7 @@ LEFT_TO_XLA = {
 # Bytes of a value of the weights of a layer that XLA copies (bf16) or unpacks. It has no GPU here to choose a
 # matmul on that reads them where they are.
 UNPACKED_BYTES = {"bf16": 2, "w3a16": 4, "w4a16": 4}
-# 11 kernels and the layer's counter, as without a group. For each of two sums: round, send and sum, add.
+# 11 kernels, as without a group, and the layer's counter. For each of two sums: round, send and sum, add.
 MAX_LAUNCHES = 18
 
 
@@ -53,6 +53,7 @@ def llama_70b(scheme: str) -> ModelConfig:
     return config.replace(format=preset(scheme, shards=DEVICES))
 
 
+@needs_updates_in_place
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_kernels_support_the_shapes_of_a_part(scheme: str) -> None:
     """All ops that have a kernel for the whole model have it for an eighth: in decode and in prefill."""
