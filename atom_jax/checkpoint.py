@@ -33,6 +33,7 @@ from jax.sharding import Mesh
 
 from atom_jax.blocks import Linear
 from atom_jax.checkpoint_versions import FORMAT_VERSION, upgraded
+from atom_jax.collectives import Group
 from atom_jax.config import ModelConfig
 from atom_jax.embedding import Embedding, round_table
 from atom_jax.errors import AtomError
@@ -41,7 +42,7 @@ from atom_jax.kernel_check import check_kernels
 from atom_jax.llama import Params, make_params
 from atom_jax.orbax_items import StoredParams, StoredSpecs, read_tree, write_tree
 from atom_jax.schemes import SCHEMES, w8a8
-from atom_jax.sharded import local_devices, make_group, shard_params
+from atom_jax.sharded import ShardedParams, abstract_shards, local_devices, make_group, shard_params
 from atom_jax.shards import SpecsOf, cut, join
 from atom_jax.structure import LINEARS, index_shapes, vector_shapes
 from atom_jax.tokenizer import wrap_tokenizer
@@ -365,3 +366,12 @@ def abstract_params(config: ModelConfig, dtype: jnp.dtype = jnp.bfloat16) -> nnx
         lambda spec: jax.ShapeDtypeStruct((config.num_layers, *spec.shape), spec.dtype), layer_specs(config)
     )
     return jax.eval_shape(build, shared_specs(config), layers)
+
+
+def abstract_sharded(config: ModelConfig, group: Group, dtype: jnp.dtype = jnp.bfloat16) -> ShardedParams:
+    """Shapes and shardings of the params that ``load`` returns for a mesh; reads and allocates nothing.
+
+    Raises:
+      AtomError: the model, or its checkpoint, does not run on so many devices.
+    """
+    return abstract_shards(abstract_params(config.part(group.size), dtype), group)

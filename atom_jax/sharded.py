@@ -178,23 +178,48 @@ def shard_params(parts: Iterable[nnx.State], group: Group) -> ShardedParams:
     return ShardedParams(jax.tree.map(assemble, *placed), group)
 
 
+def abstract_shards(part: nnx.State, group: Group) -> ShardedParams:
+    """As ``shard_params``, of shapes alone.
+
+    Args:
+      part: the shapes of the part of one device, which are those of all of them.
+      group: the devices, which need not be there (``jax.experimental.topologies``).
+    """
+    sharding = NamedSharding(group.mesh, _DEVICES)
+
+    def on_all(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((group.size, *spec.shape), spec.dtype, sharding=sharding)
+
+    return ShardedParams(jax.tree.map(on_all, part), group)
+
+
 def on_devices(make: Callable[[], Tree], params: Params) -> Tree:
     """What ``make`` returns, where parameters are: caches divided by heads, all else on every device."""
     if not isinstance(params, ShardedParams):
         return make()
-    mesh = params.group.mesh
+    shardings = jax.tree.map(lambda spec: spec.sharding, abstract_on_devices(make, params.group))
+    return jax.jit(make, out_shardings=shardings)()
+
+
+def abstract_on_devices(make: Callable[[], Tree], group: Group) -> Tree:
+    """Shapes of what ``on_devices`` returns for parameters on the devices of ``group``, with shardings."""
 
     def is_cache(node: Any) -> bool:
         return isinstance(node, PagedKVCache)
 
-    def specs(node: Any) -> Any:
-        return cache_specs(node) if is_cache(node) else _REPLICATED
-
-    divided = jax.tree.map(specs, jax.eval_shape(make), is_leaf=is_cache)
-    shardings = jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), divided, is_leaf=lambda node: isinstance(node, PartitionSpec)
+    shapes = jax.eval_shape(make)
+    specs = jax.tree.map(
+        lambda node: cache_specs(node) if is_cache(node) else _REPLICATED, shapes, is_leaf=is_cache
     )
-    return jax.jit(make, out_shardings=shardings)()
+    # A spec is a leaf of this tree, though JAX takes it for a tuple.
+    return jax.tree.map(
+        lambda spec, shape: jax.ShapeDtypeStruct(
+            shape.shape, shape.dtype, sharding=NamedSharding(group.mesh, spec)
+        ),
+        specs,
+        shapes,
+        is_leaf=lambda node: isinstance(node, PartitionSpec),
+    )
 
 
 def replicated(tree: Tree, params: Params) -> Tree:

@@ -38,4 +38,11 @@ def llama_2_7b(format: Format | None = None) -> ModelConfig:
     )
 
 
+def llama_3_70b(format: Format | None = None) -> ModelConfig:
+    """Meta-Llama-3-70B; w4a4kv4 in eight shards unless told otherwise."""
+    return llama_3_8b(format or preset("w4a4kv4", shards=8)).replace(
+        hidden_size=8192, intermediate_size=28_672, num_layers=80, num_heads=64
+    )
+
+
 KNOWN_MODELS = {"llama-2-7b": llama_2_7b, "llama-3-8b": llama_3_8b}

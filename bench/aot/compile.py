@@ -27,7 +27,14 @@ atexit.register(shutil.rmtree, DUMPS, ignore_errors=True)
 
 import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
-from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec  # noqa: E402
+from jax.sharding import (  # noqa: E402
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
 
 from bench.aot import lowering  # noqa: E402
 from bench.aot.sass import Instructions  # noqa: E402
@@ -93,26 +100,33 @@ def _find_nvdisasm() -> Path | None:
     return next((path.parents[1] for root in roots for path in root.glob("*/bin/nvdisasm")), None)
 
 
+def h200_mesh(devices: int = 1) -> Mesh:
+    """A mesh with one axis of so many H200s of one host, which need not be there."""
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="",
+        target_config=_TARGET_CONFIG.read_text(),
+        topology=f"1x1x{devices}",
+    )
+    return topologies.make_mesh(topology, (devices,), ("x",))
+
+
 @contextlib.contextmanager
-def h200() -> Iterator[NamedSharding]:
-    """Within it functions are traced for one H200; yields the sharding their arguments need."""
+def _tracing_for(mesh: Mesh) -> Iterator[None]:
+    """Within it functions are traced for the H200s of ``mesh``."""
     from jax.experimental.mosaic import gpu as mosaic_gpu  # noqa: F401  # sets the variable below on import
 
     root = _find_nvdisasm()
     if root is not None:
         os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(root)
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=_TARGET_CONFIG.read_text(), topology="1x1x1"
-    )
-    mesh = topologies.make_mesh(topology, (1,), ("x",))
     abstract = AbstractMesh(
-        (1,),
-        ("x",),
-        axis_types=(jax.sharding.AxisType.Auto,),
+        mesh.axis_sizes,
+        mesh.axis_names,
+        axis_types=(AxisType.Auto,),
         abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu"),
     )
     with jax.sharding.use_abstract_mesh(abstract):
-        yield NamedSharding(mesh, PartitionSpec())
+        yield
 
 
 def compile_for_h200(
@@ -120,13 +134,15 @@ def compile_for_h200(
     *arguments: Any,
     implementations: tuple[str, ...] = ("mosaic_sm90",),
     config: Any = None,
+    mesh: Mesh | None = None,
     **jit_options: Any,
 ) -> tuple[Any, list[CompiledKernel]]:
-    """Compiles ``jit(function)`` for an H200.
+    """Compiles ``jit(function)`` for one H200, or for those of a mesh.
 
     Args:
       arguments: pytrees of ``jax.ShapeDtypeStruct`` (or arrays, of which only shapes count).
       implementations, config: of the ops inside; see ``use_implementation``.
+      mesh: of ``h200_mesh``, for arguments that have shardings on it; None for one device.
       jit_options: e.g. ``donate_argnums``.
 
     Returns:
@@ -137,12 +153,15 @@ def compile_for_h200(
     """
     for path in Path(DUMPS).iterdir():
         path.unlink()
-    with h200() as sharding, use_implementation(*implementations, config=config):
-        abstract = jax.tree.map(
+    if mesh is None:
+        mesh = h200_mesh()
+        sharding = NamedSharding(mesh, PartitionSpec())
+        arguments = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments
         )
+    with _tracing_for(mesh), use_implementation(*implementations, config=config):
         with lowering.checked():
-            traced = jax.jit(function, **jit_options).trace(*abstract)
+            traced = jax.jit(function, **jit_options).trace(*arguments)
             lowered = traced.lower(lowering_platforms=("cuda",))
         compiled = lowered.compile()
     launches = list(_launches(traced.jaxpr.jaxpr))

@@ -1,9 +1,11 @@
-"""Reads XLA's optimized HLO text: what a loop launches and which large buffers it copies."""
+"""Reads XLA's optimized HLO text: what a loop launches, which large buffers it copies, what devices send."""
 
 from __future__ import annotations
 
+import collections
 import math
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -20,6 +22,15 @@ _FREE = {
     "partition-id",
     "tuple",
 }
+_COLLECTIVES = {
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+}
 
 
 class Instruction(NamedTuple):
@@ -29,6 +40,13 @@ class Instruction(NamedTuple):
     opcode: str
     bytes: int
     target: str
+
+
+class Collective(NamedTuple):
+    """One operation of all devices together; ``bytes`` of its result on each of them."""
+
+    kind: str
+    bytes: int
 
 
 def _bytes(shape: str) -> int:
@@ -83,3 +101,23 @@ def runs_kernel(launch: Instruction, found: dict[str, list[Instruction]]) -> boo
     """
     called = found.get(launch.target, []) if launch.opcode == "fusion" else [launch]
     return any(instruction.opcode == "custom-call" for instruction in called)
+
+
+def collectives(instructions: Iterable[Instruction]) -> list[Collective]:
+    """The collectives among them; one that is started and awaited counts where it is awaited."""
+    found = (Collective(i.opcode.removesuffix("-done"), i.bytes) for i in instructions)
+    return [each for each in found if each.kind in _COLLECTIVES]
+
+
+def divided_collectives(hlo: str) -> tuple[list[Collective], list[Collective]]:
+    """The collectives of a model's program: those of one layer, and those outside the loop over layers.
+
+    Raises:
+      ValueError: not exactly one loop has collectives.
+    """
+    loops = [found for body in loop_bodies(hlo) if (found := collectives(body))]
+    if len(loops) != 1:
+        raise ValueError(f"one loop with collectives expected, found {len(loops)}")
+    everything = [i for instructions in computations(hlo).values() for i in instructions]
+    outside = collections.Counter(collectives(everything)) - collections.Counter(loops[0])
+    return loops[0], sorted(outside.elements())
