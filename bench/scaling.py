@@ -2,7 +2,7 @@
 
     python -m bench.scaling      # a minute on a CPU; needs no GPU and no weights
 
-Writes bench/results/scaling.json and the tables of docs/scaling_model_section.md. ``bench.scaling_model`` has
+Writes bench/results/scaling.json and the tables of docs/scaling.md. ``bench.scaling_model`` has
 the formulas, rates and latencies. Nothing of it was measured on more than one GPU.
 """
 
@@ -20,7 +20,7 @@ from bench.record import DOCS, RESULTS, write_json
 from bench.scaling_model import H100, KERNEL_SECONDS, NETWORK, NVLINK, USABLE_BYTES, Link
 
 RESULT = RESULTS / "scaling.json"
-PAGE = DOCS / "scaling_model_section.md"
+PAGE = DOCS / "scaling.md"
 MODELS = {"Llama-3-8B": llama_3_8b, "Llama-3-70B": llama_3_70b}
 SCHEMES = ("bf16", "w8a8", "w4a16", "w4a8kv4", "w4a4kv4")
 BATCHES, CONTEXT = (16, 64), 2048
