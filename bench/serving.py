@@ -239,6 +239,9 @@ def main(
     max_total: Annotated[int, typer.Option(help="Most tokens of a prompt and its answer.")] = 2048,
     max_num_seqs: Annotated[int, typer.Option(help="Most answers at once, if the pages suffice.")] = 256,
     token_budget: Annotated[int, typer.Option(help="Of a step.")] = 512,
+    max_decode_delay: Annotated[
+        float, typer.Option(help="Of a token by prompts, in steps of decoding; inf: prompts go first.")
+    ] = EngineConfig.max_decode_delay,
     page_size: int = 64,
     dataset: Annotated[Path | None, typer.Option(help="Conversations in ShareGPT's format.")] = None,
     seed: int = 0,
@@ -255,6 +258,7 @@ def main(
         "dataset": dataset.name if dataset else None,
         "page_size": page_size,
         "token_budget": token_budget,
+        "max_decode_delay": str(max_decode_delay),
     }
     models = _models(checkpoints or [], shape, schemes)
     pages = [
@@ -267,6 +271,7 @@ def main(
             max_num_seqs=max_num_seqs,
             max_model_len=max_total,
             token_budget=token_budget,
+            max_decode_delay=max_decode_delay,
             prefix_caching=False,
         )
         model = load_model()
