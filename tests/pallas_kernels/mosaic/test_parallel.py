@@ -44,6 +44,8 @@ LEFT_TO_XLA = {
 # Bytes of a value of the weights of a layer that XLA copies (bf16) or unpacks. It has no GPU here to choose a
 # matmul on that reads them where they are.
 UNPACKED_BYTES = {"bf16": 2, "w3a16": 4, "w4a16": 4}
+# XLA multiplies both halves of w4a8kv4's packed channels before it adds them.
+PRODUCTS_AT_ONCE = {"w4a8kv4": 2}
 # 11 kernels, as without a group, and the layer's counter. For each of two sums: round, send and sum, add.
 MAX_LAUNCHES = 18
 
@@ -161,10 +163,11 @@ def test_step(scheme: str, batch: int, seq: int, record_property: Any, capsys: A
 
 def temporary_bytes(config: ModelConfig, batch: int, seq: int) -> int:
     """Room for activations, logits, and what XLA makes of the weights of a layer; not for a cache."""
-    tokens, part = batch * seq, config.part(DEVICES)
-    # A product in float32, what is sent of it, the residual stream, and less; gate and up, and what follows.
-    activations = 7 * tokens * config.hidden_size + 3 * tokens * 2 * part.intermediate_size
+    tokens, part, scheme = batch * seq, config.part(DEVICES), config.format.scheme
+    # Products in four bytes, what is sent, the residual stream, and less; gate and up, and what follows.
+    products = PRODUCTS_AT_ONCE.get(scheme, 1)
+    activations = tokens * ((4 * products + 3) * config.hidden_size + 3 * 2 * part.intermediate_size)
     # All, and those of this device: of rounded rows and of what the rounding leaves.
     logits = batch * (config.vocab_size + 2 * part.vocab_size) * 4
     linears = sum(rows * channels for rows, channels in linear_shapes(part).values())
-    return activations + logits + UNPACKED_BYTES.get(config.format.scheme, 0) * linears
+    return activations + logits + UNPACKED_BYTES.get(scheme, 0) * linears
