@@ -161,7 +161,10 @@ class LayerParams:
             return self.project(name, inputs[0], residual)
         assert self.on_linear is None, "on_linear is for models in one piece"
         blocks = zip(inputs, self.blocks(name), strict=True)
-        total = sum_in_pairs([linear(block, weight, None, jnp.float32) for block, weight in blocks])
+        # A single product that is rounded before it is sent is rounded by its kernel.
+        sent_as_it_is = len(inputs) == 1 and self.group is not None and not self.group.fixed_order
+        dtype = self.dtype if sent_as_it_is else jnp.float32
+        total = sum_in_pairs([linear(block, weight, None, dtype) for block, weight in blocks])
         if self.group is not None:
             reduce = reduce_scatter if self.scattered else all_reduce
             total = reduce(total, self.group, self.dtype).astype(jnp.float32)
