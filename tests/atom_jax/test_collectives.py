@@ -8,13 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import atom_jax
 from atom_jax.checkpoint import abstract_params, abstract_sharded
 from atom_jax.config import ModelConfig
+from atom_jax.engine.device import DeviceState, Rows, run_program
 from atom_jax.llama import forward, merge
-from atom_jax.sharded import ShardedParams, first_devices, make_group
+from atom_jax.sampling import SamplingParams, empty_logit_state, mask_words, sampling_rows
+from atom_jax.sharded import ShardedParams, abstract_on_devices, first_devices, make_group
 from bench.aot import hlo, parallel
 from bench.aot.hlo import Collective
 from bench.scaling_model import Way, gathered_bytes, layer_collectives
@@ -109,6 +112,41 @@ def test_gathered_rows_of_other_schemes(scheme: str, row: int) -> None:
         assert bytes_by_kind(layer)["all-gather"] == 2 * row * TOKENS
     else:
         assert {each.kind for each in layer} == {"all-reduce"}
+
+
+def test_sampling_sends_nothing() -> None:
+    """The engine's program of a decode step has the collectives of the model, and no others."""
+    config, slots = config_of("w4a4kv4"), BATCH
+    group = make_group(first_devices(DEVICES), fixed_order=False)
+    params = abstract_sharded(config, group, FLOAT32)
+
+    def state() -> DeviceState:
+        cache = merge(params, config).new_cache(1, CONTEXT)
+        masks = jnp.zeros((slots, mask_words(config.vocab_size)), jnp.uint32)
+        logit_state = empty_logit_state(slots, config.vocab_size)
+        return DeviceState(cache, jnp.zeros(slots, jnp.int32), logit_state, masks)
+
+    numbers, flags = np.zeros(slots, np.int32), np.zeros(slots, np.bool_)
+    rows = Rows(
+        tokens=numbers[:, None],
+        tables=np.zeros((slots, 1), np.int32),
+        start=numbers,
+        count=numbers,
+        slot=numbers,
+        source=numbers,
+        index=numbers,
+        seed=np.zeros((slots, 2), np.uint32),
+        sampling=sampling_rows([SamplingParams(temperature=0.7, top_p=0.9)] * slots, config.vocab_size),
+        masked=flags,
+        logprobs=flags,
+    )
+    compiled = run_program.lower(params, abstract_on_devices(state, group), rows, config=config).compile()
+    layer, outside = hlo.divided_collectives(compiled.as_text())
+    stream, vocabulary = slots * HIDDEN * 4, config.part(DEVICES).vocab_size * DEVICES
+    assert layer == [Collective("all-reduce", stream)] * 2
+    assert outside == sorted(
+        [Collective("all-gather", slots * vocabulary * 4), Collective("all-reduce", stream)]
+    )
 
 
 @pytest.mark.parametrize("scheme", ["bf16", "w4a4kv4"])
