@@ -8,6 +8,7 @@ the formulas, rates and latencies. Nothing of it was measured on more than one G
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +23,7 @@ from bench.scaling_model import H100, KERNEL_SECONDS, NETWORK, NVLINK, USABLE_BY
 RESULT = RESULTS / "scaling.json"
 PAGE = DOCS / "scaling.md"
 MODELS = {"Llama-3-8B": llama_3_8b, "Llama-3-70B": llama_3_70b}
-SCHEMES = ("bf16", "w8a8", "w4a16", "w4a8kv4", "w4a4kv4")
+SCHEMES = ("bf16", "w8a8", "w4a16", "w3a16", "w4a8kv4", "w4a4kv4")
 BATCHES, CONTEXT = (16, 64), 2048
 DEVICES, HOSTS = (1, 2, 4, 8), (1, 2, 4, 8, 16)
 MEASURED = RESULTS / "h100" / "generate.json"
@@ -83,9 +84,9 @@ def host_rows(steps: list[Row]) -> Iterator[Row]:
 
 def sum_rows() -> Iterator[Row]:
     """Bytes that a GPU sends for each token in each layer, and from how many tokens scattering pays."""
-    for name in MODELS:
+    for name, scheme in itertools.product(MODELS, ("w8a8", "w4a4kv4")):
         for devices in DEVICES[1:]:
-            config = config_of(name, "w4a4kv4", devices)
+            config = config_of(name, scheme, devices)
 
             def sent(way: model.Way, config: ModelConfig = config, devices: int = devices) -> float:
                 # The bytes of a share of tokens are whole numbers for as many tokens as there are devices.
@@ -94,6 +95,7 @@ def sum_rows() -> Iterator[Row]:
 
             yield {
                 "model": name,
+                "scheme": scheme,
                 "devices": devices,
                 "psum": sent("psum"),
                 "fixed_order": sent("fixed order"),
@@ -225,18 +227,20 @@ def sums_table(found: list[Row]) -> str:
     """Bytes sent for a token, by the way in which sums are made."""
     rows: list[tuple[str, ...]] = [
         (
-            "Model, w4a4kv4",
+            "Model",
+            "Scheme",
             "GPUs",
             "`psum`, bfloat16",
             "Fixed order, float32",
             "Scattered",
             "Pays from, tokens",
         ),
-        ("---", "---:", "---:", "---:", "---:", "---:"),
+        ("---", "---", "---:", "---:", "---:", "---:", "---:"),
     ]
     for row in found:
         sent = (f"{row[way]:,.0f}" for way in ("psum", "fixed_order", "scattered"))
-        rows.append((row["model"], str(row["devices"]), *sent, f"{row['scattering_pays_from']:,}"))
+        pays = f"{row['scattering_pays_from']:,}"
+        rows.append((row["model"], row["scheme"], str(row["devices"]), *sent, pays))
     return _table(rows)
 
 

@@ -17,6 +17,7 @@ from atom_jax.config import ModelConfig
 from atom_jax.engine.device import DeviceState, Rows, run_program
 from atom_jax.llama import forward, merge
 from atom_jax.sampling import SamplingParams, empty_logit_state, mask_words, sampling_rows
+from atom_jax.schemes import SCHEMES
 from atom_jax.sharded import ShardedParams, abstract_on_devices, first_devices, make_group
 from bench.aot import hlo, parallel
 from bench.aot.hlo import Collective
@@ -141,7 +142,9 @@ def test_sampling_sends_nothing() -> None:
         logprobs=flags,
     )
     compiled = run_program.lower(params, abstract_on_devices(state, group), rows, config=config).compile()
-    layer, outside = hlo.divided_collectives(compiled.as_text())
+    text = compiled.as_text()
+    assert text is not None
+    layer, outside = hlo.divided_collectives(text)
     stream, vocabulary = slots * HIDDEN * 4, config.part(DEVICES).vocab_size * DEVICES
     assert layer == [Collective("all-reduce", stream)] * 2
     assert outside == sorted(
@@ -149,7 +152,7 @@ def test_sampling_sends_nothing() -> None:
     )
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "w4a4kv4"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_device_holds_its_part_and_no_more(scheme: str) -> None:
     """Arguments of the program: weights of a part, one kv head of four that are there twice, block tables."""
     config = config_of(scheme)
@@ -157,8 +160,8 @@ def test_a_device_holds_its_part_and_no_more(scheme: str) -> None:
     part = abstract_params(config.part(DEVICES), FLOAT32)
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part))
     assert parallel.bytes_on_device(arguments.params) == weights
-    head = 64 if scheme == "bf16" else None  # channels of a head
-    values = 4 * head if head else 64 // 2 + 4 * config.format.kv_groups
+    # Of a head of 64 channels: float32, or INT4 with scales and zero points in float16.
+    values = 4 * 64 if config.format.kv_bits == 16 else 64 // 2 + 4 * config.format.kv_groups
     cache = config.num_layers * 2 * BATCH * CONTEXT * values + 4 * BATCH  # one page of each sequence
     assert parallel.bytes_on_device(arguments.cache) == cache
     memory = compiled.memory_analysis()
