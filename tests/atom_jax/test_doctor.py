@@ -14,6 +14,7 @@ import pytest
 
 import atom_jax
 from atom_jax import compilation_cache, doctor
+from atom_jax.engine import EngineConfig
 from atom_jax.kernel_check import check_kernels
 from atom_jax.schemes import SCHEMES
 from atom_jax_cli.engine import load_engine
@@ -29,15 +30,7 @@ from tests.atom_jax.command import PROMPT, ROOT, fails, run, run_json
 from tests.pallas_kernels.verification.fake_child import command
 from tests.pallas_kernels.verification.hopper import DEVICE, KERNEL, children, forgotten, hopper
 
-ENGINE: dict[str, Any] = {
-    "memory_gb": 0.01,
-    "page_size": 16,
-    "max_num_seqs": 1,
-    "max_model_len": 64,
-    "token_budget": 32,
-    "prefix_caching": False,
-    "deterministic": False,
-}
+ENGINE = EngineConfig(page_size=16, max_num_seqs=1, max_model_len=64, token_budget=32, prefix_caching=False)
 
 
 def failed(op: str) -> Result:
@@ -108,7 +101,7 @@ class TestLoading:
     def test_serve_and_batch_check_before_they_compile(self, checkpoint, on_hopper, capsys, monkeypatch):
         # It would stay on for the tests that follow.
         monkeypatch.setattr(compilation_cache, "enable_compilation_cache", lambda: None)
-        _, engine = load_engine(checkpoint, **ENGINE)
+        _, engine = load_engine(checkpoint, ENGINE, memory_gb=0.01)
         assert engine.stats().num_pages > 0
         assert len(on_hopper) == 1
         assert capsys.readouterr().err.count("failed the check") == 1

@@ -182,7 +182,6 @@ def test_killed_while_an_error_cleans_up(
     [
         "write_array",
         "write_arrays",
-        "write_shared",
         "write_layer",
         "write_json",
         "write_config",
