@@ -27,11 +27,10 @@ def _gpu_wanted(markexpr: str) -> bool:
 
 
 def _use_cpu_devices(count: int) -> None:
-    """Makes JAX divide the CPU into devices, here and in processes that tests start."""
-    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(count))
-    import jax  # a plugin of pytest may have imported it already, which has read the environment
+    """Makes JAX divide the CPU into devices, in this process: others are as users start them."""
+    import jax  # a plugin of pytest may have imported it already, so the environment would come too late
 
-    jax.config.update("jax_num_cpu_devices", int(os.environ["JAX_NUM_CPU_DEVICES"]))
+    jax.config.update("jax_num_cpu_devices", count)
 
 
 def pytest_configure(config: pytest.Config) -> None:
