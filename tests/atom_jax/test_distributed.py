@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -50,6 +51,7 @@ else:
     hosts.follow(group, Path(path))
 distributed.end()
 """
+TASKS = Path(__file__).parent / "tasks"
 
 
 def free_port() -> int:
@@ -188,6 +190,12 @@ def expected(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         ("generate", PROMPT, "--max-new-tokens", 8, "--temperature", 1, "--json"),
         ("generate", PROMPT, "--prompt", "an inn", "--max-new-tokens", 8, "--json"),
         ("eval", "--text", None, "--seq-len", 32, "--json"),
+        pytest.param(
+            ("eval", "--tasks", "atom_choice,atom_generate,atom_rolling", "--include-path", TASKS, "--json"),
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval, see docs/testing.md"
+            ),
+        ),
     ],
 )
 def test_the_output_of_one_process(hosts: Hosts, arguments: tuple[object, ...]) -> None:

@@ -16,7 +16,7 @@ from tests.atom_jax.sharded_models import sharded_config, write_sharded
 
 # Loads a checkpoint with one device in each of some processes; prints by how much the peak of memory grew.
 _PROCESS = """
-import json, resource, sys
+import json, sys
 import jax
 
 folder, address, count, number = sys.argv[1:]
@@ -24,16 +24,14 @@ if int(count) > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, int(count), int(number))
 import atom_jax
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from tests.peak_memory import peak_memory
 
 mesh = jax.make_mesh((int(count),), ("tensor",))
 atom_jax.load(folder + "/small", mesh=mesh)  # what the libraries take, whatever the size
-before = peak()
+before = peak_memory()
 model = atom_jax.load(folder + "/large", mesh=mesh)
 held = sum(shard.data.nbytes for leaf in jax.tree.leaves(model.params) for shard in leaf.addressable_shards)
-print("RESULT", json.dumps({"grown": peak() - before, "held": held}), flush=True)
+print("RESULT", json.dumps({"grown": peak_memory() - before, "held": held}), flush=True)
 """
 
 

@@ -37,16 +37,14 @@ COMPILER_BYTES = 256 * 2**20
 
 _DRIVER = """
 import sys
-from pathlib import Path
 from convert.recipe import make_recipe
 from convert.pipeline import ConvertOptions, convert
+from tests.peak_memory import peak_memory
 
 source, text, out = sys.argv[1:]
 convert(source, out, ConvertOptions(make_recipe("w4a4kv4"), calibration=text, calibration_tokens=512))
 assert "torch" not in sys.modules
-# Not getrusage: its ru_maxrss starts from what the parent, here the whole test suite, had when it forked.
-status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-print(int(status["VmHWM"].split()[0]) * 1024)
+print(peak_memory())
 """
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from atom_jax.errors import AtomError
@@ -320,7 +321,8 @@ def test_sigkill(moment: str, recipe: Recipe, job: tuple[Path, Any], tmp_path: P
     arguments.write_bytes(pickle.dumps((source, out, options)))
     killed = subprocess.run(
         [sys.executable, str(driver), moment, str(arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # As many devices as here: the number decides how many threads share a sum, and so how it is rounded.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(jax.device_count())},
         capture_output=True,
         text=True,
         check=False,
