@@ -342,14 +342,22 @@ def load(
     return Model(path, config, shard_params(parts(), group))
 
 
-def _load_part(path: Path, config: ModelConfig, dtype: jnp.dtype, part: int = 0, parts: int = 1) -> nnx.State:
-    """The parameters of one of ``parts`` parts of the model, on the default device."""
+def _load_part(
+    path: Path, config: ModelConfig, dtype: jnp.dtype, part: int | None = None, parts: int = 1
+) -> nnx.State:
+    """The parameters of one of ``parts`` parts of the model, on the default device.
+
+    With a number ``part`` they have the leading axis of ``ShardedParams``; None means all of the model.
+    """
     own = config if parts == 1 else config.part(parts)
     stacked = jax.tree.map(lambda spec: np.empty((own.num_layers, *spec.shape), spec.dtype), layer_specs(own))
     for layer in range(own.num_layers):
-        tree = read_layer_part(path, layer, config, part, parts)
+        tree = read_layer_part(path, layer, config, part or 0, parts)
         jax.tree.map(lambda stack, value, layer=layer: stack.__setitem__(layer, value), stacked, tree)
-    tree = shared_params(read_shared_part(path, config, part, parts), own, dtype)
+    shared = read_shared_part(path, config, part or 0, parts)
+    if part is not None:  # on the host, where a view is enough
+        stacked, shared = jax.tree.map(lambda array: array[None], (stacked, shared))
+    tree = shared_params(shared, own, dtype)
     # Popped one by one, so that no more than one parameter is in host and device memory at the same time.
     layers = {name: layer_params({name: stacked.pop(name)}, own)[name] for name in list(stacked)}
     return make_params(own, {**tree, "layers": layers})

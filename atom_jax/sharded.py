@@ -161,12 +161,12 @@ def shard_params(parts: Iterable[nnx.State], group: Group) -> ShardedParams:
     """The parameters of a group from those of its parts.
 
     Args:
-      parts: the part of each of ``local_devices(group)``, which is on that device already.
+      parts: the part of each of ``local_devices(group)``, which is on that device already. Its arrays have
+        the leading axis, of length 1.
       group: the devices.
     """
     placed = [
-        # Committed to its device, or the new axis would be added on the default device.
-        jax.tree.map(lambda array, device=device: jax.device_put(array, device)[None], state)
+        jax.tree.map(lambda array, device=device: jax.device_put(array, device), state)  # commits it
         for device, state in zip(local_devices(group), parts, strict=True)
     ]
     sharding = NamedSharding(group.mesh, _DEVICES)

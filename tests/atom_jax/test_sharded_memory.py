@@ -40,6 +40,7 @@ def loaded_by(folder: Path, count: int) -> list[dict[str, int]]:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment["MALLOC_ARENA_MAX"] = "1"  # else each thread that reads keeps some of what it has freed
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", _PROCESS, str(folder), address, str(count), str(number)],
@@ -60,13 +61,13 @@ def loaded_by(folder: Path, count: int) -> list[dict[str, int]]:
 
 @pytest.mark.slow
 def test_a_process_holds_its_part_only(tmp_path: Path) -> None:
-    """Of 201 MB of layers, each of four processes holds a quarter, and at no time much more."""
-    sizes = {"hidden_size": 1024, "num_layers": 16, "intermediate_size": 4096}
+    """Of 403 MB of layers, each of four processes holds a quarter; none holds all it has twice."""
+    sizes = {"hidden_size": 1024, "num_layers": 32, "intermediate_size": 4096}
     write_sharded(tmp_path / "large", sharded_config("w8a8", 4, **sizes))
     write_sharded(tmp_path / "small", sharded_config("w8a8", 4))
     (alone,) = loaded_by(tmp_path, 1)
-    assert alone["held"] > 200e6 and alone["grown"] > 0.9 * alone["held"]
+    # Its arrays, for a moment the largest parameter twice (six tenths of them), and what was read of a layer.
+    assert alone["held"] > 400e6 and 0.9 * alone["held"] < alone["grown"] < 1.8 * alone["held"]
     for each in loaded_by(tmp_path, 4):
         assert each["held"] < 0.26 * alone["held"]
-        # Its arrays, and for a moment what was read of a layer, or the arrays of one parameter twice.
-        assert each["grown"] < 2 * each["held"] + 20e6 < 0.7 * alone["held"]
+        assert each["grown"] < 2 * each["held"] + 60e6 < 0.7 * alone["held"]
