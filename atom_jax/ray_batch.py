@@ -124,6 +124,7 @@ class AnsweringThread:
           Its result; an error of the engine is the future's exception.
         """
         future: Future[BatchResult] = Future()
+        future.set_running_or_notify_cancel()  # a caller that gives up must not cancel it: the thread sets it
         try:
             request = _parse(url, body)
         except ApiError as error:

@@ -234,8 +234,8 @@ def wait_for_results(results: Path, leader: subprocess.Popen[str]) -> None:
     raise AssertionError(leader.communicate())
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+# Below, a server's second process is killed; test_process_group.py has each signal for each process.
+@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
 def test_batch_resumes_after_a_lost_process(
     hosts: Hosts, expected: dict[str, Any], tmp_path: Path, victim: int, number: signal.Signals
 ) -> None:

@@ -72,6 +72,16 @@ def test_an_error_of_the_engine_reaches_every_caller(engine, thread):
         thread.submit("/v1/completions", body(1))
 
 
+def test_a_caller_that_gives_up_costs_only_itself(engine, thread):
+    """An actor's call that is cancelled cancels what it awaits."""
+    engine.pause_after = 1
+    futures = [thread.submit("/v1/completions", body(number)) for number in range(3)]
+    futures[1].cancel()
+    engine.pause_after = None
+    assert [text(futures[number]) for number in (0, 2)] == [expected([number], 5) for number in (0, 2)]
+    assert text(thread.submit("/v1/completions", body(7))) == expected([7], 5)
+
+
 @pytest.mark.parametrize(
     ("wanted", "nodes", "replicas"),
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,25 @@ RECIPES = {
 }
 
 
+@pytest.fixture(scope="module")
+def expected(source: Path) -> np.ndarray:
+    """Logits of the original."""
+    return logits(load_float(open_source(source))[1], open_source(source).config, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def in_one_piece(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The conversion under a recipe to one shard, made once."""
+
+    @functools.cache
+    def make(name: str) -> Path:
+        out = tmp_path_factory.mktemp("whole") / "out"
+        convert(source, out, tiny_options(text, recipe=RECIPES[name]))
+        return out
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("name", "shards"),
     [
@@ -69,20 +90,27 @@ RECIPES = {
         ),
     ],
 )
-def test_as_good_as_in_one_piece(name: str, shards: int, source: Path, text: Path, tmp_path: Path) -> None:
-    recipe = RECIPES[name]
-    whole = convert(source, tmp_path / "whole", tiny_options(text, recipe=recipe))
-    card = convert(source, tmp_path / "out", tiny_options(text, recipe=recipe.replace(shards=shards)))
+def test_as_good_as_in_one_piece(
+    name: str,
+    shards: int,
+    source: Path,
+    text: Path,
+    in_one_piece: Callable[[str], Path],
+    expected: np.ndarray,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    card = convert(source, out, tiny_options(text, recipe=RECIPES[name].replace(shards=shards)))
+    whole = read_card(in_one_piece(name))
     for cut, one in zip(card["relative_error"], whole["relative_error"], strict=True):
         for linear, error in cut.items():
             assert 0 < error < 1.1 * one[linear], linear
-    expected = logits(load_float(open_source(source))[1], open_source(source).config, TOKENS)
     errors = []
-    for folder in ("whole", "out"):
-        model = atom_jax.load(tmp_path / folder)
+    for folder in (in_one_piece(name), out):
+        model = atom_jax.load(folder)
         errors.append(np.linalg.norm(logits(model.params, model.config, TOKENS) - expected))
     assert errors[1] < 1.25 * errors[0] + 1e-4 * np.linalg.norm(expected)
-    check_degrees(tmp_path / "out")
+    check_degrees(out)
 
 
 def check_degrees(checkpoint: Path) -> None:
