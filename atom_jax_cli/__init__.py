@@ -1,7 +1,7 @@
 """The command line, ``atom-jax``.
 
-It uses ``atom_jax`` and ``convert``, which never import it. Commands import JAX, transformers and ``convert``
-when they run, not before, so that ``--help`` and errors in options appear at once.
+It uses ``atom_jax`` and ``convert``, which never import it. Commands import transformers, the converter and
+the server when they run, not before, so that ``--help`` and errors in options come soon.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -99,8 +100,11 @@ def load_engine(
         params = abstract_params(shapes, default_dtype())
         step_choices(params, shapes, batch=1, seq=1, context=config.page_size)
         model = load_model(checkpoint, tensor_parallel, deterministic=config.deterministic)
-        model.tokenizer  # noqa: B018  without a tokenizer it fails now, not at the first request
-    engine = Engine(model, within_memory(model, config, memory_gb))
+    with ThreadPoolExecutor(1, "tokenizer") as pool:
+        # Imported while the engine's cache is filled with zeros. Without one it fails now, not at a request.
+        tokenizer = pool.submit(lambda: model.tokenizer)
+        engine = Engine(model, within_memory(model, config, memory_gb))
+        tokenizer.result()
     stats = engine.stats()
     each = "" if tensor_parallel == 1 else f" on each of {tensor_parallel} devices"
     note(

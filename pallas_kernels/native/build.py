@@ -8,6 +8,7 @@ than Numba.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -18,7 +19,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,10 +191,30 @@ def compile_kernel(kernel: Kernel, instructions: str) -> bytes:
     llvm.add_symbol(f"{symbol}_task", 1)
     handler = make_handler(prepare, f"{symbol}_task", api_version())
     module = llvm.parse_assembly("")
-    for name, function in ((symbol, handler), (f"{symbol}_task", task)):
-        module.link_in(_module(function, name))
+    with _numba_does_not_optimize():
+        for name, function in ((symbol, handler), (f"{symbol}_task", task)):
+            module.link_in(_module(function, name))
     module.verify()
-    return _target_machine(instructions).emit_object(module)
+    machine = _target_machine(instructions)
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    passes = llvm.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(module, passes)
+    return machine.emit_object(module)
+
+
+@contextlib.contextmanager
+def _numba_does_not_optimize() -> Iterator[None]:
+    """Numba would optimize each function, and again in each that calls it: a third of all the time."""
+    from numba.core import config
+    from numba.core.compiler_lock import global_compiler_lock
+
+    with global_compiler_lock:
+        level = config.OPT
+        config.OPT = type(level)(0)
+        try:
+            yield
+        finally:
+            config.OPT = level
 
 
 def _module(function: Any, symbol: str) -> llvm.ModuleRef:

@@ -8,8 +8,10 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from pallas_kernels.qarrays import LayerOf, Weight
 
-# A block has so many rows of a weight, which are output channels: as many as a vector has lanes.
-ROWS = 16
+# The lanes of a vector. LLVM splits vectors where the registers of a CPU are narrower.
+LANES = 16
+# A block has so many rows of a weight, which are output channels.
+ROWS = LANES
 
 
 def stack_and_layer(w: Weight | LayerOf[Weight]) -> tuple[Weight, Int32[Array, ""]]:

@@ -23,8 +23,8 @@ from pallas_kernels.native.memory import (
     loader,
     storer,
 )
+from pallas_kernels.native.operands import LANES
 
-LANES = 16
 # The size of a vector of int32 or float32.
 VECTOR_BYTES = 4 * LANES
 

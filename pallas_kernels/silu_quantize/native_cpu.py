@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.native import build, rows_call
 from pallas_kernels.native.config import NativeConfig, configs
-from pallas_kernels.native.vectors import LANES
+from pallas_kernels.native.operands import LANES
 from pallas_kernels.qarrays import QuantizedActivation
 from pallas_kernels.silu_quantize.call import Call
 

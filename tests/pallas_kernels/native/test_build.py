@@ -44,6 +44,33 @@ def test_only_the_first_use_compiles(tmp_path: Path):
     assert file.stat().st_mtime_ns == before
 
 
+def test_what_calls_a_kernel_does_not_import_numba():
+    """Else every start of a server would pay half a second for it, though the machine code is there."""
+    script = """if True:
+        import importlib, sys
+        from pathlib import Path
+        found = list(Path("pallas_kernels").glob("*/native_cpu.py"))
+        assert len(found) > 8, found
+        for file in found:
+            importlib.import_module(f"pallas_kernels.{file.parent.name}.{file.stem}")
+        print("numba" in sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_numba_is_left_as_it_was():
+    """It does not optimize kernels, but whoever uses it next gets what it is set to."""
+    from numba.core import config
+
+    level = config.OPT
+    assert int(level) > 0
+    build.compile_kernel(build.Kernel("pallas_kernels.quantize.native_kernel", "quantize"), "generic")
+    assert config.OPT is level
+
+
 def test_a_cache_that_cannot_be_used_is_none(tmp_path: Path):
     no_folder = tmp_path / "file"
     no_folder.write_text("")
