@@ -30,8 +30,8 @@ demo: $(VENV)/.stamp-base ## Convert a real model to 4 bits, compare it with the
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Compiled programs are kept between runs, for the most of the tests' time is compilation.
-test test-all: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-test test-all: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
+test test-all test-nightly: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+test test-all test-nightly: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 
 .PHONY: test
 test: $(VENV)/.stamp-test ## Run the tests that take seconds each, and compare SmolLM2 in float with transformers
@@ -46,8 +46,9 @@ test-kernels: $(KERNELS_VENV)/.stamp ## Compile the GPU kernels for an H200 and 
 	JAX_PLATFORMS=cpu NPROC=16 $(KERNELS_VENV)/bin/python -m pytest -q -n $(WORKERS) --durations=10 \
 	  tests/pallas_kernels/mosaic tests/pallas_kernels/ptx tests/pallas_kernels/verification -m 'not nightly' $(ARGS)
 
-.PHONY: test-kernels-nightly
-test-kernels-nightly: $(KERNELS_VENV)/.stamp ## The same at the layers of more models, which CI has no time for
+.PHONY: test-nightly
+test-nightly: $(VENV)/.stamp-test $(KERNELS_VENV)/.stamp ## What CI has no time for: every scheme on SmolLM2, kernels at the layers of more models
+	$(PYTEST) --durations=15 -m nightly $(ARGS)
 	JAX_PLATFORMS=cpu $(KERNELS_VENV)/bin/python -m pytest -q -n $(WORKERS) --durations=10 \
 	  tests/pallas_kernels/mosaic -m nightly $(ARGS)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
+pytestmark = [pytest.mark.smollm2, pytest.mark.slow, pytest.mark.nightly]
 
 
 def test_folding_the_order_costs_little(perplexity_ratio: Callable[[str], float]) -> None:

@@ -43,6 +43,11 @@ FORMATS = {
     "w4a16": preset("w4a16", group_size=32),
     "bf16": preset("bf16"),
 }
+# CI has no time for all, which compile for minutes; ``test_scores_and_the_engine`` has an engine of each.
+WITH_ENGINES = [
+    pytest.param(name, marks=pytest.mark.nightly if name in ("w4a8kv4", "w4a4kv4, keys before RoPE") else ())
+    for name in FORMATS
+]
 VOCABULARY = len(tiny_vocabulary())
 # Pages run out, and chunks are short. A full step is large enough for XLA to compute it in another way than a
 # small one: it does from 4096 numbers on, in the norms (16 tokens of 256 channels) and over the vocabulary.
@@ -118,7 +123,7 @@ def serve(engine: Engine, arrivals: list[Request]) -> Mapping[str, Completion]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WITH_ENGINES)
 def test_answers_are_those_of_requests_alone(name: str, models: Callable[[str], Model]) -> None:
     """Whoever arrives when, whatever is preempted, cached or cut into chunks: log-probabilities included."""
     model = models(name)
@@ -143,7 +148,7 @@ def test_answers_are_those_of_requests_alone(name: str, models: Callable[[str], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WITH_ENGINES)
 def test_a_full_crowd(name: str, models: Callable[[str], Model]) -> None:
     """16 requests at once, so that every shape of a decode step and preemption and the cache are of use."""
     model = models(name)
@@ -239,7 +244,7 @@ def test_every_operator_has_such_a_kernel(name: str, models: Callable[[str], Mod
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WITH_ENGINES)
 def test_generate_and_stream(name: str, models: Callable[[str], Model]) -> None:
     """A batch of prompts, each alone, and the engine give the same tokens."""
     model = models(name)
