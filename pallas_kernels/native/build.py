@@ -205,9 +205,9 @@ def compile_kernel(kernel: Kernel, instructions: str) -> bytes:
 @contextlib.contextmanager
 def _numba_does_not_optimize() -> Iterator[None]:
     """Numba would optimize each function, and again in each that calls it: a third of all the time."""
-    from numba.core import config
     from numba.core.compiler_lock import global_compiler_lock
 
+    config: Any = importlib.import_module("numba.core.config")  # sets its names where no type checker sees it
     with global_compiler_lock:
         level = config.OPT
         config.OPT = type(level)(0)
